@@ -1,0 +1,98 @@
+"""Every error that ke_ray raises on purpose.
+
+::
+
+    KeRayError                        exit code 1
+    ├── UserError                     exit code 2: the request itself is wrong
+    │   ├── ConfigError               a study file, a --set or an option
+    │   ├── CheckpointSpecError       a checkpoint SPEC names nothing that exists
+    │   ├── UnsupportedArchitectureError
+    │   ├── DataError                 documents, token ids, facts, schedules
+    │   ├── ResultsError              a result folder that cannot be used as asked
+    │   └── StorageError              no space, no permission, no such store
+    ├── CheckpointError               one checkpoint cannot be fetched, loaded or scored
+    └── TrainingError                 a training run cannot go on
+        └── NonFiniteLossError
+
+Each takes one message that says what was given, what was expected and what to do. They hold
+nothing else, so that they survive pickling on their way between processes.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "CheckpointError",
+    "CheckpointSpecError",
+    "ConfigError",
+    "DataError",
+    "KeRayError",
+    "NonFiniteLossError",
+    "ResultsError",
+    "StorageError",
+    "TrainingError",
+    "UnsupportedArchitectureError",
+    "UserError",
+    "nearest",
+]
+
+
+class KeRayError(Exception):
+    """Root of the tree; the command line prints the message and ends with ``exit_code``."""
+
+    exit_code = 1
+
+
+class UserError(KeRayError):
+    """The request is wrong; nothing was written."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """A study file, an override or an option is not valid."""
+
+
+class CheckpointSpecError(UserError):
+    """A checkpoint SPEC is malformed or names nothing that exists."""
+
+
+class UnsupportedArchitectureError(UserError):
+    """The model's feed-forward layers are not known to ke_ray."""
+
+
+class DataError(UserError):
+    """Documents, token ids, facts, probes or a schedule are not usable."""
+
+
+class ResultsError(UserError):
+    """A result folder cannot be read, or holds results of another identity."""
+
+
+class StorageError(UserError):
+    """A place to write or read is full, forbidden or unknown."""
+
+
+class CheckpointError(KeRayError):
+    """One checkpoint cannot be fetched, loaded or scored; the others go on."""
+
+
+class TrainingError(KeRayError):
+    """A training run cannot go on."""
+
+
+class NonFiniteLossError(TrainingError):
+    """The loss or the gradient norm became infinite or NaN."""
+
+
+def nearest(word: str, candidates: Iterable[str]) -> str:
+    """A hint like ``" Did you mean 'learning_rate'?"``, or an empty string.
+
+    Args:
+        word: what was given.
+        candidates: what would have been valid.
+    """
+    found = difflib.get_close_matches(word, sorted(candidates), n=1, cutoff=0.5)
+    return f" Did you mean '{found[0]}'?" if found else ""

@@ -1,0 +1,21 @@
+"""Fixtures that every tier shares."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def reference_data() -> Path:
+    """The folder with reference data; the test is skipped where it is absent.
+
+    ``KE_RAY_REFERENCE_DATA`` names a folder with ``golden/`` and ``data/`` inside, or its
+    ``data`` folder itself may be used through ``reference_data / "data"``.
+    """
+    root = Path(os.environ.get("KE_RAY_REFERENCE_DATA", "../shared")).resolve()
+    if not (root / "golden").is_dir():
+        pytest.skip(f"reference data is absent: no folder {root} (set KE_RAY_REFERENCE_DATA)")
+    return root
