@@ -10,10 +10,9 @@ import pytest
 
 @pytest.fixture(scope="session")
 def reference_data() -> Path:
-    """The folder with reference data; the test is skipped where it is absent.
+    """The folder that holds reference data; the test is skipped where it is absent.
 
-    ``KE_RAY_REFERENCE_DATA`` names a folder with ``golden/`` and ``data/`` inside, or its
-    ``data`` folder itself may be used through ``reference_data / "data"``.
+    ``KE_RAY_REFERENCE_DATA`` names a folder with ``golden/`` and ``data/`` inside.
     """
     root = Path(os.environ.get("KE_RAY_REFERENCE_DATA", "../shared")).resolve()
     if not (root / "golden").is_dir():

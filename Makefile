@@ -1,0 +1,47 @@
+# What a newcomer types: `make demo`, `make test`. Everything runs from .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: install demo test test-fast test-ray test-slow test-browser lint format clean-demo
+
+install: $(STAMP)
+
+# The virtual environment is reused until the pins or the package metadata change.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "ke_ray needs Python >= 3.11; '$(PYTHON)' is older. Try: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip -c constraints.txt
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $(STAMP)
+
+demo: install
+	$(BIN)/ke-ray demo
+
+test: lint test-fast test-ray test-slow test-browser
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test-fast: install
+	$(BIN)/python -m pytest -m "not ray and not slow and not browser and not gpu"
+
+test-ray: install
+	$(BIN)/python -m pytest -m "ray and not slow"
+
+test-slow: install
+	$(BIN)/python -m pytest -m "slow"
+
+test-browser: install
+	$(BIN)/python -m pytest -m "browser and not slow and not ray"
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean-demo:
+	rm -rf runs/demo

@@ -1,0 +1,176 @@
+"""Strict, frozen configuration read from YAML.
+
+Every study file is checked against a schema (``ke_ray.studies``): an unknown key or a wrong type
+is one message that names the file, the key and the nearest valid one.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ke_ray import storage
+from ke_ray.errors import ConfigError, nearest
+
+__all__ = ["Strict", "apply_overrides", "describe_problems", "load_study", "parse_yaml", "validate"]
+
+StudyT = TypeVar("StudyT", bound=BaseModel)
+
+
+class Strict(BaseModel):
+    """Base of every schema: frozen, and no key that it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads ``4e-4`` as a number (YAML 1.1 takes it for a word)."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"""^(?:[-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?
+        |[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+
+        |[-+]?\.[0-9_]+(?:[eE][-+]?[0-9]+)?
+        |[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$""",
+        re.VERBOSE,
+    ),
+    list("-+0123456789."),
+)
+
+_MAX_YAML_BYTES = 4 << 20
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """Parse YAML text; ``where`` names it in the message.
+
+    Raises:
+        ConfigError: not YAML, aliases (a few bytes of which can stand for gigabytes), or too big.
+    """
+    if len(text) > _MAX_YAML_BYTES:
+        raise ConfigError(f"{where} has {len(text)} characters; a study has at most 4 MiB.")
+    try:
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, Loader=_Loader)):
+            raise ConfigError(f"{where} uses YAML aliases (*name); write the values out.")
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader, made above)
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
+        place = getattr(error, "problem_mark", None)
+        line = f", line {place.line + 1}" if place else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ConfigError(f"{where}{line} is not valid YAML: {problem}.") from error
+
+
+def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """``values`` with each ``a.b=c`` of ``overrides`` set; ``c`` is read as YAML.
+
+    Raises:
+        ConfigError: an override without ``=``, or a path through something that is no mapping.
+    """
+    result: dict[str, Any] = {**values}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"--set '{override}' is not KEY=VALUE (for example seed=3).")
+        *parents, last = key.strip().split(".")
+        place = result
+        for parent in parents:
+            child = place.get(parent)
+            if child is not None and not isinstance(child, Mapping):
+                raise ConfigError(
+                    f"--set '{override}': '{parent}' holds {child!r}, not a group of keys."
+                )
+            place[parent] = dict(child or {})
+            place = place[parent]
+        place[last] = parse_yaml(text, f"--set '{override}'")
+    return result
+
+
+def _fields_at(model: type[BaseModel], path: Sequence[Any]) -> list[str]:
+    """The valid keys of the schema that stands at ``path``, where that can be told."""
+    current: Any = model
+    for part in path:
+        if isinstance(part, int):
+            continue
+        field = getattr(current, "model_fields", {}).get(part)
+        if field is None:
+            continue
+        options = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        options += [a for o in options for a in getattr(o, "__args__", ())]
+        current = next(
+            (o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None
+        )
+    return sorted(getattr(current, "model_fields", {}))
+
+
+def describe_problems(error: ValidationError, model: type[BaseModel]) -> str:
+    """The problems of a failed validation, one clause each, with the nearest valid key."""
+    clauses = []
+    for item in error.errors()[:5]:
+        path = [part for part in item["loc"] if not str(part).startswith("function-")]
+        name = ".".join(str(part) for part in path) or "the file"
+        if item["type"] == "extra_forbidden":
+            valid = _fields_at(model, path[:-1])
+            hint = nearest(str(path[-1]), valid)
+            known = f" Valid keys: {', '.join(valid)}." if valid and not hint else ""
+            clauses.append(f"unknown key '{name}'.{hint}{known}")
+        elif item["type"] == "missing":
+            clauses.append(f"'{name}' is missing")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            given = item.get("input")
+            shown = "" if isinstance(given, dict | list) else f" (given: {given!r})"
+            clauses.append(f"'{name}': {message}{shown}")
+    return "; ".join(clauses)
+
+
+def validate(model: type[StudyT], values: Any, where: str) -> StudyT:
+    """Check ``values`` against ``model``.
+
+    Raises:
+        ConfigError: with every problem (at most five) in one message.
+    """
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where} holds {type(values).__name__}, expected a mapping of keys.")
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {describe_problems(error, model)}") from error
+
+
+def load_study(
+    path: str | os.PathLike[str], model: type[StudyT], overrides: Sequence[str] = ()
+) -> StudyT:
+    """Read a study file, apply overrides, and check it.
+
+    Args:
+        path: a path or URI of a YAML file.
+        model: its schema; a ``kind`` field, where the schema has one, must match the file's.
+        overrides: ``a.b=c`` texts, as given by ``--set``.
+
+    Raises:
+        ConfigError: no such file, not YAML, another kind of study, unknown key, wrong type.
+    """
+    where = os.fspath(path)
+    try:
+        text = storage.read_text(path)
+    except FileNotFoundError as error:
+        raise ConfigError(f"There is no study file '{where}'.") from error
+    except (IsADirectoryError, UnicodeDecodeError, PermissionError) as error:
+        raise ConfigError(f"'{where}' cannot be read as a study file: {error}.") from error
+    values = parse_yaml(text, where)
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where} holds {type(values).__name__}, expected a mapping of keys.")
+    kind_field = model.model_fields.get("kind")
+    if kind_field is not None:
+        expected, given = kind_field.default, values.get("kind")
+        if given != expected:
+            raise ConfigError(
+                f"{where} has kind {given!r}; this command takes a study with 'kind: {expected}'."
+            )
+    return validate(model, apply_overrides(values, overrides), where)
