@@ -1,0 +1,74 @@
+"""A scan study: which checkpoints, on which corpora, which measures."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from ke_ray.config import Strict
+from ke_ray.errors import nearest
+from ke_ray.studies.parts import CheckpointSelection, Resuscitation, TrackingSettings
+
+__all__ = ["ALL_MEASURES", "DEFAULT_MEASURES", "ScanStudy"]
+
+#: The names of ``ke_ray.core.measures.MEASURES``, here without torch (a test compares the two).
+ALL_MEASURES = (
+    "knowledge_entropy",
+    "knowledge_entropy_relu",
+    "attention_entropy",
+    "next_token_entropy",
+    "effective_memories",
+    "participation_ratio",
+    "gini",
+    "top_k_mass",
+    "dormant_share",
+)
+DEFAULT_MEASURES = tuple(m for m in ALL_MEASURES if m != "knowledge_entropy_relu")
+
+
+class ScanStudy(Strict):
+    """``ke-ray scan``: knowledge entropy and its kin over a checkpoint series."""
+
+    kind: Literal["scan"] = "scan"
+    name: str | None = Field(None, description="MLflow run name; default: the output folder's name")
+    checkpoints: CheckpointSelection
+    data: dict[str, str] = Field(min_length=1, description="corpus name → source")
+    num_instances: int = Field(2048, ge=1)
+    sequence_length: int = Field(2048, ge=2, description="T, tokens per instance")
+    tokenizer: str | None = Field(None, description="tokenizer.json, folder or repo")
+    eos_token_id: int | None = Field(None, ge=0, description="default: the model config's")
+    measures: tuple[str, ...] = DEFAULT_MEASURES
+    top_k_fraction: float = Field(0.01, gt=0, le=1)
+    dormant_threshold: float = Field(0.1, ge=0)
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    batch_size: int = Field(4, ge=1, description="instances per forward pass; no effect on results")
+    num_actors: int | None = Field(None, ge=1, description="default: one per GPU, else per CPU")
+    cache_dir: str | None = Field(None, description="where fetched checkpoints lie while in use")
+    cache_bytes: int | None = Field(None, ge=1, description="disk budget of the cache per node")
+    resuscitate: Resuscitation | None = None
+    output: str = Field(description="folder or URI for the results")
+    mlflow: TrackingSettings = TrackingSettings()
+
+    @field_validator("measures")
+    @classmethod
+    def _known(cls, measures: tuple[str, ...]) -> tuple[str, ...]:
+        if not measures:
+            raise ValueError(f"name at least one of {', '.join(ALL_MEASURES)}")
+        for name in measures:
+            if name not in ALL_MEASURES:
+                raise ValueError(
+                    f"unknown measure '{name}'.{nearest(name, ALL_MEASURES)} "
+                    f"Measures: {', '.join(ALL_MEASURES)}"
+                )
+        return tuple(m for m in ALL_MEASURES if m in measures)
+
+    @field_validator("data")
+    @classmethod
+    def _corpus_names(cls, data: dict[str, str]) -> dict[str, str]:
+        for name in data:
+            if not name or any(not (c.isalnum() or c in "._-") for c in name) or name[0] in ".-":
+                raise ValueError(
+                    f"'{name}' is no corpus name; use letters, digits, '.', '_' and '-'"
+                )
+        return data
