@@ -1,0 +1,117 @@
+"""``manifest.json``: what made a result folder, and with what."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import platform
+import re
+import shlex
+import sys
+from typing import Any
+
+from ke_ray import __version__, storage
+from ke_ray.errors import ResultsError
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "command_line",
+    "new_manifest",
+    "now",
+    "read_manifest",
+    "redact",
+    "versions",
+    "write_manifest",
+]
+
+#: Raised when a column changes its meaning; readers know every version up to this one.
+SCHEMA_VERSION = 1
+
+_PACKAGES = ("ray", "torch", "transformers", "tokenizers", "numpy", "pyarrow", "optuna", "mlflow")
+_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
+_TOKENS = re.compile(r"\b(hf_[A-Za-z0-9]{8,}|(?i:token|password|secret|api_?key)=[^\s&]+)")
+
+
+def redact(text: str) -> str:
+    """``text`` without user names and passwords in URLs, and without access tokens."""
+    return _TOKENS.sub("<redacted>", _CREDENTIALS.sub("<redacted>@", text))
+
+
+def now() -> str:
+    """The time in UTC, ISO 8601, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def versions() -> dict[str, str]:
+    """Versions of ke_ray, Python and the packages that a result depends on."""
+    found = {"ke_ray": __version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def command_line() -> str:
+    """The command that runs, as typed, without secrets."""
+    program = sys.argv[0].rsplit("/", 1)[-1]
+    words = ["python -m ke_ray" if program == "__main__.py" else program, *sys.argv[1:]]
+    return redact(" ".join([words[0], *(shlex.quote(word) for word in words[1:])]))
+
+
+def new_manifest(kind: str, config: dict[str, Any]) -> dict[str, Any]:
+    """The fields that every kind of result has; ``status`` is ``running`` until it is done."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "kind": kind,
+        "status": "running",
+        "created_at": now(),
+        "updated_at": now(),
+        "command": command_line(),
+        "versions": versions(),
+        "config": _redacted(config),
+    }
+
+
+def _redacted(value: Any) -> Any:
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, dict):
+        return {key: _redacted(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_redacted(item) for item in value]
+    return value
+
+
+def write_manifest(folder: str, manifest: dict[str, Any]) -> None:
+    """Write ``manifest.json``, stamped with the time."""
+    storage.write_json(storage.join(folder, "manifest.json"), {**manifest, "updated_at": now()})
+
+
+def read_manifest(folder: str, kind: str | None = None) -> dict[str, Any]:
+    """Read and check ``manifest.json``.
+
+    Raises:
+        ResultsError: none there, another kind than asked, or written by a newer ke_ray.
+    """
+    path = storage.join(folder, "manifest.json")
+    if not storage.exists(path):
+        raise ResultsError(
+            f"'{folder}' holds no results (no manifest.json); give a folder that a ke-ray command "
+            "wrote, for example with 'ke-ray scan … --output FOLDER'."
+        )
+    manifest = storage.read_json(path)
+    if not isinstance(manifest, dict) or "kind" not in manifest:
+        raise ResultsError(f"'{path}' is no manifest of ke_ray: it has no 'kind'.")
+    version = manifest.get("schema_version", 0)
+    if not isinstance(version, int) or version > SCHEMA_VERSION:
+        raise ResultsError(
+            f"'{folder}' has schema_version {version}, this ke_ray reads up to {SCHEMA_VERSION}; "
+            "update ke_ray."
+        )
+    if kind is not None and manifest["kind"] != kind:
+        raise ResultsError(
+            f"'{folder}' holds results of kind '{manifest['kind']}', expected '{kind}'."
+        )
+    return manifest

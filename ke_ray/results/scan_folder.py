@@ -1,0 +1,298 @@
+"""The result folder of a scan.
+
+::
+
+    manifest.json             config, versions, identity, corpora, checkpoints
+    entropy.parquet           one row per checkpoint, corpus, layer and measure
+    replicates.parquet        leave-one-group-out values of the same
+    coefficients/X.safetensors   mean_abs_coefficients [n_layers, d_mlp] float32
+    parts/                    what has finished since the tables were last written
+
+Each finished checkpoint is first a file of its own in ``parts/`` and later folded into the tables,
+so that n checkpoints cost n small writes, a kill loses nothing that was finished, and a reader
+meets whole files only. Reading joins the tables and the parts; a later row replaces an earlier one
+of the same key, and a row with a value replaces a failure.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from ke_ray import storage
+from ke_ray.errors import ResultsError
+from ke_ray.results.manifest import read_manifest, write_manifest
+
+__all__ = ["ENTROPY_SCHEMA", "REPLICATES_SCHEMA", "ScanFolder", "check_identity", "flag_duplicates"]
+
+ENTROPY_SCHEMA = pa.schema(
+    [
+        ("checkpoint", pa.string()),
+        ("step", pa.int64()),
+        ("revision", pa.string()),
+        ("corpus", pa.string()),
+        ("layer", pa.int32()),
+        ("measure", pa.string()),
+        ("value", pa.float64()),
+        ("stderr", pa.float64()),
+        ("unit", pa.string()),
+        ("num_instances", pa.int64()),
+        ("num_tokens", pa.int64()),
+        ("weights_sha256", pa.string()),
+        ("data_sha256", pa.string()),
+        ("duplicate_of", pa.string()),
+        ("status", pa.string()),
+        ("error", pa.string()),
+    ]
+)
+REPLICATES_SCHEMA = pa.schema(
+    [
+        ("checkpoint", pa.string()),
+        ("step", pa.int64()),
+        ("corpus", pa.string()),
+        ("layer", pa.int32()),
+        ("measure", pa.string()),
+        ("group", pa.int32()),
+        ("value", pa.float64()),
+    ]
+)
+_KEY = ("checkpoint", "corpus", "layer", "measure")
+
+
+def check_identity(folder: str, stored: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """Refuse to mix results that are not comparable.
+
+    Identities hold what changes a result (dtype, measure version, settings of measures) and, under
+    ``corpora``, the data hash of each corpus. New corpora may be added; nothing may differ.
+
+    Raises:
+        ResultsError: names the first difference.
+    """
+    for key in sorted({*stored, *asked} - {"corpora"}):
+        if stored.get(key) != asked.get(key):
+            raise ResultsError(
+                f"'{folder}' holds results with {key} = {stored.get(key)!r}, this run has "
+                f"{asked.get(key)!r}: they cannot be mixed. Choose another output folder, or "
+                "repeat the earlier settings."
+            )
+    for name, sha256 in asked["corpora"].items():
+        before = stored["corpora"].get(name, sha256)
+        if before != sha256:
+            raise ResultsError(
+                f"'{folder}' holds results of corpus '{name}' with data_sha256 {before[:12]}…, "
+                f"this run's corpus '{name}' has {sha256[:12]}…: other documents, tokenizer, "
+                "number of instances or sequence length. Choose another output folder or another "
+                "corpus name."
+            )
+
+
+class ScanFolder:
+    """Reading and writing one scan's results; safe to kill at any moment.
+
+    Args:
+        uri: the folder, a path or any fsspec URI.
+        manifest: its manifest, as it is or as it is going to be written.
+    """
+
+    def __init__(self, uri: str, manifest: dict[str, Any]) -> None:
+        self.uri = uri
+        self.manifest = manifest
+
+    @classmethod
+    def open(cls, uri: str) -> ScanFolder:
+        """An existing folder.
+
+        Raises:
+            ResultsError: it holds no scan.
+        """
+        return cls(uri, read_manifest(uri, "scan"))
+
+    # --- reading -------------------------------------------------------------------------------
+
+    def entropy(self) -> pa.Table:
+        """All rows in the columns of ``ENTROPY_SCHEMA``, ordered by step, checkpoint, corpus."""
+        rows = _join_rows(self._tables("entropy", ENTROPY_SCHEMA))
+        flag_duplicates(rows)
+        return pa.Table.from_pylist(rows, ENTROPY_SCHEMA)
+
+    def replicates(self) -> pa.Table:
+        """Leave-one-out values in the columns of ``REPLICATES_SCHEMA``."""
+        tables = self._tables("replicates", REPLICATES_SCHEMA)
+        table = pa.concat_tables(tables) if tables else REPLICATES_SCHEMA.empty_table()
+        if len(tables) < 2:
+            return table
+        # The last value of a key wins, as in entropy(); done in numpy since there are 64 times
+        # as many rows.
+        frame = table.to_pandas()
+        frame = frame.drop_duplicates([*_KEY, "group"], keep="last")
+        frame = frame.sort_values(
+            ["step", "checkpoint", "corpus", "measure", "layer", "group"], kind="stable"
+        )
+        return pa.Table.from_pandas(frame, REPLICATES_SCHEMA, preserve_index=False)
+
+    def mean_coefficients(self, checkpoint: str, corpus: str | None = None) -> np.ndarray:
+        """C̄ of one checkpoint, float32 [n_layers, d_mlp].
+
+        Args:
+            checkpoint: its name in the results.
+            corpus: default: the first corpus of the scan.
+
+        Raises:
+            ResultsError: not in the folder; the message lists what is.
+        """
+        from safetensors.numpy import load
+
+        name = self.coefficients_name(checkpoint, corpus)
+        path = storage.join(self.uri, "coefficients", name)
+        if not storage.exists(path):
+            there = [n.removesuffix(".safetensors") for n in self.list_coefficients()]
+            on = f" on corpus '{corpus}'" if corpus else ""
+            raise ResultsError(
+                f"'{self.uri}' has no coefficients of checkpoint '{checkpoint}'{on}; "
+                f"it has: {', '.join(there) or 'none'}."
+            )
+        return load(storage.read_bytes(path))["mean_abs_coefficients"]
+
+    def list_coefficients(self) -> list[str]:
+        """The file names in ``coefficients/``."""
+        return storage.list_dir(storage.join(self.uri, "coefficients"))
+
+    def coefficients_name(self, checkpoint: str, corpus: str | None = None) -> str:
+        """``X.safetensors`` for the scan's first corpus, ``X@corpus.safetensors`` for others."""
+        corpora = list(self.manifest["identity"]["corpora"])
+        suffix = "" if corpus is None or corpus == corpora[0] else f"@{corpus}"
+        return f"{storage.slug(checkpoint)}{suffix}.safetensors"
+
+    def finished(self) -> dict[tuple[str, str], set[str]]:
+        """(checkpoint, corpus) → measures whose rows are there with a value."""
+        table = self.entropy().select(["checkpoint", "corpus", "measure", "status"])
+        done: dict[tuple[str, str], set[str]] = {}
+        for checkpoint, corpus, measure, status in zip(
+            *(column.to_pylist() for column in table.columns), strict=True
+        ):
+            if status == "ok":
+                done.setdefault((checkpoint, corpus), set()).add(measure)
+        return done
+
+    def _tables(self, stem: str, schema: pa.Schema) -> list[pa.Table]:
+        uris = []
+        whole = storage.join(self.uri, f"{stem}.parquet")
+        if storage.exists(whole):
+            uris.append(whole)
+        parts = storage.join(self.uri, "parts")
+        uris += [
+            storage.join(parts, name)
+            for name in storage.list_dir(parts)
+            if name.endswith(f".{stem}.parquet") and not name.startswith(".")
+        ]
+        return [_conform(storage.read_table(uri), schema) for uri in uris]
+
+    # --- writing -------------------------------------------------------------------------------
+
+    def write_part(
+        self,
+        checkpoint: str,
+        rows: Sequence[Mapping[str, Any]],
+        replicates: pa.Table | None = None,
+        coefficients: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
+        """Write what finished of one checkpoint: rows last, since they say that it is there.
+
+        Args:
+            rows: entropy rows of this checkpoint.
+            replicates: their leave-one-out values.
+            coefficients: corpus → C̄ float32 [n_layers, d_mlp].
+        """
+        from safetensors.numpy import save
+
+        for corpus, array in (coefficients or {}).items():
+            payload = save(
+                {"mean_abs_coefficients": np.ascontiguousarray(array, dtype=np.float32)},
+                metadata={"checkpoint": checkpoint, "corpus": corpus},
+            )
+            name = self.coefficients_name(checkpoint, corpus)
+            storage.write_atomic(storage.join(self.uri, "coefficients", name), payload)
+        stem = storage.join(self.uri, "parts", _part_name(checkpoint, rows))
+        if replicates is not None and replicates.num_rows:
+            storage.write_table(f"{stem}.replicates.parquet", replicates)
+        storage.write_table(f"{stem}.entropy.parquet", _to_table(rows))
+
+    def consolidate(self, *, final: bool = False) -> None:
+        """Fold the parts into the tables; ``final`` also removes them and closes the manifest."""
+        parts = storage.join(self.uri, "parts")
+        folded = storage.list_dir(parts)
+        if folded or not storage.exists(storage.join(self.uri, "entropy.parquet")):
+            entropy, replicates = self.entropy(), self.replicates()
+            storage.write_table(storage.join(self.uri, "replicates.parquet"), replicates)
+            storage.write_table(storage.join(self.uri, "entropy.parquet"), entropy)
+        if final:
+            storage.remove(parts)
+            self.manifest["status"] = "finished"
+        self.write_manifest()
+
+    def write_manifest(self) -> None:
+        """Write the manifest as it is now."""
+        write_manifest(self.uri, self.manifest)
+
+
+def _part_name(checkpoint: str, rows: Iterable[Mapping[str, Any]]) -> str:
+    keys = sorted({f"{row['corpus']}/{row['measure']}" for row in rows})
+    digest = hashlib.sha256("\n".join([checkpoint, *keys]).encode()).hexdigest()[:10]
+    return f"{storage.slug(checkpoint)[:100]}-{digest}"
+
+
+def _to_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    names = ENTROPY_SCHEMA.names
+    return pa.Table.from_pylist([{n: row.get(n) for n in names} for row in rows], ENTROPY_SCHEMA)
+
+
+def _conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """Columns that an older version lacked become null; unknown ones are left out."""
+    columns = [
+        table[field.name].cast(field.type)
+        if field.name in table.column_names
+        else pa.nulls(table.num_rows, field.type)
+        for field in schema
+    ]
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def _join_rows(tables: Iterable[pa.Table]) -> list[dict[str, Any]]:
+    """Rows of all tables, oldest table first; values end the failures of earlier tables."""
+    joined: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for table in tables:
+        rows = table.to_pylist()
+        for checkpoint, corpus in {
+            (row["checkpoint"], row["corpus"]) for row in rows if row["status"] == "ok"
+        }:
+            joined.pop((checkpoint, corpus, None, None), None)
+            joined.pop((checkpoint, None, None, None), None)
+        joined.update((tuple(row[name] for name in _KEY), row) for row in rows)
+    return sorted(joined.values(), key=_order)
+
+
+def _order(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    step, layer = row["step"], row["layer"]
+    return (
+        step is None,
+        step or 0,
+        row["checkpoint"],
+        row["corpus"] or "",
+        row["measure"] or "",
+        layer is None,
+        layer or 0,
+    )
+
+
+def flag_duplicates(rows: list[dict[str, Any]]) -> None:
+    """Set ``duplicate_of`` to the earliest checkpoint with the same weights, where there is one."""
+    first: dict[str, str] = {}
+    for row in rows:
+        sha256 = row["weights_sha256"]
+        if sha256:
+            original = first.setdefault(sha256, row["checkpoint"])
+            row["duplicate_of"] = None if original == row["checkpoint"] else original
