@@ -1,0 +1,280 @@
+"""Sufficient statistics of a scan: sums over instances, kept per jackknife group.
+
+    C̄ˡ = (1/N) Σ_n (1/T_n) Σ_t |C_ntˡ|        (Eq. 2 of arXiv 2410.01380; mean of instance means)
+
+A scorer adds, for every instance, its mean over *real* tokens; everything reported is computed
+from the merged sums. Sums and counts are kept apart and divided once, at the end.
+
+    symbol        meaning
+    N             instances of the dataset D, `num_instances`
+    G             jackknife groups, min(64, N), fixed by the instance index
+    n_layers      decoder layers
+    d_mlp         memories (coefficients) of one layer
+
+    table               shape               sum over instances of the token mean of
+    coefficients        [G, n_layers, d_mlp]  |C|
+    coefficients_relu   [G, n_layers, d_mlp]  |ReLU variant of C|
+    attention_entropy   [G, n_layers]         attention entropy averaged over heads (nats)
+    next_token_entropy  [G]                   entropy of softmax(logits) (nats)
+
+Everything is float64: the whole signal of a series is about 0.4 nats of 144, and a sum in float64
+of float32 means agrees to 1e-13 whatever the order, the batches or the split. An instance without
+a real token has no token mean; it is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ke_ray.core.jackknife import NUM_GROUPS, group_of, group_sizes
+
+__all__ = ["NUM_GROUPS", "TABLES", "GroupSums", "group_of", "group_sizes"]
+
+TABLES: dict[str, tuple[str, ...]] = {
+    "coefficients": ("n_layers", "d_mlp"),
+    "coefficients_relu": ("n_layers", "d_mlp"),
+    "attention_entropy": ("n_layers",),
+    "next_token_entropy": (),
+}
+
+
+@dataclass
+class GroupSums:
+    """An accumulator of sums and counts per jackknife group.
+
+    Attributes:
+        num_instances: size N of the whole dataset D, of which any part may have been added.
+        counts: int64 [G] instances added so far, on the CPU.
+        num_tokens: int64 [G] real tokens of those instances, on the CPU.
+        tables: float64 sums by name (module docstring), only those that were asked for.
+    """
+
+    num_instances: int
+    counts: Tensor
+    num_tokens: Tensor
+    tables: dict[str, Tensor]
+
+    @classmethod
+    def empty(
+        cls,
+        num_instances: int,
+        names: Sequence[str],
+        *,
+        n_layers: int,
+        d_mlp: int,
+        device: torch.device | str = "cpu",
+    ) -> GroupSums:
+        """Zero sums for a dataset of `num_instances` (the whole of D, not a shard).
+
+        Args:
+            names: which tables to keep, of `TABLES`.
+            device: where the tables are kept; counts stay on the CPU.
+
+        Raises:
+            ValueError: an unknown table, or a size below 1.
+        """
+        if num_instances < 1:
+            raise ValueError(f"num_instances is {num_instances}; expected at least 1")
+        unknown = sorted(set(names) - set(TABLES))
+        if unknown:
+            raise ValueError(f"unknown sums {unknown}; known are {list(TABLES)}")
+        num_groups = min(NUM_GROUPS, num_instances)
+        sizes = {"n_layers": n_layers, "d_mlp": d_mlp}
+        return cls(
+            num_instances=num_instances,
+            counts=torch.zeros(num_groups, dtype=torch.int64),
+            num_tokens=torch.zeros(num_groups, dtype=torch.int64),
+            tables={
+                name: torch.zeros(
+                    (num_groups, *(sizes[axis] for axis in TABLES[name])),
+                    dtype=torch.float64,
+                    device=device,
+                )
+                for name in TABLES
+                if name in names
+            },
+        )
+
+    @property
+    def num_groups(self) -> int:
+        """G, min(64, num_instances)."""
+        return int(self.counts.numel())
+
+    @property
+    def total_instances(self) -> int:
+        """Instances added so far."""
+        return int(self.counts.sum())
+
+    @property
+    def total_tokens(self) -> int:
+        """Real tokens of the instances added so far."""
+        return int(self.num_tokens.sum())
+
+    def is_complete(self) -> bool:
+        """Whether every group holds as many instances as D has in it (each added once)."""
+        return self.counts.tolist() == group_sizes(self.num_instances).tolist()
+
+    def count(self, instances: Tensor, num_tokens: Tensor) -> None:
+        """Count instances, once each, whose values `add` receives.
+
+        Args:
+            instances: int64 [B] indices in D, on the CPU.
+            num_tokens: int64 [B] real tokens of each, at least 1.
+
+        Raises:
+            ValueError: an index outside D, or an instance without a real token.
+        """
+        self._check_indices(instances)
+        if num_tokens.shape != instances.shape or bool((num_tokens < 1).any()):
+            raise ValueError(
+                "each instance needs at least one real token: an instance of padding only has no "
+                f"token mean; got {num_tokens.tolist()} tokens"
+            )
+        groups = group_of(instances.to(torch.int64), self.num_instances)
+        self.counts.index_add_(0, groups, torch.ones_like(groups))
+        self.num_tokens.index_add_(0, groups, num_tokens.to("cpu", torch.int64))
+
+    def add(self, name: str, instances: Tensor, values: Tensor, layer: int | None = None) -> None:
+        """Add per-instance token means to one table.
+
+        Args:
+            name: the table.
+            instances: int64 [B] indices in D, on the CPU (no device synchronisation is needed).
+            values: [B, …] one row per instance; the table's shape without G, and without
+                n_layers where `layer` is given. Any float dtype, any device.
+            layer: add to this layer only.
+
+        Raises:
+            KeyError: the table is not kept.
+            ValueError: the shape does not fit, or an index is outside D.
+        """
+        table = self.tables[name]
+        target = table if layer is None else table[:, layer]
+        if tuple(values.shape) != (instances.numel(), *target.shape[1:]):
+            raise ValueError(
+                f"values for {name!r} have shape {tuple(values.shape)}; expected "
+                f"{(instances.numel(), *target.shape[1:])}"
+            )
+        self._check_indices(instances)
+        groups = group_of(instances.to(torch.int64), self.num_instances)
+        values = values.detach().to(target.device)
+        # A batch touches one to three of 64 contiguous groups. A masked sum per group is
+        # deterministic on every device; index_add_ on CUDA is not.
+        for group in groups.unique().tolist():
+            rows = (groups == group).nonzero()[:, 0].to(values.device)
+            target[group] += values.index_select(0, rows).sum(dim=0, dtype=torch.float64)
+
+    def merge(self, other: GroupSums) -> GroupSums:
+        """Add another accumulator's sums and counts to this one, in place; returns self.
+
+        Associative and commutative to rounding in float64.
+
+        Raises:
+            ValueError: the two are of different datasets, tables or shapes.
+        """
+        if self.num_instances != other.num_instances or {
+            name: table.shape for name, table in self.tables.items()
+        } != {name: table.shape for name, table in other.tables.items()}:
+            raise ValueError(
+                f"cannot merge sums of {_describe(other)} into sums of {_describe(self)}"
+            )
+        self.counts += other.counts
+        self.num_tokens += other.num_tokens
+        for name, table in self.tables.items():
+            table += other.tables[name].to(table.device)
+        return self
+
+    def mean(self, name: str) -> Tensor:
+        """Mean over all instances added: the table's shape without G, float64.
+
+        NaN when no instance was added.
+        """
+        return self.tables[name].sum(dim=0) / self.total_instances
+
+    def leave_one_out(self, name: str) -> Iterator[Tensor]:
+        """Means without group g, for g = 0 … G−1; one at a time, so memory stays that of one.
+
+        Yields:
+            float64, shaped as `mean`; NaN for every value when group g holds all instances.
+            All tables are sums of non-negative values, so a rest of −1e-17 from the subtraction
+            is set to 0.
+        """
+        table = self.tables[name]
+        total = table.sum(dim=0)
+        num_instances = self.total_instances
+        for group, count in enumerate(self.counts.tolist()):
+            yield (total - table[group]).clamp_min_(0.0) / (num_instances - count)
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """A flat dictionary for shipping or saving: only groups with instances, on the CPU.
+
+        A work item covers few of the 64 groups, so this is far smaller than the tables.
+
+        Returns:
+            `num_instances` int64 [1], `groups`, `counts`, `num_tokens` int64 [K] and
+            `sum.<table>` float64 [K, …].
+        """
+        groups = self.counts.nonzero()[:, 0]
+        flat = {
+            "num_instances": torch.tensor([self.num_instances]),
+            "groups": groups,
+            "counts": self.counts[groups],
+            "num_tokens": self.num_tokens[groups],
+        }
+        for name, table in self.tables.items():
+            flat[f"sum.{name}"] = table[groups.to(table.device)].cpu().contiguous()
+        return flat
+
+    @classmethod
+    def from_tensors(cls, flat: Mapping[str, Tensor]) -> GroupSums:
+        """The inverse of `to_tensors`."""
+        num_instances = int(flat["num_instances"])
+        num_groups = min(NUM_GROUPS, num_instances)
+        sums = cls(
+            num_instances=num_instances,
+            counts=torch.zeros(num_groups, dtype=torch.int64),
+            num_tokens=torch.zeros(num_groups, dtype=torch.int64),
+            tables={
+                name: torch.zeros((num_groups, *flat[f"sum.{name}"].shape[1:]), dtype=torch.float64)
+                for name in TABLES
+                if f"sum.{name}" in flat
+            },
+        )
+        return sums.merge_tensors(flat)
+
+    def merge_tensors(self, flat: Mapping[str, Tensor]) -> GroupSums:
+        """`merge` straight from `to_tensors`' form, without building dense tables; returns self.
+
+        Raises:
+            ValueError: the two are of different datasets, tables or shapes.
+        """
+        kept = {f"sum.{name}": tuple(table.shape[1:]) for name, table in self.tables.items()}
+        given = {key: tuple(t.shape[1:]) for key, t in flat.items() if key.startswith("sum.")}
+        if int(flat["num_instances"]) != self.num_instances or kept != given:
+            raise ValueError(
+                f"cannot merge sums of {int(flat['num_instances'])} instances with tables {given} "
+                f"into sums of {_describe(self)}"
+            )
+        groups = flat["groups"]
+        self.counts[groups] += flat["counts"]
+        self.num_tokens[groups] += flat["num_tokens"]
+        for name, table in self.tables.items():
+            table[groups.to(table.device)] += flat[f"sum.{name}"].to(table.device, torch.float64)
+        return self
+
+    def _check_indices(self, instances: Tensor) -> None:
+        if instances.numel() and not (
+            int(instances.min()) >= 0 and int(instances.max()) < self.num_instances
+        ):
+            raise ValueError(
+                f"instance indices {instances.tolist()} are not all in [0, {self.num_instances})"
+            )
+
+
+def _describe(sums: GroupSums) -> str:
+    shapes = {name: tuple(table.shape[1:]) for name, table in sums.tables.items()}
+    return f"{sums.num_instances} instances with tables {shapes}"
