@@ -1,0 +1,224 @@
+"""What a scan holds, arranged as figures need it: one row a checkpoint, in pretraining order.
+
+Error of a difference of two checkpoints scored on the same data: their errors are correlated, so
+the jackknife runs on the difference. With leave-one-out values ``d_g`` (group g of ``m_g`` of the
+``N`` instances left out), ``h_g = N / m_g`` and ``d`` the difference on all instances, the
+weighted delete-a-group jackknife (Busing, Meijer and van der Leeden 1999) is
+
+    d_J = G d - sum_g (1 - 1/h_g) d_g
+    var = 1/G sum_g (h_g d - (h_g - 1) d_g - d_J)^2 / (h_g - 1)
+
+Groups are contiguous ranges of instances, ``group = index * G // N`` with ``G = min(64, N)``, so
+the sizes ``m_g`` follow from N alone.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from ke_ray import storage
+from ke_ray.report.sources import Result
+
+__all__ = [
+    "MEASURE_TITLES",
+    "Ceiling",
+    "ceiling",
+    "checkpoints",
+    "coefficients",
+    "corpora",
+    "failed",
+    "group_sizes",
+    "jackknife_stderr",
+    "layer_matrix",
+    "measures",
+    "paired_change",
+    "totals",
+]
+
+# Measure -> (title, unit as shown on an axis), in the order of display.
+MEASURE_TITLES: dict[str, tuple[str, str]] = {
+    "knowledge_entropy": ("Knowledge entropy", "nats"),
+    "knowledge_entropy_relu": ("Knowledge entropy, ReLU variant", "nats"),
+    "attention_entropy": ("Attention entropy", "nats"),
+    "next_token_entropy": ("Next-token entropy", "nats"),
+    "effective_memories": ("Effective number of memories", "memories"),
+    "participation_ratio": ("Participation ratio", "fraction"),
+    "gini": ("Gini coefficient", "fraction"),
+    "top_k_mass": ("Mass of the largest memories", "fraction"),
+    "dormant_share": ("Dormant share", "fraction"),
+}
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """Largest possible knowledge entropy, ``n_layers * ln(d_mlp)`` nats."""
+
+    n_layers: int
+    d_mlp: int
+
+    @property
+    def nats(self) -> float:
+        return self.n_layers * math.log(self.d_mlp)
+
+    def __str__(self) -> str:
+        return f"ceiling {self.n_layers}·ln {self.d_mlp} = {self.nats:.4g} nats"
+
+
+def _entropy(scan: Result) -> pd.DataFrame:
+    table = scan.table("entropy")
+    if table.empty:
+        return pd.DataFrame(columns=["checkpoint", "step", "corpus", "layer", "measure", "status"])
+    return table
+
+
+def _good(scan: Result) -> pd.DataFrame:
+    table = _entropy(scan)
+    return table[(table["status"] == "ok") & table["measure"].notna()]
+
+
+def measures(scan: Result) -> list[str]:
+    """The measures that the scan holds, in the order of display; unknown ones last."""
+    held = [str(name) for name in _good(scan)["measure"].unique()]
+    known = [name for name in MEASURE_TITLES if name in held]
+    return known + sorted(set(held) - set(known))
+
+
+def corpora(scan: Result) -> list[str]:
+    """Corpus names in the order of the manifest."""
+    held = [str(name) for name in _good(scan)["corpus"].dropna().unique()]
+    named = scan.manifest.get("corpora")
+    first = [name for name in named if name in held] if isinstance(named, dict) else []
+    return first + [name for name in held if name not in first]
+
+
+def checkpoints(scan: Result) -> pd.DataFrame:
+    """One row per scored checkpoint, by step then name: [checkpoint, step, x].
+
+    ``x`` is the pretraining step, or the place in the list (from 0) where any step is unknown.
+    """
+    table = _good(scan)[["checkpoint", "step"]].drop_duplicates("checkpoint")
+    table = table.sort_values(["step", "checkpoint"], na_position="last", ignore_index=True)
+    known = bool(table["step"].notna().all())
+    table["x"] = table["step"] if known else np.arange(len(table), dtype=float)
+    return table
+
+
+def totals(scan: Result, measure: str, corpus: str) -> pd.DataFrame:
+    """The model-wide value of a measure per checkpoint: [checkpoint, step, x, value, stderr]."""
+    table = _good(scan)
+    table = table[
+        (table["measure"] == measure) & (table["corpus"] == corpus) & table["layer"].isna()
+    ]
+    columns = table[["checkpoint", "value", "stderr"]].drop_duplicates("checkpoint")
+    return checkpoints(scan).merge(columns, on="checkpoint", how="inner")
+
+
+def layer_matrix(scan: Result, measure: str, corpus: str) -> tuple[pd.DataFrame, np.ndarray]:
+    """(checkpoints with x, values [n_layers, num_checkpoints]); NaN where a value is absent."""
+    table = _good(scan)
+    table = table[
+        (table["measure"] == measure) & (table["corpus"] == corpus) & table["layer"].notna()
+    ]
+    order = checkpoints(scan)
+    order = order[order["checkpoint"].isin(table["checkpoint"])].reset_index(drop=True)
+    if table.empty:
+        return order, np.empty((0, len(order)))
+    values = table.pivot_table(index="layer", columns="checkpoint", values="value", aggfunc="first")
+    return order, values.reindex(columns=order["checkpoint"]).to_numpy(dtype=float)
+
+
+def failed(scan: Result) -> pd.DataFrame:
+    """The rows of checkpoints that could not be scored: [checkpoint, step, corpus, error]."""
+    table = _entropy(scan)
+    if "error" not in table.columns:
+        return pd.DataFrame(columns=["checkpoint", "step", "corpus", "error"])
+    rows = table[table["status"] != "ok"]
+    return rows[["checkpoint", "step", "corpus", "error"]].drop_duplicates(ignore_index=True)
+
+
+def ceiling(scan: Result) -> Ceiling | None:
+    """From the manifest's ``n_layers`` and ``d_mlp``; None where it does not say."""
+    n_layers, d_mlp = scan.manifest.get("n_layers"), scan.manifest.get("d_mlp")
+    if isinstance(n_layers, int) and isinstance(d_mlp, int) and n_layers > 0 and d_mlp > 1:
+        return Ceiling(n_layers, d_mlp)
+    return None
+
+
+def group_sizes(num_instances: int) -> np.ndarray:
+    """Instances in each jackknife group, int64 [min(64, num_instances)]."""
+    groups = min(64, num_instances)
+    return np.bincount(np.arange(num_instances) * groups // num_instances, minlength=groups)
+
+
+def jackknife_stderr(value: float, left_out: np.ndarray, sizes: np.ndarray) -> float:
+    """Weighted delete-a-group jackknife error of ``value`` (equation above), in its unit.
+
+    NaN where fewer than two groups are given or their number does not match ``sizes``.
+    """
+    groups = len(left_out)
+    if groups < 2 or groups != len(sizes):
+        return math.nan
+    h = sizes.sum() / sizes.astype(float)
+    centre = groups * value - np.sum((1.0 - 1.0 / h) * left_out)
+    pseudo = h * value - (h - 1.0) * left_out
+    return float(math.sqrt(np.sum((pseudo - centre) ** 2 / (h - 1.0)) / groups))
+
+
+def paired_change(scan: Result, measure: str, corpus: str) -> pd.DataFrame:
+    """Change of a total since the first checkpoint: [checkpoint, step, x, value, stderr].
+
+    The error is that of the difference (NaN where the folder keeps no replicates of the two).
+    """
+    series = totals(scan, measure, corpus)
+    if series.empty:
+        return series
+    first = series.iloc[0]
+    replicates = scan.table("replicates")
+    vectors: dict[str, np.ndarray] = {}
+    if not replicates.empty:
+        chosen = replicates[
+            (replicates["measure"] == measure)
+            & (replicates["corpus"] == corpus)
+            & replicates["layer"].isna()
+        ].sort_values("group")
+        vectors = {
+            str(name): part["value"].to_numpy(dtype=float)
+            for name, part in chosen.groupby("checkpoint")
+        }
+    sizes = _sizes(scan, corpus)
+    changes, errors = [], []
+    for _, row in series.iterrows():
+        change = row["value"] - first["value"]
+        changes.append(change)
+        mine, base = vectors.get(row["checkpoint"]), vectors.get(first["checkpoint"])
+        if row["checkpoint"] == first["checkpoint"]:
+            errors.append(0.0)
+        elif mine is None or base is None or len(mine) != len(base):
+            errors.append(math.nan)
+        else:
+            errors.append(jackknife_stderr(change, mine - base, sizes))
+    return series.assign(value=changes, stderr=errors)
+
+
+def _sizes(scan: Result, corpus: str) -> np.ndarray:
+    table = _good(scan)
+    counts = table.loc[table["corpus"] == corpus, "num_instances"].dropna()
+    return group_sizes(int(counts.iloc[0])) if len(counts) else np.empty(0, dtype=np.int64)
+
+
+def coefficients(scan: Result, checkpoint: str, corpus: str | None = None) -> np.ndarray | None:
+    """``mean_abs_coefficients`` [n_layers, d_mlp] float32 of one checkpoint; None where not kept.
+
+    ``corpus`` None means the scan's first corpus.
+    """
+    from safetensors.numpy import load
+
+    name = storage.slug(checkpoint) if corpus is None else f"{storage.slug(checkpoint)}@{corpus}"
+    path = storage.join(scan.path, "coefficients", f"{name}.safetensors")
+    if not storage.exists(path):
+        return None
+    return load(storage.read_bytes(path)).get("mean_abs_coefficients")

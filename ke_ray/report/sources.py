@@ -1,0 +1,248 @@
+"""Result folders as the report reads them: tolerant of age, damage and unfinished work.
+
+A result folder is one that holds ``manifest.json`` (with its ``kind``) or one of the tables a kind
+is known by. Nothing here judges: what is missing, old or unreadable is noted in ``Result.notes``
+and shown to the reader of the report.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ke_ray import storage
+from ke_ray.errors import KeRayError, UserError
+
+__all__ = ["KINDS", "SCHEMA_VERSION", "Result", "find_results", "read_result"]
+
+SCHEMA_VERSION = 1
+
+# Kind -> its tables; the first one identifies a folder that has no manifest.
+KINDS: dict[str, tuple[str, ...]] = {
+    "scan": ("entropy", "replicates"),
+    "continual": (
+        "runs",
+        "train",
+        "probes",
+        "injections",
+        "downstream",
+        "dynamics",
+        "perplexity",
+    ),
+    "sweep": ("trials",),
+    "pretrain": ("train",),
+}
+
+# Never descended into: single files, weights, and what MLflow and Ray keep beside results.
+_FILES = (".parquet", ".json", ".safetensors", ".png", ".html", ".db", ".yaml", ".log", ".txt")
+_NOT_RESULTS = {"checkpoints", "coefficients", "mlruns", "mlartifacts", "artifacts", "ray"}
+
+_TEXT = "text"
+_NUMBER = "number"
+# Columns that figures rely on: absent in an older file, they are filled with "unknown" and noted.
+_COLUMNS: dict[tuple[str, str], dict[str, str]] = {
+    ("scan", "entropy"): {
+        "checkpoint": _TEXT,
+        "step": _NUMBER,
+        "revision": _TEXT,
+        "corpus": _TEXT,
+        "layer": _NUMBER,
+        "measure": _TEXT,
+        "value": _NUMBER,
+        "stderr": _NUMBER,
+        "unit": _TEXT,
+        "num_instances": _NUMBER,
+        "num_tokens": _NUMBER,
+        "weights_sha256": _TEXT,
+        "data_sha256": _TEXT,
+        "duplicate_of": _TEXT,
+        "status": _TEXT,
+        "error": _TEXT,
+    },
+}
+_RUN_COLUMNS: dict[str, str] = {
+    "checkpoint": _TEXT,
+    "step": _NUMBER,
+    "seed": _NUMBER,
+    "corpus": _TEXT,
+    "resuscitation_ratio": _NUMBER,
+    "amplifying_factor": _NUMBER,
+    "control": _TEXT,
+    "status": _TEXT,
+    "error": _TEXT,
+    **dict.fromkeys(
+        (
+            "acquisition",
+            "acquisition_low",
+            "acquisition_high",
+            "forgetting",
+            "forgetting_low",
+            "forgetting_high",
+            "probe_logprob_before",
+            "probe_logprob_after",
+            "downstream_before",
+            "downstream_after",
+            "perplexity_before",
+            "perplexity_after",
+            "knowledge_entropy_before_nats",
+            "knowledge_entropy_after_nats",
+        ),
+        _NUMBER,
+    ),
+    "mlflow_run_id": _TEXT,
+}
+_COLUMNS[("continual", "runs")] = {"run": _TEXT, **_RUN_COLUMNS}
+_COLUMNS[("sweep", "trials")] = {"trial_id": _TEXT, **_RUN_COLUMNS}
+# Filling these says nothing about a file's age: a study may rightly lack them.
+_OPTIONAL = {"revision", "duplicate_of", "error", "mlflow_run_id", "control", "weights_sha256"}
+_OPTIONAL |= {name for name in _RUN_COLUMNS if name.endswith(("_before", "_after", "_nats"))}
+
+
+@dataclass(frozen=True)
+class Result:
+    """One result folder: its manifest, its tables as data frames, and what is odd about it."""
+
+    path: str
+    kind: str
+    name: str
+    manifest: dict[str, Any]
+    tables: dict[str, pd.DataFrame]
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def command(self) -> str:
+        """The command that made it, as one shell line; empty where the manifest has none."""
+        command = self.manifest.get("command")
+        if isinstance(command, list):
+            return shlex.join(str(part) for part in command)
+        return str(command) if command else ""
+
+    def table(self, name: str) -> pd.DataFrame:
+        """A table by name; an empty frame where the folder has none."""
+        return self.tables.get(name, pd.DataFrame())
+
+
+def find_results(paths: Sequence[str | os.PathLike[str]]) -> list[Result]:
+    """Every result folder at or below the given paths (three levels down), in a stable order.
+
+    Raises:
+        UserError: a path does not exist.
+    """
+    found: list[Result] = []
+    seen: set[str] = set()
+    for given in paths:
+        path = os.fspath(given).rstrip("/") or "/"
+        if not storage.exists(path):
+            raise UserError(
+                f"There is no '{path}'. Give a result folder (of scan, continual, sweep or "
+                "pretrain) or a folder that holds some; 'ke-ray demo' makes a set in runs/demo."
+            )
+        for folder, kind in _walk(path, depth=3):
+            if folder not in seen:
+                seen.add(folder)
+                found.append(read_result(folder, kind))
+    order = {kind: rank for rank, kind in enumerate(("pretrain", "scan", "continual", "sweep"))}
+    return sorted(found, key=lambda result: (order.get(result.kind, 9), result.path))
+
+
+def _walk(path: str, depth: int) -> list[tuple[str, str]]:
+    names = storage.list_dir(path)
+    kind = _kind_of(path, names)
+    if kind:
+        return [(path, kind)]
+    if depth == 0:
+        return []
+    below: list[tuple[str, str]] = []
+    for name in names:
+        if not name.startswith(".") and not name.endswith(_FILES) and name not in _NOT_RESULTS:
+            below.extend(_walk(storage.join(path, name), depth - 1))
+    return below
+
+
+def _kind_of(path: str, names: Sequence[str]) -> str | None:
+    if "manifest.json" in names:
+        try:
+            manifest = storage.read_json(storage.join(path, "manifest.json"))
+        except KeRayError:
+            manifest = {}
+        kind = manifest.get("kind") if isinstance(manifest, dict) else None
+        if kind in KINDS:
+            return str(kind)
+    for kind, tables in KINDS.items():
+        if f"{tables[0]}.parquet" in names:
+            return kind
+    return None
+
+
+def read_result(path: str, kind: str) -> Result:
+    """Read one folder of a known kind. What cannot be read becomes a note, not an exception."""
+    notes: list[str] = []
+    manifest: dict[str, Any] = {}
+    names = storage.list_dir(path)
+    if "manifest.json" in names:
+        try:
+            loaded = storage.read_json(storage.join(path, "manifest.json"))
+            manifest = loaded if isinstance(loaded, dict) else {}
+        except KeRayError as error:
+            notes.append(f"manifest.json cannot be read: {error}")
+    else:
+        notes.append("No manifest.json: the study is unfinished or was made by an older version.")
+    notes.extend(_version_note(manifest))
+    tables: dict[str, pd.DataFrame] = {}
+    for table in KINDS[kind]:
+        if f"{table}.parquet" not in names:
+            continue
+        try:
+            frame = storage.read_table(storage.join(path, f"{table}.parquet")).to_pandas()
+        except KeRayError as error:
+            notes.append(f"{table}.parquet cannot be read: {error}")
+            continue
+        tables[table] = _conform(frame, _COLUMNS.get((kind, table), {}), table, notes)
+    main = KINDS[kind][0]
+    if main not in tables:
+        notes.append(f"No {main}.parquet yet: nothing of this {kind} has finished.")
+    name = path.rstrip("/").rsplit("/", 1)[-1]
+    return Result(path, kind, name, manifest, tables, tuple(notes))
+
+
+def _version_note(manifest: dict[str, Any]) -> list[str]:
+    version = manifest.get("schema_version")
+    if not manifest or version == SCHEMA_VERSION:
+        return []
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        return [
+            f"Written with schema version {version}, newer than the {SCHEMA_VERSION} known here: "
+            "columns unknown to this version are left out. Update ke_ray to see all."
+        ]
+    return [
+        f"Written with schema version {version if version is not None else 'unknown'}, older than "
+        f"the {SCHEMA_VERSION} of this version: what it does not hold is shown as unknown."
+    ]
+
+
+def _conform(
+    frame: pd.DataFrame, columns: dict[str, str], table: str, notes: list[str]
+) -> pd.DataFrame:
+    """Give every expected column a type; fill and note the ones an older file lacks."""
+    missing = [name for name in columns if name not in frame.columns]
+    told = [name for name in missing if name not in _OPTIONAL]
+    if told:
+        notes.append(f"{table}.parquet has no column {', '.join(told)}: shown as unknown.")
+    frame = frame.copy()
+    for name in missing:
+        if name == "status":
+            frame[name] = "ok"
+        elif name == "corpus":
+            frame[name] = "corpus"
+        else:
+            frame[name] = np.nan if columns[name] == _NUMBER else None
+    for name, sort in columns.items():
+        if sort == _NUMBER:
+            frame[name] = pd.to_numeric(frame[name], errors="coerce").astype("float64")
+    return frame

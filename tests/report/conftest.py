@@ -1,0 +1,18 @@
+"""Synthetic result folders shared by the report's tests."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import synthetic
+
+
+@pytest.fixture(scope="session")
+def scan_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete scan: eight checkpoints, four layers, two corpora."""
+    return synthetic.make_scan(tmp_path_factory.mktemp("results") / "scan")

@@ -1,0 +1,86 @@
+"""Series of a scan, and the paired error of a change."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import synthetic
+
+from ke_ray.report import series
+from ke_ray.report.sources import find_results
+
+
+def test_equal_groups_give_the_textbook_jackknife() -> None:
+    data = np.random.default_rng(3).normal(size=64)
+    left_out = (data.sum() - data) / 63
+    error = series.jackknife_stderr(data.mean(), left_out, np.ones(64, dtype=int))
+    assert error == pytest.approx(data.std(ddof=1) / 8, rel=1e-12)
+
+
+def test_unequal_groups_agree_with_core() -> None:
+    torch = pytest.importorskip("torch")
+    jackknife = pytest.importorskip("ke_ray.core.jackknife")
+    sizes = series.group_sizes(70)
+    assert sizes.sum() == 70
+    assert set(sizes) == {1, 2}
+    rng = np.random.default_rng(5)
+    left_out = 3 + 0.01 * rng.normal(size=64)
+    ours = series.jackknife_stderr(3.0, left_out, sizes)
+    theirs = jackknife.stderr(
+        torch.tensor(3.0, dtype=torch.float64), torch.from_numpy(left_out), torch.from_numpy(sizes)
+    )
+    assert ours == pytest.approx(float(theirs), rel=1e-12)
+
+
+def test_the_paired_error_is_smaller_than_the_unpaired_one(scan_folder: Path) -> None:
+    scan = find_results([scan_folder])[0]
+    change = series.paired_change(scan, "knowledge_entropy", "biographies")
+    total = series.totals(scan, "knowledge_entropy", "biographies")
+    assert change["value"].iloc[0] == 0.0
+    assert change["value"].iloc[-1] == pytest.approx(
+        total["value"].iloc[-1] - total["value"].iloc[0]
+    )
+    unpaired = np.hypot(total["stderr"].iloc[0], total["stderr"].iloc[-1])
+    assert 0 < change["stderr"].iloc[-1] < unpaired
+
+
+def test_without_replicates_the_error_is_unknown_not_zero(tmp_path: Path) -> None:
+    folder = synthetic.make_scan(tmp_path / "scan", steps=[0, 1], corpora=("a",))
+    (folder / "replicates.parquet").unlink()
+    change = series.paired_change(find_results([folder])[0], "gini", "a")
+    assert np.isnan(change["stderr"].iloc[1])
+
+
+def test_layers_add_up_to_the_total(scan_folder: Path) -> None:
+    scan = find_results([scan_folder])[0]
+    order, matrix = series.layer_matrix(scan, "knowledge_entropy", "biographies")
+    total = series.totals(scan, "knowledge_entropy", "biographies")
+    assert matrix.shape == (4, 8)
+    np.testing.assert_allclose(matrix.sum(0), total["value"], rtol=1e-12)
+    assert list(order["step"]) == [0, 10, 20, 40, 80, 160, 320, 640]
+
+
+def test_checkpoints_without_steps_are_placed_in_order(tmp_path: Path) -> None:
+    folder = synthetic.make_scan(tmp_path / "scan", steps=[0, 1], corpora=("a",))
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(folder / "entropy.parquet")
+    place = table.schema.get_field_index("step")
+    nulls = pa.nulls(len(table), pa.int64())
+    pq.write_table(table.set_column(place, "step", nulls), folder / "entropy.parquet")
+    assert list(series.checkpoints(find_results([folder])[0])["x"]) == [0.0, 1.0]
+
+
+def test_coefficients_and_ceiling(scan_folder: Path) -> None:
+    scan = find_results([scan_folder])[0]
+    array = series.coefficients(scan, "step640")
+    assert array is not None
+    assert array.shape == (4, 64)
+    assert series.coefficients(scan, "step640", "held_out") is not None
+    assert series.coefficients(scan, "absent") is None
+    bound = series.ceiling(scan)
+    assert bound is not None
+    assert bound.nats == pytest.approx(4 * np.log(64))
