@@ -9,6 +9,7 @@ process died without a word are closed as KILLED the next time anything is logge
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import queue
@@ -184,8 +185,10 @@ class Tracker:
         """
         if not self.enabled or self._sender is None:
             return TrackedRun(None, None, None)
+        # A digest, since MLflow's filter language has no escape for quotes in a path.
+        digest = hashlib.sha256(key.encode()).hexdigest()[:32]
         own = {
-            "ke_ray.key": key,
+            "ke_ray.key": digest,
             "ke_ray.kind": kind,
             "ke_ray.host": _host(),
             "ke_ray.pid": str(os.getpid()),
@@ -194,9 +197,8 @@ class Tracker:
         if parent_id:
             own["mlflow.parentRunId"] = parent_id
         every_tag = {**self.settings.tags, **(tags or {}), **own}
-        escaped = key.replace("\\", "\\\\").replace("'", "\\'")
         found = self.client.search_runs(
-            [self.experiment_id], filter_string=f"tags.`ke_ray.key` = '{escaped}'", max_results=1
+            [self.experiment_id], filter_string=f"tags.`ke_ray.key` = '{digest}'", max_results=1
         )
         if found:
             run_id = str(found[0].info.run_id)
@@ -244,6 +246,9 @@ class TrackedRun:
         client, run_id = self._tracker.client, self.run_id
         self._sender.put(f"{what} of run {run_id}", lambda: write(client, run_id))
 
+    def _put_batch(self, what: str, **batch: Any) -> None:
+        self._put(what, lambda client, run_id: client.log_batch(run_id, **batch))
+
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Flat parameters; long values are cut."""
         if self._tracker is None or not params:
@@ -251,8 +256,7 @@ class TrackedRun:
         entities = self._tracker._entities
         items = [entities.Param(k, _shown(v)) for k, v in params.items()]
         for start in range(0, len(items), 100):
-            chunk = items[start : start + 100]
-            self._put("parameters", lambda c, r, chunk=chunk: c.log_batch(r, params=chunk))
+            self._put_batch("parameters", params=items[start : start + 100])
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
         """Metrics at one step; values that are not finite are left out."""
@@ -265,8 +269,7 @@ class TrackedRun:
             if value is not None and abs(float(value)) < float("inf")
         ]
         for start in range(0, len(items), 1000):
-            chunk = items[start : start + 1000]
-            self._put("metrics", lambda c, r, chunk=chunk: c.log_batch(r, metrics=chunk))
+            self._put_batch("metrics", metrics=items[start : start + 1000])
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set or replace tags."""
@@ -275,8 +278,7 @@ class TrackedRun:
         entities = self._tracker._entities
         items = [entities.RunTag(k, _shown(v)) for k, v in tags.items()]
         for start in range(0, len(items), 100):
-            chunk = items[start : start + 100]
-            self._put("tags", lambda c, r, chunk=chunk: c.log_batch(r, tags=chunk))
+            self._put_batch("tags", tags=items[start : start + 100])
 
     def log_dataset(self, name: str, sha256: str, source: str, context: str) -> None:
         """A dataset with its fingerprint (MLflow shows the first 36 characters)."""
