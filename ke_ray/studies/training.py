@@ -1,0 +1,234 @@
+"""Training studies: pretraining a checkpoint series, and continual learning from checkpoints.
+
+What both share stands in :class:`TrainingKeys`. Derived numbers (warm-up steps, steps of the
+checkpoints, rows of a worker) are computed here and nowhere else, so that a dry run prints what a
+run does.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from ke_ray.config import Strict
+from ke_ray.studies.parts import TrackingSettings
+
+__all__ = [
+    "Architecture",
+    "Biographies",
+    "CheckpointSteps",
+    "OptimizerKeys",
+    "PretrainData",
+    "PretrainStudy",
+    "ScheduleKeys",
+    "TrainingKeys",
+]
+
+
+class OptimizerKeys(Strict):
+    """AdamW. Embeddings, norms and biases are never decayed (REFERENCE: the OLMo recipe)."""
+
+    learning_rate: float = Field(4e-4, gt=0, description="peak")
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-5, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    max_grad_norm: float | None = Field(1.0, gt=0, description="global L2 norm; null: no clipping")
+
+    @model_validator(mode="after")
+    def _betas(self) -> OptimizerKeys:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas {self.betas} must lie in [0, 1)")
+        return self
+
+
+class ScheduleKeys(Strict):
+    """Learning rate over steps, as factors of the peak; step s is the s-th update, from 1."""
+
+    name: Literal["cosine", "linear", "constant", "inverse_sqrt"] = "cosine"
+    warmup_fraction: float = Field(0.05, ge=0, le=1, description="of all steps")
+    warmup_steps: int | None = Field(None, ge=0, description="in place of warmup_fraction")
+    start_factor: float = Field(0.1, ge=0, le=1, description="where the linear warm-up starts")
+    final_factor: float = Field(0.1, ge=0, le=1, description="where the decay ends")
+
+    def num_warmup_steps(self, num_steps: int) -> int:
+        """Steps of the warm-up out of ``num_steps``."""
+        if self.warmup_steps is not None:
+            return min(self.warmup_steps, num_steps)
+        return round(self.warmup_fraction * num_steps)
+
+
+class TrainingKeys(Strict):
+    """Keys that every training study has."""
+
+    name: str | None = Field(None, description="MLflow run name; default: the output folder's name")
+    output: str = Field(description="folder or URI for the results")
+    sequence_length: int = Field(1024, ge=2, description="T, tokens per row")
+    global_batch_size: int = Field(128, ge=1, description="rows of one step, over all workers")
+    micro_batch_size: int | None = Field(
+        None, ge=1, description="rows of one forward pass; null: all rows of a worker; no effect"
+    )
+    optimizer: OptimizerKeys = OptimizerKeys()
+    schedule: ScheduleKeys = ScheduleKeys()
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="bfloat16: autocast; weights and optimizer stay float32"
+    )
+    activation_checkpointing: bool = False
+    compile: bool = Field(False, description="torch.compile, one decoder layer at a time")
+    num_workers: int = Field(1, ge=1, description="no effect on results beyond rounding")
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    use_gpu: bool | None = Field(None, description="null: where there is one")
+    cpus_per_worker: int | None = Field(None, ge=1, description="null: all CPUs over the workers")
+    max_failures: int = Field(3, ge=0, description="worker failures a Ray Train run survives")
+    save_every: int | None = Field(
+        None, ge=1, description="steps between training states; null: a tenth of the steps"
+    )
+    log_every: int | None = Field(
+        None, ge=1, description="steps between looks at the loss; null: 1 on CPU, 10 on GPU"
+    )
+    mlflow: TrackingSettings = TrackingSettings()
+
+    @model_validator(mode="after")
+    def _divisible(self) -> TrainingKeys:
+        if self.global_batch_size % self.num_workers:
+            raise ValueError(
+                f"global_batch_size {self.global_batch_size} is not divisible by num_workers "
+                f"{self.num_workers}; change one of them"
+            )
+        local = self.global_batch_size // self.num_workers
+        if self.micro_batch_size and local % self.micro_batch_size:
+            raise ValueError(
+                f"global_batch_size {self.global_batch_size} is not divisible by num_workers "
+                f"{self.num_workers} x micro_batch_size {self.micro_batch_size}: each worker has "
+                f"{local} rows; choose a micro_batch_size that divides them"
+            )
+        return self
+
+    @property
+    def rows_per_forward(self) -> int:
+        """Rows of one forward pass on one worker."""
+        return self.micro_batch_size or self.global_batch_size // self.num_workers
+
+    def state_interval(self, num_steps: int) -> int:
+        """Steps between two saved training states."""
+        return self.save_every or max(1, math.ceil(num_steps / 10))
+
+
+class Architecture(Strict):
+    """A decoder made from nothing; ``extra`` goes to the transformers config as it is."""
+
+    model_type: str = "olmo"
+    n_layers: int = Field(ge=1)
+    d_model: int = Field(ge=1)
+    d_mlp: int = Field(ge=1)
+    n_heads: int = Field(ge=1)
+    tie_embeddings: bool = True
+    max_positions: int | None = Field(None, ge=2, description="null: sequence_length")
+    extra: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _heads(self) -> Architecture:
+        if self.d_model % self.n_heads:
+            raise ValueError(f"d_model {self.d_model} is not divisible by n_heads {self.n_heads}")
+        return self
+
+
+class Biographies(Strict):
+    """The generated corpus (``ke_ray.data.biographies``)."""
+
+    num_people: int = Field(400, ge=8)
+    seed: int = Field(0, ge=0)
+
+
+class PretrainData(Strict):
+    """Generated biographies or documents from anywhere; a tokenizer given or trained."""
+
+    biographies: Biographies | None = None
+    source: str | None = Field(None, description="documents: file, folder, glob, URL, hf:NAME")
+    tokenizer: str | None = Field(None, description="tokenizer.json, folder or repo")
+    vocab_size: int | None = Field(None, ge=260, description="train a BPE of this size instead")
+    eos_token_id: int | None = Field(None, ge=0, description="default: the tokenizer's")
+    num_instances: int | None = Field(None, ge=1, description="null: all that the documents give")
+
+    @model_validator(mode="after")
+    def _one_of_each(self) -> PretrainData:
+        if (self.biographies is None) == (self.source is None):
+            raise ValueError("give exactly one of data.biographies and data.source")
+        if (self.tokenizer is None) == (self.vocab_size is None):
+            raise ValueError("give exactly one of data.tokenizer and data.vocab_size")
+        return self
+
+
+class CheckpointSteps(Strict):
+    """Which steps are kept as Hugging Face folders: a list, or a number with a spacing."""
+
+    steps: tuple[int, ...] | None = Field(None, description="explicit steps; 0 is allowed")
+    number: int | None = Field(None, ge=1, description="how many, the last step included")
+    spacing: Literal["log", "linear"] = "log"
+    first: int | None = Field(None, ge=1, description="first step of the log spacing")
+    include_start: bool = Field(False, description="also step 0, beside 'number'")
+
+    @model_validator(mode="after")
+    def _one(self) -> CheckpointSteps:
+        if (self.steps is None) == (self.number is None):
+            raise ValueError("give exactly one of checkpoints.steps and checkpoints.number")
+        return self
+
+    def resolve(self, num_steps: int) -> tuple[int, ...]:
+        """The steps, ascending; the last step is always among them.
+
+        Raises:
+            ValueError: steps outside [0, num_steps], or more of them than there are steps.
+        """
+        if self.steps is not None:
+            wrong = [step for step in self.steps if not 0 <= step <= num_steps]
+            if wrong:
+                raise ValueError(f"checkpoint steps {wrong} lie outside 0..{num_steps}")
+            return tuple(sorted({*self.steps, num_steps}))
+        number = self.number or 1
+        if number > num_steps:
+            raise ValueError(f"{number} checkpoints need at least as many steps, not {num_steps}")
+        if self.spacing == "linear":
+            found = [round(num_steps * (i + 1) / number) for i in range(number)]
+        else:
+            first = min(self.first or max(1, num_steps // 32), num_steps)
+            ratio = (num_steps / first) ** (1 / max(1, number - 1))
+            found = [round(first * ratio**i) for i in range(number)]
+            found[-1] = num_steps
+        for i in range(1, number):  # close steps round to the same one: push them apart
+            found[i] = max(found[i], found[i - 1] + 1)
+        for i in range(number - 1, -1, -1):
+            found[i] = min(found[i], num_steps - (number - 1 - i))
+        return (0, *found) if self.include_start else tuple(found)
+
+
+class PretrainStudy(TrainingKeys):
+    """``ke-ray pretrain``: a model from scratch, kept at many steps."""
+
+    kind: Literal["pretrain"] = "pretrain"
+    model: Architecture
+    data: PretrainData
+    num_steps: int = Field(ge=1)
+    seed: int = Field(0, ge=0, description="of the initial weights and of the order of rows")
+    checkpoints: CheckpointSteps = CheckpointSteps(number=10)
+
+    @model_validator(mode="after")
+    def _steps(self) -> PretrainStudy:
+        self.checkpoints.resolve(self.num_steps)
+        positions = self.model.max_positions
+        if positions is not None and positions < self.sequence_length:
+            raise ValueError(
+                f"sequence_length {self.sequence_length} exceeds model.max_positions {positions}"
+            )
+        return self
+
+    @property
+    def checkpoint_steps(self) -> tuple[int, ...]:
+        """Steps whose weights are kept."""
+        return self.checkpoints.resolve(self.num_steps)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the whole run."""
+        return self.num_steps * self.global_batch_size * self.sequence_length

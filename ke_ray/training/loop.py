@@ -1,0 +1,305 @@
+"""The one training loop: pretraining, continual learning and sweep trials run it.
+
+Step s = 1 … S makes the s-th update; "after step s" the model has seen s batches, and step 0 is
+the start. One step, on a worker that holds rows [first, stop) of the B global rows of T tokens::
+
+    loss = Σ over all rows and targets of −ln p(target) / (B · (T − 1))
+
+Each worker sums over its micro-batches, divides by the *global* number of targets, and gradients
+are added over workers, so that neither the micro-batch nor the number of workers enters the
+result beyond rounding. Losses stay on the device and are looked at every ``log_every`` steps (and
+before anything is saved), so that a GPU never waits for the host in between.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ke_ray.errors import NonFiniteLossError
+from ke_ray.studies.training import TrainingKeys
+from ke_ray.training.batches import BatchPlan, TokenRows
+from ke_ray.training.checkpoint import TrainingState, load_state, save_state
+from ke_ray.training.optimizer import build_optimizer, clip_gradients
+from ke_ray.training.parallel import (
+    Worker,
+    accumulate,
+    all_gather_objects,
+    all_reduce_sum,
+    decoder_layers,
+    unwrap,
+    wrap_model,
+)
+from ke_ray.training.schedule import learning_rate_factor
+
+__all__ = ["Hooks", "Progress", "StepRecord", "row_losses", "train"]
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One row of ``train.parquet``. ``loss`` in nats per token, ``elapsed_s`` over all restarts."""
+
+    step: int
+    num_tokens: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    tokens_per_s: float
+    elapsed_s: float
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a live display shows."""
+
+    record: StepRecord
+    num_steps: int
+    time_left_s: float
+
+
+@dataclass
+class Hooks:
+    """What a caller adds to the loop; all optional, all called on every worker.
+
+    Attributes:
+        transform: ``(step, first_row, rows int64 [n, T]) -> rows``: changes the batch of a step,
+            given the global index of the first of its rows.
+        after_step: ``(step, model, state)``: called at the steps of ``at_steps`` with the bare
+            model, in training mode; what it records with ``state.record`` is kept on resume.
+        at_steps: the steps of ``after_step``; 0 means before the first update.
+        on_progress: called on the main worker whenever losses were looked at.
+        on_saved: ``(state)``: after a training state was saved.
+    """
+
+    transform: Callable[[int, int, np.ndarray], np.ndarray] | None = None
+    after_step: Callable[[int, nn.Module, TrainingState], None] | None = None
+    at_steps: frozenset[int] = frozenset()
+    on_progress: Callable[[Progress], None] | None = None
+    on_saved: Callable[[TrainingState], None] | None = None
+
+
+def row_losses(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """Sum over positions of −ln p(next token), per row.
+
+    Args:
+        ids: int64 [rows, T].
+
+    Returns:
+        float32 [rows], in nats; T − 1 targets a row.
+    """
+    logits = model(input_ids=ids, use_cache=False).logits  # [rows, T, vocabulary]
+    # The last position gets an ignored target: shifting the logits would copy all of them.
+    targets = F.pad(ids[:, 1:], (0, 1), value=IGNORED)
+    losses = F.cross_entropy(
+        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="none"
+    )
+    return losses.view(ids.shape).sum(dim=1)
+
+
+@dataclass
+class _Pending:
+    """Losses of steps not looked at yet; tensors stay on the device."""
+
+    steps: list[int] = field(default_factory=list)
+    row_sums: list[torch.Tensor] = field(default_factory=list)
+    norms: list[torch.Tensor] = field(default_factory=list)
+    rates: list[float] = field(default_factory=list)
+    started: float = 0.0
+
+
+def train(
+    model: nn.Module,
+    data: TokenRows,
+    keys: TrainingKeys,
+    *,
+    num_steps: int,
+    seed: int,
+    worker: Worker | None = None,
+    hooks: Hooks | None = None,
+    state_uri: str | None = None,
+    identity: str = "",
+) -> TrainingState:
+    """Train ``model`` in place for ``num_steps`` updates and return where it stands.
+
+    Args:
+        model: a causal language model in float32, on ``worker.device``.
+        data: the rows; row r of step s as :class:`BatchPlan` says.
+        keys: batch sizes, optimizer, schedule, precision, …
+        seed: of the order of rows.
+        worker: this process among its fellows; default: alone, on the CPU.
+        state_uri: where training states are saved (every ``keys.state_interval`` steps) and
+            looked for: a run that was killed goes on from the newest.
+        identity: fingerprint of the run, so that it does not go on from another one's state.
+
+    Returns:
+        The final state; ``records["train"]`` holds a row per step, fields of :class:`StepRecord`.
+
+    Raises:
+        DataError: the data set has fewer rows than one batch.
+        NonFiniteLossError: naming step and rows; earlier states stay where they are.
+    """
+    worker, hooks = worker or Worker(), hooks or Hooks()
+    plan = BatchPlan(len(data), keys.global_batch_size, seed)
+    local = keys.global_batch_size // worker.world_size
+    first_row = worker.rank * local
+    micro = min(keys.rows_per_forward, local)
+    _prepare(model, keys)
+    wrapped = wrap_model(model, worker, strategy=keys.strategy, precision=keys.precision)
+    optimizer = build_optimizer(unwrap(wrapped), keys.optimizer)
+    state = None
+    if state_uri is not None:
+        state = load_state(state_uri, wrapped, optimizer, worker, identity=identity)
+    resumed = state is not None
+    state = state or TrainingState()
+    begun = time.perf_counter() - state.elapsed_s
+    interval = keys.state_interval(num_steps)
+    log_every = keys.log_every or (10 if worker.device.startswith("cuda") else 1)
+
+    if hooks.after_step and 0 in hooks.at_steps and not resumed:
+        hooks.after_step(0, unwrap(wrapped), state)
+    pending = _Pending(started=time.perf_counter())
+    for step in range(state.step + 1, num_steps + 1):
+        rows = data.rows(plan.instances(step, first_row, first_row + local))
+        if hooks.transform is not None:
+            rows = hooks.transform(step, first_row, rows)
+        factor = learning_rate_factor(keys.schedule, step, num_steps)
+        rate = keys.optimizer.learning_rate * factor
+        row_sums = _gradients(wrapped, rows, keys, worker, micro)
+        norm = clip_gradients(wrapped, keys.optimizer.max_grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        state.step = step
+        pending.steps.append(step)
+        pending.row_sums.append(row_sums)
+        pending.norms.append(norm.detach())
+        pending.rates.append(rate)
+
+        acts = hooks.after_step is not None and step in hooks.at_steps
+        saves = state_uri is not None and (step % interval == 0) and step < num_steps
+        if step % log_every == 0 or step == num_steps or acts or saves:
+            _look(pending, state, keys, plan, worker, begun, rows.shape[1], first_row)
+            if hooks.on_progress and worker.is_main:
+                record = StepRecord(**state.records["train"][-1])
+                done = len(state.records["train"])
+                left = record.elapsed_s / done * (num_steps - step)
+                hooks.on_progress(Progress(record, num_steps, left))
+        if acts and hooks.after_step is not None:
+            hooks.after_step(step, unwrap(wrapped), state)
+        if saves and state_uri is not None:
+            state.elapsed_s = time.perf_counter() - begun
+            save_state(state_uri, state, wrapped, optimizer, worker, identity=identity)
+            if hooks.on_saved:
+                hooks.on_saved(state)
+        if acts or saves:
+            pending.started = time.perf_counter()
+    state.elapsed_s = time.perf_counter() - begun
+    return state
+
+
+def _prepare(model: nn.Module, keys: TrainingKeys) -> None:
+    model.train()
+    model.requires_grad_(True)
+    if keys.activation_checkpointing:
+        model.gradient_checkpointing_enable(  # type: ignore[operator]
+            gradient_checkpointing_kwargs={"use_reentrant": False}
+        )
+    if keys.compile:
+        for layer in decoder_layers(model):
+            layer.compile()
+
+
+def _gradients(
+    model: nn.Module, rows: np.ndarray, keys: TrainingKeys, worker: Worker, micro: int
+) -> torch.Tensor:
+    """Adds this worker's part of the gradients; loss sums of its rows, float32 [n]."""
+    ids = torch.from_numpy(np.ascontiguousarray(rows, dtype=np.int64))
+    device_type = torch.device(worker.device).type
+    if device_type == "cuda":
+        ids = ids.pin_memory().to(worker.device, non_blocking=True)
+    # Wrappers average gradients over workers, hence the factor world_size.
+    scale = worker.world_size / (keys.global_batch_size * (ids.shape[1] - 1))
+    sums = []
+    for start in range(0, len(ids), micro):
+        with accumulate(model, last=start + micro >= len(ids)):
+            autocast: contextlib.AbstractContextManager = contextlib.nullcontext()
+            if keys.precision == "bfloat16":
+                autocast = torch.autocast(device_type, dtype=torch.bfloat16)
+            with autocast:
+                losses = row_losses(model, ids[start : start + micro])
+            (losses.sum() * scale).backward()
+        sums.append(losses.detach())
+    return torch.cat(sums)
+
+
+def _look(
+    pending: _Pending,
+    state: TrainingState,
+    keys: TrainingKeys,
+    plan: BatchPlan,
+    worker: Worker,
+    begun: float,
+    sequence_length: int,
+    first_row: int,
+) -> None:
+    """Turns what is pending into records, once for all workers.
+
+    Raises:
+        NonFiniteLossError: a loss or a gradient norm is not finite.
+    """
+    totals = torch.stack([sums.sum() for sums in pending.row_sums])
+    numbers = torch.stack([all_reduce_sum(totals, worker), torch.stack(pending.norms)]).tolist()
+    now = time.perf_counter()
+    tokens = keys.global_batch_size * sequence_length
+    rate = tokens * len(pending.steps) / max(now - pending.started, 1e-9)
+    for i, (step, total, norm) in enumerate(zip(pending.steps, *numbers, strict=True)):
+        loss = total / (keys.global_batch_size * (sequence_length - 1))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            _stop(pending, i, loss, norm, plan, worker, first_row)
+        state.num_tokens += tokens
+        state.elapsed_s = now - begun
+        record = StepRecord(
+            step, state.num_tokens, loss, pending.rates[i], norm, rate, state.elapsed_s
+        )
+        state.record("train", asdict(record))
+    pending.steps.clear()
+    pending.row_sums.clear()
+    pending.norms.clear()
+    pending.rates.clear()
+    pending.started = now
+
+
+def _stop(
+    pending: _Pending,
+    i: int,
+    loss: float,
+    norm: float,
+    plan: BatchPlan,
+    worker: Worker,
+    first_row: int,
+) -> None:
+    step = pending.steps[i]
+    own = (~torch.isfinite(pending.row_sums[i])).nonzero().flatten().tolist()
+    bad: Sequence[int] = sorted(
+        r for part in all_gather_objects([first_row + r for r in own], worker) for r in part
+    )
+    where = "no row by itself: the gradients overflowed"
+    if bad:
+        instances = plan.instances(step, 0, plan.global_batch_size)[list(bad[:8])].tolist()
+        more = f" and {len(bad) - 8} more" if len(bad) > 8 else ""
+        where = f"global rows {list(bad[:8])}{more} (corpus instances {instances})"
+    raise NonFiniteLossError(
+        f"The loss is {loss} and the gradient norm {norm} at step {step}, batch {step - 1}: "
+        f"{where}. The last saved state is kept; lower the learning rate, or look at those rows."
+    )

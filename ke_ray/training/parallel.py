@@ -1,0 +1,139 @@
+"""What a training worker knows about its fellows: rank, device, collectives, model wrappers.
+
+Built on ``torch.distributed`` alone, so that the loop runs the same under Ray Train, under
+``torch.multiprocessing`` and in a single process (where no process group is needed).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ke_ray.errors import UnsupportedArchitectureError
+
+__all__ = [
+    "Worker",
+    "accumulate",
+    "all_gather_objects",
+    "all_reduce_sum",
+    "barrier",
+    "decoder_layers",
+    "full_tensor",
+    "unwrap",
+    "wrap_model",
+]
+
+
+@dataclass(frozen=True)
+class Worker:
+    """One training process among ``world_size``."""
+
+    rank: int = 0
+    world_size: int = 1
+    device: str = "cpu"
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this worker writes what is written once."""
+        return self.rank == 0
+
+
+def all_reduce_sum(tensor: torch.Tensor, worker: Worker) -> torch.Tensor:
+    """The sum over workers, in place."""
+    if worker.world_size > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def all_gather_objects(value: Any, worker: Worker) -> list[Any]:
+    """One picklable value of each worker, by rank."""
+    if worker.world_size == 1:
+        return [value]
+    gathered: list[Any] = [None] * worker.world_size
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def barrier(worker: Worker) -> None:
+    """Wait for all workers."""
+    if worker.world_size > 1:
+        dist.barrier()
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The list of a transformers decoder's blocks.
+
+    Raises:
+        UnsupportedArchitectureError: no module list has as many entries as the config has layers.
+    """
+    n_layers = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == n_layers:
+            return module
+    raise UnsupportedArchitectureError(
+        f"{type(model).__name__} has no list of {n_layers} decoder layers that could be sharded "
+        "or compiled; train it with strategy: ddp and compile: false."
+    )
+
+
+def wrap_model(
+    model: nn.Module,
+    worker: Worker,
+    *,
+    strategy: Literal["ddp", "fsdp"],
+    precision: Literal["float32", "bfloat16"],
+) -> nn.Module:
+    """The model made to train together with the other workers.
+
+    One worker: the model itself. ``ddp``: DistributedDataParallel. ``fsdp``: FSDP2, each decoder
+    layer and then the rest sharded in place; under bfloat16 weights are gathered in bfloat16 and
+    gradients summed in float32.
+    """
+    if worker.world_size == 1:
+        return model
+    if strategy == "ddp":
+        ids = [torch.device(worker.device).index] if worker.device.startswith("cuda") else None
+        return nn.parallel.DistributedDataParallel(
+            model, device_ids=ids, gradient_as_bucket_view=True
+        )
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = init_device_mesh(torch.device(worker.device).type, (worker.world_size,))
+    policy = MixedPrecisionPolicy()
+    if precision == "bfloat16":
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for layer in decoder_layers(model):
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    return model
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel, or the model itself."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+@contextlib.contextmanager
+def accumulate(model: nn.Module, last: bool) -> Iterator[None]:
+    """Gradients are exchanged between workers only in the ``last`` micro-batch of a step."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        with contextlib.nullcontext() if last else model.no_sync():
+            yield
+        return
+    sharded = getattr(model, "set_requires_gradient_sync", None)
+    if sharded is not None:
+        sharded(last)
+    yield
+
+
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of a sharded tensor (a collective: call it on every worker), on the CPU."""
+    whole = getattr(tensor, "full_tensor", None)
+    return (whole() if whole is not None else tensor).detach().to("cpu")
