@@ -1,0 +1,149 @@
+"""Documents, one by one, from every place they are kept.
+
+A source is Dolma documents (JSON lines with a ``text`` field; plain, ``.gz`` or ``.zst``), Parquet
+with a text column, a folder or glob of those, any fsspec URL, or ``hf:name[:config][:split]`` for a
+dataset of the Hugging Face Hub. ``#column`` at the end names another column than ``text``.
+
+Nothing is held but the document at hand (Parquet: a batch of 256 rows).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from ke_ray.data.sources import SourceFile, list_files, open_binary, reading, split_part
+from ke_ray.errors import DataError
+
+__all__ = ["DOCUMENT_SUFFIXES", "MAX_LINE_BYTES", "check_text", "iter_documents", "parse_document"]
+
+JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
+DOCUMENT_SUFFIXES = (
+    *(name + packed for name in JSON_SUFFIXES for packed in ("", ".gz", ".zst", ".zstd")),
+    ".parquet",
+)
+MAX_LINE_BYTES = 64 << 20  # a longer line is not a document but a damaged or hostile file
+_PARQUET_ROWS = 256
+
+
+def iter_documents(source: str | Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Yield ``(text, where)``; ``where`` names file and line (or row) for messages.
+
+    Args:
+        source: one source, or several that are read one after the other.
+
+    Raises:
+        DataError: nothing is there; a file is damaged; a document is empty or malformed (file and
+            line are named); a file holds no document at all.
+    """
+    for one in [source] if isinstance(source, str) else source:
+        if one.startswith("hf:"):
+            from ke_ray.data.hub_dataset import iter_hub_documents
+
+            yield from iter_hub_documents(one)
+            continue
+        base, column = split_part(one)
+        for file in list_files(base, DOCUMENT_SUFFIXES):
+            if file.path.lower().endswith(".parquet"):
+                yield from _iter_parquet(file, column or "text")
+            else:
+                yield from _iter_json_lines(file, column or "text")
+
+
+def parse_document(line: bytes, where: str, column: str = "text") -> str:
+    """The text of one JSON line.
+
+    Raises:
+        DataError: not UTF-8, not a JSON object, no such field, not a text, empty, or holding
+            lone surrogates (which no tokenizer can encode).
+    """
+    try:
+        document = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: byte {error.start} is not UTF-8 text.") from error
+    except RecursionError as error:
+        raise DataError(f"{where}: the JSON is nested too deeply.") from error
+    except ValueError as error:
+        raise DataError(
+            f"{where}: not valid JSON ({error}); expected one document a line, "
+            f'like {{"id": "…", "text": "…"}}.'
+        ) from error
+    if not isinstance(document, dict):
+        raise DataError(
+            f"{where}: holds a JSON {type(document).__name__}, expected an object with '{column}'."
+        )
+    if column not in document:
+        raise DataError(
+            f"{where}: the document has no field '{column}' (it has: {_names(document)})."
+        )
+    return check_text(document[column], where, column)
+
+
+def check_text(text: Any, where: str, column: str = "text") -> str:
+    """``text`` itself when it is a document.
+
+    Raises:
+        DataError: not a string, empty, or not encodable.
+    """
+    if not isinstance(text, str):
+        raise DataError(f"{where}: '{column}' is {type(text).__name__}, expected a text.")
+    if not text or text.isspace():
+        raise DataError(f"{where}: the document is empty; remove it from the corpus.")
+    if not text.isascii():
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{where}: character {error.start} is half a surrogate pair, not text."
+            ) from error
+    return text
+
+
+def _names(mapping: Iterable[object]) -> str:
+    names = [str(name)[:40] for name in mapping]
+    return (", ".join(names[:8]) + (", …" if len(names) > 8 else "")) or "none"
+
+
+def _iter_json_lines(file: SourceFile, column: str) -> Iterator[tuple[str, str]]:
+    number, blank, found = 0, 0, 0
+    with reading(file.url), open_binary(file) as handle:
+        while line := handle.readline(MAX_LINE_BYTES):
+            number += 1
+            where = f"{file.url}, line {number}"
+            if len(line) >= MAX_LINE_BYTES:
+                raise DataError(f"{where}: longer than {MAX_LINE_BYTES >> 20} MiB.")
+            if line.isspace():  # fine at the end of a file only
+                blank = blank or number
+                continue
+            if blank:
+                raise DataError(f"{file.url}, line {blank}: blank where a document was expected.")
+            yield parse_document(line, where, column), where
+            found += 1
+    if not found:
+        raise DataError(f"'{file.url}' holds no documents.")
+
+
+def _iter_parquet(file: SourceFile, column: str) -> Iterator[tuple[str, str]]:
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    number = 0
+    try:
+        with reading(file.url), file.filesystem.open(file.path, "rb") as handle:
+            table = parquet.ParquetFile(handle)
+            names = table.schema_arrow.names
+            if column not in names:
+                raise DataError(
+                    f"'{file.url}' has no column '{column}' (it has: {_names(names)}); "
+                    f"name one with '{file.url}#COLUMN'."
+                )
+            for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=[column]):
+                for text in batch.column(0).to_pylist():
+                    number += 1
+                    where = f"{file.url}, row {number}"
+                    yield check_text(text, where, column), where
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        raise DataError(f"'{file.url}' is not a readable Parquet file: {error}.") from error
+    if not number:
+        raise DataError(f"'{file.url}' holds no documents.")
