@@ -1,0 +1,293 @@
+"""Knowledge K, acquisition A and forgetting F, with bootstrap intervals.
+
+    K(θ) = mean over paragraphs of the mean over their probes of ℓ(p; θ)
+    A    = (K_CL − K_PT) / |K_PT|                                                   (Eq. 4)
+    F    = −(P_CL − P_PT) / P_PT                                                    (Eq. 5)
+
+Source: arXiv 2410.01380. Printed, Eq. 4 divides by K_PT, which is negative and would turn the sign
+of every gain; the paper's tables use |K_PT|, and so does this module.
+
+    symbol      meaning
+    ℓ(p; θ)     log probability of probe p's target span (nats), per target token for K and A
+    K_PT, K_CL  knowledge before (the starting checkpoint) and after continual learning
+    P           mean accuracy over downstream tasks, a fraction
+
+Once and paraphrase paragraphs are weighted by their count: K is the plain mean over all of them.
+
+Intervals are percentile bootstrap, seeded, and paired: one resample of paragraphs (or of a task's
+items) serves both checkpoints, because the same probes are asked of both. They tell how far the
+value depends on *which* paragraphs or items were asked; they hold nothing about training seeds.
+
+Numpy only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = [
+    "Interval",
+    "TaskScore",
+    "acquisition",
+    "acquisition_interval",
+    "bootstrap_weights",
+    "forgetting",
+    "forgetting_interval",
+    "knowledge",
+    "mean_accuracy",
+    "paragraph_means",
+    "percentile_interval",
+]
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value with the ends of its interval; NaN ends where none can be had."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """Accuracy of one model on one downstream task.
+
+    Attributes:
+        task: its name.
+        accuracy: a fraction in [0, 1].
+        stderr: its standard error, a fraction; used where `items` is missing on either side.
+        items: 0 or 1 for every item, in an order that is the same for every model; or None.
+    """
+
+    task: str
+    accuracy: float
+    stderr: float
+    items: npt.ArrayLike | None = None
+
+
+def paragraph_means(
+    values: npt.ArrayLike, paragraphs: Sequence[object] | npt.NDArray[np.generic]
+) -> tuple[list[object], Array]:
+    """Mean of ℓ over the probes of each paragraph.
+
+    Args:
+        values: [n_probes] ℓ of each probe, nats.
+        paragraphs: [n_probes] which paragraph each belongs to, any hashable labels.
+
+    Returns:
+        (labels in order of first appearance, float64 [n_paragraphs]).
+
+    Raises:
+        ValueError: no probes, or as many values as labels are not given.
+    """
+    probe_values = np.asarray(values, dtype=np.float64)
+    if probe_values.ndim != 1 or probe_values.size == 0 or len(paragraphs) != probe_values.size:
+        raise ValueError(
+            f"{probe_values.shape} values and {len(paragraphs)} paragraph labels; expected one "
+            "label for each of at least one probe"
+        )
+    position: dict[object, int] = {}
+    index = np.array([position.setdefault(label, len(position)) for label in paragraphs])
+    return list(position), np.bincount(index, weights=probe_values) / np.bincount(index)
+
+
+def knowledge(paragraph_values: npt.ArrayLike) -> float:
+    """K: the mean over paragraphs, nats (per token, or whatever unit the values have).
+
+    Args:
+        paragraph_values: [n_paragraphs], as from `paragraph_means`, once and paraphrase together.
+
+    Raises:
+        ValueError: there is no paragraph.
+    """
+    values = np.asarray(paragraph_values, dtype=np.float64)
+    if values.size == 0:
+        raise ValueError("K is a mean over paragraphs; none was given")
+    return float(values.mean())
+
+
+def acquisition(before: float, after: float) -> float:
+    """A = (K_CL − K_PT) / |K_PT| (Eq. 4); positive when knowledge was gained, NaN for K_PT = 0."""
+    return (after - before) / abs(before) if before != 0.0 else math.nan
+
+
+def forgetting(before: float, after: float) -> float:
+    """F = −(P_CL − P_PT) / P_PT (Eq. 5); positive when accuracy fell, NaN unless P_PT > 0."""
+    return -(after - before) / before if before > 0.0 else math.nan
+
+
+def mean_accuracy(scores: Sequence[TaskScore]) -> float:
+    """P: the plain mean of the tasks' accuracies, a fraction.
+
+    Raises:
+        ValueError: there is no task.
+    """
+    if not scores:
+        raise ValueError("P is a mean over tasks; none was given")
+    return float(np.mean([score.accuracy for score in scores]))
+
+
+def bootstrap_weights(
+    num_paragraphs: int,
+    num_resamples: int,
+    seed: int,
+    strata: Sequence[object] | None = None,
+) -> Array:
+    """Resamples of paragraphs as weights: a resampled mean is ``weights @ values``.
+
+    Args:
+        num_paragraphs: n.
+        num_resamples: R.
+        seed: of PCG64; the same seed gives the same resamples.
+        strata: [n] labels, such as once and paraphrase; paragraphs are then drawn within their
+            label, so that the number of each is that of the design in every resample.
+
+    Returns:
+        float64 [R, n]; each row sums to 1 and is (times drawn) / n.
+
+    Raises:
+        ValueError: no paragraphs, or labels of another length.
+    """
+    if num_paragraphs < 1 or (strata is not None and len(strata) != num_paragraphs):
+        raise ValueError(
+            f"{num_paragraphs} paragraphs with {None if strata is None else len(strata)} labels; "
+            "expected at least one paragraph and a label for each"
+        )
+    generator = np.random.Generator(np.random.PCG64(seed))
+    members: dict[object, list[int]] = {}
+    for index in range(num_paragraphs):
+        members.setdefault(None if strata is None else strata[index], []).append(index)
+    weights = np.zeros((num_resamples, num_paragraphs))
+    for rows in members.values():
+        draws = generator.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), num_resamples)
+        weights[:, rows] = draws / num_paragraphs
+    return weights
+
+
+def percentile_interval(value: float, draws: npt.ArrayLike, level: float) -> Interval:
+    """The interval between the (1 ± level)/2 quantiles of bootstrap draws.
+
+    Draws that are not finite (a resample where the quantity is undefined) are left out; where
+    they are half of all or more, or there are no draws, both ends are NaN.
+    """
+    sample = np.asarray(draws, dtype=np.float64)
+    finite = sample[np.isfinite(sample)]
+    if 2 * finite.size <= sample.size:
+        return Interval(value, math.nan, math.nan)
+    low, high = np.quantile(finite, [(1.0 - level) / 2.0, (1.0 + level) / 2.0])
+    return Interval(value, float(low), float(high))
+
+
+def acquisition_interval(
+    before: npt.ArrayLike,
+    after: npt.ArrayLike,
+    *,
+    strata: Sequence[object] | None = None,
+    level: float = 0.95,
+    num_resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """A with a paired percentile-bootstrap interval over paragraphs.
+
+    Args:
+        before, after: [n_paragraphs] mean ℓ of the same paragraphs in the same order.
+        strata: [n_paragraphs] setting of each (once, paraphrase); resampled within it.
+        level: coverage, in (0, 1).
+        num_resamples: bootstrap resamples.
+        seed: of the resampling.
+
+    Returns:
+        A of all paragraphs and its interval; NaN ends where there are fewer than two paragraphs.
+
+    Raises:
+        ValueError: no paragraphs, or the two differ in shape.
+    """
+    start, end = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
+    if start.shape != end.shape or start.ndim != 1:
+        raise ValueError(f"paragraph values of shapes {start.shape} and {end.shape} do not pair")
+    value = acquisition(knowledge(start), knowledge(end))
+    if start.size < 2:
+        return Interval(value, math.nan, math.nan)
+    weights = bootstrap_weights(start.size, num_resamples, seed, strata)
+    k_before, k_after = weights @ start, weights @ end
+    with np.errstate(divide="ignore", invalid="ignore"):
+        draws = (k_after - k_before) / np.abs(k_before)
+    return percentile_interval(value, draws, level)
+
+
+def forgetting_interval(
+    before: Sequence[TaskScore],
+    after: Sequence[TaskScore],
+    *,
+    level: float = 0.95,
+    num_resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """F with a bootstrap interval over the items of the tasks.
+
+    The tasks are fixed, as in the paper; their items are the sample. A task that has `items` on
+    both sides is resampled item by item, the same items before and after (paired). A task that
+    has not is drawn from Normal(accuracy, stderr) cut to [0, 1], before and after independently:
+    the pairing is then unknown, and the interval errs on the wide side.
+
+    Args:
+        before, after: scores of the same tasks, in any order.
+        level, num_resamples, seed: as `acquisition_interval`.
+
+    Returns:
+        F and its interval; NaN ends where a needed standard error is NaN, or where half of the
+        resamples or more have P_PT = 0.
+
+    Raises:
+        ValueError: the tasks differ, or a task has another number of items before and after.
+    """
+    later = {score.task: score for score in after}
+    if sorted(later) != sorted(score.task for score in before) or len(later) != len(after):
+        raise ValueError(
+            f"tasks before {sorted(score.task for score in before)} and after "
+            f"{sorted(score.task for score in after)} differ or repeat"
+        )
+    value = forgetting(mean_accuracy(before), mean_accuracy(after))
+    generator = np.random.Generator(np.random.PCG64(seed))
+    p_before, p_after = np.zeros(num_resamples), np.zeros(num_resamples)
+    for score in sorted(before, key=lambda score: score.task):
+        start, end = _task_draws(score, later[score.task], num_resamples, generator)
+        p_before += start / len(before)
+        p_after += end / len(before)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        draws = -(p_after - p_before) / p_before
+    return percentile_interval(value, draws, level)
+
+
+def _task_draws(
+    before: TaskScore, after: TaskScore, num_resamples: int, generator: np.random.Generator
+) -> tuple[Array, Array]:
+    """Resampled accuracies of one task before and after, [R] each."""
+    if before.items is None or after.items is None:
+        normal = generator.standard_normal((2, num_resamples))
+        return (
+            np.clip(before.accuracy + before.stderr * normal[0], 0.0, 1.0),
+            np.clip(after.accuracy + after.stderr * normal[1], 0.0, 1.0),
+        )
+    start = np.asarray(before.items, dtype=np.float64)
+    end = np.asarray(after.items, dtype=np.float64)
+    if start.shape != end.shape or start.ndim != 1 or start.size == 0:
+        raise ValueError(
+            f"task {before.task!r} has items of shape {start.shape} before and {end.shape} after; "
+            "paired items must be the same ones, at least one"
+        )
+    pairs = np.stack([start, end])
+    # Resampling items with replacement is a multinomial draw over the distinct (before, after)
+    # outcomes, of which there are four: exact, and free of an [R, n_items] array.
+    outcomes, counts = np.unique(pairs, axis=1, return_counts=True)
+    num_items = start.size
+    draws = generator.multinomial(num_items, counts / num_items, num_resamples) / num_items
+    return draws @ outcomes[0], draws @ outcomes[1]

@@ -1,0 +1,224 @@
+"""Dynamics of injected knowledge: effectivity, retainability and decay.
+
+    LAM(i)              = argmax of ℓ(t) for t in (t_i, t_i + W]      W = 50 steps
+    effectivity_i       = ℓ(LAM(i)) − ℓ(t_i)
+    retainability_i(t)  = (ℓ(LAM(i) + t) − ℓ(t_i)) / effectivity_i
+    retainability_i(t) ≈ b − a ln t                                   a: decay constant
+
+Source: Chang et al. 2024, arXiv 2406.11813 (LAM: local acquisition maximum).
+
+    symbol   meaning
+    ℓ(t)     mean log probability of the probes' targets (nats per token) in state t
+    t        a state of the model, counted in completed updates
+    s_i      the step whose batch holds injection i, counted from 1
+    t_i      s_i − 1: the state that *enters* step s_i and has not yet seen injection i
+
+Choices, where the source assumes a probe at every step:
+
+* ℓ(t_i) is the last probe at or before t_i. A probe at s_i itself already holds the injection.
+* Probes at or after s_{i+1} belong to the next injection: neither LAM nor retainability uses them,
+  also where W reaches further.
+* A maximum needs a probe beyond the injecting update: where no probe lies after s_i, within W and
+  before the next injection, injection i has no dynamics. So an injection at the last step of a run
+  has none.
+* Retainability and decay are undefined (NaN, no points) where effectivity ≤ 0. The fit is ordinary
+  least squares in ln t over points with t > 0, and needs two different t.
+
+Numpy only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ke_ray.core.acquisition import Interval, bootstrap_weights, percentile_interval
+
+__all__ = [
+    "LAM_WINDOW",
+    "DynamicsIntervals",
+    "InjectionDynamics",
+    "decay_constant",
+    "dynamics",
+    "dynamics_intervals",
+    "pooled_decay",
+]
+
+LAM_WINDOW = 50
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class InjectionDynamics:
+    """What became of one injection.
+
+    Attributes:
+        step: s_i, counted from 1.
+        baseline_step: completed updates at the probe used for ℓ(t_i); None without dynamics.
+        lam_step: completed updates at LAM(i); None without dynamics.
+        effectivity: nats per token; NaN without dynamics.
+        lags: int64 [K] steps after LAM(i), above 0, ascending; empty where effectivity ≤ 0.
+        retainability: float64 [K], a share of effectivity, at each lag.
+        decay: a of the fit to these points, per e-fold of steps; NaN without two different lags.
+    """
+
+    step: int
+    baseline_step: int | None
+    lam_step: int | None
+    effectivity: float
+    lags: npt.NDArray[np.int64]
+    retainability: Array
+    decay: float
+
+
+@dataclass(frozen=True)
+class DynamicsIntervals:
+    """Bootstrap intervals over paragraphs: effectivity per injection, and the pooled decay."""
+
+    effectivity: tuple[Interval, ...]
+    decay: Interval
+
+
+def dynamics(
+    steps: npt.ArrayLike,
+    values: npt.ArrayLike,
+    injection_steps: Sequence[int],
+    *,
+    window: int = LAM_WINDOW,
+) -> tuple[InjectionDynamics, ...]:
+    """Effectivity, retainability and decay of every injection, from probes along a run.
+
+    Args:
+        steps: [S] completed updates at each probe, ascending (0 is the starting checkpoint).
+        values: [S] ℓ at each probe: mean over the probes that the injections are about.
+        injection_steps: s_i of each injection, counted from 1, ascending.
+        window: W, steps after t_i within which LAM is looked for.
+
+    Returns:
+        One entry per injection, in order.
+
+    Raises:
+        ValueError: shapes differ, steps or injections do not ascend, or window is below 1.
+    """
+    at, curve = np.asarray(steps, dtype=np.int64), np.asarray(values, dtype=np.float64)
+    injected = np.asarray(injection_steps, dtype=np.int64)
+    if at.ndim != 1 or at.shape != curve.shape:
+        raise ValueError(f"steps of shape {at.shape} and values of shape {curve.shape} differ")
+    if (np.diff(at) <= 0).any() or (np.diff(injected) <= 0).any() or window < 1:
+        raise ValueError("probe steps and injection steps must ascend and window be at least 1")
+    ends = [*injected[1:].tolist(), math.inf]
+    return tuple(
+        _one_injection(at, curve, int(step), end, window)
+        for step, end in zip(injected, ends, strict=False)
+    )
+
+
+def decay_constant(lags: npt.ArrayLike, retainability: npt.ArrayLike) -> float:
+    """a of the least-squares fit retainability ≈ b − a ln t.
+
+    Args:
+        lags: [K] t > 0, steps after LAM.
+        retainability: [K].
+
+    Returns:
+        a, the share of effectivity lost per e-fold of steps: positive where knowledge decays; NaN
+        without two different lags.
+    """
+    t, kept = np.asarray(lags, dtype=np.float64), np.asarray(retainability, dtype=np.float64)
+    if np.unique(t).size < 2:
+        return math.nan
+    x = np.log(t) - np.log(t).mean()
+    return float(-(x * (kept - kept.mean())).sum() / (x**2).sum())
+
+
+def pooled_decay(injections: Sequence[InjectionDynamics]) -> float:
+    """`decay_constant` of the points of all injections together; NaN where there are too few."""
+    if not injections:
+        return math.nan
+    return decay_constant(
+        np.concatenate([entry.lags for entry in injections]),
+        np.concatenate([entry.retainability for entry in injections]),
+    )
+
+
+def dynamics_intervals(
+    steps: npt.ArrayLike,
+    paragraph_values: npt.ArrayLike,
+    injection_steps: Sequence[int],
+    *,
+    window: int = LAM_WINDOW,
+    level: float = 0.95,
+    num_resamples: int = 1000,
+    seed: int = 0,
+) -> DynamicsIntervals:
+    """Percentile-bootstrap intervals over paragraphs of effectivity and of the pooled decay.
+
+    One resample of paragraphs serves the whole run; LAM is looked for anew in each.
+
+    Args:
+        steps: [S] completed updates at each probe.
+        paragraph_values: [S, n_paragraphs] mean ℓ of each paragraph at each probe.
+        injection_steps, window: as `dynamics`.
+        level, num_resamples, seed: as `acquisition_interval`.
+
+    Returns:
+        The values are those of all paragraphs; the ends NaN with fewer than two paragraphs, or
+        where half of the resamples or more leave the quantity undefined.
+
+    Raises:
+        ValueError: as `dynamics`, or there are no paragraphs.
+    """
+    values = np.asarray(paragraph_values, dtype=np.float64)
+    if values.ndim != 2 or values.shape[1] < 1:
+        raise ValueError(f"paragraph values have shape {values.shape}; expected [S, n_paragraphs]")
+    whole = dynamics(steps, values.mean(axis=1), injection_steps, window=window)
+    num_paragraphs = values.shape[1]
+    resamples = num_resamples if num_paragraphs > 1 else 0
+    effectivities = np.full((resamples, len(whole)), np.nan)
+    decays = np.full(resamples, np.nan)
+    curves = bootstrap_weights(num_paragraphs, resamples, seed) @ values.T  # [R, S]
+    for row, curve in enumerate(curves):
+        drawn = dynamics(steps, curve, injection_steps, window=window)
+        effectivities[row] = [entry.effectivity for entry in drawn]
+        decays[row] = pooled_decay(drawn)
+    return DynamicsIntervals(
+        effectivity=tuple(
+            percentile_interval(entry.effectivity, effectivities[:, index], level)
+            for index, entry in enumerate(whole)
+        ),
+        decay=percentile_interval(pooled_decay(whole), decays, level),
+    )
+
+
+def _one_injection(
+    at: npt.NDArray[np.int64], curve: Array, step: int, end: float, window: int
+) -> InjectionDynamics:
+    """The dynamics of the injection at `step`, the next one being at `end`."""
+    before = np.flatnonzero(at < step)
+    # States t_i < t ≤ t_i + W with t_i = step − 1.
+    inside = np.flatnonzero((at >= step) & (at <= step - 1 + window) & (at < end))
+    if before.size == 0 or inside.size == 0 or at[inside[-1]] == step:
+        nothing = np.empty(0)
+        return InjectionDynamics(
+            step, None, None, math.nan, np.empty(0, dtype=np.int64), nothing, math.nan
+        )
+    baseline = int(before[-1])
+    lam = int(inside[np.argmax(curve[inside])])
+    effectivity = float(curve[lam] - curve[baseline])
+    later = np.flatnonzero((at > at[lam]) & (at < end)) if effectivity > 0.0 else inside[:0]
+    lags = at[later] - at[lam]
+    kept = (curve[later] - curve[baseline]) / effectivity if later.size else np.empty(0)
+    return InjectionDynamics(
+        step=step,
+        baseline_step=int(at[baseline]),
+        lam_step=int(at[lam]),
+        effectivity=effectivity,
+        lags=lags,
+        retainability=kept,
+        decay=decay_constant(lags, kept),
+    )
