@@ -1,0 +1,236 @@
+"""Where each decoder keeps its feed-forward memories: one table, no forked modelling code.
+
+A feed-forward layer is FFN(x) = f(x Kᵀ) V. Its *memory coefficients* f(x Kᵀ) are, in every
+decoder, the input of the FFN's second projection (REFERENCE §1). The table names, per
+``model_type`` of transformers, that projection, the first projection (``up``: the rows that
+resuscitation scales), the gate (``None`` in an ungated FFN) and the attention module.
+
+=============  ==========================================================================
+gated          coefficients = act(gate(x)) · up(x)    (SwiGLU, GeGLU)
+ungated        coefficients = act(up(x))              (GPT-2, GPT-NeoX, Phi)
+=============  ==========================================================================
+
+Mixtures of experts are refused: their experts are fused tensors that no hook on a projection
+sees, and an average over tokens that an expert never saw would be a number without a meaning.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ke_ray.errors import UnsupportedArchitectureError, nearest
+
+__all__ = [
+    "ARCHITECTURES",
+    "Architecture",
+    "FFNLayout",
+    "check_config",
+    "describe",
+    "supported_model_types",
+]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Names of submodules, relative to the body (``layers``), a layer, or its attention."""
+
+    layers: str = "layers"
+    ffn: str = "mlp"
+    second_projection: str = "down_proj"
+    up: str = "up_proj"
+    gate: str | None = "gate_proj"
+    fused: Literal["gate_up"] | None = None
+    attention: str = "self_attn"
+    query: str = "q_proj"
+    query_rows: Literal["all", "first", "per_head"] = "all"
+    query_norm: str = "q_norm"
+    norm_offset: float = 0.0  # Gemma's RMSNorm multiplies by (1 + weight)
+
+
+_GATED = Architecture()
+_GEMMA = Architecture(norm_offset=1.0)
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "olmo": _GATED,
+    "olmo2": _GATED,
+    "olmo3": _GATED,
+    "llama": _GATED,
+    "mistral": _GATED,
+    "qwen2": _GATED,
+    "qwen3": _GATED,
+    "gemma": _GEMMA,
+    "gemma2": _GEMMA,
+    "gemma3_text": _GEMMA,
+    "phi3": Architecture(
+        up="gate_up_proj",  # [2·d_mlp, d_model]: first half gate, second half up
+        gate="gate_up_proj",
+        fused="gate_up",
+        query="qkv_proj",
+        query_rows="first",
+    ),
+    "phi": Architecture(second_projection="fc2", up="fc1", gate=None, query_norm="q_layernorm"),
+    "gpt_neox": Architecture(
+        second_projection="dense_4h_to_h",
+        up="dense_h_to_4h",
+        gate=None,
+        attention="attention",
+        query="query_key_value",  # rows: for each head its q, k and v in turn
+        query_rows="per_head",
+    ),
+    "gpt2": Architecture(
+        layers="h",
+        second_projection="c_proj",
+        up="c_fc",
+        gate=None,
+        attention="attn",
+        query="c_attn",
+        query_rows="first",
+    ),
+}
+
+_MIXTURE_SIGNS = (
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+    "moe_intermediate_size",
+    "moe_num_experts",
+    "num_experts_per_tok",
+)
+
+
+@dataclass(frozen=True)
+class FFNLayout:
+    """The parts of one decoder layer that the measures and resuscitation need.
+
+    Attributes:
+        second_projection: its input is the coefficients [batch, pos, d_mlp].
+        up: the first projection; with ``fused == "gate_up"`` its output is [gate | up].
+        gate: the gate's projection, ``None`` for an ungated FFN (the same module as ``up``
+            when fused).
+        attention: the attention module of the layer.
+        d_mlp: number of memories.
+        activation: name of the activation in the config, such as ``silu``.
+        transposed: weights are stored [in, out] (GPT-2's Conv1D).
+    """
+
+    second_projection: nn.Module
+    up: nn.Module
+    gate: nn.Module | None
+    attention: nn.Module
+    fused: Literal["gate_up"] | None
+    d_mlp: int
+    activation: str
+    transposed: bool
+
+    @property
+    def gated(self) -> bool:
+        """Whether coefficients are a product of a gate and ``up``."""
+        return self.gate is not None
+
+    def up_weight(self) -> torch.Tensor:
+        """The memory keys K as a view [d_mlp, d_model] of the model's own storage."""
+        weight = self.up.weight
+        assert isinstance(weight, torch.Tensor)
+        rows = weight.t() if self.transposed else weight
+        return rows[self.d_mlp :] if self.fused == "gate_up" else rows
+
+    def up_bias(self) -> torch.Tensor | None:
+        """The bias of the memory keys as a view [d_mlp], or ``None``."""
+        bias = getattr(self.up, "bias", None)
+        if bias is None:
+            return None
+        return bias[self.d_mlp :] if self.fused == "gate_up" else bias
+
+
+def supported_model_types() -> tuple[str, ...]:
+    """``model_type`` of every architecture in the table, sorted."""
+    return tuple(sorted(ARCHITECTURES))
+
+
+def check_config(config: Any) -> Architecture:
+    """The table's entry for a transformers config; needs no weights.
+
+    Args:
+        config: a ``PreTrainedConfig`` (anything with ``model_type``).
+
+    Raises:
+        UnsupportedArchitectureError: for a mixture of experts, bidirectional attention, or an
+            architecture that is not in the table; the message names what is supported.
+    """
+    model_type = str(getattr(config, "model_type", "") or "")
+    known = ", ".join(supported_model_types())
+    if any((getattr(config, sign, None) or 0) for sign in _MIXTURE_SIGNS):
+        raise UnsupportedArchitectureError(
+            f"model type '{model_type}' is a mixture of experts: its memory coefficients lie in "
+            "fused expert tensors and an expert sees only the tokens routed to it, so they are not "
+            f"measured. Give a dense decoder; supported: {known}."
+        )
+    entry = ARCHITECTURES.get(model_type)
+    if entry is None:
+        raise UnsupportedArchitectureError(
+            f"model type '{model_type}' is not known to ke_ray: it must be told where the "
+            f"feed-forward coefficients are. Supported: {known}."
+            + nearest(model_type, ARCHITECTURES)
+        )
+    if getattr(config, "use_bidirectional_attention", False):
+        raise UnsupportedArchitectureError(
+            f"this '{model_type}' model attends in both directions; the measures are defined for "
+            "causal decoders. Give a causal checkpoint."
+        )
+    return entry
+
+
+def describe(model: nn.Module) -> tuple[FFNLayout, ...]:
+    """Where a loaded model keeps its memories, layer by layer.
+
+    Args:
+        model: a causal language model of transformers, or its bare body.
+
+    Returns:
+        One ``FFNLayout`` a layer, in the order of the forward pass.
+
+    Raises:
+        UnsupportedArchitectureError: as ``check_config``, or when the modules are not where the
+            table says (a modelling code of another version, or weights replaced by adapters).
+    """
+    config = getattr(model, "config", None)
+    entry = check_config(config)
+    body = getattr(model, "base_model", model)
+    try:
+        layers = body.get_submodule(entry.layers)
+        return tuple(_layout(entry, layer, config) for layer in layers.children())
+    except AttributeError as error:
+        raise UnsupportedArchitectureError(
+            f"{type(model).__name__} says it is '{getattr(config, 'model_type', '')}' but is not "
+            f"built like it: {error}. Supported are the unmodified classes of transformers."
+        ) from error
+
+
+def _layout(entry: Architecture, layer: nn.Module, config: Any) -> FFNLayout:
+    ffn = layer.get_submodule(entry.ffn)
+    second = ffn.get_submodule(entry.second_projection)
+    weight = second.weight
+    assert isinstance(weight, torch.Tensor)
+    transposed = not hasattr(second, "in_features")  # Conv1D has nx/nf and stores [in, out]
+    activation = next(
+        (
+            str(value)
+            for name in ("hidden_activation", "hidden_act", "activation_function")
+            if (value := getattr(config, name, None)) is not None
+        ),
+        "",
+    )
+    return FFNLayout(
+        second_projection=second,
+        up=ffn.get_submodule(entry.up),
+        gate=None if entry.gate is None else ffn.get_submodule(entry.gate),
+        attention=layer.get_submodule(entry.attention),
+        fused=entry.fused,
+        d_mlp=weight.shape[0] if transposed else weight.shape[1],
+        activation=activation,
+        transposed=transposed,
+    )

@@ -1,0 +1,206 @@
+"""Hooks that reduce coefficients and entropies to per-instance token means as a model runs.
+
+    coefficients        input of the FFN's second projection, C                  [batch, pos, d_mlp]
+    coefficients_relu   |ReLU(gate) · up|; ReLU(up) of an ungated FFN (A.2 of arXiv 2410.01380):
+                        from the outputs of the gate and up projections, which are only looked at
+    attention_entropy   from the queries and keys of each layer (``models.attention``)
+    next_token_entropy  from the final hidden states, through the LM head in chunks of tokens
+
+Nothing is kept but one mean per instance and layer. When the last layer has shown all that was
+asked for, the forward pass is ended by an exception that never leaves this module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ke_ray.core.prediction import streamed_entropy
+from ke_ray.errors import UnsupportedArchitectureError
+from ke_ray.models.architectures import FFNLayout
+from ke_ray.models.attention import measure_attention
+
+__all__ = ["Capture"]
+
+_ROWS = 256  # tokens reduced at a time: the buffer stays in the cache (measured, d_mlp 2048)
+
+
+class _Finished(Exception):  # noqa: N818 - ends a forward pass, it is no error
+    """Everything asked for has been seen; the rest of the forward pass is not needed."""
+
+
+class Capture:
+    """Hooks on one model, and the per-instance means of the batch under way."""
+
+    def __init__(
+        self, model: Any, layouts: Sequence[FFNLayout], names: Collection[str], device: torch.device
+    ) -> None:
+        self.body = model.base_model
+        self.model = model
+        self.layouts = layouts
+        self.device = device
+        self.coefficients = "coefficients" in names
+        self.relu = "coefficients_relu" in names
+        self.attention = "attention_entropy" in names
+        self.prediction = "next_token_entropy" in names
+        self.head = _language_head(model) if self.prediction else None
+        self.lengths: list[int] = []
+        self.values: dict[str, Tensor] = {}
+        self.last_layer: set[str] = set()
+        self.gate_output: Tensor | None = None
+        self.buffer: Tensor | None = None
+        self.stack = ExitStack()
+
+    def __enter__(self) -> Capture:
+        for layer, layout in enumerate(self.layouts):
+            if self.coefficients:
+                self._hook_input(layer, layout.second_projection)
+            if self.relu:
+                self._hook_relu(layer, layout)
+        if self.attention:
+            self.stack.enter_context(
+                measure_attention(self.model, self.layouts, self._see_attention)
+            )
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stack.close()
+
+    def run(self, batch: Tensor, lengths: list[int]) -> dict[str, Tensor]:
+        """Per-instance means by table: [B, n_layers, d_mlp], [B, n_layers] or [B]."""
+        self.lengths = lengths
+        n_layers, d_mlp = len(self.layouts), self.layouts[0].d_mlp
+        dtype = _accumulation_dtype(self.body)
+        shape = (len(lengths), n_layers)
+        self.values = {}
+        self.last_layer = set()
+        for name, wanted in (
+            ("coefficients", self.coefficients),
+            ("coefficients_relu", self.relu),
+        ):
+            if wanted:
+                self.values[name] = torch.zeros((*shape, d_mlp), dtype=dtype, device=self.device)
+                self.last_layer.add(name)
+        if self.attention:
+            self.values["attention_entropy"] = torch.zeros(
+                shape, dtype=torch.float64, device=self.device
+            )
+            self.last_layer.add("attention_entropy")
+        try:
+            hidden = self.body(input_ids=batch, use_cache=False).last_hidden_state
+        except _Finished:
+            return self.values
+        if self.head is not None:
+            self.values["next_token_entropy"] = self._predict(hidden)
+        return self.values
+
+    def _seen(self, name: str, layer: int) -> None:
+        if layer == len(self.layouts) - 1:
+            self.last_layer.discard(name)
+            if not self.last_layer and not self.prediction:
+                raise _Finished
+
+    def _hook_input(self, layer: int, projection: nn.Module) -> None:
+        def before(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            self._reduce("coefficients", layer, inputs[0], None)
+            self._seen("coefficients", layer)
+
+        self._keep(projection.register_forward_pre_hook(before))
+
+    def _hook_relu(self, layer: int, layout: FFNLayout) -> None:
+        """|ReLU(gate's pre-activation) · up|, or ReLU(pre-activation) of an ungated FFN."""
+
+        def after_gate(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+            self.gate_output = output  # gone as soon as `up` has run
+
+        def after_up(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+            gate, up = self.gate_output, output
+            self.gate_output = None
+            if layout.fused == "gate_up":
+                gate, up = output.chunk(2, dim=-1)
+            if layout.gated:
+                assert gate is not None
+                self._reduce("coefficients_relu", layer, gate, up)
+            else:
+                self._reduce("coefficients_relu", layer, up, None, rectify=True)
+            self._seen("coefficients_relu", layer)
+
+        if layout.gate is not None and layout.fused is None:
+            self._keep(layout.gate.register_forward_hook(after_gate))
+        self._keep(layout.up.register_forward_hook(after_up))
+
+    def _keep(self, handle: Any) -> None:
+        self.stack.callback(handle.remove)
+
+    def _reduce(
+        self, name: str, layer: int, first: Tensor, factor: Tensor | None, rectify: bool = False
+    ) -> None:
+        """Token means of |first|, or of |ReLU(first) · factor|, into ``values[name][:, layer]``."""
+        target = self.values[name]
+        rectify = rectify or factor is not None
+        buffer = self._buffer(target, first.shape[-1])
+        ones = torch.ones((1, _ROWS), dtype=target.dtype, device=target.device)
+        for n, length in enumerate(self.lengths):
+            total = torch.zeros((1, first.shape[-1]), dtype=target.dtype, device=target.device)
+            for start in range(0, length, _ROWS):
+                stop = min(start + _ROWS, length)
+                rows = buffer[: stop - start]
+                part = first[n, start:stop]
+                if rectify:
+                    rows.copy_(part).clamp_min_(0.0)
+                    if factor is not None:
+                        rows.mul_(factor[n, start:stop]).abs_()
+                elif part.dtype == rows.dtype:
+                    torch.abs(part, out=rows)
+                else:
+                    rows.copy_(part).abs_()
+                # A product with ones: several times faster than a sum over rows on a CPU.
+                total.addmm_(ones[:, : stop - start], rows)
+            target[n, layer] = total[0].div_(length)
+
+    def _buffer(self, like: Tensor, d_mlp: int) -> Tensor:
+        if self.buffer is None:
+            self.buffer = torch.empty((_ROWS, d_mlp), dtype=like.dtype, device=like.device)
+        return self.buffer
+
+    def _see_attention(self, layer: int, entropy: Tensor) -> None:
+        per_token = entropy.mean(dim=1, dtype=torch.float64)  # [batch, pos]
+        self.values["attention_entropy"][:, layer] = self._token_mean(per_token)
+        self._seen("attention_entropy", layer)
+
+    def _predict(self, hidden: Tensor) -> Tensor:
+        assert self.head is not None
+        real = torch.cat([hidden[n, :length] for n, length in enumerate(self.lengths)])
+        entropy = streamed_entropy(real, self.head, self.model.config.vocab_size)
+        return torch.stack([part.mean() for part in entropy.split(self.lengths)])
+
+    def _token_mean(self, per_token: Tensor) -> Tensor:
+        return torch.stack([per_token[n, :length].mean() for n, length in enumerate(self.lengths)])
+
+
+def _language_head(model: Any) -> Callable[[Tensor], Tensor]:
+    projection = model.get_output_embeddings()
+    if projection is None:
+        raise UnsupportedArchitectureError(
+            f"next_token_entropy needs a language-model head, which {type(model).__name__} lacks. "
+            "Load it with AutoModelForCausalLM or leave the measure out."
+        )
+    softcap = getattr(model.config, "final_logit_softcapping", None)
+
+    def head(hidden: Tensor) -> Tensor:
+        logits = projection(hidden)
+        if softcap is not None:
+            logits = logits.float() if logits.dtype != torch.float64 else logits
+            logits = logits.div_(softcap).tanh_().mul_(softcap)
+        return logits
+
+    return head
+
+
+def _accumulation_dtype(model: nn.Module) -> torch.dtype:
+    dtype = next(model.parameters()).dtype
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,214 @@
+"""Score a model in memory: one forward pass, per-instance token means, sums per group.
+
+Coefficients are taken by a forward pre-hook on each FFN's second projection and reduced on the
+spot, so memory does not grow with layers or instances:
+
+    mean_n = (1/T_n) Σ_t |C_nt|        over the T_n real tokens of instance n
+
+Canonical input is right-padded ids with lengths. Under causal attention a real token never sees
+the padding after it, so no attention mask is needed; left padding and holes are first compacted
+to the front (real tokens in order, positions from 0).
+
+Only what is asked for is computed. Knowledge entropy needs neither the last layer's second
+projection nor the LM head: the pass ends there. Attention entropy comes from the same pass
+(``models.attention``), prediction entropy streams the LM head over chunks of tokens
+(``core.prediction``).
+
+The forward pass runs in the model's dtype; the reductions run in float32 at least (REFERENCE §1),
+and sums over instances in float64 (``core.statistics``). Departures from the published code: no
+padding is counted, nothing but real tokens is averaged, no 1e-9 inside the logarithm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ke_ray.core.measures import Evaluation, check_measures, evaluate, required_sums
+from ke_ray.core.statistics import GroupSums
+from ke_ray.errors import DataError
+from ke_ray.models.architectures import describe
+from ke_ray.models.capture import Capture
+
+__all__ = ["compact", "score_instances", "score_model"]
+
+
+def score_model(
+    model: Any,
+    input_ids: Any,
+    attention_mask: Any = None,
+    *,
+    measures: Sequence[str] = ("knowledge_entropy",),
+    batch_size: int = 4,
+) -> Evaluation:
+    """Measure a model in hand.
+
+    Args:
+        model: a causal language model of transformers, on any device.
+        input_ids: integer [instances, T], tensor or array; padded on either side.
+        attention_mask: [instances, T], nonzero at real tokens; ``None``: all are real.
+        measures: names of ``ke_ray.core.measures.MEASURES``.
+        batch_size: instances per forward pass; changes speed and memory, not the result.
+
+    Returns:
+        Values in their units, with jackknife errors over groups of instances.
+
+    Raises:
+        UnsupportedArchitectureError: the model is not in the table of architectures.
+        DataError: token ids or shapes that the model cannot take, an instance of padding only.
+        UserError: an unknown measure.
+    """
+    ids, lengths = compact(input_ids, attention_mask)
+    sums = score_instances(
+        model, ids, lengths, measures=measures, num_instances=len(ids), batch_size=batch_size
+    )
+    return evaluate(sums, measures)
+
+
+def compact(input_ids: Any, attention_mask: Any = None) -> tuple[Tensor, Tensor]:
+    """Right-padded ids and lengths from ids with a mask of any pattern.
+
+    Returns:
+        ids [instances, T] with the real tokens in front, in order, and lengths int64 [instances].
+
+    Raises:
+        DataError: shapes that do not fit.
+    """
+    ids = _as_tensor(input_ids)
+    if attention_mask is None:
+        return ids, torch.full((ids.shape[0],), ids.shape[1], dtype=torch.int64)
+    real = torch.as_tensor(attention_mask) != 0
+    if real.shape != ids.shape:
+        raise DataError(
+            f"attention_mask has shape {tuple(real.shape)}, expected that of input_ids, "
+            f"{tuple(ids.shape)}"
+        )
+    real = real.to(ids.device)
+    order = (~real).to(torch.uint8).argsort(dim=1, stable=True)
+    return ids.gather(1, order), real.sum(dim=1)
+
+
+def score_instances(
+    model: Any,
+    input_ids: Any,
+    lengths: Any = None,
+    *,
+    measures: Sequence[str],
+    num_instances: int,
+    first_instance: int = 0,
+    batch_size: int = 4,
+    device: torch.device | str | None = None,
+    on_batch: Callable[[int], None] | None = None,
+) -> GroupSums:
+    """Sums over a contiguous range of instances of a dataset, ready to merge with others.
+
+    Args:
+        model: a causal language model of transformers; its dtype is that of the forward pass.
+        input_ids: integer [n, T] right-padded ids; whatever stands in the padding is ignored.
+        lengths: integer [n], real tokens of each instance; ``None``: T.
+        measures: names of ``MEASURES``; only the sums they need are computed.
+        num_instances: size of the whole dataset, which fixes the jackknife groups.
+        first_instance: index in the dataset of ``input_ids[0]``.
+        batch_size: instances per forward pass. Each batch is cut to its longest instance.
+        device: where to run; default: where the model is. The model is not moved.
+        on_batch: called after each batch with the number of real tokens it held.
+
+    Returns:
+        ``GroupSums`` with the tables the measures need. Values may be NaN or infinite when the
+        model's are: the caller decides.
+
+    Raises:
+        UnsupportedArchitectureError, DataError, UserError: as ``score_model``.
+    """
+    chosen = check_measures(measures)
+    layouts = describe(model)
+    ids, tokens = _checked(model, input_ids, lengths)
+    where = torch.device(device) if device is not None else _device_of(model)
+    if batch_size < 1:
+        raise DataError(f"batch_size is {batch_size}; expected at least 1")
+    sums = GroupSums.empty(
+        num_instances,
+        required_sums(chosen),
+        n_layers=len(layouts),
+        d_mlp=layouts[0].d_mlp,
+        device=where,
+    )
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode())
+        stack.enter_context(_evaluating(model))
+        capture = stack.enter_context(Capture(model, layouts, sums.tables, where))
+        for start in range(0, len(ids), batch_size):
+            part = tokens[start : start + batch_size]
+            longest = int(part.max())
+            batch = ids[start : start + batch_size, :longest].to(torch.int64)
+            padding = torch.arange(longest)[None, :] >= part[:, None]
+            # Any valid id will do behind the last real token: nothing looks at it.
+            batch = batch.masked_fill(padding, 0).to(where, non_blocking=True)
+            instances = torch.arange(start, start + len(part)) + first_instance
+            for name, values in capture.run(batch, part.tolist()).items():
+                sums.add(name, instances, values)
+            sums.count(instances, part)
+            if on_batch is not None:
+                on_batch(int(part.sum()))
+    return sums
+
+
+def _checked(model: Any, input_ids: Any, lengths: Any) -> tuple[Tensor, Tensor]:
+    """Ids and lengths on the CPU, known to be within the model's vocabulary and positions."""
+    ids = _as_tensor(input_ids).cpu()
+    width = ids.shape[1]
+    if lengths is None:
+        tokens = torch.full((len(ids),), width, dtype=torch.int64)
+    else:
+        tokens = torch.tensor(lengths) if not isinstance(lengths, Tensor) else lengths.cpu()
+        tokens = tokens.to(torch.int64)
+    if tokens.shape != (len(ids),) or bool(((tokens < 1) | (tokens > width)).any()):
+        raise DataError(
+            f"lengths {tokens.tolist()[:8]}… do not fit {len(ids)} instances of up to {width} "
+            "tokens: each instance needs one length between 1 and its width (an instance of "
+            "padding only has no mean over tokens)"
+        )
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and int(tokens.max()) > positions:
+        raise DataError(
+            f"an instance has {int(tokens.max())} tokens but the model has {positions} positions; "
+            "use a shorter sequence length"
+        )
+    vocabulary = model.get_input_embeddings().num_embeddings
+    real = torch.arange(width)[None, :] < tokens[:, None]
+    outside = real & ((ids < 0) | (ids >= vocabulary))
+    if bool(outside.any()):
+        row, column = outside.nonzero()[0].tolist()
+        raise DataError(
+            f"token id {int(ids[row, column])} (instance {row}, position {column}) is outside the "
+            f"model's vocabulary of {vocabulary}; the data were tokenised for another model"
+        )
+    return ids, tokens
+
+
+def _as_tensor(input_ids: Any) -> Tensor:
+    ids = input_ids if isinstance(input_ids, Tensor) else torch.tensor(input_ids)
+    if ids.ndim != 2 or ids.is_floating_point() or 0 in ids.shape:
+        raise DataError(
+            f"input_ids has shape {tuple(ids.shape)} and type {ids.dtype}; expected whole numbers "
+            "of shape [instances, tokens], at least one of each"
+        )
+    return ids
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
