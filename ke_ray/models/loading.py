@@ -1,0 +1,303 @@
+"""A model in memory from a checkpoint folder, or one clear error.
+
+Every way in which a checkpoint can be broken becomes a :class:`CheckpointError`: a truncated
+file, tensors that are missing (transformers would silently make up random ones), unexpected or of
+the wrong shape, NaN or infinite weights, a pickle with anything but tensors. No code that a
+checkpoint brings along is ever run.
+
+safetensors files are memory-mapped and each byte is read once. On an accelerator every parameter
+goes there as stored and changes its dtype there, so that neither a second copy in host memory nor
+a conversion on the CPU is paid.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ke_ray.errors import CheckpointError, UserError
+from ke_ray.models.layout import Layout
+from ke_ray.models.native import split
+from ke_ray.models.native_config import read_native_config
+from ke_ray.models.reference import CheckpointRef
+from ke_ray.models.weights import WeightFiles, is_buffer, open_weights, read_layout
+from ke_ray.storage import local_path
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+__all__ = ["check_finite", "find_tokenizer", "load_config", "load_model", "local_folder"]
+
+_CONFIG_LIMIT = 16 * 2**20  # bytes of a config.json
+_INT_LIMIT = 2**31
+# transformers' switches for progress bars and log level are process-wide.
+_QUIET = threading.Lock()
+
+
+def local_folder(checkpoint: CheckpointRef | str | Path) -> Path:
+    """The folder of a checkpoint on this machine.
+
+    Raises:
+        CheckpointError: it is elsewhere; fetch it through ``Store`` first.
+    """
+    if isinstance(checkpoint, CheckpointRef):
+        if not checkpoint.is_local:
+            raise CheckpointError(
+                f"'{checkpoint.label}' is not on this machine; fetch it with "
+                "ke_ray.models.store.Store first."
+            )
+        checkpoint = checkpoint.location
+    return local_path(checkpoint)
+
+
+def find_tokenizer(checkpoint: CheckpointRef | str | Path) -> Path | None:
+    """The ``tokenizer.json`` in a local checkpoint folder or one level up, or None."""
+    folder = local_folder(checkpoint)
+    candidates = (folder / "tokenizer.json", folder.parent / "tokenizer.json")
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def load_config(checkpoint: CheckpointRef | str | Path) -> PreTrainedConfig:
+    """The transformers configuration of a local checkpoint; reads no weights.
+
+    Raises:
+        CheckpointError: absent or malformed.
+        UnsupportedArchitectureError: ke_ray cannot score this architecture.
+    """
+    folder = local_folder(checkpoint)
+    return _read_config(folder, read_layout(folder))
+
+
+def load_model(
+    checkpoint: CheckpointRef | str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    attn_implementation: str | None = None,
+) -> PreTrainedModel:
+    """Load a decoder in evaluation mode, without gradients.
+
+    Args:
+        checkpoint: a local folder, in transformers' or OLMo's own layout.
+        dtype: of all parameters; float32 by default, whatever the file stores.
+        device: where the parameters go.
+        attn_implementation: passed to transformers; None takes its default.
+
+    Raises:
+        CheckpointError: the checkpoint is broken; the message says how.
+        UnsupportedArchitectureError: ke_ray cannot score this architecture.
+    """
+    import torch
+
+    folder = local_folder(checkpoint)
+    layout = read_layout(folder)
+    config = _read_config(folder, layout)
+    target, where = dtype or torch.float32, torch.device(device)
+    with _explained(folder), _quiet():
+        weights = open_weights(folder, layout)
+        stored = _stored_dtype(weights)
+        # On the CPU transformers converts while it copies out of the map; elsewhere, see above.
+        first = target if where.type == "cpu" else stored or target
+        model = _build(folder, layout, config, weights, first, attn_implementation)
+        if where.type != "cpu":
+            _move(model, where, target)
+    model.eval().requires_grad_(False)
+    check_finite(model, str(folder))
+    return model
+
+
+def check_finite(model: PreTrainedModel, where: str) -> None:
+    """Raise CheckpointError where a parameter holds NaN or an infinity."""
+    import torch
+
+    for name, parameter in model.named_parameters():
+        # A sum is finite for all but broken weights, reads once and needs no second tensor.
+        if torch.isfinite(parameter.detach().sum()) or torch.isfinite(parameter.detach()).all():
+            continue
+        bad = int((~torch.isfinite(parameter.detach())).sum())
+        raise CheckpointError(
+            f"'{where}': {bad:,} of {parameter.numel():,} weights of '{name}' are NaN or infinite "
+            f"(as {parameter.dtype})."
+        )
+
+
+def _read_config(folder: Path, layout: Layout) -> PreTrainedConfig:
+    from ke_ray.models.architectures import check_config
+
+    if layout.format == "native":
+        native = read_native_config(folder / layout.config)
+        with _explained(folder):
+            config = native.to_transformers()
+    else:
+        config = _read_hf_config(folder / layout.config)
+    check_config(config)
+    return config
+
+
+def _read_hf_config(path: Path) -> PreTrainedConfig:
+    import json
+
+    from transformers import AutoConfig
+
+    if path.stat().st_size > _CONFIG_LIMIT:
+        raise CheckpointError(f"'{path}' has more than {_CONFIG_LIMIT:,} bytes; is it a config?")
+    try:
+        values = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"'{path}' is not JSON: {error}.") from error
+    if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
+        raise CheckpointError(f"'{path}' names no model_type; expected a transformers config.")
+    if values.get("quantization_config"):
+        raise CheckpointError(f"'{path}': quantised weights are not supported; use the original.")
+    _check_integers(values, path)
+    try:
+        return AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
+    except Exception as error:  # transformers raises whatever a wrong value happens to cause
+        raise CheckpointError(
+            f"'{path}' (model_type {values['model_type']!r}) is not understood by transformers: "
+            f"{_first_line(error)}"
+        ) from error
+
+
+def _check_integers(value: Any, path: Path, depth: int = 0) -> None:
+    if isinstance(value, dict | list):
+        if depth > 32:
+            raise CheckpointError(f"'{path}' is nested more than 32 levels deep.")
+        for item in value.values() if isinstance(value, dict) else value:
+            _check_integers(item, path, depth + 1)
+    elif isinstance(value, int) and abs(value) >= _INT_LIMIT:
+        raise CheckpointError(f"'{path}' holds the number {value:.3g}, larger than any dimension.")
+
+
+def _build(
+    folder: Path,
+    layout: Layout,
+    config: PreTrainedConfig,
+    weights: WeightFiles,
+    dtype: torch.dtype,
+    attn_implementation: str | None,
+) -> PreTrainedModel:
+    model_class = _model_class(folder, config, weights)
+    options: dict[str, Any] = {
+        "config": config,
+        "dtype": dtype,
+        "ignore_mismatched_sizes": True,  # reported below, by name
+        "output_loading_info": True,
+    }
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    if layout.format == "native":
+        named = split(weights, read_native_config(folder / layout.config), where=f"'{folder}'")
+        model, info = model_class.from_pretrained(None, state_dict=named, **options)
+    elif layout.weights[0].endswith(".safetensors"):
+        model, info = model_class.from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, **options
+        )
+    else:
+        named = {name: weights[name] for name in weights}
+        model, info = model_class.from_pretrained(None, state_dict=named, **options)
+    _check_info(folder, info)
+    return model
+
+
+def _model_class(folder: Path, config: PreTrainedConfig, weights: WeightFiles) -> Any:
+    """The class to build, after a trial without memory: the files must be able to fill it."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    layers = getattr(config, "num_hidden_layers", 0) or 0
+    described, model = 0, None
+    if layers <= len(weights):
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        model.tie_weights()
+        described = sum(parameter.numel() for parameter in model.parameters())
+    held = weights.num_elements()
+    if model is None or described > 2 * held + 1_000_000:
+        raise CheckpointError(
+            f"'{folder}': the configuration describes {layers:,} layers and {described:,} "
+            f"parameters, the weight files hold {len(weights):,} tensors of {held:,} elements in "
+            "all; they do not belong together, or files are missing."
+        )
+    return type(model)
+
+
+def _check_info(folder: Path, info: dict[str, Any]) -> None:
+    missing = sorted(info["missing_keys"])
+    unexpected = sorted(name for name in info["unexpected_keys"] if not is_buffer(name))
+    wrong = sorted(info["mismatched_keys"], key=str)
+    if wrong:
+        name, found, expected = (*wrong[0], "?", "?")[:3]
+        raise CheckpointError(
+            f"'{folder}': {len(wrong)} tensors have the wrong shape, the first '{name}': found "
+            f"{list(found)}, the configuration asks for {list(expected)}."
+        )
+    if missing:
+        raise CheckpointError(
+            f"'{folder}': {len(missing)} tensors are missing from the weight files, the first "
+            f"'{missing[0]}'; fetch the checkpoint again."
+        )
+    if unexpected:
+        raise CheckpointError(
+            f"'{folder}': the weight files hold {len(unexpected)} tensors that the model does not "
+            f"have, the first '{unexpected[0]}'; is config.json of this checkpoint?"
+        )
+    if info.get("error_msgs"):
+        raise CheckpointError(f"'{folder}': {info['error_msgs'][0]}")
+
+
+def _stored_dtype(weights: WeightFiles) -> torch.dtype | None:
+    """The one floating dtype of all tensors, or None where they differ."""
+    kinds = {weights.dtype(name) for name in weights}
+    floating = {kind for kind in kinds if kind is not None and kind.is_floating_point}
+    return floating.pop() if len(floating) == 1 else None
+
+
+def _move(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> None:
+    done: set[int] = set()
+    for parameter in model.parameters():
+        if id(parameter) not in done:  # tied parameters once
+            done.add(id(parameter))
+            parameter.data = parameter.data.to(device).to(dtype)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+    model.config.dtype = dtype
+
+
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (CheckpointError, UserError):
+        raise
+    except Exception as error:  # whatever a broken file made transformers or torch raise
+        raise CheckpointError(f"'{folder}' cannot be loaded: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no details'}"[:500]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bar and no load report from transformers: what matters is raised."""
+    from transformers.utils import logging as transformers_logging
+
+    with _QUIET:
+        level = transformers_logging.get_verbosity()
+        bars = transformers_logging.is_progress_bar_enabled()
+        transformers_logging.set_verbosity(logging.CRITICAL)
+        transformers_logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            transformers_logging.set_verbosity(level)
+            if bars:
+                transformers_logging.enable_progress_bar()

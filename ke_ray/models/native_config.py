@@ -1,0 +1,342 @@
+"""OLMo's ``config.yaml``: read, judged, turned into a transformers configuration and back.
+
+Only the ``model`` section is read. Missing keys take the defaults of OLMo's own ``ModelConfig``;
+a key whose effect transformers' classes cannot reproduce is refused by name and value.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import yaml
+
+from ke_ray.errors import CheckpointError, UnsupportedArchitectureError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+__all__ = ["NativeConfig", "parse_native_config", "read_native_config"]
+
+_FILE_LIMIT = 16 * 2**20  # bytes of a config.yaml; those with all data paths have about 0.2 MiB
+_SECTION_LIMIT = 256 * 2**10
+_INT_LIMIT = 2**31
+# Keys of OLMo's ModelConfig that do not change what a trained model computes.
+_HARMLESS = re.compile(
+    r"init_.*|.*_init_std|scale_emb_init|.*_dropout|flash_attention|precision|rope_full_precision"
+    r"|alibi_bias_max"
+)
+# Key: what it must be, and OLMo's own default where the key is absent.
+_REQUIRED: dict[str, tuple[tuple[Any, ...], Any]] = {
+    "activation_type": (("swiglu",), "swiglu"),
+    "alibi": ((False, None), False),
+    "rope": ((True,), False),
+    "include_bias": ((False,), True),
+    "block_type": (("sequential",), "sequential"),
+    "block_group_size": ((1, None), 1),
+    "scale_logits": ((False, None), False),
+    "embedding_layer_norm": ((False, None), False),
+}
+_OLMO1: dict[str, tuple[tuple[Any, ...], Any]] = {
+    "layer_norm_type": (("default", "low_precision", "amd_compatible"), "default"),
+    "layer_norm_with_affine": ((False,), True),
+    "attention_layer_norm": ((False, None), False),
+    "layer_norm_eps": ((1e-5,), 1e-5),
+}
+_OLMO2: dict[str, tuple[tuple[Any, ...], Any]] = {
+    "layer_norm_type": (("rms",), "default"),
+    "layer_norm_with_affine": ((True,), True),
+    "attention_layer_norm": ((True,), False),
+    "attention_layer_norm_with_affine": ((True,), True),
+    "bias_for_layer_norm": ((False, None), None),
+    "clip_qkv": ((None,), None),
+}
+_READ = {
+    *("d_model", "n_heads", "n_layers", "n_kv_heads", "multi_query_attention", "mlp_hidden_size"),
+    *("mlp_ratio", "vocab_size", "embedding_size", "max_sequence_length", "rope_theta"),
+    *("eos_token_id", "pad_token_id", "weight_tying", "clip_qkv", "norm_after", "layer_norm_eps"),
+    *("attention_layer_norm_with_affine", "bias_for_layer_norm"),
+    *_REQUIRED,
+    *_OLMO1,
+    *_OLMO2,
+}
+
+
+@dataclass(frozen=True)
+class NativeConfig:
+    """What ke_ray needs of a native configuration.
+
+    ``d_mlp`` is the number of memories of a layer (half of OLMo's ``mlp_hidden_size`` under
+    SwiGLU), ``vocab_size`` the number of rows of the embedding (OLMo's ``embedding_size``).
+    """
+
+    model_type: Literal["olmo", "olmo2"]
+    d_model: int
+    n_heads: int
+    n_kv_heads: int
+    n_layers: int
+    d_mlp: int
+    vocab_size: int
+    max_sequence_length: int
+    rope_theta: float
+    norm_eps: float
+    tied: bool
+    eos_token_id: int | None
+    pad_token_id: int | None
+    clip_qkv: float | None = None
+
+    @property
+    def d_kv(self) -> int:
+        """Width of keys and values, all heads together."""
+        return self.d_model // self.n_heads * self.n_kv_heads
+
+    def to_transformers(self) -> PreTrainedConfig:
+        """The OlmoConfig or Olmo2Config of the same model."""
+        from transformers import Olmo2Config, OlmoConfig
+
+        shared: dict[str, Any] = {
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.d_model,
+            "intermediate_size": self.d_mlp,
+            "num_hidden_layers": self.n_layers,
+            "num_attention_heads": self.n_heads,
+            "num_key_value_heads": self.n_kv_heads,
+            "max_position_embeddings": self.max_sequence_length,
+            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
+            "eos_token_id": self.eos_token_id,
+            "pad_token_id": self.pad_token_id,
+            "tie_word_embeddings": self.tied,
+        }
+        if self.model_type == "olmo":
+            return OlmoConfig(**shared, clip_qkv=self.clip_qkv, architectures=["OlmoForCausalLM"])
+        return Olmo2Config(**shared, rms_norm_eps=self.norm_eps, architectures=["Olmo2ForCausalLM"])
+
+    @classmethod
+    def from_transformers(cls, config: PreTrainedConfig) -> NativeConfig:
+        """The native form of an OLMo or OLMo-2 configuration.
+
+        Raises:
+            UnsupportedArchitectureError: another architecture, or a setting OLMo's format lacks.
+        """
+        if config.model_type not in ("olmo", "olmo2"):
+            raise UnsupportedArchitectureError(
+                f"OLMo's native layout holds only OLMo and OLMo-2 models, not "
+                f"'{config.model_type}'; save it with layout='hf'."
+            )
+        rope = config.rope_parameters or {}
+        for name, value, expected in (
+            ("attention_bias", bool(config.attention_bias), False),
+            ("hidden_act", config.hidden_act, "silu"),
+            ("rope_type", rope.get("rope_type", "default"), "default"),
+            (
+                "head_dim",
+                getattr(config, "head_dim", None)
+                or config.hidden_size // config.num_attention_heads,
+                config.hidden_size // config.num_attention_heads,
+            ),
+        ):
+            if value != expected:
+                raise UnsupportedArchitectureError(
+                    f"OLMo's native layout cannot express {name}={value!r} (only {expected!r}); "
+                    "save it with layout='hf'."
+                )
+        eos = config.eos_token_id
+        return cls(
+            model_type=config.model_type,
+            d_model=config.hidden_size,
+            n_heads=config.num_attention_heads,
+            n_kv_heads=config.num_key_value_heads,
+            n_layers=config.num_hidden_layers,
+            d_mlp=config.intermediate_size,
+            vocab_size=config.vocab_size,
+            max_sequence_length=config.max_position_embeddings,
+            rope_theta=float(rope.get("rope_theta", 10_000.0)),
+            norm_eps=getattr(config, "rms_norm_eps", 1e-5),
+            tied=bool(config.tie_word_embeddings),
+            eos_token_id=eos[0] if isinstance(eos, list) else eos,
+            pad_token_id=config.pad_token_id,
+            clip_qkv=getattr(config, "clip_qkv", None),
+        )
+
+    def to_yaml(self) -> str:
+        """A ``config.yaml`` from which OLMo builds the same model."""
+        second = self.model_type == "olmo2"
+        model = {
+            "d_model": self.d_model,
+            "n_heads": self.n_heads,
+            "n_kv_heads": self.n_kv_heads,
+            "n_layers": self.n_layers,
+            "mlp_hidden_size": 2 * self.d_mlp,
+            "weight_tying": self.tied,
+            "alibi": False,
+            "rope": True,
+            "rope_theta": self.rope_theta,
+            "clip_qkv": self.clip_qkv,
+            "flash_attention": False,
+            "attention_dropout": 0.0,
+            "residual_dropout": 0.0,
+            "embedding_dropout": 0.0,
+            "include_bias": False,
+            "block_type": "sequential",
+            "activation_type": "swiglu",
+            "layer_norm_type": "rms" if second else "default",
+            "layer_norm_with_affine": second,
+            "layer_norm_eps": self.norm_eps,
+            "bias_for_layer_norm": False,
+            "attention_layer_norm": second,
+            "attention_layer_norm_with_affine": second,
+            "norm_after": second,
+            "max_sequence_length": self.max_sequence_length,
+            "vocab_size": self.vocab_size,
+            "embedding_size": self.vocab_size,
+            "eos_token_id": self.eos_token_id,
+            "pad_token_id": self.pad_token_id,
+            "init_device": "cpu",
+        }
+        return yaml.safe_dump({"model": model}, sort_keys=False)
+
+
+def read_native_config(path: str | Path) -> NativeConfig:
+    """Read a ``config.yaml``.
+
+    Raises:
+        CheckpointError: absent, too large or malformed.
+        UnsupportedArchitectureError: it describes a model that transformers does not reproduce.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise CheckpointError(f"'{file}' is missing.")
+    if file.stat().st_size > _FILE_LIMIT:
+        raise CheckpointError(f"'{file}' has more than {_FILE_LIMIT:,} bytes; is it a config?")
+    try:
+        return parse_native_config(file.read_text("utf-8"), where=str(file))
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"'{file}' is not UTF-8 text: {error}.") from error
+
+
+def parse_native_config(text: str, *, where: str = "config.yaml") -> NativeConfig:
+    """Parse the text of a ``config.yaml``; see :func:`read_native_config`."""
+    values = _model_section(text, where)
+    second = bool(values.get("norm_after"))
+    rules = _REQUIRED | (_OLMO2 if second else _OLMO1)
+    kind = "OLMo-2" if second else "OLMo"
+    for key, (allowed, default) in rules.items():
+        value = values.get(key, default)
+        if key == "layer_norm_eps" and value is not None:
+            value = _number(values, key, default, where)
+        if value not in allowed:
+            raise UnsupportedArchitectureError(
+                f"{where}: {key}={value!r} cannot be reproduced by the {kind} class of "
+                f"transformers, expected {' or '.join(map(repr, allowed))}."
+            )
+    for key, value in values.items():
+        if key not in _READ and value and not _HARMLESS.fullmatch(str(key)):
+            raise UnsupportedArchitectureError(
+                f"{where}: {key}={value!r} is not a key of OLMo's model configuration that "
+                "ke_ray knows, so its effect cannot be reproduced."
+            )
+    return _build(values, "olmo2" if second else "olmo", where)
+
+
+def _build(
+    values: dict[str, Any], model_type: Literal["olmo", "olmo2"], where: str
+) -> NativeConfig:
+    def integer(key: str, default: int | None = None, least: int = 1) -> int:
+        value = values.get(key)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < _INT_LIMIT:
+            raise CheckpointError(f"{where}: {key}={value!r}, expected an integer >= {least}.")
+        return value
+
+    d_model, n_heads = integer("d_model"), integer("n_heads")
+    multi_query = values.get("multi_query_attention")
+    n_kv_heads = integer("n_kv_heads", 1 if multi_query is True else n_heads)
+    if multi_query is True and n_kv_heads != 1:
+        raise CheckpointError(
+            f"{where}: multi_query_attention is set, but n_kv_heads={n_kv_heads}."
+        )
+    if d_model % (2 * n_heads) or n_heads % n_kv_heads:
+        raise CheckpointError(
+            f"{where}: d_model={d_model} must be an even multiple of n_heads={n_heads}, and "
+            f"n_heads a multiple of n_kv_heads={n_kv_heads}."
+        )
+    if values.get("mlp_hidden_size") is None:
+        hidden = _number(values, "mlp_ratio", 4, where) * d_model
+    else:
+        hidden = integer("mlp_hidden_size")
+    if hidden % 2 or not 2 <= hidden < _INT_LIMIT:
+        raise CheckpointError(f"{where}: the MLP has width {hidden}, SwiGLU needs an even one.")
+    vocab_size = integer("vocab_size")
+    rows = integer("embedding_size", vocab_size) if "embedding_size" in values else 50_304
+    if rows < vocab_size:
+        raise CheckpointError(
+            f"{where}: embedding_size={rows} is smaller than vocab_size={vocab_size}."
+        )
+    tied = values.get("weight_tying", True)
+    if not isinstance(tied, bool):
+        raise CheckpointError(f"{where}: weight_tying={tied!r}, expected true or false.")
+    clip = None
+    if values.get("clip_qkv") is not None:
+        clip = _number(values, "clip_qkv", None, where)
+    return NativeConfig(
+        model_type=model_type,
+        d_model=d_model,
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        n_layers=integer("n_layers"),
+        d_mlp=int(hidden) // 2,
+        vocab_size=rows,
+        max_sequence_length=integer("max_sequence_length", 1024),
+        rope_theta=_number(values, "rope_theta", 10_000.0, where),
+        norm_eps=_number(values, "layer_norm_eps", 1e-5, where),
+        tied=tied,
+        eos_token_id=_token_id(values, "eos_token_id", rows, where),
+        pad_token_id=_token_id(values, "pad_token_id", rows, where),
+        clip_qkv=clip,
+    )
+
+
+def _token_id(values: dict[str, Any], key: str, rows: int, where: str) -> int | None:
+    value = values.get(key)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < rows:
+        raise CheckpointError(f"{where}: {key}={value!r} is not a token id below {rows:,}.")
+    return value
+
+
+def _number(values: dict[str, Any], key: str, default: Any, where: str) -> float:
+    value = values.get(key)
+    value = default if value is None else value
+    try:
+        # YAML 1.1 reads 1e-6 (no dot) as text.
+        number = float(value) if not isinstance(value, bool) else float("nan")
+    except (TypeError, ValueError, OverflowError):
+        number = float("nan")
+    if not 0 < number < float("inf"):
+        raise CheckpointError(f"{where}: {key}={value!r}, expected a positive number.")
+    return number
+
+
+def _model_section(text: str, where: str) -> dict[str, Any]:
+    # The rest of the file lists every data file of the run; parsing it would take seconds.
+    found = re.search(r"^model:[^\n]*\n(?:(?:[ \t#][^\n]*)?(?:\n|\Z))*", text, re.M)
+    section = found.group(0) if found else text
+    if len(section) > _SECTION_LIMIT:
+        raise CheckpointError(f"{where}: no 'model' section of at most {_SECTION_LIMIT:,} bytes.")
+    try:
+        if any(
+            isinstance(event, yaml.AliasEvent) for event in yaml.parse(section, yaml.SafeLoader)
+        ):
+            raise CheckpointError(f"{where}: YAML aliases are not accepted in a configuration.")
+        loaded = yaml.safe_load(section)
+    except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:
+        raise CheckpointError(
+            f"{where} is not valid YAML: {' '.join(str(error).split())}"
+        ) from error
+    model = loaded.get("model") if isinstance(loaded, dict) else None
+    if not isinstance(model, dict):
+        raise CheckpointError(f"{where} has no 'model' section; expected OLMo's configuration.")
+    return {str(key): value for key, value in model.items()}

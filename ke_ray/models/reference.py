@@ -1,0 +1,75 @@
+"""One checkpoint of a series: where it lies and what its name says about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ke_ray.storage import is_local
+
+__all__ = ["CheckpointFormat", "CheckpointRef", "order_key"]
+
+CheckpointFormat = Literal["hf", "hub", "native"]
+
+
+@dataclass(frozen=True)
+class CheckpointRef:
+    """A checkpoint that is listed, not yet fetched; small, hashable and picklable.
+
+    Attributes:
+        name: unique within its listing and usable as a file name.
+        location: a local folder, an fsspec URI of a folder, an ``http(s)://`` base URL, or
+            ``hf://org/repo`` on the Hugging Face Hub.
+        format: ``hf`` (``config.json`` and weights), ``hub`` (the same, on the Hub) or
+            ``native`` (OLMo's own ``config.yaml`` with ``model.pt`` or ``model.safetensors``).
+        revision: branch or tag on the Hub.
+        commit: the commit the revision stood for when it was listed; fetched by it, so that a
+            branch that moves meanwhile cannot mix two states.
+        step: optimizer step, from the name or the CSV list.
+        pretraining_tokens: tokens seen so far, from the name.
+        stage: training stage, where the name has one (its steps restart at each stage).
+        ingredient: the branch within a stage, where the name has one.
+        size_bytes: bytes to fetch, where known without fetching.
+        weights_fingerprint: cheap identity of the weight *files*: ``lfs-sha256:…`` on the Hub
+            (exact), ``sampled-sha256:…`` in folders (sizes and samples of the bytes).
+        duplicate_of: name of the earliest checkpoint in the listing with the same weight files.
+    """
+
+    name: str
+    location: str
+    format: CheckpointFormat
+    revision: str | None = None
+    commit: str | None = None
+    step: int | None = None
+    pretraining_tokens: int | None = None
+    stage: int | None = None
+    ingredient: int | None = None
+    size_bytes: int | None = None
+    weights_fingerprint: str | None = None
+    duplicate_of: str | None = None
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it can be loaded where it lies."""
+        return self.format != "hub" and is_local(self.location)
+
+    @property
+    def repo(self) -> str | None:
+        """``org/repo`` of a checkpoint on the Hub."""
+        return self.location.removeprefix("hf://") if self.format == "hub" else None
+
+    @property
+    def label(self) -> str:
+        """What a message calls it: location and, on the Hub, revision."""
+        return f"{self.location}@{self.revision}" if self.revision else self.location
+
+
+def order_key(ref: CheckpointRef) -> tuple[bool, int, int, int, str]:
+    """Sort key in training order: stage, ingredient, step; without a step last, by name."""
+    return (
+        ref.step is None,
+        ref.stage if ref.stage is not None else 1,
+        ref.ingredient or 0,
+        ref.step or 0,
+        ref.name,
+    )
