@@ -1,0 +1,490 @@
+"""The scorer: an actor that loads checkpoints and turns work items into rows or partial sums.
+
+Ray Data calls an actor for two items at a time, on two threads. One lock is held while loading and
+another while scoring, so the next checkpoint is fetched and loaded while this one is scored.
+Whatever goes wrong with an item becomes a row with its error; an item that keeps killing its actor
+is given up after ``MAX_ATTEMPTS`` by count of the monitor, which outlives the actors.
+
+    input    one row    ``item`` (JSON of the work item and its checkpoint)
+    output   one row for each corpus of the item, columns of ``OUTPUT_SCHEMA``
+    resources   ``num_cpus`` or ``num_gpus`` per actor, chosen by the scan
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from ke_ray.engine.plan import Stretch, WorkItem
+from ke_ray.errors import CheckpointError, KeRayError
+from ke_ray.models.reference import CheckpointRef
+from ke_ray.results.manifest import redact
+
+if TYPE_CHECKING:
+    import torch
+
+    from ke_ray.core.measures import Evaluation
+    from ke_ray.core.statistics import GroupSums
+
+__all__ = [
+    "OUTPUT_SCHEMA",
+    "CheckpointScorer",
+    "ScanMonitor",
+    "ScorerSettings",
+    "evaluated_columns",
+    "sums_from_bytes",
+]
+
+log = logging.getLogger(__name__)
+
+MAX_ATTEMPTS = 3
+_REPORT_EVERY_S = 0.5
+
+OUTPUT_SCHEMA = pa.schema(
+    [
+        ("item", pa.int64()),
+        ("checkpoint", pa.int64()),
+        ("corpus", pa.string()),
+        ("status", pa.string()),
+        ("error", pa.string()),
+        ("num_instances", pa.int64()),
+        ("num_tokens", pa.int64()),
+        ("weights_sha256", pa.string()),
+        # Either partial sums (safetensors), or, where the item is all of the corpus, their
+        # evaluation: rows and replicates (Arrow IPC) and mean coefficients (safetensors).
+        ("sums", pa.large_binary()),
+        ("rows", pa.large_binary()),
+        ("replicates", pa.large_binary()),
+        ("coefficients", pa.large_binary()),
+        ("fetch_s", pa.float64()),
+        ("load_s", pa.float64()),
+        ("score_s", pa.float64()),
+        ("wait_s", pa.float64()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class ScorerSettings:
+    """What every scorer of a scan needs to know."""
+
+    dtype: str
+    batch_size: int
+    top_k_fraction: float
+    dormant_threshold: float
+    threads: int | None
+    cache_dir: str | None
+    cache_bytes: int | None
+    resuscitation: dict[str, Any] | None = None
+
+
+class ScanMonitor:
+    """Counts attempts and tokens for all scorers; a small actor that needs no CPU of its own."""
+
+    def __init__(self) -> None:
+        self._attempts: dict[int, int] = {}
+        self._tokens: dict[int, int] = {}
+
+    def begin(self, item: int) -> int:
+        """Count an attempt at an item; returns how many there were, this one included."""
+        self._attempts[item] = self._attempts.get(item, 0) + 1
+        self._tokens[item] = 0
+        return self._attempts[item]
+
+    def attempts(self, item: int) -> int:
+        """How often an item was begun."""
+        return self._attempts.get(item, 0)
+
+    def report(self, item: int, num_tokens: int) -> None:
+        """Tokens scored of an item so far."""
+        self._tokens[item] = num_tokens
+
+    def tokens(self) -> int:
+        """Tokens scored of all items so far."""
+        return sum(self._tokens.values())
+
+
+@dataclass
+class _Loaded:
+    """A model that one or two items use."""
+
+    model: Any
+    fetch_s: float
+    load_s: float
+    sha256: Future[str]
+
+
+@dataclass
+class _Slot:
+    ready: Future[_Loaded] = field(default_factory=Future)
+    users: int = 0
+
+
+class CheckpointScorer:
+    """One scorer: a callable class for ``Dataset.map_batches``.
+
+    Args:
+        settings: the same for all.
+        checkpoints: the listing; work items name a checkpoint by its index.
+        corpora: name → object reference of (input_ids, lengths).
+        monitor: handle of the ``ScanMonitor``.
+    """
+
+    def __init__(
+        self,
+        settings: ScorerSettings,
+        checkpoints: Sequence[CheckpointRef],
+        corpora: dict[str, Any],
+        monitor: Any,
+    ) -> None:
+        import ray
+        import torch
+
+        from ke_ray.models.store import Store
+
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        torch.set_grad_enabled(False)
+        self._settings = settings
+        self._checkpoints = checkpoints
+        self._corpora = {name: ray.get(ref) for name, ref in corpora.items()}
+        self._monitor = monitor
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._store = Store(settings.cache_dir, settings.cache_bytes)
+        self._slots: dict[int, _Slot] = {}
+        self._guard = threading.Lock()
+        self._load_lock = threading.Lock()
+        self._score_lock = threading.Lock()
+        self._alone = _Exclusive()
+        self._hasher = ThreadPoolExecutor(1, "weights-hash")
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Score the item of a one-row table."""
+        import ray
+
+        item = item_from_json(batch["item"][0].as_py())
+        ref = self._checkpoints[item.checkpoint]
+        earlier = ray.get(self._monitor.attempts.remote(item.index))
+        # An item that was lost with its actor runs alone the next time, so that an item which
+        # kills its actor takes no neighbour's attempts with it.
+        with self._alone.enter(exclusive=earlier > 0):
+            if earlier >= MAX_ATTEMPTS:
+                return _failed(
+                    item,
+                    f"'{ref.label}' ended the process that scored it {earlier} times "
+                    "(most likely it does not fit into memory); given up.",
+                )
+            ray.get(self._monitor.begin.remote(item.index))
+            try:
+                return self._score(item, ref)
+            except KeRayError as error:
+                return _failed(item, str(error))
+            except Exception as error:
+                log.exception("Scoring '%s' failed", ref.label)
+                return _failed(item, f"'{ref.label}': {type(error).__name__}: {error}")
+
+    def _score(self, item: WorkItem, ref: CheckpointRef) -> pa.Table:
+        outputs = []
+        with self._model(item.checkpoint, ref) as loaded:
+            waiting = time.monotonic()
+            with self._score_lock:
+                started = time.monotonic()
+                report = self._reporter(item.index)
+                sums = [self._sum(loaded.model, ref, stretch, report) for stretch in item.stretches]
+                ended = time.monotonic()
+            for stretch, part in zip(item.stretches, sums, strict=True):
+                outputs.append(self._output(item, ref, stretch, part))
+            sha256 = loaded.sha256.result()
+        for output in outputs:
+            output["weights_sha256"] = sha256
+        timings = {
+            "fetch_s": loaded.fetch_s,
+            "load_s": loaded.load_s,
+            "score_s": ended - started,
+            "wait_s": started - waiting,
+        }
+        return _table([{**timings, **output} for output in outputs])
+
+    def _sum(self, model: Any, ref: CheckpointRef, stretch: Stretch, report: Any) -> GroupSums:
+        from ke_ray.models.scoring import score_instances
+
+        input_ids, lengths = self._corpora[stretch.work.corpus]
+        rows = slice(stretch.start, stretch.stop)
+        _check_fits(model, ref, stretch.work.corpus, input_ids[rows], lengths[rows])
+        return score_instances(
+            model,
+            input_ids[rows],
+            lengths[rows],
+            measures=stretch.work.measures,
+            num_instances=stretch.work.num_instances,
+            first_instance=stretch.start,
+            batch_size=self._settings.batch_size,
+            on_batch=report,
+        )
+
+    def _output(
+        self, item: WorkItem, ref: CheckpointRef, stretch: Stretch, sums: GroupSums
+    ) -> dict[str, Any]:
+        output: dict[str, Any] = {
+            "item": item.index,
+            "checkpoint": item.checkpoint,
+            "corpus": stretch.work.corpus,
+            "status": "ok",
+            "num_instances": sums.total_instances,
+            "num_tokens": sums.total_tokens,
+        }
+        if not stretch.is_whole:
+            return {**output, "sums": _save_tensors(sums.to_tensors())}
+        try:
+            return {**output, **evaluated_columns(sums, stretch.work.measures, self._settings)}
+        except KeRayError as error:
+            return {**output, "status": "failed", "error": f"'{ref.label}': {error}"}
+
+    @contextmanager
+    def _model(self, index: int, ref: CheckpointRef) -> Iterator[_Loaded]:
+        """The model of a checkpoint, loaded once for all items that use it at the same time."""
+        with self._guard:
+            slot = self._slots.get(index)
+            is_owner = slot is None
+            if slot is None:
+                slot = self._slots[index] = _Slot()
+            slot.users += 1
+        try:
+            if is_owner:
+                try:
+                    with self._load_lock:
+                        self._drop_idle(index)
+                        slot.ready.set_result(self._load(ref))
+                except BaseException as error:
+                    slot.ready.set_exception(error)
+            yield slot.ready.result()
+        finally:
+            with self._guard:
+                slot.users -= 1
+                if slot.ready.exception() is not None and not slot.users:
+                    self._slots.pop(index, None)
+
+    def _drop_idle(self, wanted: int) -> None:
+        with self._guard:
+            for index in [i for i, s in self._slots.items() if not s.users and i != wanted]:
+                del self._slots[index]
+
+    def _load(self, ref: CheckpointRef) -> _Loaded:
+        import torch
+
+        from ke_ray.models.fingerprint import weights_sha256
+        from ke_ray.models.loading import load_model
+
+        started = time.monotonic()
+        lease = ExitStack()
+        folder = lease.enter_context(self._store.fetch(ref))
+        fetched = time.monotonic()
+        # Hashed on a thread of its own while the model loads and scores; fetched files stay
+        # until both loading and hashing are done with them.
+        digest = self._hasher.submit(weights_sha256, folder)
+        try:
+            dtype: torch.dtype = getattr(torch, self._settings.dtype)
+            model = load_model(folder, dtype=dtype, device=self._device)
+            if self._settings.resuscitation:
+                from ke_ray.models.resuscitate import resuscitate_from
+
+                resuscitate_from(model, self._settings.resuscitation, checkpoint=ref)
+        finally:
+            digest.add_done_callback(lambda _: lease.close())
+        return _Loaded(model, fetched - started, time.monotonic() - fetched, digest)
+
+    def _reporter(self, item: int) -> Any:
+        total, last = 0, time.monotonic()
+
+        def report(num_tokens: int) -> None:
+            nonlocal total, last
+            total += num_tokens
+            if time.monotonic() - last >= _REPORT_EVERY_S:
+                last = time.monotonic()
+                self._monitor.report.remote(item, total)
+
+        return report
+
+
+class _Exclusive:
+    """Lets any number in together, or one alone."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._inside = 0
+        self._taken = False
+
+    @contextmanager
+    def enter(self, *, exclusive: bool) -> Iterator[None]:
+        with self._condition:
+            self._condition.wait_for(
+                lambda: not self._taken and (not exclusive or self._inside == 0)
+            )
+            self._inside += 1
+            self._taken = exclusive
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._inside -= 1
+                self._taken = False
+                self._condition.notify_all()
+
+
+def evaluated_columns(
+    sums: GroupSums, measures: Sequence[str], settings: ScorerSettings
+) -> dict[str, Any]:
+    """Rows, replicates and mean coefficients of complete sums, ready to travel.
+
+    Raises:
+        CheckpointError: a value is not finite.
+    """
+    from ke_ray.core.measures import evaluate
+
+    evaluation = evaluate(
+        sums,
+        measures,
+        top_k_fraction=settings.top_k_fraction,
+        dormant_threshold=settings.dormant_threshold,
+    )
+    if not evaluation.is_finite():
+        bad = next(row for row in evaluation.rows if not np.isfinite(row.value))
+        place = "its total" if bad.layer is None else f"layer {bad.layer}"
+        raise CheckpointError(
+            f"{bad.measure} is {bad.value} at {place}: the activations overflow or the weights "
+            "are damaged. Try --dtype float32, or fetch the checkpoint again."
+        )
+    columns: dict[str, Any] = {
+        "rows": _to_ipc(_rows_table(evaluation)),
+        "replicates": _to_ipc(_replicates_table(evaluation)),
+        "num_instances": evaluation.num_instances,
+        "num_tokens": evaluation.num_tokens,
+    }
+    if "coefficients" in sums.tables:
+        mean = sums.mean("coefficients").float().cpu()
+        columns["coefficients"] = _save_tensors({"mean_abs_coefficients": mean})
+    return columns
+
+
+def _rows_table(evaluation: Evaluation) -> pa.Table:
+    rows = evaluation.rows
+    return pa.table(
+        {
+            "layer": pa.array([row.layer for row in rows], pa.int32()),
+            "measure": [row.measure for row in rows],
+            "value": [row.value for row in rows],
+            "stderr": [row.stderr for row in rows],
+            "unit": [row.unit for row in rows],
+        }
+    )
+
+
+def _replicates_table(evaluation: Evaluation) -> pa.Table:
+    layers: list[int | None] = []
+    measures: list[str] = []
+    values = []
+    for (layer, measure), replicates in evaluation.replicates.items():
+        layers += [layer] * len(replicates)
+        measures += [measure] * len(replicates)
+        values.append(replicates)
+    num_groups = len(evaluation.group_counts)
+    groups = np.tile(np.arange(num_groups, dtype=np.int32), len(evaluation.replicates))
+    return pa.table(
+        {
+            "layer": pa.array(layers, pa.int32()),
+            "measure": measures,
+            "group": groups,
+            "value": np.concatenate(values) if values else np.empty(0),
+        }
+    )
+
+
+def _check_fits(
+    model: Any, ref: CheckpointRef, corpus: str, input_ids: np.ndarray, lengths: np.ndarray
+) -> None:
+    config = model.config
+    largest = int(input_ids.max())
+    if largest >= config.vocab_size:
+        raise CheckpointError(
+            f"'{ref.label}' has a vocabulary of {config.vocab_size}, corpus '{corpus}' has token "
+            f"id {largest}: it was tokenised for another model."
+        )
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and int(lengths.max()) > positions:
+        raise CheckpointError(
+            f"'{ref.label}' has {positions} positions, corpus '{corpus}' has instances of "
+            f"{int(lengths.max())} tokens."
+        )
+
+
+def item_to_json(item: WorkItem) -> str:
+    """A work item as text, for the input column."""
+    import dataclasses
+    import json
+
+    return json.dumps(dataclasses.asdict(item))
+
+
+def item_from_json(text: str) -> WorkItem:
+    """The inverse of ``item_to_json``."""
+    import json
+
+    from ke_ray.engine.plan import CorpusWork
+
+    values = json.loads(text)
+    stretches = tuple(
+        Stretch(
+            CorpusWork(**{**s["work"], "measures": tuple(s["work"]["measures"])}),
+            s["start"],
+            s["stop"],
+        )
+        for s in values["stretches"]
+    )
+    return WorkItem(values["index"], values["checkpoint"], stretches)
+
+
+def _failed(item: WorkItem, message: str) -> pa.Table:
+    failure = {
+        "item": item.index,
+        "checkpoint": item.checkpoint,
+        "status": "failed",
+        "error": redact(message),
+    }
+    return _table([{**failure, "corpus": stretch.work.corpus} for stretch in item.stretches])
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> pa.Table:
+    names = OUTPUT_SCHEMA.names
+    return pa.Table.from_pylist([{n: r.get(n) for n in names} for r in rows], OUTPUT_SCHEMA)
+
+
+def _to_ipc(table: pa.Table) -> bytes:
+    sink = io.BytesIO()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue()
+
+
+def _save_tensors(tensors: dict[str, torch.Tensor]) -> bytes:
+    from safetensors.torch import save
+
+    return save({name: tensor.contiguous() for name, tensor in tensors.items()})
+
+
+def sums_from_bytes(payload: bytes) -> GroupSums:
+    """The partial sums of an output row."""
+    from safetensors.torch import load
+
+    from ke_ray.core.statistics import GroupSums
+
+    return GroupSums.from_tensors(load(payload))

@@ -1,0 +1,123 @@
+"""Starting or joining Ray, with the settings that ke_ray wants everywhere.
+
+Environment variables are set before Ray is imported, since it reads them then. Ray's ports bind to
+all interfaces whatever address is asked for, so token authentication is switched on: a call
+without the token is refused.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ke_ray.errors import UserError
+
+__all__ = ["cluster_resources", "num_nodes", "ray_session", "worker_env"]
+
+_OBJECT_STORE_BYTES = 512 << 20
+
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # Two seconds between health checks would be added to every report of a training run.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    # Ray warns at each start that a later version will not hide GPUs from CPU actors.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DEDUP_LOGS": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def worker_env(threads: int | None = None) -> dict[str, str]:
+    """Environment of worker processes: sleeping instead of spinning OpenMP threads.
+
+    Two spinning threads on a busy core make small-model work many times slower.
+    """
+    env = {"OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false"}
+    if threads is not None:
+        env["OMP_NUM_THREADS"] = str(threads)
+    for name in ("HF_HOME", "HF_HUB_OFFLINE", "HF_ENDPOINT"):
+        if name in os.environ:
+            env[name] = os.environ[name]
+    return env
+
+
+@contextmanager
+def ray_session(
+    *,
+    num_cpus: int | None = None,
+    resources: dict[str, float] | None = None,
+    object_store_bytes: int = _OBJECT_STORE_BYTES,
+) -> Iterator[None]:
+    """A Ray session for the time of the block.
+
+    Joins the cluster that ``RAY_ADDRESS`` names (a submitted job has it set), else the session
+    this process already has, else starts a local one and ends it afterwards.
+
+    Args:
+        num_cpus: for a local session; default all.
+        resources: custom resources of a local session.
+        object_store_bytes: cap of a local object store, whose default takes a third of memory.
+
+    Raises:
+        UserError: ``RAY_ADDRESS`` names a cluster that does not answer.
+    """
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        # A cluster that is already there decides for itself whether it asks for a token.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    settings: dict[str, Any] = {
+        "logging_level": logging.WARNING,
+        "log_to_driver": bool(os.environ.get("KE_RAY_WORKER_LOGS")),
+        "runtime_env": {"env_vars": worker_env()},
+    }
+    try:
+        if address and address != "local":
+            ray.init(address=address, **settings)
+        else:
+            # address="local": a bare init() may find the stale address file of another session.
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                resources=resources,
+                object_store_memory=object_store_bytes,
+                include_dashboard=bool(os.environ.get("KE_RAY_RAY_DASHBOARD")),
+                **settings,
+            )
+    except (ConnectionError, RuntimeError) as error:
+        if not address:
+            raise
+        raise UserError(
+            f"RAY_ADDRESS is '{address}', but no Ray cluster answers there: "
+            f"{str(error).splitlines()[0]} Start one, or unset RAY_ADDRESS to run on this machine."
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def cluster_resources() -> dict[str, float]:
+    """What the cluster has in all: ``CPU``, ``GPU``, ``memory`` (bytes), …"""
+    import ray
+
+    return dict(ray.cluster_resources())
+
+
+def num_nodes() -> int:
+    """Nodes that are alive."""
+    import ray
+
+    return sum(1 for node in ray.nodes() if node["Alive"])
