@@ -1,15 +1,8 @@
 """What a scan holds, arranged as figures need it: one row a checkpoint, in pretraining order.
 
-Error of a difference of two checkpoints scored on the same data: their errors are correlated, so
-the jackknife runs on the difference. With leave-one-out values ``d_g`` (group g of ``m_g`` of the
-``N`` instances left out), ``h_g = N / m_g`` and ``d`` the difference on all instances, the
-weighted delete-a-group jackknife (Busing, Meijer and van der Leeden 1999) is
-
-    d_J = G d - sum_g (1 - 1/h_g) d_g
-    var = 1/G sum_g (h_g d - (h_g - 1) d_g - d_J)^2 / (h_g - 1)
-
-Groups are contiguous ranges of instances, ``group = index * G // N`` with ``G = min(64, N)``, so
-the sizes ``m_g`` follow from N alone.
+Changes between checkpoints scored on the same data carry the paired jackknife error of
+``ke_ray.core.jackknife``: the errors of the two values are correlated, so the difference itself is
+jackknifed over the leave-one-out values that a scan keeps.
 """
 
 from __future__ import annotations
@@ -21,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from ke_ray import storage
+from ke_ray.core import jackknife
 from ke_ray.report.sources import Result
 
 __all__ = [
@@ -31,8 +25,6 @@ __all__ = [
     "coefficients",
     "corpora",
     "failed",
-    "group_sizes",
-    "jackknife_stderr",
     "layer_matrix",
     "measures",
     "paired_change",
@@ -148,26 +140,6 @@ def ceiling(scan: Result) -> Ceiling | None:
     return None
 
 
-def group_sizes(num_instances: int) -> np.ndarray:
-    """Instances in each jackknife group, int64 [min(64, num_instances)]."""
-    groups = min(64, num_instances)
-    return np.bincount(np.arange(num_instances) * groups // num_instances, minlength=groups)
-
-
-def jackknife_stderr(value: float, left_out: np.ndarray, sizes: np.ndarray) -> float:
-    """Weighted delete-a-group jackknife error of ``value`` (equation above), in its unit.
-
-    NaN where fewer than two groups are given or their number does not match ``sizes``.
-    """
-    groups = len(left_out)
-    if groups < 2 or groups != len(sizes):
-        return math.nan
-    h = sizes.sum() / sizes.astype(float)
-    centre = groups * value - np.sum((1.0 - 1.0 / h) * left_out)
-    pseudo = h * value - (h - 1.0) * left_out
-    return float(math.sqrt(np.sum((pseudo - centre) ** 2 / (h - 1.0)) / groups))
-
-
 def paired_change(scan: Result, measure: str, corpus: str) -> pd.DataFrame:
     """Change of a total since the first checkpoint: [checkpoint, step, x, value, stderr].
 
@@ -197,17 +169,19 @@ def paired_change(scan: Result, measure: str, corpus: str) -> pd.DataFrame:
         mine, base = vectors.get(row["checkpoint"]), vectors.get(first["checkpoint"])
         if row["checkpoint"] == first["checkpoint"]:
             errors.append(0.0)
-        elif mine is None or base is None or len(mine) != len(base):
+        elif mine is None or base is None or not len(mine) == len(base) == len(sizes):
             errors.append(math.nan)
         else:
-            errors.append(jackknife_stderr(change, mine - base, sizes))
+            errors.append(float(jackknife.standard_error(change, mine - base, sizes)))
     return series.assign(value=changes, stderr=errors)
 
 
 def _sizes(scan: Result, corpus: str) -> np.ndarray:
     table = _good(scan)
     counts = table.loc[table["corpus"] == corpus, "num_instances"].dropna()
-    return group_sizes(int(counts.iloc[0])) if len(counts) else np.empty(0, dtype=np.int64)
+    return (
+        jackknife.group_sizes(int(counts.iloc[0])) if len(counts) else np.empty(0, dtype=np.int64)
+    )
 
 
 def coefficients(scan: Result, checkpoint: str, corpus: str | None = None) -> np.ndarray | None:

@@ -15,13 +15,15 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow.compute as pc
+import pyarrow.parquet as parquet
+from pyarrow import ArrowException
 
 from ke_ray import storage
 from ke_ray.errors import KeRayError, UserError
+from ke_ray.results import SCHEMA_VERSION, ScanFolder
 
-__all__ = ["KINDS", "SCHEMA_VERSION", "Result", "find_results", "read_result"]
-
-SCHEMA_VERSION = 1
+__all__ = ["KINDS", "Result", "find_results", "read_result"]
 
 # Kind -> its tables; the first one identifies a folder that has no manifest.
 KINDS: dict[str, tuple[str, ...]] = {
@@ -195,20 +197,37 @@ def read_result(path: str, kind: str) -> Result:
         notes.append("No manifest.json: the study is unfinished or was made by an older version.")
     notes.extend(_version_note(manifest))
     tables: dict[str, pd.DataFrame] = {}
+    live = kind == "scan" and "parts" in names
     for table in KINDS[kind]:
-        if f"{table}.parquet" not in names:
+        if f"{table}.parquet" not in names and not live:
             continue
         try:
-            frame = storage.read_table(storage.join(path, f"{table}.parquet")).to_pandas()
-        except KeRayError as error:
+            frame = _read_table(path, table, live, manifest).to_pandas()
+        except (KeRayError, OSError, ArrowException) as error:
             notes.append(f"{table}.parquet cannot be read: {error}")
             continue
         tables[table] = _conform(frame, _COLUMNS.get((kind, table), {}), table, notes)
     main = KINDS[kind][0]
+    if manifest.get("status") == "running":
+        notes.append("Unfinished: the manifest still says 'running'; what has finished is shown.")
     if main not in tables:
         notes.append(f"No {main}.parquet yet: nothing of this {kind} has finished.")
     name = path.rstrip("/").rsplit("/", 1)[-1]
     return Result(path, kind, name, manifest, tables, tuple(notes))
+
+
+def _read_table(path: str, table: str, live: bool, manifest: dict[str, Any]) -> Any:
+    """One table; of the replicates only the totals, which are a small part of a large file."""
+    if live and table == "entropy":
+        return ScanFolder(path, manifest).entropy()
+    if live and table == "replicates":
+        replicates = ScanFolder(path, manifest).replicates()
+        return replicates.filter(pc.field("layer").is_null())
+    uri = storage.join(path, f"{table}.parquet")
+    if table == "replicates":
+        with storage.open_read(uri) as file:
+            return parquet.read_table(file, filters=pc.field("layer").is_null())
+    return storage.read_table(uri)
 
 
 def _version_note(manifest: dict[str, Any]) -> list[str]:

@@ -12,28 +12,6 @@ from ke_ray.report import series
 from ke_ray.report.sources import find_results
 
 
-def test_equal_groups_give_the_textbook_jackknife() -> None:
-    data = np.random.default_rng(3).normal(size=64)
-    left_out = (data.sum() - data) / 63
-    error = series.jackknife_stderr(data.mean(), left_out, np.ones(64, dtype=int))
-    assert error == pytest.approx(data.std(ddof=1) / 8, rel=1e-12)
-
-
-def test_unequal_groups_agree_with_core() -> None:
-    torch = pytest.importorskip("torch")
-    jackknife = pytest.importorskip("ke_ray.core.jackknife")
-    sizes = series.group_sizes(70)
-    assert sizes.sum() == 70
-    assert set(sizes) == {1, 2}
-    rng = np.random.default_rng(5)
-    left_out = 3 + 0.01 * rng.normal(size=64)
-    ours = series.jackknife_stderr(3.0, left_out, sizes)
-    theirs = jackknife.stderr(
-        torch.tensor(3.0, dtype=torch.float64), torch.from_numpy(left_out), torch.from_numpy(sizes)
-    )
-    assert ours == pytest.approx(float(theirs), rel=1e-12)
-
-
 def test_the_paired_error_is_smaller_than_the_unpaired_one(scan_folder: Path) -> None:
     scan = find_results([scan_folder])[0]
     change = series.paired_change(scan, "knowledge_entropy", "biographies")

@@ -1,0 +1,143 @@
+"""Continual-learning runs and sweep trials, arranged as figures need them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ke_ray.report.sources import Result
+
+__all__ = [
+    "RUN_COLUMNS",
+    "aggregate",
+    "failed_runs",
+    "good_runs",
+    "pareto_front",
+    "run_key",
+    "swept_parameters",
+    "variant",
+]
+
+# Column of a run -> (title, unit on an axis, factor from the stored value to that unit).
+RUN_COLUMNS: dict[str, tuple[str, str, float]] = {
+    "acquisition": ("Acquisition A", "%", 100.0),
+    "forgetting": ("Forgetting F", "%", 100.0),
+    "probe_logprob_after": ("K after", "nats per target token", 1.0),
+    "probe_logprob_before": ("K before", "nats per target token", 1.0),
+    "downstream_after": ("P after", "% correct", 100.0),
+    "downstream_before": ("P before", "% correct", 100.0),
+    "perplexity_after": ("Held-out perplexity after", "", 1.0),
+    "perplexity_before": ("Held-out perplexity before", "", 1.0),
+    "knowledge_entropy_before_nats": ("Knowledge entropy before", "nats", 1.0),
+    "knowledge_entropy_after_nats": ("Knowledge entropy after", "nats", 1.0),
+}
+_VARIANT = ("resuscitation_ratio", "amplifying_factor", "control")
+_BOOKKEEPING = {"mlflow", "output", "name", "experiment"}
+
+
+def _frame(result: Result) -> pd.DataFrame:
+    return result.table("runs" if result.kind == "continual" else "trials")
+
+
+def run_key(result: Result) -> str:
+    """The column that names a row."""
+    return "run" if result.kind == "continual" else "trial_id"
+
+
+def good_runs(result: Result) -> pd.DataFrame:
+    """Rows that finished, ordered by starting step and seed, with ``variant`` and ``x`` added.
+
+    ``x`` is the pretraining step of the start, or its place where a step is unknown.
+    """
+    frame = _frame(result)
+    if frame.empty:
+        return pd.DataFrame(columns=[run_key(result), "variant", "x", *RUN_COLUMNS])
+    frame = frame[frame["status"] == "ok"].sort_values(["step", "checkpoint", "seed"])
+    frame = frame.reset_index(drop=True)
+    frame["variant"] = [variant(row) for row in frame.to_dict("records")]
+    if frame["step"].notna().all():
+        frame["x"] = frame["step"]
+    else:
+        places = {name: float(i) for i, name in enumerate(frame["checkpoint"].unique())}
+        frame["x"] = frame["checkpoint"].map(places)
+    return frame
+
+
+def failed_runs(result: Result) -> pd.DataFrame:
+    """Rows that did not finish: [name, status, error]."""
+    frame = _frame(result)
+    if frame.empty:
+        return pd.DataFrame(columns=[run_key(result), "status", "error"])
+    return frame.loc[frame["status"] != "ok", [run_key(result), "status", "error"]]
+
+
+def variant(row: dict[str, Any]) -> str:
+    """``original``, ``p=0.5 q=2``, ``p=0.5 q=2 random``, …"""
+    ratio, factor, control = (row.get(name) for name in _VARIANT)
+    named = control if isinstance(control, str) and control not in ("", "none") else ""
+    if not _known(ratio) and not _known(factor):
+        return named or "original"
+    parts = [f"p={ratio:g}"] if _known(ratio) else []
+    parts += [f"q={factor:g}"] if _known(factor) else []
+    return " ".join([*parts, named]).strip()
+
+
+def _known(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def aggregate(frame: pd.DataFrame, by: list[str], column: str) -> pd.DataFrame:
+    """Mean of ``column`` over repeats (seeds): [*by, value, low, high, count].
+
+    The interval: with one run, the run's own bootstrap interval (over paragraphs or items) where
+    it has one; with several, the 95 % Student interval over the runs, which holds what differs
+    between seeds. Unknown ends are NaN.
+    """
+    from scipy import stats
+
+    rows: list[dict[str, Any]] = []
+    known = frame[frame[column].notna()] if column in frame else frame.iloc[:0]
+    for key, part in known.groupby(by, dropna=False, sort=True):
+        values = part[column].to_numpy(dtype=float)
+        count, mean = len(values), float(values.mean())
+        low = high = math.nan
+        if count == 1:
+            low = float(part[f"{column}_low"].iloc[0]) if f"{column}_low" in part else math.nan
+            high = float(part[f"{column}_high"].iloc[0]) if f"{column}_high" in part else math.nan
+        else:
+            half = stats.t.ppf(0.975, count - 1) * values.std(ddof=1) / math.sqrt(count)
+            low, high = mean - half, mean + half
+        names = key if isinstance(key, tuple) else (key,)
+        rows.append(
+            dict(zip(by, names, strict=True))
+            | {"value": mean, "low": low, "high": high, "count": count}
+        )
+    return pd.DataFrame(rows, columns=[*by, "value", "low", "high", "count"])
+
+
+def pareto_front(acquisition: np.ndarray, forgetting: np.ndarray) -> np.ndarray:
+    """bool [n]: points that no other beats (A at least as high, F at least as low, one better)."""
+    a, f = np.asarray(acquisition, dtype=float), np.asarray(forgetting, dtype=float)
+    no_worse = (a[None, :] >= a[:, None]) & (f[None, :] <= f[:, None])
+    better = (a[None, :] > a[:, None]) | (f[None, :] < f[:, None])
+    return np.asarray(~(no_worse & better).any(axis=1))
+
+
+def swept_parameters(result: Result) -> list[str]:
+    """Dotted parameter columns (and run columns) of a sweep that take more than one value."""
+    frame = good_runs(result)
+    named = [
+        name for name in frame.columns if "." in name and name.split(".", 1)[0] not in _BOOKKEEPING
+    ]
+    extra = [name for name in (*_VARIANT, "checkpoint", "corpus", "seed") if name in frame.columns]
+    varied = [name for name in named + extra if frame[name].astype(str).nunique() > 1]
+    # A dotted key and its run column hold the same thing: keep the first.
+    kept: list[str] = []
+    for name in varied:
+        values = frame[name].astype(str).tolist()
+        if not any(frame[other].astype(str).tolist() == values for other in kept):
+            kept.append(name)
+    return kept

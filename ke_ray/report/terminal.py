@@ -1,0 +1,317 @@
+"""Results in a terminal: headline tables with sparklines, and plain rows for scripts."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from ke_ray.report import runs, series
+from ke_ray.report.sources import Result, find_results
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["headline_rows", "print_results", "rows_as_csv", "rows_as_json", "sparkline"]
+
+_BLOCKS = "▁▂▃▄▅▆▇█"
+_NO_RESULTS = (
+    "No results in {paths}. Make some with 'ke-ray scan CHECKPOINTS --data DATA --output DIR', or "
+    "a whole set with 'ke-ray demo' (it writes runs/demo)."
+)
+
+
+def sparkline(values: Sequence[float], width: int = 24) -> str:
+    """Values as block characters from their minimum to their maximum; '·' where unknown.
+
+    Longer series are thinned evenly to ``width`` characters, both ends kept.
+    """
+    array = np.asarray(values, dtype=float)
+    if len(array) > width:
+        array = array[np.linspace(0, len(array) - 1, width).round().astype(int)]
+    known = array[np.isfinite(array)]
+    if not len(known):
+        return "·" * len(array)
+    low, span = known.min(), float(np.ptp(known))
+    return "".join(
+        "·"
+        if not math.isfinite(value)
+        else _BLOCKS[3 if span == 0 else min(7, int((value - low) / span * 8))]
+        for value in array
+    )
+
+
+def headline_rows(paths: Sequence[str | os.PathLike[str]]) -> list[dict[str, Any]]:
+    """Flat rows of plain values: one a checkpoint and corpus, run, trial or pretraining.
+
+    Every row has ``kind``, ``result`` (its folder), ``status`` and ``error``. A scan's row has the
+    model-wide value of each measure under its name and its jackknife error under
+    ``<measure>_stderr``; runs and trials have the columns of their tables. Unknown is None.
+
+    Raises:
+        UserError: a path does not exist.
+    """
+    rows: list[dict[str, Any]] = []
+    for result in find_results(paths):
+        rows.extend({"kind": result.kind, "result": result.path, **row} for row in _rows(result))
+    return rows
+
+
+def _rows(result: Result) -> list[dict[str, Any]]:
+    if result.kind == "scan":
+        return _scan_rows(result)
+    if result.kind == "pretrain":
+        return _pretrain_rows(result)
+    return _plain(result.table("runs" if result.kind == "continual" else "trials"))
+
+
+def _scan_rows(scan: Result) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for corpus in series.corpora(scan):
+        frame = series.checkpoints(scan).drop(columns="x")
+        frame["corpus"] = corpus
+        frame["status"] = "ok"
+        frame["error"] = None
+        for measure in series.measures(scan):
+            columns = series.totals(scan, measure, corpus)[["checkpoint", "value", "stderr"]]
+            renamed = columns.rename(columns={"value": measure, "stderr": f"{measure}_stderr"})
+            frame = frame.merge(renamed, on="checkpoint", how="left")
+        rows.extend(_plain(frame))
+    return rows + [{**row, "status": "failed"} for row in _plain(series.failed(scan))]
+
+
+def _pretrain_rows(result: Result) -> list[dict[str, Any]]:
+    table = result.table("train")
+    if table.empty or "loss" not in table:
+        return []
+    rows = []
+    for run, part in table.groupby("run") if "run" in table else [("", table)]:
+        part = part.sort_values("step")
+        last = part.iloc[-1]
+        rows.append(
+            {
+                "run": run,
+                "num_steps": last["step"],
+                "num_tokens": last.get("num_tokens"),
+                "loss_first": part["loss"].iloc[0],
+                "loss_last": last["loss"],
+                "status": "ok",
+                "error": None,
+            }
+        )
+    return _plain(pd.DataFrame(rows))
+
+
+def _plain(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows of Python numbers, strings and None; whole floats (steps, seeds) become integers."""
+    return [
+        {str(name): _scalar(value, str(name)) for name, value in row.items()}
+        for row in frame.to_dict("records")
+    ]
+
+
+def _scalar(value: Any, name: str) -> Any:
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or value is pd.NA or (isinstance(value, float) and not math.isfinite(value)):
+        return None
+    if isinstance(value, float) and name in {"step", "seed", "num_steps", "num_tokens"}:
+        return int(value)
+    return value
+
+
+def rows_as_json(rows: Sequence[dict[str, Any]]) -> str:
+    """A JSON list, indented."""
+    return json.dumps(list(rows), indent=2, allow_nan=False, default=str)
+
+
+def rows_as_csv(rows: Sequence[dict[str, Any]]) -> str:
+    """CSV with the union of all columns; unknown values are empty."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue()
+
+
+def print_results(
+    paths: Sequence[str | os.PathLike[str]], console: Console | None = None
+) -> list[Result]:
+    """Print the headline table of every result at or below the paths.
+
+    Returns:
+        The results that were found, for a caller that also wants an exit code.
+
+    Raises:
+        UserError: a path does not exist.
+    """
+    from rich.console import Console
+
+    console = console or Console()
+    results = find_results(paths)
+    if not results:
+        console.print(
+            _NO_RESULTS.format(paths=", ".join(os.fspath(path) for path in paths)), markup=False
+        )
+    for result in results:
+        _print_one(result, console)
+    return results
+
+
+def _print_one(result: Result, console: Console) -> None:
+    from rich.text import Text
+
+    console.print(Text.assemble((result.kind, "bold"), " ", (result.path, "cyan")))
+    for note in result.notes:
+        console.print(Text(f"  note: {note}", style="yellow"))
+    if result.kind == "scan":
+        _print_scan(result, console)
+    elif result.kind == "pretrain":
+        _print_pretrain(result, console)
+    else:
+        _print_runs(result, console)
+    console.print()
+
+
+def _table(columns: Sequence[str]) -> Any:
+    """A table whose first column is text, the rest numbers; nothing is ever cut off."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for place, name in enumerate(columns):
+        table.add_column(
+            name,
+            justify="right" if place else "left",
+            overflow="fold",
+            no_wrap=name not in ("setting", "run", "start"),
+        )
+    return table
+
+
+def _print_scan(scan: Result, console: Console) -> None:
+    from rich.text import Text
+
+    corpora = series.corpora(scan)
+    for corpus in corpora:
+        order = series.checkpoints(scan)
+        table = _table(["measure", "first", "last", "change ± paired error", "checkpoints"])
+        for measure in series.measures(scan):
+            line = series.totals(scan, measure, corpus)
+            if line.empty:
+                continue
+            change = series.paired_change(scan, measure, corpus).iloc[-1]
+            table.add_row(
+                measure,
+                _number(line["value"].iloc[0]),
+                _number(line["value"].iloc[-1]),
+                f"{_signed(change['value'])}{_error(change['stderr'])}",
+                sparkline(line["value"].to_list(), 16),
+            )
+        bound = series.ceiling(scan)
+        console.print(
+            Text(
+                f"  corpus {corpus}: {len(order)} checkpoints, "
+                f"{_span(order['checkpoint'])}" + (f"; {bound}" if bound else "")
+            )
+        )
+        console.print(table)
+    failed = series.failed(scan)
+    for _, row in failed.iterrows():
+        console.print(Text(f"  failed: {row['checkpoint']}: {row['error']}", style="red"))
+
+
+def _span(names: pd.Series) -> str:
+    return f"{names.iloc[0]} … {names.iloc[-1]}" if len(names) > 1 else str(names.iloc[0])
+
+
+def _print_runs(result: Result, console: Console) -> None:
+    from rich.text import Text
+
+    frame, failed = runs.good_runs(result), runs.failed_runs(result)
+    if frame.empty and failed.empty:
+        console.print("  nothing has finished yet")
+        return
+    with_setting = frame["variant"].nunique() > 1
+    probes = result.table("probes")
+    columns = ["start", "setting", "n", "A % [95 %]", "F % [95 %]", "H before", "H after", "K path"]
+    hidden = {"setting"} if not with_setting else set()
+    hidden |= {"K path"} if probes.empty else set()
+    if with_setting:
+        hidden |= {"K path", "H before", *({"start"} if frame["x"].nunique() == 1 else ())}
+    table = _table([name for name in columns if name not in hidden])
+    for keys, part in frame.groupby(["x", "variant"], sort=True):
+        first = part.iloc[0]
+        cells = {
+            "start": _whole(first["step"]) if math.isfinite(first["step"]) else first["checkpoint"],
+            "setting": str(keys[1]),
+            "n": str(len(part)),
+            "A % [95 %]": _interval(part, "acquisition"),
+            "F % [95 %]": _interval(part, "forgetting"),
+            "H before": _number(part["knowledge_entropy_before_nats"].mean()),
+            "H after": _number(part["knowledge_entropy_after_nats"].mean()),
+            "K path": "",
+        }
+        if "K path" not in hidden:
+            own = probes[probes["run"].isin(part["run"])]
+            path = own.groupby("step")["logprob_per_token"].mean().to_list()
+            cells["K path"] = sparkline(path, 6)
+        table.add_row(*(cells[name] for name in columns if name not in hidden))
+    console.print(
+        "  A acquisition, F forgetting: mean over n runs; H knowledge entropy in nats",
+        markup=False,
+    )
+    console.print(table)
+    for _, row in failed.iterrows():
+        name = row[runs.run_key(result)]
+        console.print(Text(f"  {row['status']}: {name}: {row['error']}", style="red"))
+
+
+def _print_pretrain(result: Result, console: Console) -> None:
+    table = _table(["run", "steps", "tokens", "first loss", "last loss", "loss"])
+    frame = result.table("train")
+    for row in _pretrain_rows(result):
+        own = frame[frame["run"] == row["run"]] if "run" in frame else frame
+        table.add_row(
+            str(row["run"]),
+            _whole(row["num_steps"]),
+            _whole(row["num_tokens"]),
+            _number(row["loss_first"]),
+            _number(row["loss_last"]),
+            sparkline(own.sort_values("step")["loss"].to_list(), 16),
+        )
+    console.print(table)
+
+
+def _whole(value: Any) -> str:
+    return "–" if value is None or not math.isfinite(value) else f"{int(value):,}"
+
+
+def _number(value: Any) -> str:
+    return "–" if value is None or not math.isfinite(value) else f"{value:.4g}"
+
+
+def _signed(value: Any) -> str:
+    return "–" if value is None or not math.isfinite(value) else f"{value:+.4g}"
+
+
+def _error(stderr: float) -> str:
+    return f" ± {stderr:.2g}" if math.isfinite(stderr) else ""
+
+
+def _interval(part: pd.DataFrame, name: str) -> str:
+    """``+12.3 [10.1, 14.2]``: fractions shown as per cent (see ``runs.aggregate``)."""
+    summary = runs.aggregate(part, ["variant"], name)
+    if summary.empty:
+        return "–"
+    value, low, high = (float(summary[end].iloc[0]) * 100 for end in ("value", "low", "high"))
+    known = math.isfinite(low) and math.isfinite(high)
+    return f"{value:+.1f}" + (f" [{low:.1f}, {high:.1f}]" if known else "")
