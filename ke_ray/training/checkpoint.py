@@ -198,6 +198,7 @@ def _restore(
     for name, parameter in unwrap(model).named_parameters():
         if name in moments:
             optimizer.state[parameter] = {
+                # A fused optimizer keeps its step counter on the device, the others on the CPU.
                 key: value if value.ndim == 0 and not _fused(optimizer) else _like(value, parameter)
                 for key, value in moments[name].items()
             }
@@ -208,13 +209,16 @@ def _fused(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def _like(value: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """``value`` on the target's device, sharded as the target is (scalars never are)."""
+    """A copy of ``value`` on the target's device, sharded as the target is (scalars never are)."""
     mesh = getattr(target, "device_mesh", None)
     if mesh is None or value.ndim == 0:
-        return value.to(target.device)
+        return value.to(target.device, copy=True)
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(value.to(target.device), mesh, target.placements)  # type: ignore[attr-defined]
+    # Every worker has read the whole tensor and keeps its own part: nothing is sent.
+    placements = target.placements  # type: ignore[attr-defined]
+    whole = value.to(target.device)
+    return distribute_tensor(whole, mesh, placements, src_data_rank=None).clone()
 
 
 def _restore_rng(tensors: dict[str, torch.Tensor], worker: Worker) -> None:

@@ -1,0 +1,159 @@
+"""A tiny model, tiny data, and training workers as processes of their own.
+
+Workers are forked from a server that has imported torch and transformers once; with
+``world_size`` > 1 they meet over gloo through a file.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import traceback
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import OlmoConfig, OlmoForCausalLM
+
+from ke_ray.studies.training import TrainingKeys
+from ke_ray.training.loop import Hooks, train
+from ke_ray.training.parallel import Worker
+
+VOCABULARY = 64
+
+
+class ArrayRows:
+    """Token rows in memory, as a data set."""
+
+    def __init__(self, ids: np.ndarray) -> None:
+        self.ids = ids
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def rows(self, indices: np.ndarray) -> np.ndarray:
+        return self.ids[indices].astype(np.int64)
+
+
+def tiny_model(seed: int = 0) -> OlmoForCausalLM:
+    """Two layers, d 16: small enough for hundreds of steps in a second or two."""
+    torch.manual_seed(seed)
+    config = OlmoConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=1,
+        attention_dropout=0.0,
+    )
+    return OlmoForCausalLM(config)
+
+
+def tiny_rows(num_instances: int = 40, sequence_length: int = 12, seed: int = 0) -> ArrayRows:
+    """Rows with structure (each token depends on the one before), so that a loss can fall."""
+    generator = np.random.default_rng(seed)
+    steps = generator.integers(1, 4, size=(num_instances, sequence_length))
+    return ArrayRows((np.cumsum(steps, axis=1) % VOCABULARY).astype(np.int32))
+
+
+def tiny_keys(**changes: Any) -> TrainingKeys:
+    """Keys for eight rows of twelve tokens a step."""
+    values: dict[str, Any] = {
+        "output": "unused",
+        "sequence_length": 12,
+        "global_batch_size": 8,
+        "optimizer": {"learning_rate": 3e-3},
+        "schedule": {"warmup_fraction": 0.1},
+    }
+    return TrainingKeys.model_validate({**values, **changes})
+
+
+def _context() -> ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "transformers", "tiny_training"])
+    return context
+
+
+def start_worker(**job: Any) -> ForkServerProcess:
+    """A process that trains as :func:`main` says; what goes wrong is in ``<out>.txt``."""
+    process = _context().Process(target=_run, args=(job,), daemon=True)
+    process.start()
+    return process
+
+
+def _run(job: dict[str, Any]) -> None:
+    try:
+        main(job)
+    except BaseException:
+        Path(job["out"] + ".txt").write_text(traceback.format_exc())
+        raise
+
+
+def run_workers(folder: Path, world_size: int, **job: Any) -> dict[str, np.ndarray]:
+    """Train with ``world_size`` processes; losses, gradient norms and weights of rank 0."""
+    meeting = folder / f"meeting{world_size}"
+    meeting.unlink(missing_ok=True)
+    outs = [folder / f"out{world_size}-{rank}.npz" for rank in range(world_size)]
+    workers = [
+        start_worker(rank=rank, world_size=world_size, meeting=str(meeting), out=str(out), **job)
+        for rank, out in enumerate(outs)
+    ]
+    for worker, out in zip(workers, outs, strict=True):
+        worker.join(timeout=120)
+        problem = Path(f"{out}.txt")
+        assert worker.exitcode == 0, problem.read_text() if problem.exists() else worker.exitcode
+    return dict(np.load(outs[0]))
+
+
+def main(job: dict[str, Any]) -> None:
+    """Train as one worker."""
+    torch.set_num_threads(1)
+    worker = Worker(job.get("rank", 0), job.get("world_size", 1))
+    if worker.world_size > 1:
+        torch.distributed.init_process_group(
+            "gloo",
+            init_method=f"file://{job['meeting']}",
+            rank=worker.rank,
+            world_size=worker.world_size,
+        )
+    model = tiny_model()
+    if job.get("dropout"):  # draws random numbers in every step
+        model.config.attention_dropout = job["dropout"]
+        for layer in model.model.layers:
+            layer.self_attn.attention_dropout = job["dropout"]
+
+    def die(step: int, _model: object, _state: object) -> None:
+        if step == job.get("die_after"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    state = train(
+        model,
+        tiny_rows(),
+        tiny_keys(**job.get("keys", {})),
+        num_steps=job.get("num_steps", 12),
+        seed=3,
+        worker=worker,
+        hooks=Hooks(after_step=die, at_steps=frozenset({job.get("die_after", -1)})),
+        state_uri=job.get("state_uri"),
+        identity="tiny",
+    )
+    from ke_ray.training.parallel import full_tensor
+
+    weights = {f"weight {n}": full_tensor(p).numpy() for n, p in model.named_parameters()}
+    rows = state.records["train"]
+    np.savez(
+        job["out"],
+        loss=[row["loss"] for row in rows],
+        grad_norm=[row["grad_norm"] for row in rows],
+        **weights,
+    )
+    if worker.world_size > 1:
+        torch.distributed.destroy_process_group()
