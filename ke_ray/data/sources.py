@@ -20,7 +20,7 @@ from ke_ray.errors import DataError
 
 __all__ = ["SourceFile", "exists_locally", "list_files", "open_binary", "reading", "split_part"]
 
-CONNECT_TIMEOUT_S = 10
+CONNECT_TIMEOUT_S = 8  # tried twice (HEAD, then GET): still under 20 seconds
 READ_TIMEOUT_S = 60
 _BUFFER_BYTES = 1 << 20
 _NETWORK_ERROR_MODULES = ("aiohttp", "botocore", "gcsfs", "requests", "httpx")
@@ -78,6 +78,8 @@ def reading(where: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
+        if "://" in where:
+            raise DataError(f"'{where}' does not exist or cannot be reached.") from error
         raise DataError(f"There is no '{where}'; give an existing file, folder or URL.") from error
     except PermissionError as error:
         raise DataError(f"'{where}' may not be read: permission denied.") from error

@@ -10,8 +10,7 @@ so that padding side and padding id change nothing. T cuts each row to its first
 
 from __future__ import annotations
 
-import ast
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -19,15 +18,58 @@ from numpy.typing import NDArray
 
 from ke_ray.data.packing import check_vocabulary
 from ke_ray.data.sources import SourceFile, list_files, reading, split_part
+from ke_ray.data.stored_array import StoredArray, npy_array, safetensors_arrays
 from ke_ray.errors import DataError
 
-__all__ = ["TOKEN_ID_SUFFIXES", "compact", "load_token_ids"]
+__all__ = ["TOKEN_ID_SUFFIXES", "compact", "iter_token_ids", "load_token_ids"]
 
 TOKEN_ID_SUFFIXES = (".npy", ".safetensors", ".parquet")
-_PARQUET_ROWS = 1024
-_NPY_HEADER = 12 + (1 << 16)  # magic, version, length and the longest header of version 1
+_ROWS = 1024
 
 Rows = tuple[NDArray[Any], NDArray[Any] | None]  # ids and mask, each [n, W]
+
+
+def iter_token_ids(
+    source: str,
+    *,
+    num_instances: int | None,
+    vocab_size: int | None = None,
+) -> Iterator[tuple[NDArray[Any], NDArray[np.int32]]]:
+    """Blocks of instances in file order: right-padded ids [k, W] and ``lengths`` [k] int32.
+
+    Blocks have about 1,024 rows; W may differ between blocks of ragged Parquet rows.
+
+    Args:
+        source: a file, folder, glob or URL, with an optional ``#ids,mask``.
+        num_instances: stop after so many; None takes all.
+        vocab_size: of the model; None checks only that ids are not negative.
+
+    Raises:
+        DataError: no such file or tensor, not integers, a row without a real token, an id outside
+            the vocabulary (instance and position are named).
+    """
+    base, part = split_part(source)
+    names = [name.strip() for name in part.split(",")] if part else []
+    if len(names) > 2:
+        raise DataError(f"'{source}': '#' takes one name for the ids and one for the mask.")
+    found = 0
+    for file in list_files(base, TOKEN_ID_SUFFIXES):
+        wanted = None if num_instances is None else num_instances - found
+        if wanted == 0:
+            return
+        for ids, mask in _read_rows(file, names, wanted):
+            compacted, lengths = compact(
+                ids[:wanted],
+                None if mask is None else mask[:wanted],
+                where=file.url,
+                first_instance=found,
+            )
+            check_vocabulary(compacted, lengths, vocab_size, where=file.url, first_instance=found)
+            found += len(compacted)
+            yield compacted, lengths
+            if found == num_instances:
+                return
+            wanted = None if num_instances is None else num_instances - found
 
 
 def load_token_ids(
@@ -40,14 +82,11 @@ def load_token_ids(
     """The first N instances as ``input_ids`` [N, T] int32 (right padded with 0) and ``lengths``.
 
     Args:
-        source: a file, folder, glob or URL, with an optional ``#ids,mask``.
         num_instances: N; None takes all.
         sequence_length: T, at most the file's width W; None means W.
-        vocab_size: of the model; None checks only that ids are not negative.
 
     Raises:
-        DataError: no such file or tensor, not integers, N or T larger than the file has, a row
-            without a real token, an id outside the vocabulary (instance and position are named).
+        DataError: N or T larger than the file has, and whatever ``iter_token_ids`` refuses.
     """
     if (num_instances is not None and num_instances < 1) or (
         sequence_length is not None and sequence_length < 1
@@ -56,45 +95,25 @@ def load_token_ids(
             f"{num_instances} instances of {sequence_length} tokens were asked of '{source}'; both "
             "must be at least 1."
         )
-    base, part = split_part(source)
-    names = [name.strip() for name in part.split(",")] if part else []
-    if len(names) > 2:
-        raise DataError(f"'{source}': '#' takes one name for the ids and one for the mask.")
-    parts: list[tuple[NDArray[np.int32], NDArray[np.int32]]] = []
-    found, width = 0, 0
-    for file in list_files(base, TOKEN_ID_SUFFIXES):
-        wanted = None if num_instances is None else num_instances - found
-        for ids, mask in _read_rows(file, names, wanted):
-            _check_integers(ids, mask, file.url)
-            ids, mask = ids[:wanted], None if mask is None else mask[:wanted]
-            width = max(width, ids.shape[1])
-            compacted, lengths = compact(ids, mask, where=file.url, first_instance=found)
-            check_vocabulary(compacted, lengths, vocab_size, where=file.url, first_instance=found)
-            if sequence_length is not None:
-                compacted = compacted[:, :sequence_length]
-                lengths = np.minimum(lengths, sequence_length)
-            parts.append((compacted.astype(np.int32), lengths))
-            found += len(compacted)
-            wanted = None if num_instances is None else num_instances - found
-            if wanted == 0:
-                break
-        if wanted == 0:
-            break
-    if not found or (num_instances is not None and found < num_instances):
+    blocks, width = [], 0
+    for ids, lengths in iter_token_ids(source, num_instances=num_instances, vocab_size=vocab_size):
+        width = max(width, ids.shape[1])
+        cut = lengths if sequence_length is None else np.minimum(lengths, sequence_length)
+        blocks.append((ids[:, :sequence_length].astype(np.int32), cut.astype(np.int32)))
+    found = sum(len(ids) for ids, _ in blocks)
+    if found < (num_instances or 1):
         raise DataError(f"'{source}' holds {found} instances; {num_instances or 1} were asked.")
     if sequence_length is not None and sequence_length > width:
         raise DataError(
             f"The rows of '{source}' hold at most {width} tokens; {sequence_length} were asked. "
             f"Ask for a sequence length of {width} or less."
         )
-    columns = min(width, sequence_length or width)
-    input_ids = np.zeros((found, columns), np.int32)
+    input_ids = np.zeros((found, sequence_length or width), np.int32)
     start = 0
-    for compacted, _ in parts:
-        stop = start + len(compacted)
-        input_ids[start:stop, : compacted.shape[1]] = compacted
-        start = stop
-    return input_ids, np.concatenate([lengths for _, lengths in parts])
+    for ids, _ in blocks:
+        input_ids[start : start + len(ids), : ids.shape[1]] = ids
+        start += len(ids)
+    return input_ids, np.concatenate([lengths for _, lengths in blocks])
 
 
 def compact(
@@ -140,27 +159,15 @@ def compact(
     return result, lengths
 
 
-def _check_integers(ids: NDArray[Any], mask: NDArray[Any] | None, where: str) -> None:
-    if ids.ndim != 2 or ids.dtype.kind not in "iu":
-        raise DataError(
-            f"'{where}': the token ids have shape {list(ids.shape)} and type {ids.dtype}; "
-            "expected [instances, tokens] of integers."
-        )
-    if mask is not None and (mask.ndim != 2 or mask.dtype.kind not in "iub"):
-        raise DataError(
-            f"'{where}': the mask has shape {list(mask.shape)} and type {mask.dtype}; expected "
-            "[instances, tokens] of 0 and 1."
-        )
-
-
 def _read_rows(file: SourceFile, names: list[str], wanted: int | None) -> Iterator[Rows]:
     path = file.path.lower()
     if path.endswith(".npy"):
         if names:
             raise DataError(f"'{file.url}#{','.join(names)}': a .npy file has no named parts.")
-        yield _read_npy(file, wanted), None
+        yield from _read_stored([npy_array(file)], wanted)
     elif path.endswith(".safetensors"):
-        yield _read_safetensors(file, names)
+        arrays = safetensors_arrays(file)
+        yield from _read_stored([arrays[name] for name in _pick(arrays, names, file.url)], wanted)
     elif path.endswith(".parquet"):
         yield from _read_parquet(file, names, wanted)
     else:
@@ -169,64 +176,36 @@ def _read_rows(file: SourceFile, names: list[str], wanted: int | None) -> Iterat
         )
 
 
-def _read_npy(file: SourceFile, wanted: int | None) -> NDArray[Any]:
-    """Rows of a ``.npy`` file: the header and the bytes of the rows asked, no more."""
-    with reading(file.url):
-        size = int(file.filesystem.info(file.path)["size"])
-        head = bytes(file.filesystem.cat_file(file.path, start=0, end=min(_NPY_HEADER, size)))
-    if not head.startswith(b"\x93NUMPY"):
-        raise DataError(
-            f"'{file.url}' has no .npy header. Headerless uint16 files in OLMo's order are "
-            "described in a YAML file with the key 'olmo' (see docs/data.md)."
-        )
-    try:
-        version = head[6]
-        prefix = 10 if version == 1 else 12
-        start = prefix + int.from_bytes(head[8:prefix], "little")
-        header = ast.literal_eval(head[prefix:start].decode("latin-1").strip())
-        shape, dtype = tuple(int(n) for n in header["shape"]), np.dtype(header["descr"])
-        fortran = bool(header["fortran_order"])
-    except (ValueError, SyntaxError, LookupError, TypeError, RecursionError, MemoryError) as error:
-        raise DataError(f"'{file.url}' has a damaged .npy header: {error}.") from error
-    if dtype.kind not in "iu" or len(shape) != 2 or min(shape) < 1:
-        raise DataError(
-            f"'{file.url}' has shape {list(shape)} and type {dtype}; expected "
-            "[instances, tokens] of integers."
-        )
-    rows = shape[0] if wanted is None or fortran else min(wanted, shape[0])
-    end = start + rows * shape[1] * dtype.itemsize
-    if start + shape[0] * shape[1] * dtype.itemsize > size:
-        raise DataError(f"'{file.url}' is cut off: shorter than its header says.")
-    with reading(file.url):
-        data = bytes(file.filesystem.cat_file(file.path, start=start, end=end))
-    if len(data) != end - start:
-        raise DataError(f"'{file.url}': {len(data)} bytes came for {end - start} asked.")
-    array: NDArray[Any] = np.frombuffer(data, dtype)
-    return array.reshape(shape[::-1]).T if fortran else array.reshape(rows, shape[1])
-
-
-def _read_safetensors(file: SourceFile, names: list[str]) -> Rows:
-    import safetensors
-    import safetensors.numpy
-
-    with reading(file.url):
-        data = bytes(file.filesystem.cat_file(file.path))
-    try:
-        tensors = safetensors.numpy.load(data)
-    except (safetensors.SafetensorError, ValueError, TypeError, KeyError) as error:
-        raise DataError(f"'{file.url}' is not a readable safetensors file: {error}.") from error
-    return _pick(tensors, names, file.url)
-
-
-def _pick(tensors: dict[str, NDArray[Any]], names: list[str], where: str) -> Rows:
-    wanted = names or ["input_ids", *(["attention_mask"] if "attention_mask" in tensors else [])]
-    for name in wanted:
-        if name not in tensors:
+def _read_stored(arrays: list[StoredArray], wanted: int | None) -> Iterator[Rows]:
+    for array, kinds in zip(arrays, ("iu", "iub"), strict=False):
+        if len(array.shape) != 2 or min(array.shape) < 1 or array.dtype.kind not in kinds:
             raise DataError(
-                f"'{where}' has no '{name}' (it has: {', '.join(sorted(tensors)[:12])}); name the "
+                f"'{array.file.url}': '{array.name}' has shape {list(array.shape)} and type "
+                f"{array.dtype}; expected [instances, tokens] of integers."
+            )
+    count = arrays[0].shape[0]
+    if arrays[-1].shape[0] != count:
+        raise DataError(f"'{arrays[0].file.url}': the ids and their mask differ in shape.")
+    count = count if wanted is None else min(wanted, count)
+    for start in range(0, count, _ROWS):
+        stop = min(start + _ROWS, count)
+        yield (
+            arrays[0].read_rows(start, stop),
+            arrays[1].read_rows(start, stop) if len(arrays) == 2 else None,
+        )
+
+
+def _pick(present: Iterable[str], names: list[str], where: str) -> list[str]:
+    """The names of the ids and (where there is one) the mask."""
+    has = list(present)
+    wanted = names or ["input_ids", *(["attention_mask"] if "attention_mask" in has else [])]
+    for name in wanted:
+        if name not in has:
+            raise DataError(
+                f"'{where}' has no '{name}' (it has: {', '.join(sorted(has)[:12])}); name the "
                 "ids and the mask with '#IDS,MASK'."
             )
-    return tensors[wanted[0]], tensors[wanted[1]] if len(wanted) > 1 else None
+    return wanted
 
 
 def _read_parquet(file: SourceFile, names: list[str], wanted: int | None) -> Iterator[Rows]:
@@ -236,10 +215,8 @@ def _read_parquet(file: SourceFile, names: list[str], wanted: int | None) -> Ite
     try:
         with reading(file.url), file.filesystem.open(file.path, "rb") as handle:
             table = parquet.ParquetFile(handle)
-            present = dict.fromkeys(table.schema_arrow.names, np.empty((0, 0)))
-            _pick(present, names, file.url)
-            columns = names or [n for n in ("input_ids", "attention_mask") if n in present]
-            rows = min(_PARQUET_ROWS, wanted or _PARQUET_ROWS)
+            columns = _pick(table.schema_arrow.names, names, file.url)
+            rows = min(_ROWS, wanted or _ROWS)
             for batch in table.iter_batches(batch_size=rows, columns=columns):
                 ids, real = _pad(batch.column(columns[0]), file.url)
                 if len(columns) == 1:

@@ -1,0 +1,173 @@
+"""The cache behind training sets: what names a packed file, and how one is written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from ke_ray.data.corpus import source_kind
+from ke_ray.data.documents import DOCUMENT_SUFFIXES, iter_documents
+from ke_ray.data.packing import pack_documents
+from ke_ray.data.sources import list_files, split_part
+from ke_ray.data.token_ids import iter_token_ids
+from ke_ray.data.tokenizer import tokenizer_sha256
+from ke_ray.errors import DataError
+
+__all__ = ["FORMAT_VERSION", "pack_to_file", "source_fingerprint"]
+
+FORMAT_VERSION = 1
+
+
+def source_fingerprint(
+    source: str,
+    *,
+    sequence_length: int,
+    tokenizer: Tokenizer | None,
+    eos_token_id: int | None,
+    max_instances: int | None,
+) -> str:
+    """Hex sha256 of everything that decides the packed tokens.
+
+    Files count with name, size and version or modification time, Hub datasets with their commit.
+    """
+    kind = source_kind(source)
+    described: list[Any]
+    if source.startswith("hf:"):
+        from ke_ray.data.hub_dataset import describe_hub_dataset
+
+        described = [describe_hub_dataset(source)]
+    elif kind == "olmo":
+        from ke_ray.data.olmo_order import read_olmo_source
+
+        olmo = read_olmo_source(source)
+        named = [*olmo.parts, *([olmo.order] if olmo.order else [])]
+        described = [repr(olmo), [f.describe() for part in named for f in list_files(part)]]
+    else:
+        base, part = split_part(source)
+        suffixes = DOCUMENT_SUFFIXES if kind == "documents" else None
+        described = [part, [file.describe() for file in list_files(base, suffixes)]]
+    identity = {
+        "format": FORMAT_VERSION,
+        "kind": kind,
+        "source": described,
+        "sequence_length": sequence_length,
+        "tokenizer": tokenizer_sha256(tokenizer) if tokenizer is not None else None,
+        "eos_token_id": eos_token_id,
+        "max_instances": max_instances,
+    }
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def _blocks(
+    source: str,
+    sequence_length: int,
+    tokenizer: Tokenizer | None,
+    eos_token_id: int | None,
+    vocab_size: int | None,
+    max_instances: int | None,
+) -> tuple[str, Iterator[NDArray[np.integer]]]:
+    """The type in which ids are stored, and blocks of full instances, [k, T]."""
+    kind = source_kind(source)
+    if kind == "documents":
+        if tokenizer is None or eos_token_id is None:
+            raise DataError(
+                f"'{source}' holds documents, which need a tokenizer and an end-of-text id."
+            )
+        largest = max(eos_token_id, *tokenizer.get_vocab(with_added_tokens=True).values())
+        documents = pack_documents(
+            iter_documents(source),
+            tokenizer,
+            sequence_length=sequence_length,
+            eos_token_id=eos_token_id,
+            vocab_size=vocab_size,
+            where=f"'{source}'",
+        )
+        return _id_type(largest + 1), documents
+    if kind == "olmo":
+        from ke_ray.data.olmo_order import iter_instances, read_olmo_source
+
+        blocks = iter_instances(
+            read_olmo_source(source), num_instances=max_instances, sequence_length=sequence_length
+        )
+        return "uint16", (ids for ids, _ in blocks)
+    return _id_type(vocab_size), _full_rows(source, sequence_length, vocab_size)
+
+
+def _id_type(num_ids: int | None) -> str:
+    return "uint16" if num_ids is not None and num_ids <= 1 << 16 else "uint32"
+
+
+def _full_rows(
+    source: str, sequence_length: int, vocab_size: int | None
+) -> Iterator[NDArray[np.integer]]:
+    found = 0
+    for ids, lengths in iter_token_ids(source, num_instances=None, vocab_size=vocab_size):
+        short = np.flatnonzero(lengths < sequence_length)
+        if len(short):
+            raise DataError(
+                f"'{source}': instance {found + int(short[0])} has {int(lengths[short[0]])} real "
+                f"tokens; training has no padding and needs {sequence_length} in each row."
+            )
+        found += len(ids)
+        yield ids[:, :sequence_length]
+
+
+def pack_to_file(
+    source: str,
+    target: Path,
+    *,
+    sequence_length: int,
+    tokenizer: Tokenizer | None,
+    eos_token_id: int | None,
+    vocab_size: int | None,
+    max_instances: int | None,
+) -> dict[str, Any]:
+    """Stream packed instances to ``target``, which appears whole or not at all.
+
+    The caller holds the lock of ``target``.
+
+    Returns:
+        ``num_instances``, ``dtype`` (``uint16`` or ``uint32``), ``sha256`` of the ids as
+        little-endian int32, and ``largest_id`` (-1 when there is none).
+
+    Raises:
+        DataError: see ``prepare_training_set``.
+        OSError: no space or no permission.
+    """
+    dtype, blocks = _blocks(
+        source, sequence_length, tokenizer, eos_token_id, vocab_size, max_instances
+    )
+    for stale in target.parent.glob(f".{target.name}.*"):  # left by a killed process
+        stale.unlink()
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    digest, found, largest = hashlib.sha256(), 0, -1
+    try:
+        with os.fdopen(handle, "wb") as file:
+            for block in blocks:
+                block = block[: None if max_instances is None else max_instances - found]
+                if not len(block):
+                    break
+                file.write(block.astype(dtype).tobytes())
+                digest.update(block.astype("<i4").tobytes())
+                found, largest = found + len(block), max(largest, int(block.max()))
+        os.replace(temporary, target)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
+    return {
+        "num_instances": found,
+        "dtype": dtype,
+        "sha256": digest.hexdigest(),
+        "largest_id": largest,
+    }

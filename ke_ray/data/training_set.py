@@ -1,0 +1,248 @@
+"""Training instances: tokenised once to a file [M, T], drawn by seed, read as they are needed.
+
+The corpus is packed once into a memory-mapped file of uint16 or uint32 in a cache folder, whose
+name is a fingerprint of what made it (files with sizes and times or versions, tokenizer, T, EOS);
+written under a temporary name, then renamed. At most one batch of text is ever held.
+
+Of the M instances, N are *drawn* without replacement: the first N of
+``numpy.random.Generator(PCG64(seed)).permutation(M)``; held-out instances are its last n, so the
+two never meet. Epoch e visits the N in the order
+``Generator(PCG64([seed, e + 1])).permutation(N)``.
+
+**Rows of a batch.** With B rows a step there are N // B steps an epoch (what is left over changes
+from epoch to epoch), and row r of step s, both counted from 0, is
+
+    drawn[order(e)[(s mod (N // B)) · B + r]],   e = s // (N // B)
+
+which says nothing of workers or micro-batches: a worker takes its slice of the B rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from ke_ray import storage
+from ke_ray.data.training_cache import pack_to_file, source_fingerprint
+from ke_ray.errors import DataError, StorageError
+
+__all__ = ["PackedDataset", "prepare_training_set"]
+
+
+@dataclass(frozen=True)
+class PackedDataset:
+    """N drawn instances of T tokens in a memory-mapped file of M.
+
+    Attributes:
+        path: the file of token ids, raw little-endian ``dtype``, [M, T].
+        num_stored: M.
+        sequence_length: T.
+        dtype: ``uint16`` or ``uint32``.
+        stored_sha256: of all stored ids as little-endian int32.
+        drawn: [N] int64, the rows of the file that belong to this dataset.
+        seed: of the draw and of the epochs' orders.
+        source: what it was built from.
+        num_asked: N as asked for; None when all instances were.
+    """
+
+    path: Path
+    num_stored: int
+    sequence_length: int
+    dtype: str
+    stored_sha256: str
+    drawn: NDArray[np.int64] = field(repr=False)
+    seed: int
+    source: str
+    num_asked: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.drawn)
+
+    @property
+    def num_tokens(self) -> int:
+        """N · T."""
+        return len(self) * self.sequence_length
+
+    @property
+    def sha256(self) -> str:
+        """Hex digest of the drawn instances: the stored tokens and which of them, in order."""
+        digest = hashlib.sha256(f"ke_ray.training_set.1 {self.stored_sha256}".encode())
+        digest.update(self.drawn.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+    def rows(self, indices: NDArray[np.integer] | list[int] | range) -> NDArray[np.int64]:
+        """Token ids of instances 0 ≤ index < N of this dataset, [k, T] int64.
+
+        Only the pages behind these rows are read.
+        """
+        stored = np.memmap(
+            self.path, dtype=self.dtype, mode="r", shape=(self.num_stored, self.sequence_length)
+        )
+        return stored[self.drawn[np.asarray(indices, np.int64)]].astype(np.int64)
+
+    def order(self, epoch: int) -> NDArray[np.int64]:
+        """The order in which epoch 0, 1, … visits the instances, [N] int64."""
+        generator = np.random.Generator(np.random.PCG64([self.seed, epoch + 1]))
+        return generator.permutation(len(self))
+
+    def steps_per_epoch(self, global_batch_size: int) -> int:
+        """N // B.
+
+        Raises:
+            DataError: fewer instances than one batch needs.
+        """
+        if not 1 <= global_batch_size <= len(self):
+            raise DataError(
+                f"'{self.source}': a batch of {global_batch_size} rows was asked of {len(self)} "
+                f"training instances of {self.sequence_length} tokens; use a batch between 1 and "
+                "that, shorter sequences, or a larger corpus."
+            )
+        return len(self) // global_batch_size
+
+    def batch_rows(self, step: int, global_batch_size: int) -> NDArray[np.int64]:
+        """Indices (for ``rows``) of the B rows of step 0, 1, …, [B] int64.
+
+        The same for any number of workers; worker w of W takes its contiguous slice. Costs a
+        permutation of N a call: a loop keeps ``order(epoch)`` by calling ``iter_batch_rows``.
+        """
+        return next(self.iter_batch_rows(step, global_batch_size))
+
+    def iter_batch_rows(
+        self, first_step: int, global_batch_size: int
+    ) -> Iterator[NDArray[np.int64]]:
+        """``batch_rows`` of ``first_step``, ``first_step + 1``, … without end."""
+        steps = self.steps_per_epoch(global_batch_size)
+        step, epoch, order = first_step, -1, self.drawn
+        while True:
+            if step // steps != epoch:
+                epoch = step // steps
+                order = self.order(epoch)
+            start = (step % steps) * global_batch_size
+            yield order[start : start + global_batch_size]
+            step += 1
+
+    def split_held_out(self, num_held_out: int) -> tuple[PackedDataset, PackedDataset]:
+        """This dataset without the held-out instances, and the held-out ones.
+
+        Held-out are the last n of the seeded permutation of all M stored instances, whatever N is.
+        (An instance boundary may fall inside a document, whose other part is then trained on.)
+
+        Raises:
+            DataError: M is less than n and the N asked for (or 1, where all were asked for).
+        """
+        cut = self.num_stored - num_held_out
+        if num_held_out < 0 or cut < (self.num_asked or 1):
+            raise DataError(
+                f"'{self.source}' holds {self.num_stored} instances of {self.sequence_length} "
+                f"tokens; {self.num_asked or 1} to train on and {num_held_out} held-out ones were "
+                "asked. Ask for fewer, or give more documents."
+            )
+        permutation = _draw(self.num_stored, self.seed)
+        held_out = replace(self, drawn=permutation[cut:], num_asked=num_held_out)
+        return replace(self, drawn=self.drawn[:cut]), held_out
+
+
+def _draw(num_stored: int, seed: int) -> NDArray[np.int64]:
+    return np.random.Generator(np.random.PCG64(seed)).permutation(num_stored)
+
+
+def prepare_training_set(
+    source: str,
+    cache_dir: str | os.PathLike[str],
+    *,
+    sequence_length: int,
+    tokenizer: Tokenizer | None = None,
+    eos_token_id: int | None = None,
+    vocab_size: int | None = None,
+    num_instances: int | None = None,
+    seed: int = 0,
+    max_instances: int | None = None,
+) -> PackedDataset:
+    """Pack a source into the cache (or find it there) and draw N instances by seed.
+
+    Several processes may call this at once with one ``cache_dir``: one packs, the others wait.
+
+    Args:
+        source: any source that ``build_corpus`` takes. Ready-made rows must be full (T real
+            tokens): training has no padding.
+        cache_dir: a local folder.
+        tokenizer, eos_token_id: needed for documents.
+        vocab_size: of the model; ids beyond it are refused.
+        num_instances: N; None takes all.
+        max_instances: pack no more than the first so many (of a corpus that is too large to pack
+            whole); None packs all.
+
+    Raises:
+        DataError: fewer than N instances (the message says how many there are), and whatever
+            ``build_corpus`` refuses.
+        StorageError: no space or no permission in ``cache_dir``.
+    """
+    from filelock import FileLock
+
+    if sequence_length < 1 or (num_instances is not None and num_instances < 1):
+        raise DataError(
+            f"{num_instances} instances of {sequence_length} tokens were asked; both must be at "
+            "least 1."
+        )
+    if seed < 0:
+        raise DataError(f"The seed of the draw is {seed}; it must be 0 or more.")
+    fingerprint = source_fingerprint(
+        source,
+        sequence_length=sequence_length,
+        tokenizer=tokenizer,
+        eos_token_id=eos_token_id,
+        max_instances=max_instances,
+    )
+    folder = storage.local_path(cache_dir).absolute()
+    data_path, about_path = folder / f"{fingerprint[:32]}.bin", folder / f"{fingerprint[:32]}.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / f"{fingerprint[:32]}.lock"):
+            if not (about_path.exists() and data_path.exists()):
+                about = pack_to_file(
+                    source,
+                    data_path,
+                    sequence_length=sequence_length,
+                    tokenizer=tokenizer,
+                    eos_token_id=eos_token_id,
+                    vocab_size=vocab_size,
+                    max_instances=max_instances,
+                )
+                storage.write_json(about_path, about)
+    except OSError as error:
+        raise StorageError(
+            f"The packed corpus cannot be written to '{folder}': {error.strerror or error}. Free "
+            "some space or choose another cache folder."
+        ) from error
+    about = storage.read_json(about_path)
+    if vocab_size is not None and about["largest_id"] >= vocab_size:
+        raise DataError(
+            f"'{source}' holds token id {about['largest_id']}, outside the model's vocabulary of "
+            f"{vocab_size} entries; use the tokenizer that belongs to this model."
+        )
+    stored = int(about["num_instances"])
+    if not stored:
+        raise DataError(f"'{source}' holds less than {sequence_length} tokens: no instance.")
+    if num_instances is not None and num_instances > stored:
+        raise DataError(
+            f"'{source}' holds {stored} instances of {sequence_length} tokens; {num_instances} "
+            "were asked. Ask for fewer, for shorter ones, or give more documents."
+        )
+    return PackedDataset(
+        path=data_path,
+        num_stored=stored,
+        sequence_length=sequence_length,
+        dtype=about["dtype"],
+        stored_sha256=about["sha256"],
+        drawn=_draw(stored, seed)[:num_instances],
+        seed=seed,
+        source=source,
+        num_asked=num_instances,
+    )
