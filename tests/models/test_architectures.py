@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from ke_ray.errors import UnsupportedArchitectureError
+from ke_ray.models.architectures import check_config, describe, supported_model_types
+
+ALL = (
+    "olmo olmo2 olmo3 llama mistral qwen2 qwen3 gemma gemma2 gemma3_text phi phi3 gpt_neox gpt2"
+).split()
+
+
+def test_the_table_names_what_the_issue_asks_for():
+    assert sorted(ALL) == list(supported_model_types())
+
+
+@pytest.mark.parametrize("model_type", ALL)
+def test_layout_is_in_forward_order_and_has_the_config_sizes(tiny_decoder, model_type):
+    model = tiny_decoder(model_type)
+    layouts = describe(model)
+    assert [layout.d_mlp for layout in layouts] == [48, 48]
+    order: list[int] = []
+    hooks = [
+        layout.second_projection.register_forward_hook(lambda *_a, i=i: order.append(i))
+        for i, layout in enumerate(layouts)
+    ]
+    model(torch.tensor([[3, 4, 5]]))
+    assert order == [0, 1]
+    for hook in hooks:
+        hook.remove()
+    assert layouts[0].gated is (model_type not in ("phi", "gpt_neox", "gpt2"))
+    assert layouts[0].activation in ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh")
+
+
+@pytest.mark.parametrize("model_type", ALL)
+def test_up_weight_is_a_view_of_the_memory_keys(tiny_decoder, model_type):
+    model = tiny_decoder(model_type)
+    layout = describe(model)[0]
+    keys = layout.up_weight()
+    assert tuple(keys.shape) == (48, 32)
+    before = layout.up.weight.detach().clone()
+    shift = torch.linspace(1.0, 2.0, 32)
+    with torch.no_grad():
+        keys[7] += shift
+    changed = (layout.up.weight.detach() - before).abs() > 0.5
+    assert int(changed.sum()) == 32
+    # What feeds the second projection changes at memory 7 only, so row 7 really is memory 7.
+    seen: list[torch.Tensor] = []
+    hook = layout.second_projection.register_forward_pre_hook(lambda _m, a: seen.append(a[0]))
+    ids = torch.tensor([[3, 4, 5]])
+    model(ids)
+    with torch.no_grad():
+        keys[7] -= shift
+    model(ids)
+    hook.remove()
+    moved = (seen[0] - seen[1]).abs().amax(dim=(0, 1)) > 1e-3
+    assert moved.nonzero()[:, 0].tolist() == [7]
+
+
+@pytest.mark.parametrize(
+    "model_type", ["mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "gpt_oss", "deepseek_v3"]
+)
+def test_mixtures_of_experts_are_refused_from_the_config_alone(model_type):
+    from transformers import AutoConfig
+
+    with pytest.raises(UnsupportedArchitectureError, match="mixture of experts.*olmo2"):
+        check_config(AutoConfig.for_model(model_type))
+
+
+@pytest.mark.parametrize("model_type", ["bloom", "opt", "bert", "mamba", "t5"])
+def test_unknown_architectures_are_refused_and_the_known_ones_named(model_type):
+    from transformers import AutoConfig
+
+    with pytest.raises(UnsupportedArchitectureError, match="not known.*gpt_neox.*olmo3"):
+        check_config(AutoConfig.for_model(model_type))
+
+
+def test_a_near_miss_gets_a_hint():
+    with pytest.raises(UnsupportedArchitectureError, match="Did you mean 'gemma3_text'"):
+        check_config(SimpleNamespace(model_type="gemma3text"))
+    with pytest.raises(UnsupportedArchitectureError, match="model type ''"):
+        check_config(SimpleNamespace())
+
+
+def test_bidirectional_attention_is_refused():
+    with pytest.raises(UnsupportedArchitectureError, match="both directions"):
+        check_config(SimpleNamespace(model_type="gemma2", use_bidirectional_attention=True))
+
+
+def test_a_model_not_built_like_its_type_is_refused(tiny_decoder):
+    model = tiny_decoder("llama")
+    model.model.layers[1].mlp.down_proj = nn.Identity()
+    with pytest.raises(UnsupportedArchitectureError, match="not built like it"):
+        describe(model)
+
+
+def test_a_bare_body_is_described_too(tiny_decoder):
+    body = tiny_decoder("gpt2").base_model
+    assert len(describe(body)) == 2
