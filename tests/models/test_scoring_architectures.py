@@ -22,9 +22,10 @@ MEASURES = (
     "attention_entropy",
     "next_token_entropy",
 )
-ALL = (
-    "olmo olmo2 olmo3 llama mistral qwen2 qwen3 gemma gemma2 gemma3_text phi phi3 gpt_neox gpt2"
-).split()
+ALL = [
+    *("olmo", "olmo2", "olmo3", "llama", "mistral", "qwen2", "qwen3"),
+    *("gemma", "gemma2", "gemma3_text", "phi", "phi3", "gpt_neox", "gpt2"),
+]
 
 
 def silu(x: torch.Tensor) -> torch.Tensor:
@@ -68,7 +69,9 @@ def entropy(p: torch.Tensor) -> float:
 def brute_force(model_type: str, model: Any, rows: list[list[int]]) -> dict[str, list[float]]:
     model = copy.deepcopy(model).double()
     model.set_attn_implementation("eager")
-    blocks = [layer.mlp for layer in getattr(model.base_model, "layers", None) or model.base_model.h]
+    blocks = [
+        layer.mlp for layer in getattr(model.base_model, "layers", None) or model.base_model.h
+    ]
     n_layers = len(blocks)
     mean_c = torch.zeros(n_layers, 48, dtype=torch.float64)
     mean_relu = torch.zeros_like(mean_c)
@@ -77,7 +80,7 @@ def brute_force(model_type: str, model: Any, rows: list[list[int]]) -> dict[str,
     for row in rows:
         inputs: list[torch.Tensor] = []
         hooks = [
-            b.register_forward_pre_hook(lambda _m, a: inputs.append(a[0].detach()[0]))
+            b.register_forward_pre_hook(lambda _m, a, to=inputs: to.append(a[0].detach()[0]))
             for b in blocks
         ]
         with torch.no_grad():
