@@ -1,0 +1,118 @@
+"""Checkpoint lists as data: a CSV file with a step and a folder or URL in each row.
+
+The published lists have the header ``Step,Checkpoint Directory`` (OLMo-2's second stage has
+``Ingredient`` too); any header with a step and a location column is understood, and so is a file
+without header whose rows are ``step,location``. Relative paths start at the CSV's own folder.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+from ke_ray.errors import CheckpointSpecError
+from ke_ray.storage import exists, is_local, local_path, open_read
+
+__all__ = ["Row", "parse_csv_list", "read_csv_list"]
+
+_LIMIT = 64 * 2**20  # bytes
+_LOCATIONS = (
+    "url",
+    "checkpoint directory",
+    "checkpoint",
+    "location",
+    "path",
+    "folder",
+    "directory",
+)
+_STEP, _INGREDIENT = "step", "ingredient"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One checkpoint of a list; None where a column is absent or empty."""
+
+    location: str
+    step: int | None
+    ingredient: int | None
+
+
+def read_csv_list(spec: str) -> list[Row]:
+    """Every row of a CSV file, in file order.
+
+    Raises:
+        CheckpointSpecError: absent, empty or malformed; the message names the line.
+    """
+    if not exists(spec) or (is_local(spec) and not local_path(spec).is_file()):
+        raise CheckpointSpecError(f"There is no file '{spec}'.")
+    with open_read(spec) as file:
+        data = file.read(_LIMIT + 1)
+    base = str(local_path(spec).parent) if is_local(spec) else spec.rsplit("/", 1)[0]
+    return parse_csv_list(data, base=base, where=spec)
+
+
+def parse_csv_list(data: bytes, *, base: str, where: str) -> list[Row]:
+    """Parse the bytes of a list; ``base`` is where relative paths start."""
+    if len(data) > _LIMIT:
+        raise CheckpointSpecError(f"'{where}' has more than {_LIMIT:,} bytes; is it a list?")
+    try:
+        text = data.decode("utf-8-sig")
+        rows = [
+            (number, [cell.strip() for cell in row])
+            for number, row in enumerate(csv.reader(io.StringIO(text), strict=True), start=1)
+            if any(cell.strip() for cell in row)
+        ]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise CheckpointSpecError(f"'{where}' is not a CSV text file: {error}.") from error
+    if not rows:
+        raise CheckpointSpecError(f"'{where}' is empty; expected rows of step and folder or URL.")
+    columns = _columns(rows[0][1])
+    if columns is None:
+        columns = {_STEP: 0, "location": 1}
+        if len(rows[0][1]) < 2 or not _is_step(rows[0][1][0]):
+            raise CheckpointSpecError(
+                f"'{where}', line {rows[0][0]}: expected a header such as 'step,url' or a row "
+                f"of step and location, got {','.join(rows[0][1])[:80]!r}."
+            )
+    else:
+        rows = rows[1:]
+    if not rows:
+        raise CheckpointSpecError(f"'{where}' has a header and no rows.")
+    return [_row(row, columns, base, f"'{where}', line {number}") for number, row in rows]
+
+
+def _columns(header: list[str]) -> dict[str, int] | None:
+    names = [name.lower() for name in header]
+    location = next((names.index(name) for name in _LOCATIONS if name in names), None)
+    if location is None:
+        return None
+    columns = {"location": location}
+    columns.update({name: names.index(name) for name in (_STEP, _INGREDIENT) if name in names})
+    return columns
+
+
+def _row(row: list[str], columns: dict[str, int], base: str, where: str) -> Row:
+    def cell(name: str) -> str:
+        index = columns.get(name)
+        return row[index] if index is not None and index < len(row) else ""
+
+    def integer(name: str) -> int | None:
+        text = cell(name)
+        if not text:
+            return None
+        if not _is_step(text):
+            raise CheckpointSpecError(f"{where}: {name} {text[:40]!r} is not a whole number.")
+        return int(text)
+
+    location = cell("location")
+    if not location or "\0" in location:
+        raise CheckpointSpecError(f"{where}: no folder or URL; got {','.join(row)[:80]!r}.")
+    if "://" not in location and not Path(location).is_absolute():
+        location = f"{base}/{location}" if not is_local(base) else str(Path(base) / location)
+    return Row(location, integer(_STEP), integer(_INGREDIENT))
+
+
+def _is_step(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= 15

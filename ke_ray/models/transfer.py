@@ -1,0 +1,240 @@
+"""Files over HTTP that arrive whole, or an error that says why.
+
+A download goes to ``<name>.incomplete`` and is renamed when every byte is there. A connection
+that breaks, stalls or ends early is resumed where it stopped (if the file is still the same),
+after a growing pause or as long as the server asks for (``Retry-After``). Only attempts that
+bring no new byte count against the limit.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import http.client
+import logging
+import os
+import random
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ke_ray.errors import CheckpointError
+
+__all__ = ["HttpFile", "RetryPolicy", "call_within", "download", "probe", "redact"]
+
+_LOG = logging.getLogger(__name__)
+_CHUNK = 2**20
+_RETRIED = (408, 425, 429, 500, 502, 503, 504)
+_ABSENT = (403, 404, 410)  # object stores answer 403 for a key that does not exist
+_HEADERS = {"User-Agent": "ke_ray", "Accept-Encoding": "identity"}
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class RetryPolicy:
+    """How patient a transfer is; times in seconds.
+
+    Pauses are ``backoff_s``, twice that, four times … at most ``max_pause_s``, each with up to a
+    quarter more at random, so that many workers do not come back in step. A server's
+    ``Retry-After`` goes before, up to ``max_retry_after_s``.
+    """
+
+    attempts: int = 6
+    backoff_s: float = 1.0
+    max_pause_s: float = 60.0
+    max_retry_after_s: float = 600.0
+    timeout_s: float = 30.0
+
+    def pause_s(self, failures: int, retry_after_s: float | None) -> float:
+        """Seconds to wait after the ``failures``-th failure in a row (from 1)."""
+        if retry_after_s is not None:
+            return min(retry_after_s, self.max_retry_after_s)
+        pause = min(self.backoff_s * 2 ** min(failures - 1, 30), self.max_pause_s)
+        return pause * (1 + random.random() / 4)
+
+
+@dataclass(frozen=True)
+class HttpFile:
+    """What a server says of a file; ``size_bytes`` is None where it does not say."""
+
+    size_bytes: int | None
+
+
+class _TransferError(Exception):
+    def __init__(self, reason: str, *, final: bool = False, after_s: float | None = None) -> None:
+        super().__init__(reason)
+        self.final = final
+        self.after_s = after_s
+
+
+class AbsentError(Exception):
+    """The server has no such file."""
+
+
+def redact(url: str) -> str:
+    """``url`` without user name, password and query, fit for messages."""
+    parts = urllib.parse.urlsplit(url)
+    return urllib.parse.urlunsplit((parts.scheme, parts.netloc.split("@")[-1], parts.path, "", ""))
+
+
+def call_within(seconds: float, function: Callable[[], T]) -> T:
+    """The result of ``function()``, or TimeoutError; name resolution has no timeout of its own."""
+    outcome: list[Any] = []
+
+    def run() -> None:
+        try:
+            outcome.append((True, function()))
+        except BaseException as error:
+            outcome.append((False, error))
+
+    thread = threading.Thread(target=run, daemon=True, name="ke_ray-request")
+    thread.start()
+    thread.join(seconds)
+    if not outcome:
+        raise TimeoutError(f"no answer within {seconds:g} s")
+    good, value = outcome[0]
+    if good:
+        return value
+    raise value
+
+
+def probe(url: str, *, timeout_s: float = 10.0) -> HttpFile | None:
+    """Whether a file is there, and its size; None where the server says it is not.
+
+    Raises:
+        OSError: the server cannot be reached or answers with another error.
+    """
+    try:
+        with _open(url, {}, timeout_s, method="HEAD") as response:
+            return HttpFile(_length(response))
+    except urllib.error.HTTPError as error:
+        if error.code in _ABSENT:
+            return None
+        if error.code not in (400, 405, 501):
+            raise OSError(f"HTTP {error.code} {error.reason}") from error
+    # A server without HEAD: ask for the file and hang up.
+    try:
+        with _open(url, {}, timeout_s) as response:
+            return HttpFile(_length(response))
+    except urllib.error.HTTPError as error:
+        if error.code in _ABSENT:
+            return None
+        raise OSError(f"HTTP {error.code} {error.reason}") from error
+    except http.client.HTTPException as error:
+        raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+def download(
+    url: str,
+    target: Path,
+    *,
+    policy: RetryPolicy | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> bool:
+    """Fetch ``url`` to the file ``target``; False where the server has no such file.
+
+    Raises:
+        CheckpointError: it could not be fetched whole.
+        OSError: the local disk refused.
+    """
+    policy = policy or RetryPolicy()
+    partial = target.with_name(f"{target.name}.incomplete")
+    failures = 0
+    while True:
+        before = partial.stat().st_size if partial.exists() else 0
+        try:
+            _attempt(url, partial, policy.timeout_s, should_stop)
+        except AbsentError:
+            return False
+        except _TransferError as error:
+            after = partial.stat().st_size if partial.exists() else 0
+            failures = 1 if after > before else failures + 1
+            if error.final or failures >= policy.attempts:
+                raise CheckpointError(
+                    f"Cannot fetch {redact(url)}: {error} (attempt {failures}, {after:,} bytes "
+                    "arrived). Check the address and the network, then run again: it resumes."
+                ) from error
+            pause = policy.pause_s(failures, error.after_s)
+            _LOG.info("%s: %s; trying again in %.1f s", redact(url), error, pause)
+            time.sleep(pause)
+        else:
+            os.replace(partial, target)
+            _tag(partial).unlink(missing_ok=True)
+            return True
+
+
+def _tag(partial: Path) -> Path:
+    return partial.with_name(f"{partial.name}.etag")
+
+
+def _attempt(
+    url: str, partial: Path, timeout_s: float, should_stop: Callable[[], bool] | None
+) -> None:
+    have = partial.stat().st_size if partial.exists() else 0
+    headers = {}
+    if have and _tag(partial).exists():
+        # If-Range: the rest if the file is unchanged, else all of it anew.
+        headers = {"Range": f"bytes={have}-", "If-Range": _tag(partial).read_text()}
+    try:
+        with _open(url, headers, timeout_s) as response:
+            resumed = response.status == 206
+            expected = _length(response)
+            if expected is not None and resumed:
+                expected += have
+            etag = response.headers.get("ETag") or response.headers.get("Last-Modified")
+            if etag and not etag.startswith("W/"):
+                _tag(partial).write_text(etag)
+            else:
+                _tag(partial).unlink(missing_ok=True)
+            size = have if resumed else 0
+            with partial.open("ab" if resumed else "wb") as file:
+                while chunk := response.read(_CHUNK):
+                    file.write(chunk)
+                    size += len(chunk)
+                    if should_stop is not None and should_stop():
+                        raise _TransferError("it was asked to stop", final=True)
+        if expected is not None and size != expected:
+            raise _TransferError(f"the connection ended after {size:,} of {expected:,} bytes")
+    except urllib.error.HTTPError as error:
+        if error.code in _ABSENT:
+            raise AbsentError from error
+        if error.code == 416:  # what we have is not part of this file
+            partial.unlink(missing_ok=True)
+            raise _TransferError("the partial file did not fit; starting anew") from error
+        raise _TransferError(
+            f"HTTP {error.code} {error.reason}",
+            final=error.code not in _RETRIED,
+            after_s=_retry_after(error.headers.get("Retry-After")),
+        ) from error
+    except (urllib.error.URLError, http.client.HTTPException, ConnectionError) as error:
+        raise _TransferError(f"{type(error).__name__}: {error}") from error
+    except TimeoutError as error:
+        raise _TransferError(f"no byte arrived for {timeout_s:g} s") from error
+
+
+def _open(url: str, headers: dict[str, str], timeout_s: float, method: str = "GET") -> Any:
+    request = urllib.request.Request(url, headers=_HEADERS | headers, method=method)
+    return urllib.request.urlopen(request, timeout=timeout_s)
+
+
+def _length(response: Any) -> int | None:
+    value = response.headers.get("Content-Length", "")
+    return int(value) if value.isascii() and value.isdigit() and len(value) < 19 else None
+
+
+def _retry_after(value: str | None) -> float | None:
+    """Seconds of a Retry-After header, given as seconds or as a date."""
+    if not value:
+        return None
+    if value.strip().isdigit() and len(value) < 10:
+        return float(value)
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    except (TypeError, ValueError, OverflowError):
+        return None
