@@ -16,8 +16,9 @@ Computing 9 (1999) 3–8. With equal groups it is the usual (G − 1)/G Σ (θ_(
     θ_(g)    the measure evaluated on D without group g (a *replicate*)
 
 The groups depend on the instance index alone, never on shards, batches or workers, so the error
-is as independent of how the work was split as the value is. The weights matter: when group sizes
-differ, the equal-weight formula treats a group of two as if it told no more than a group of one.
+is as independent of how the work was split as the value is. With these weights SE² of a plain
+mean of independent instances is unbiased exactly, whatever the group sizes; the equal-weight
+formula is so for equal groups only (the difference is small while sizes differ by one).
 
 The jackknife gives the error due to *which instances* are in D. It holds for smooth functions
 of means (entropies, ratios); for a count such as the dormant share it is an approximation.

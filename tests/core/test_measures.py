@@ -1,0 +1,230 @@
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from ke_ray.core import concentration, entropy
+from ke_ray.core.jackknife import standard_error
+from ke_ray.core.measures import (
+    MEASURES,
+    Evaluation,
+    check_measures,
+    evaluate,
+    required_sums,
+)
+from ke_ray.core.statistics import TABLES, GroupSums, group_of, group_sizes
+from ke_ray.errors import UserError
+
+N_LAYERS, D_MLP, NUM_INSTANCES = 3, 40, 100
+
+
+def _values(seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {
+        "coefficients": (N_LAYERS, D_MLP),
+        "coefficients_relu": (N_LAYERS, D_MLP),
+        "attention_entropy": (N_LAYERS,),
+        "next_token_entropy": (),
+    }
+    return {
+        name: torch.rand((NUM_INSTANCES, *shape), generator=generator).double() ** 2
+        for name, shape in shapes.items()
+    }
+
+
+def _sums(
+    values: dict[str, torch.Tensor], names: tuple[str, ...] = tuple(TABLES), batch_size: int = 16
+) -> GroupSums:
+    sums = GroupSums.empty(NUM_INSTANCES, names, n_layers=N_LAYERS, d_mlp=D_MLP)
+    for batch in torch.arange(NUM_INSTANCES).split(batch_size):
+        sums.count(batch, torch.full((len(batch),), 7))
+        for name in names:
+            sums.add(name, batch, values[name][batch])
+    return sums
+
+
+def _direct(measure: str, values: dict[str, torch.Tensor]) -> np.ndarray:
+    """Per-layer values, or the only value, of a measure straight from the instances' values."""
+    mean = values[MEASURES[measure].needs].mean(dim=0)
+    functions = {
+        "knowledge_entropy": entropy.entropy_nats,
+        "knowledge_entropy_relu": entropy.entropy_nats,
+        "attention_entropy": lambda x: x,
+        "next_token_entropy": lambda x: x,
+        "effective_memories": lambda x: entropy.entropy_nats(x).exp(),
+        "participation_ratio": concentration.participation_ratio,
+        "gini": concentration.gini,
+        "top_k_mass": lambda x: concentration.top_k_mass(x, 0.05),
+        "dormant_share": lambda x: concentration.dormant_share(x, 0.9),
+    }
+    return np.asarray(functions[measure](mean).numpy())
+
+
+def _total(measure: str, per_layer: np.ndarray) -> float:
+    if measure == "next_token_entropy":
+        return float(per_layer)
+    in_sum = {
+        "knowledge_entropy",
+        "knowledge_entropy_relu",
+        "attention_entropy",
+        "effective_memories",
+    }
+    return float(per_layer.sum() if measure in in_sum else per_layer.mean())
+
+
+def _evaluate(sums: GroupSums, measures: list[str]) -> Evaluation:
+    return evaluate(sums, measures, top_k_fraction=0.05, dormant_threshold=0.9)
+
+
+def test_names_and_units_are_the_published_ones() -> None:
+    assert {name: measure.unit for name, measure in MEASURES.items()} == {
+        "knowledge_entropy": "nats",
+        "knowledge_entropy_relu": "nats",
+        "attention_entropy": "nats",
+        "next_token_entropy": "nats",
+        "effective_memories": "memories",
+        "participation_ratio": "fraction",
+        "gini": "fraction",
+        "top_k_mass": "fraction",
+        "dormant_share": "fraction",
+    }
+
+
+@pytest.mark.parametrize("measure", list(MEASURES))
+def test_values_and_replicates_equal_recomputing_from_the_instances(measure: str) -> None:
+    values = _values()
+    result = _evaluate(_sums(values), [measure])
+    groups = group_of(torch.arange(NUM_INSTANCES), NUM_INSTANCES)
+    without = [
+        _direct(measure, {name: table[groups != g] for name, table in values.items()})
+        for g in range(64)
+    ]
+    direct = _direct(measure, values)
+    layers = range(N_LAYERS) if direct.ndim else ()
+    for layer in layers:
+        assert result.row(measure, layer).value == pytest.approx(direct[layer], rel=1e-12)
+        np.testing.assert_allclose(
+            result.replicates[(layer, measure)], [w[layer] for w in without], rtol=1e-12
+        )
+    total = result.row(measure)
+    expected = np.array([_total(measure, w) for w in without])
+    assert total.layer is None
+    assert total.unit == MEASURES[measure].unit
+    assert total.value == pytest.approx(_total(measure, direct), rel=1e-12)
+    np.testing.assert_allclose(result.replicates[(None, measure)], expected, rtol=1e-12)
+    error = standard_error(_total(measure, direct), expected, group_sizes(NUM_INSTANCES))
+    assert total.stderr == pytest.approx(float(error), rel=1e-6)
+    assert total.stderr > 0
+
+
+def test_everything_at_once_equals_one_at_a_time_and_rows_are_ordered() -> None:
+    sums = _sums(_values())
+    together = _evaluate(sums, list(reversed(MEASURES)))
+    rows = [row for name in MEASURES for row in _evaluate(sums, [name]).rows]
+    assert list(together.rows) == rows
+    assert [row.layer for row in together.rows if row.measure == "gini"] == [0, 1, 2, None]
+    assert [row.layer for row in together.rows if row.measure == "next_token_entropy"] == [None]
+    assert set(together.replicates) == {(row.layer, row.measure) for row in together.rows}
+    assert together.num_instances == NUM_INSTANCES
+    assert together.num_tokens == 7 * NUM_INSTANCES
+    assert together.group_counts.tolist() == group_sizes(NUM_INSTANCES).tolist()
+    assert together.is_finite()
+
+
+def test_the_split_of_the_data_changes_neither_value_nor_error() -> None:
+    values = _values()
+    whole = _evaluate(_sums(values, batch_size=NUM_INSTANCES), list(MEASURES))
+    for batch_size in (1, 7, 33):
+        for a, b in zip(
+            whole.rows,
+            _evaluate(_sums(values, batch_size=batch_size), list(MEASURES)).rows,
+            strict=True,
+        ):
+            assert (a.layer, a.measure) == (b.layer, b.measure)
+            assert a.value == pytest.approx(b.value, rel=1e-12)
+            assert a.stderr == pytest.approx(b.stderr, rel=1e-8)
+
+
+def test_uniform_and_one_hot_use() -> None:
+    values = _values()
+    values["coefficients"] = torch.full((NUM_INSTANCES, N_LAYERS, D_MLP), 0.2).double()
+    uniform = evaluate(_sums(values), ["knowledge_entropy", "effective_memories", "gini"])
+    assert uniform.row("knowledge_entropy").value == pytest.approx(3 * math.log(D_MLP))
+    assert uniform.row("knowledge_entropy").stderr == pytest.approx(0.0, abs=1e-12)
+    assert uniform.row("effective_memories").value == pytest.approx(3 * D_MLP)
+    assert uniform.row("gini").value == pytest.approx(0.0, abs=1e-12)
+    values["coefficients"][:, :, 1:] = 0.0
+    one_hot = evaluate(_sums(values), ["knowledge_entropy", "effective_memories", "gini"])
+    assert one_hot.row("knowledge_entropy").value == 0.0
+    assert one_hot.row("effective_memories").value == 3.0
+    assert one_hot.row("gini").value == pytest.approx(1 - 1 / D_MLP)
+
+
+def test_a_dead_layer_makes_its_rows_and_the_total_not_finite() -> None:
+    values = _values()
+    values["coefficients"][:, 1] = 0.0
+    result = evaluate(_sums(values), ["knowledge_entropy"])
+    assert not result.is_finite()
+    assert math.isnan(result.row("knowledge_entropy", 1).value)
+    assert math.isnan(result.row("knowledge_entropy").value)
+    assert math.isfinite(result.row("knowledge_entropy", 0).value)
+
+
+def test_one_instance_has_values_but_no_errors() -> None:
+    sums = GroupSums.empty(1, ["coefficients"], n_layers=1, d_mlp=4)
+    sums.count(torch.tensor([0]), torch.tensor([5]))
+    sums.add("coefficients", torch.tensor([0]), torch.rand(1, 1, 4))
+    result = evaluate(sums, ["knowledge_entropy"])
+    assert result.is_finite()
+    assert math.isnan(result.row("knowledge_entropy").stderr)
+
+
+def test_only_the_tables_that_are_needed_are_asked_for() -> None:
+    assert required_sums(["knowledge_entropy", "gini", "dormant_share"]) == ("coefficients",)
+    assert required_sums(["next_token_entropy"]) == ("next_token_entropy",)
+    assert set(required_sums(list(MEASURES))) == set(TABLES)
+    values = _values()
+    only = _sums(values, ("coefficients",))
+    assert len(evaluate(only, ["knowledge_entropy"]).rows) == N_LAYERS + 1
+    with pytest.raises(ValueError, match="attention_entropy"):
+        evaluate(only, ["attention_entropy"])
+
+
+def test_measures_are_deduplicated_and_ordered() -> None:
+    assert check_measures(["gini", "knowledge_entropy", "gini"]) == ("knowledge_entropy", "gini")
+
+
+def test_an_unknown_measure_is_refused_with_the_nearest() -> None:
+    with pytest.raises(UserError, match="Did you mean 'knowledge_entropy'"):
+        check_measures(["knowlege_entropy"])
+    with pytest.raises(UserError, match="no measure"):
+        check_measures([])
+
+
+def test_parameters_out_of_range_are_refused_even_where_unused() -> None:
+    sums = _sums(_values(), ("coefficients",))
+    with pytest.raises(UserError, match="top_k_fraction"):
+        evaluate(sums, ["knowledge_entropy"], top_k_fraction=0.0)
+    with pytest.raises(UserError, match="dormant_threshold"):
+        evaluate(sums, ["knowledge_entropy"], dormant_threshold=-1.0)
+
+
+def test_a_row_that_does_not_exist_is_a_key_error() -> None:
+    with pytest.raises(KeyError):
+        evaluate(_sums(_values()), ["gini"]).row("knowledge_entropy")
+
+
+def test_names_errors_and_acquisition_need_no_torch() -> None:
+    code = (
+        "import sys, ke_ray.core.measures, ke_ray.core.jackknife, ke_ray.core.acquisition, "
+        "ke_ray.core.dynamics; print('torch' in sys.modules)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert result.stdout.strip() == "False"
