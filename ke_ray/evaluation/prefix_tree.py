@@ -1,0 +1,160 @@
+"""Token sequences packed into prefix trees, so that what they share is computed once.
+
+Spans to score often start with the same tokens: the choices of one question, or twin sentences.
+Sorted lexicographically, sequences with a common prefix are neighbours; a run of neighbours that
+share enough becomes one *tree*: its nodes are tokens, laid out so that each sequence appends only
+what the previous one lacks. A forward pass over the nodes, in which a node attends to its
+ancestors and itself and has its depth as position, gives every sequence the same hidden states as
+a pass of its own. A tree without branches is a plain sequence and needs no mask.
+
+    spans  (context, target):   ABC|DE   ABC|DF   ABC|G        inputs: ABCD, ABC
+    tree   tokens A B C D, depths 0 1 2 3; predictions read: node C (→ D, G), node D (→ E, F)
+
+The last target token is only predicted, so it is never a node.
+
+Numpy only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["PrefixTree", "Span", "build_trees", "plan_batches"]
+
+#: A sequence joins a tree when it shares at least this part of its own tokens with its neighbour:
+#: below it, attention over the longer row costs more than the shared tokens save.
+_MIN_SHARED = 0.25
+
+#: Nodes of a tree at most, unless one sequence is longer: the mask is quadratic in them.
+_MAX_NODES = 1024
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tokens to condition on and tokens to score; both have at least one."""
+
+    context_ids: Sequence[int]
+    target_ids: Sequence[int]
+
+
+@dataclass
+class PrefixTree:
+    """Nodes in an order in which ancestors come first.
+
+    Attributes:
+        tokens, depths: per node.
+        paths: per sequence, its nodes in order [length].
+        blocks: per sequence that adds nodes: (first new node, shared path before it); the new
+            nodes form a chain.
+        reads: sorted nodes whose hidden state is read.
+        targets: (index into ``reads``, token to predict, span, position in the span's target).
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    depths: list[int] = field(default_factory=list)
+    blocks: list[tuple[int, npt.NDArray[np.int64]]] = field(default_factory=list)
+    reads: list[int] = field(default_factory=list)
+    targets: list[tuple[int, int, int, int]] = field(default_factory=list)
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether it is one plain sequence."""
+        return len(self.blocks) == 1
+
+    def allowed(self) -> npt.NDArray[np.bool_]:
+        """bool [nodes, nodes]: row i may attend to column j (itself or an ancestor)."""
+        mask = np.zeros((len(self.tokens), len(self.tokens)), dtype=np.bool_)
+        ends = [first for first, _ in self.blocks[1:]] + [len(self.tokens)]
+        for (first, shared), end in zip(self.blocks, ends, strict=True):
+            mask[first:end, shared] = True
+            mask[first:end, first:end] = np.tri(end - first, dtype=np.bool_)
+        return mask
+
+
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    for index, (left, right) in enumerate(zip(a, b, strict=False)):
+        if left != right:
+            return index
+    return min(len(a), len(b))
+
+
+def build_trees(spans: Sequence[Span], *, share: bool = True) -> list[PrefixTree]:
+    """Trees that together hold every span.
+
+    Args:
+        spans: each with at least one context and one target token.
+        share: False keeps every distinct input sequence a chain of its own.
+
+    Returns:
+        trees in lexicographic order; equal inputs are one sequence either way.
+    """
+    inputs = [(*span.context_ids, *span.target_ids[:-1]) for span in spans]
+    order = sorted(range(len(spans)), key=inputs.__getitem__)
+    trees: list[PrefixTree] = []
+    reads: list[dict[int, list[tuple[int, int, int]]]] = []
+    previous: tuple[int, ...] = ()
+    path = np.zeros(0, dtype=np.int64)
+    for index in order:
+        tokens = inputs[index]
+        shared = _common_prefix(previous, tokens)
+        equal = shared == len(tokens) == len(previous)
+        enough = share and shared >= _MIN_SHARED * len(tokens) and shared > 0
+        room = trees and len(trees[-1].tokens) + len(tokens) - shared <= _MAX_NODES
+        if not trees or not (equal or (enough and room)):
+            trees.append(PrefixTree())
+            reads.append({})
+            shared = 0
+        tree = trees[-1]
+        if shared < len(tokens):
+            first = len(tree.tokens)
+            tree.blocks.append((first, path[:shared]))
+            tree.tokens.extend(tokens[shared:])
+            tree.depths.extend(range(shared, len(tokens)))
+            new = np.arange(first, len(tree.tokens))
+            path = np.concatenate([path[:shared], new])
+        previous = tokens
+        span = spans[index]
+        start = len(span.context_ids) - 1
+        for position, token in enumerate(span.target_ids):
+            node = int(path[start + position])
+            reads[-1].setdefault(node, []).append((token, index, position))
+    for tree, wanted in zip(trees, reads, strict=True):
+        tree.reads = sorted(wanted)
+        tree.targets = [
+            (place, token, span, position)
+            for place, node in enumerate(tree.reads)
+            for token, span, position in wanted[node]
+        ]
+    return trees
+
+
+def plan_batches(
+    trees: Sequence[PrefixTree], *, batch_tokens: int, batch_reads: int
+) -> list[list[PrefixTree]]:
+    """Trees grouped by size, longest first, so that padding is little.
+
+    Args:
+        trees: chains and branched trees are kept apart: only the latter need a mask.
+        batch_tokens: nodes of a batch at most, padding included (one tree always fits).
+        batch_reads: hidden states that go through the LM head, at most (same).
+    """
+    batches: list[list[PrefixTree]] = []
+    for is_chain in (True, False):
+        group = [tree for tree in trees if tree.is_chain is is_chain]
+        group.sort(key=lambda tree: -len(tree.tokens))
+        batch: list[PrefixTree] = []
+        for tree in group:
+            widest = len(batch[0].tokens) if batch else 0
+            full = (len(batch) + 1) * widest > batch_tokens
+            full |= sum(len(t.reads) for t in batch) + len(tree.reads) > batch_reads
+            if batch and full:
+                batches.append(batch)
+                batch = []
+            batch.append(tree)
+        if batch:
+            batches.append(batch)
+    return batches

@@ -1,0 +1,229 @@
+"""Log probability of target spans given contexts, for many spans in few passes.
+
+    ℓ(target | context) = Σ_j ln softmax(logits at position j − 1)[target_j]
+
+Symbols: span = (context ids, target ids); nats; logits [reads, vocab] in float32.
+
+What is saved, against one padded batch through the whole model: shared prefixes are computed once
+(``prefix_tree``), batches are sorted by length, padding is on the right (which under causal
+attention needs no mask), and the LM head sees only positions whose next token is scored. A branched
+tree needs a custom attention mask and explicit positions; where a model cannot take those (an
+unknown architecture, attention other than ``sdpa`` or ``eager``, or sequences beyond a sliding
+window) every sequence is passed on its own and the result is the same.
+
+The model is called as a whole, through its own ``forward`` with a hook before the LM head, so that
+logit scaling and soft-capping stay the model's, and sharded models (FSDP) gather as they do in
+training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from ke_ray.errors import DataError
+from ke_ray.evaluation.prefix_tree import PrefixTree, Span, build_trees, plan_batches
+from ke_ray.models.architectures import supported_model_types
+
+__all__ = ["SpanScores", "max_positions", "score_spans"]
+
+#: Bytes of float32 logits of one batch, at most.
+_LOGIT_BYTES = {"cpu": 128 << 20, "cuda": 2 << 30}
+_BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
+
+
+@dataclass(frozen=True)
+class SpanScores:
+    """Scores of N spans, in the order they were given.
+
+    Attributes:
+        logprob_summed: float64 [N], nats.
+        num_target_tokens: int64 [N].
+        is_greedy: bool [N]: every target token is the model's first choice.
+        token_logprobs: float64 [sum of num_target_tokens], span after span.
+    """
+
+    logprob_summed: npt.NDArray[np.float64]
+    num_target_tokens: npt.NDArray[np.int64]
+    is_greedy: npt.NDArray[np.bool_]
+    token_logprobs: npt.NDArray[np.float64]
+
+    @property
+    def logprob_per_token(self) -> npt.NDArray[np.float64]:
+        """float64 [N]: the sum divided by the number of target tokens."""
+        return self.logprob_summed / self.num_target_tokens
+
+
+def max_positions(model: Any) -> int | None:
+    """How many tokens the model takes, or None where its config does not say."""
+    config = getattr(model.config, "text_config", None) or model.config
+    for name in ("max_position_embeddings", "n_positions", "n_ctx"):
+        value = getattr(config, name, None)
+        if value is not None:
+            return int(value)
+    return None
+
+
+def _plain_model(model: Any) -> Any:
+    """The module behind DistributedDataParallel and ``torch.compile``."""
+    model = getattr(model, "_orig_mod", model)
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.module
+    return getattr(model, "_orig_mod", model)
+
+
+def _can_share(model: Any, longest: int) -> bool:
+    config = model.config
+    window = getattr(config, "sliding_window", None)
+    return (
+        config.model_type in supported_model_types()
+        and getattr(config, "_attn_implementation", None) in ("sdpa", "eager")
+        and (window is None or longest <= window)
+    )
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; the training flag is put back."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def _logits(model: Any, batch: Sequence[PrefixTree], device: torch.device) -> Tensor:
+    """Logits [reads, vocab] of a batch, read by read, in the model's dtype."""
+    width = max(len(tree.tokens) for tree in batch)
+    ids = np.zeros((len(batch), width), dtype=np.int64)
+    reads: list[int] = []
+    for row, tree in enumerate(batch):
+        ids[row, : len(tree.tokens)] = tree.tokens
+        reads.extend(row * width + node for node in tree.reads)
+    arguments: dict[str, Any] = {}
+    if not all(tree.is_chain for tree in batch):
+        depths = np.zeros((len(batch), width), dtype=np.int64)
+        # Padding attends to itself only: a row without any key would be NaN.
+        allowed = np.tile(np.eye(width, dtype=np.bool_), (len(batch), 1, 1))
+        for row, tree in enumerate(batch):
+            size = len(tree.tokens)
+            depths[row, :size] = tree.depths
+            allowed[row, :size, :size] = tree.allowed()
+        mask = torch.from_numpy(allowed)[:, None].to(device)  # [batch, 1, node, node]
+        if model.config._attn_implementation == "eager":  # adds its mask to the scores
+            low = torch.finfo(model.dtype).min
+            mask = torch.zeros_like(mask, dtype=model.dtype).masked_fill_(~mask, low)
+        arguments["attention_mask"] = mask
+        arguments["position_ids"] = torch.from_numpy(depths).to(device)
+    wanted = torch.tensor(reads, device=device)
+
+    def keep_reads(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden, *rest = args  # [batch, pos, d_model]
+        return (hidden.flatten(0, 1)[wanted][None], *rest)
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(keep_reads)
+    try:
+        output = model(torch.from_numpy(ids).to(device), use_cache=False, **arguments)
+    finally:
+        hook.remove()
+    logits: Tensor = output.logits[0]
+    return logits
+
+
+def _target_logprobs(logits: Tensor, reads: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """ln softmax(logits[reads])[tokens] in float32, and whether each is the first choice."""
+    logits = logits.float()
+    best, choice = logits.max(dim=-1)
+    # In place: logits are the largest tensor here, and nobody needs them afterwards.
+    chosen = logits[reads, tokens]
+    total = logits.sub_(best[:, None]).exp_().sum(dim=-1).log_().add_(best)
+    return chosen - total[reads], choice[reads] == tokens
+
+
+def score_spans(
+    model: Any,
+    spans: Sequence[Span],
+    *,
+    batch_tokens: int | None = None,
+    share_prefixes: bool = True,
+) -> SpanScores:
+    """Score spans with a causal language model of transformers.
+
+    Args:
+        model: on any device, in any dtype; left in the mode (train, eval) it came in.
+        spans: each with at least one context and one target token.
+        batch_tokens: tokens of a forward pass at most, padding included (a single longer sequence
+            still passes); default 2,048 on a CPU and 32,768 on a GPU. Changes speed and memory,
+            the result only to rounding.
+        share_prefixes: False passes every sequence on its own.
+
+    Raises:
+        DataError: a span without context or target, longer than the model, or with an id that the
+            model has no embedding for.
+    """
+    plain = _plain_model(model)
+    device = next(plain.parameters()).device
+    vocab_size = plain.get_input_embeddings().weight.shape[0]
+    limit = max_positions(plain)
+    longest = 0
+    for index, span in enumerate(spans):
+        if not span.context_ids or not span.target_ids:
+            raise DataError(f"Span {index} needs at least one context and one target token.")
+        length = len(span.context_ids) + len(span.target_ids) - 1
+        longest = max(longest, length)
+        if limit is not None and length > limit:
+            raise DataError(f"Span {index} has {length} tokens, and the model takes {limit}.")
+        if max(*span.context_ids, *span.target_ids) >= vocab_size:
+            raise DataError(
+                f"Span {index} has a token id of {vocab_size} or more, and the model has "
+                f"{vocab_size} embeddings; use the model's own tokenizer."
+            )
+    sizes = np.array([len(span.target_ids) for span in spans], dtype=np.int64)
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    trees = build_trees(spans, share=share_prefixes and _can_share(plain, longest))
+    kind = device.type if device.type in _BATCH_TOKENS else "cuda"
+    batches = plan_batches(
+        trees,
+        batch_tokens=batch_tokens or _BATCH_TOKENS[kind],
+        batch_reads=max(1, _LOGIT_BYTES[kind] // (4 * vocab_size)),
+    )
+    values: list[Tensor] = []
+    firsts: list[Tensor] = []
+    places: list[int] = []
+    with _evaluating(plain):
+        for batch in batches:
+            offset = 0
+            reads: list[int] = []
+            tokens: list[int] = []
+            for tree in batch:
+                reads.extend(offset + place for place, *_ in tree.targets)
+                tokens.extend(token for _, token, *_ in tree.targets)
+                places.extend(int(starts[span]) + position for *_, span, position in tree.targets)
+                offset += len(tree.reads)
+            value, first = _target_logprobs(
+                _logits(plain, batch, device),
+                torch.tensor(reads, device=device),
+                torch.tensor(tokens, device=device),
+            )
+            values.append(value)
+            firsts.append(first)
+    logprobs = np.zeros(starts[-1])
+    greedy = np.ones(starts[-1], dtype=np.bool_)
+    if values:
+        logprobs[places] = torch.cat(values).double().cpu().numpy()
+        greedy[places] = torch.cat(firsts).cpu().numpy()
+    return SpanScores(
+        logprob_summed=np.add.reduceat(logprobs, starts[:-1]) if len(spans) else np.zeros(0),
+        num_target_tokens=sizes,
+        is_greedy=np.logical_and.reduceat(greedy, starts[:-1]) if len(spans) else greedy,
+        token_logprobs=logprobs,
+    )
