@@ -1,0 +1,177 @@
+"""Resuscitation and its attention control, applied to a model's weights in memory.
+
+    K'_i = u_i K_i,  b'_i = u_i b_i        u: ``core.resuscitation.multipliers`` [n_layers, d_mlp]
+
+Source: Algorithm 1 of arXiv 2410.01380, which scales rows of the *up* projection, not the gate.
+The multiplication is done in float64 and rounded once to the weights' dtype.
+
+What is scaled, and what then holds for fixed layer inputs:
+
+=====================================  ======================================================
+gated FFN (OLMo, Llama, Gemma, …)      rows of ``up_proj`` and of its bias where it has one:
+                                       C̄'_i = u_i C̄_i exactly. The bias goes with its row
+                                       because C = act(gate) · (K_i x + b_i)
+Phi-3                                  the second half of the fused ``gate_up_proj``; exact too
+ungated FFN (GPT-2, GPT-NeoX, Phi)     rows (columns of GPT-2's Conv1D) and bias of the first
+                                       projection: the *pre-activation* becomes u_i (K_i x + b_i)
+                                       exactly, the coefficient only approximately, since GELU
+                                       is not linear
+=====================================  ======================================================
+
+In layers after the first the inputs change as well, so there everything is approximate.
+
+**Attention temperature** (B.8) divides the scores by τ before the softmax: softmax(s/τ). The factor
+is folded into the weights that make the queries (the query norm where there is one, else the query
+rows of the projection and their bias), so it survives saving and needs no changed config. Rotary
+embedding is linear and commutes with it. Gemma-2 soft-caps its scores afterwards: there the
+*uncapped* scores are divided.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ke_ray.core import resuscitation
+from ke_ray.errors import UnsupportedArchitectureError, UserError
+from ke_ray.models.architectures import Architecture, check_config, describe
+
+__all__ = ["apply_attention_temperature", "apply_multipliers", "resuscitate", "up_row_norms"]
+
+
+def resuscitate(
+    model: nn.Module,
+    mean_coefficients: Tensor,
+    *,
+    ratio: float,
+    factor: float,
+    control: str | None = None,
+    seed: int = 0,
+) -> Tensor:
+    """Algorithm 1, or a control of it, on a model in memory.
+
+    Args:
+        model: changed in place.
+        mean_coefficients: C̄ [n_layers, d_mlp] of this model, from a scan; any scale.
+        ratio, factor, control, seed: as ``core.resuscitation.multipliers``.
+
+    Returns:
+        The multipliers applied, float64 [n_layers, d_mlp].
+
+    Raises:
+        UserError: a parameter is out of range or the coefficients are those of another shape.
+        UnsupportedArchitectureError: the model is not in the table of architectures.
+    """
+    norms = up_row_norms(model)
+    if mean_coefficients.shape != norms.shape:
+        raise UserError(
+            f"the coefficients have shape {tuple(mean_coefficients.shape)} but the model has "
+            f"{norms.shape[0]} layers of {norms.shape[1]} memories; give the coefficients that a "
+            "scan of this model wrote"
+        )
+    rows = resuscitation.multipliers(
+        mean_coefficients, ratio, factor, control=control, seed=seed, up_row_norms=norms
+    )
+    apply_multipliers(model, rows)
+    return rows
+
+
+def up_row_norms(model: nn.Module) -> Tensor:
+    """Euclidean norms of the memory keys, float64 [n_layers, d_mlp] on the CPU (bias left out)."""
+    return torch.stack(
+        [
+            torch.linalg.vector_norm(layout.up_weight().detach(), dim=1, dtype=torch.float64).cpu()
+            for layout in describe(model)
+        ]
+    )
+
+
+@torch.no_grad()
+def apply_multipliers(model: nn.Module, multipliers: Tensor) -> None:
+    """Scale every layer's memory keys in place (module docstring).
+
+    Args:
+        model: changed in place; its dtype and device stay.
+        multipliers: [n_layers, d_mlp], finite.
+
+    Raises:
+        UserError: the shape is not the model's, or a multiplier is not finite.
+    """
+    layouts = describe(model)
+    expected = (len(layouts), layouts[0].d_mlp)
+    if tuple(multipliers.shape) != expected:
+        raise UserError(
+            f"multipliers have shape {tuple(multipliers.shape)}; this model needs {expected}"
+        )
+    if not bool(torch.isfinite(multipliers).all()):
+        raise UserError("multipliers hold infinite or NaN values; nothing was changed")
+    for layout, rows in zip(layouts, multipliers, strict=True):
+        weight, bias = layout.up_weight(), layout.up_bias()
+        _scale(weight, rows.to(weight.device)[:, None])
+        if bias is not None:
+            _scale(bias, rows.to(bias.device))
+
+
+@torch.no_grad()
+def apply_attention_temperature(model: nn.Module, temperature: float) -> None:
+    """Divide every layer's attention scores by ``temperature`` by scaling the queries' weights.
+
+    Args:
+        model: changed in place.
+        temperature: τ, above 0; above 1 flattens attention and raises its entropy.
+
+    Raises:
+        UserError: the temperature is not a finite number above 0.
+        UnsupportedArchitectureError: queries are clipped after the projection (``clip_qkv``), so
+            no change of weights is a change of temperature.
+    """
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise UserError(f"attention temperature is {temperature}; expected a number above 0")
+    config: Any = model.config
+    entry = check_config(config)
+    if getattr(config, "clip_qkv", None) is not None:
+        raise UnsupportedArchitectureError(
+            f"this model clips its queries (clip_qkv={config.clip_qkv}) between projection and "
+            "scores, so an attention temperature cannot be written into its weights"
+        )
+    for layout in describe(model):
+        for part, offset in _query_parts(entry, layout.attention, config):
+            _scale(part, 1.0 / temperature, offset)
+
+
+def _query_parts(
+    entry: Architecture, attention: nn.Module, config: Any
+) -> list[tuple[Tensor, float]]:
+    """Views of the weights that scale the queries last, and the offset that is added to each."""
+    norm = getattr(attention, entry.query_norm, None)
+    if norm is not None:
+        parts = [(norm.weight, entry.norm_offset)]
+        bias = getattr(norm, "bias", None)
+        return parts if bias is None else [*parts, (bias, 0.0)]
+    projection = attention.get_submodule(entry.query)
+    weight = projection.weight
+    assert isinstance(weight, Tensor)
+    if not hasattr(projection, "in_features"):  # Conv1D stores [in, out]
+        weight = weight.t()
+    parts = [(_query_rows(entry, weight, config), 0.0)]
+    bias = getattr(projection, "bias", None)
+    return parts if bias is None else [*parts, (_query_rows(entry, bias, config), 0.0)]
+
+
+def _query_rows(entry: Architecture, rows: Tensor, config: Any) -> Tensor:
+    """The rows of a (fused) projection that make queries, as a view."""
+    if entry.query_rows == "all":
+        return rows
+    heads = config.num_attention_heads
+    d_head = getattr(config, "head_dim", None) or config.hidden_size // heads
+    if entry.query_rows == "first":
+        return rows[: heads * d_head]
+    return rows.view(heads, 3, d_head, *rows.shape[1:])[:, 0]
+
+
+def _scale(target: Tensor, factor: Tensor | float, offset: float = 0.0) -> None:
+    """target ← (target + offset) · factor − offset, in float64, rounded once."""
+    target.copy_((target.double() + offset) * factor - offset)
