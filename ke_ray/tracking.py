@@ -213,6 +213,10 @@ class Tracker:
         run.log_params({k: v for k, v in flatten(params or {}).items() if k not in known})
         return run
 
+    def run(self, run_id: str | None) -> TrackedRun:
+        """A run by its id, to add to it; one that does nothing where the id is None."""
+        return TrackedRun(run_id, self if self.enabled else None, self._sender)
+
     def close(self) -> list[str]:
         """Wait until all is written; returns what had to be given up."""
         if self._sender is None:

@@ -1,0 +1,78 @@
+"""The command line: ``ke-ray COMMAND``, one module for each group of commands.
+
+Nothing heavy is imported before a command needs it: ``ke-ray --help`` must be quick.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from types import FrameType
+
+import typer
+
+from ke_ray.cli import checkpoints, scan
+from ke_ray.errors import KeRayError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="ke-ray",
+    help="Knowledge entropy over checkpoint series: scan, continual learning, resuscitation.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+for module in (checkpoints, scan):
+    module.register(app)
+
+
+@app.callback()
+def _options(
+    verbose: bool = typer.Option(False, "--verbose", "-v", help="Say more, to standard error."),
+) -> None:
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING,
+        format="%(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
+    for noisy in ("httpx", "urllib3", "fsspec", "matplotlib"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    if verbose:
+        os.environ.setdefault("KE_RAY_WORKER_LOGS", "1")
+
+
+def _terminated(number: int, frame: FrameType | None) -> None:
+    # A job that is stopped gets SIGTERM: leave as on Ctrl-C, with truthful statuses.
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Run a command and end the process with its exit code.
+
+    0: all done. 1: something failed, and the results say what. 2: the request is wrong.
+    130: interrupted; the same command goes on.
+    """
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        code = app(standalone_mode=False)
+    except typer.Exit as stop:
+        code = stop.exit_code
+    except KeyboardInterrupt:
+        print("Interrupted. Finished work is kept; the same command goes on.", file=sys.stderr)
+        code = 130
+    except KeRayError as error:
+        print(f"ke-ray: {error}", file=sys.stderr)
+        code = error.exit_code
+    except Exception as error:
+        # Click's own usage errors, found by what they offer, since typer vendors them.
+        show = getattr(error, "show", None)
+        if show is None:
+            raise
+        show()
+        code = getattr(error, "exit_code", 2)
+    sys.stdout.flush()
+    sys.exit(code if isinstance(code, int) else 0)

@@ -1,0 +1,70 @@
+"""``ke-ray checkpoints``: what a SPEC names."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+Spec = Annotated[
+    str,
+    typer.Argument(
+        metavar="SPEC",
+        help="A checkpoint folder, a folder or glob of them, a Hugging Face repo, a native OLMo "
+        "folder or URL, or a CSV list of step and URL.",
+    ),
+]
+Revisions = Annotated[
+    str | None, typer.Option(help="Glob over revision (or checkpoint) names, like 'step*-tokens*'.")
+]
+Steps = Annotated[str | None, typer.Option(help="Step range 'a:b', both included; either open.")]
+Every = Annotated[int | None, typer.Option(min=1, help="Keep every n-th.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Keep at most this many, evenly spaced.")]
+
+
+def checkpoints(
+    spec: Spec,
+    revisions: Revisions = None,
+    steps: Steps = None,
+    every: Every = None,
+    limit: Limit = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List the checkpoints that SPEC names, with step, size and duplicates."""
+    from ke_ray.models.catalog import list_checkpoints
+
+    refs = list_checkpoints(spec, revisions=revisions, steps=steps, every=every, limit=limit)
+    if as_json:
+        import dataclasses
+
+        print(json.dumps([dataclasses.asdict(ref) for ref in refs], indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("checkpoint", "step", "tokens", "size", "format", "same weights as")
+    for column in (1, 2, 3):
+        table.columns[column].justify = "right"
+    for ref in refs:
+        table.add_row(
+            ref.name,
+            "–" if ref.step is None else f"{ref.step:,}",
+            "–" if ref.pretraining_tokens is None else f"{ref.pretraining_tokens / 1e9:,.1f}B",
+            "–" if ref.size_bytes is None else f"{ref.size_bytes / 1e6:,.1f} MB",
+            ref.format,
+            ref.duplicate_of or "",
+        )
+    console = Console()
+    console.print(table)
+    duplicates = sum(ref.duplicate_of is not None for ref in refs)
+    known = sum(ref.size_bytes or 0 for ref in refs)
+    console.print(
+        f"{len(refs)} checkpoints, {known / 1e9:,.2f} GB"
+        + (f", {duplicates} with the weights of another" if duplicates else "")
+    )
+
+
+def register(app: typer.Typer) -> None:
+    """Add this module's commands."""
+    app.command()(checkpoints)

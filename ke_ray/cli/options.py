@@ -1,0 +1,107 @@
+"""Options that several commands take, and reading a study with their values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+from pydantic import BaseModel
+
+from ke_ray.config import apply_overrides, load_study, validate
+from ke_ray.errors import ConfigError
+
+__all__ = [
+    "DryRun",
+    "MlflowUri",
+    "NoMlflow",
+    "Output",
+    "Resuscitate",
+    "Set",
+    "is_study_file",
+    "parse_resuscitate",
+    "read_study",
+]
+
+StudyT = TypeVar("StudyT", bound=BaseModel)
+
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key; repeatable.")
+]
+Output = Annotated[str | None, typer.Option("--output", "-o", help="Folder or URI for results.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and do nothing.")]
+MlflowUri = Annotated[
+    str | None, typer.Option("--mlflow-uri", help="Default: MLFLOW_TRACKING_URI, else SQLite.")
+]
+NoMlflow = Annotated[bool, typer.Option("--no-mlflow", help="Do not log to MLflow.")]
+Resuscitate = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ratio=R,factor=F[,control=C][,coefficients=SCAN]",
+        help="Apply Algorithm 1 in memory after load.",
+    ),
+]
+
+
+def is_study_file(text: str) -> bool:
+    """Whether an argument names a study file rather than checkpoints."""
+    return text.endswith((".yaml", ".yml")) and not Path(text).is_dir()
+
+
+def parse_resuscitate(text: str) -> dict[str, Any]:
+    """``ratio=0.5,factor=2`` as the keys of a study's ``resuscitate`` group.
+
+    Raises:
+        ConfigError: not KEY=VALUE pairs.
+    """
+    return apply_overrides({}, [pair for pair in text.split(",") if pair.strip()])
+
+
+def read_study(
+    file: str | None,
+    model: type[StudyT],
+    given: Mapping[str, Any],
+    overrides: list[str] | None,
+    where: str,
+) -> StudyT:
+    """A study from a file, or from options alone, with options and ``--set`` on top.
+
+    Args:
+        file: the study file, or None.
+        model: its schema.
+        given: values of options by dotted key; None means not given.
+        overrides: the ``--set`` texts; they win.
+        where: names the source in messages where there is no file.
+
+    Raises:
+        ConfigError: see ``ke_ray.config``.
+    """
+    values = {key: value for key, value in given.items() if value is not None}
+    if file is not None:
+        loaded = load_study(file, model, overrides or [])
+        if not values:
+            return loaded
+        merged = _set_values(loaded.model_dump(exclude_unset=True), values)
+        return validate(model, apply_overrides(merged, overrides or []), file)
+    merged = apply_overrides(_set_values({}, values), overrides or [])
+    missing = [
+        name
+        for name, field in model.model_fields.items()
+        if field.is_required() and name not in merged
+    ]
+    if missing:
+        raise ConfigError(f"{where}: {', '.join(missing)} must be given. See --help.")
+    return validate(model, merged, where)
+
+
+def _set_values(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    result = dict(base)
+    for key, value in values.items():
+        *parents, last = key.split(".")
+        place = result
+        for parent in parents:
+            place[parent] = dict(place.get(parent) or {})
+            place = place[parent]
+        place[last] = value
+    return result

@@ -1,0 +1,154 @@
+"""``ke-ray scan`` and ``ke-ray results``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ke_ray.cli.checkpoints import Every, Limit, Revisions, Steps
+from ke_ray.cli.options import (
+    DryRun,
+    MlflowUri,
+    NoMlflow,
+    Output,
+    Resuscitate,
+    Set,
+    is_study_file,
+    parse_resuscitate,
+    read_study,
+)
+
+if TYPE_CHECKING:
+    from ke_ray.engine.scan import ScanOutcome
+    from ke_ray.studies.scan import ScanStudy
+
+
+def scan(
+    checkpoints: Annotated[
+        str, typer.Argument(metavar="SPEC|STUDY.yaml", help="Checkpoints, or a scan study.")
+    ],
+    data: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=SOURCE", help="A corpus; repeatable.")
+    ] = None,
+    num_instances: Annotated[int | None, typer.Option(min=1, help="N, instances.")] = None,
+    sequence_length: Annotated[int | None, typer.Option(min=2, help="T, tokens each.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="tokenizer.json, folder or repo.")] = None,
+    eos_token_id: Annotated[int | None, typer.Option(help="Default: the model config's.")] = None,
+    measures: Annotated[
+        str | None, typer.Option(help="Comma-separated; default: all but relu.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="No effect on results.")] = None,
+    num_actors: Annotated[
+        int | None, typer.Option(min=1, help="Default: GPUs, else cores.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    revisions: Revisions = None,
+    steps: Steps = None,
+    every: Every = None,
+    limit: Limit = None,
+    cache_dir: Annotated[str | None, typer.Option(help="Where fetched checkpoints lie.")] = None,
+    cache_bytes: Annotated[int | None, typer.Option(min=1, help="Its disk budget.")] = None,
+    resuscitate: Resuscitate = None,
+    output: Output = None,
+    mlflow_uri: MlflowUri = None,
+    no_mlflow: NoMlflow = False,
+    overrides: Set = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Score knowledge entropy and its kin for every checkpoint of SPEC."""
+    from ke_ray.data.corpus import parse_data_option
+    from ke_ray.studies.scan import ScanStudy
+
+    file = checkpoints if is_study_file(checkpoints) else None
+    given: dict[str, Any] = {
+        "checkpoints.spec": None if file else checkpoints,
+        "checkpoints.revisions": revisions,
+        "checkpoints.steps": steps,
+        "checkpoints.every": every,
+        "checkpoints.limit": limit,
+        "data": dict(parse_data_option(option) for option in data) if data else None,
+        "num_instances": num_instances,
+        "sequence_length": sequence_length,
+        "tokenizer": tokenizer,
+        "eos_token_id": eos_token_id,
+        "measures": tuple(m.strip() for m in measures.split(",")) if measures else None,
+        "batch_size": batch_size,
+        "num_actors": num_actors,
+        "dtype": dtype,
+        "cache_dir": cache_dir,
+        "cache_bytes": cache_bytes,
+        "resuscitate": parse_resuscitate(resuscitate) if resuscitate else None,
+        "output": output,
+        "mlflow.uri": mlflow_uri,
+        "mlflow.enabled": False if no_mlflow else None,
+    }
+    study = read_study(file, ScanStudy, given, overrides, "ke-ray scan")
+    if dry_run:
+        from ke_ray.engine.scan_forecast import forecast
+
+        print(forecast(study))
+        return
+    outcome = execute_scan(study)
+    raise typer.Exit(outcome.exit_code)
+
+
+def execute_scan(study: ScanStudy) -> ScanOutcome:
+    """Run a scan study with progress on the terminal, and print its table."""
+    from ke_ray.cli.progress import ScanDisplay
+    from ke_ray.cli.publish import publish_scan
+    from ke_ray.engine.scan import run_scan
+    from ke_ray.engine.scan_setup import prepare_scan
+    from ke_ray.tracking import Tracker
+
+    setup = prepare_scan(study)
+    with Tracker(study.mlflow) as tracker:
+        outcome = run_scan(setup, ScanDisplay(), tracker)
+        publish_scan(study.output, tracker.run(outcome.mlflow_run_id))
+    print_results(study.output)
+    for name, error in outcome.failures:
+        typer.echo(f"failed: {name}: {error}", err=True)
+    typer.echo(
+        f"{outcome.scanned} scanned, {len(outcome.failures)} failed, {outcome.skipped} skipped "
+        f"(finished before). Results: {study.output}"
+    )
+    return outcome
+
+
+def results(
+    paths: Annotated[list[str], typer.Argument(metavar="DIR…", help="Result folders.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
+    merge: Annotated[
+        str | None, typer.Option(metavar="OUT", help="Join compatible scans into OUT.")
+    ] = None,
+) -> None:
+    """Print result folders, or join scans of one series."""
+    if merge is not None:
+        from ke_ray.results import merge_scans
+
+        merge_scans(paths, merge)
+        paths = [merge]
+    from ke_ray.report.terminal import headline_rows, rows_as_csv, rows_as_json
+
+    if as_json:
+        print(rows_as_json(headline_rows(paths)))
+    elif as_csv:
+        print(rows_as_csv(headline_rows(paths)), end="")
+    else:
+        for path in paths:
+            print_results(path)
+
+
+def print_results(path: str | Path) -> None:
+    """The headline table of a result folder."""
+    from ke_ray.report.terminal import print_results as show
+
+    show(str(path))
+
+
+def register(app: typer.Typer) -> None:
+    """Add this module's commands."""
+    app.command()(scan)
+    app.command()(results)

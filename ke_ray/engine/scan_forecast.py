@@ -1,0 +1,96 @@
+"""What a scan would do: checkpoints, bytes, disk, hours. Nothing is fetched or written."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import yaml
+
+from ke_ray.engine.scan_setup import select_checkpoints
+from ke_ray.errors import CheckpointError
+from ke_ray.models.reference import CheckpointRef
+from ke_ray.studies.scan import ScanStudy
+
+__all__ = ["forecast", "num_body_parameters"]
+
+_FETCH_BYTES_PER_S = 100e6
+
+
+def num_body_parameters(config: Any) -> int:
+    """Weights of the decoder layers that take part in matrix products, from the config alone.
+
+    Attention 4·d² (fewer key and value heads counted), gated FFN 3·d·m, ungated 2·d·m.
+    """
+    d_model, n_layers = config.hidden_size, config.num_hidden_layers
+    d_mlp = getattr(config, "intermediate_size", None) or 4 * d_model
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    attention = d_model * d_model * (2 + 2 * kv_heads / heads)
+    matrices = 2 if config.model_type in ("gpt2", "gpt_neox", "phi") else 3
+    return int(n_layers * (attention + matrices * d_model * d_mlp))
+
+
+def _first_config(refs: list[CheckpointRef]) -> Any:
+    from ke_ray.models.loading import load_config
+
+    for ref in refs[:5]:
+        try:
+            return load_config(ref)
+        except CheckpointError:
+            continue
+    return None
+
+
+def _measured_flops_per_s(dtype: str) -> float:
+    """Matrix products per second on this machine, measured for a quarter of a second."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    size = 4096 if device == "cuda" else 768
+    a = torch.randn(size, size, device=device, dtype=getattr(torch, dtype))
+    num_products, started = 0, time.perf_counter()
+    while time.perf_counter() - started < 0.25:
+        a = (a @ a).clamp_(-1, 1)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        num_products += 1
+    return num_products * 2 * size**3 / (time.perf_counter() - started)
+
+
+def forecast(study: ScanStudy) -> str:
+    """The plan of a scan as text: the resolved study, then the figures behind it."""
+    refs = select_checkpoints(study.checkpoints)
+    fetched = [ref for ref in refs if not ref.is_local and not ref.duplicate_of]
+    sizes = [ref.size_bytes for ref in fetched]
+    known = [size for size in sizes if size is not None]
+    num_tokens = study.num_instances * study.sequence_length * len(study.data) * len(refs)
+    lines = [
+        yaml.safe_dump(json.loads(study.model_dump_json(exclude_none=True)), sort_keys=False),
+        f"checkpoints: {len(refs)} ({sum(r.duplicate_of is not None for r in refs)} duplicates)",
+        f"tokens to score: {num_tokens:,} ({len(study.data)} corpora)",
+    ]
+    if not fetched:
+        lines.append("bytes to fetch: 0 (all checkpoints are on this file system)")
+    else:
+        unknown = len(sizes) - len(known)
+        note = f" and {unknown} checkpoints of unknown size" if unknown else ""
+        lines.append(f"bytes to fetch: {sum(known):,}{note}")
+        # Each scorer holds one checkpoint while the next arrives.
+        actors = study.num_actors or 1
+        peak = min(study.cache_bytes or 2**63, 2 * actors * max(known, default=0))
+        lines.append(f"peak disk per node with {actors} scorers: {peak:,} bytes")
+    config = _first_config(refs)
+    if config is None:
+        lines.append("hours: not known (no checkpoint's config could be read)")
+    else:
+        flops_per_s = _measured_flops_per_s(study.dtype)
+        score_s = 2 * num_body_parameters(config) * num_tokens / (0.6 * flops_per_s)
+        fetch_s = sum(known) / _FETCH_BYTES_PER_S
+        lines.append(
+            f"hours with one scorer like this machine: scoring {score_s / 3600:.2f} "
+            f"({flops_per_s / 1e12:.2f} TFLOP/s measured, 60 % of it assumed), "
+            f"fetching {fetch_s / 3600:.2f} (100 MB/s assumed); the two overlap"
+        )
+    return "\n".join(lines)
