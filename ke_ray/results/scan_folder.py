@@ -240,7 +240,7 @@ class ScanFolder:
 
 
 def _part_name(checkpoint: str, rows: Iterable[Mapping[str, Any]]) -> str:
-    keys = sorted({f"{row['corpus']}/{row['measure']}" for row in rows})
+    keys = sorted({f"{row.get('corpus')}/{row.get('measure')}" for row in rows})
     digest = hashlib.sha256("\n".join([checkpoint, *keys]).encode()).hexdigest()[:10]
     return f"{storage.slug(checkpoint)[:100]}-{digest}"
 

@@ -1,0 +1,249 @@
+"""Result folders lose nothing, double nothing and refuse to mix what differs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from ke_ray import storage
+from ke_ray.errors import ResultsError
+from ke_ray.results import ScanFolder, merge_scans, new_manifest, read_manifest
+from ke_ray.results.scan_folder import REPLICATES_SCHEMA, check_identity
+
+
+def make_folder(path, corpora=("dolma",), checkpoints=()) -> ScanFolder:
+    identity = {
+        "measure_version": 1,
+        "dtype": "float32",
+        "corpora": {name: f"sha-{name}" for name in corpora},
+    }
+    manifest = new_manifest("scan", {"output": str(path)}) | {
+        "identity": identity,
+        "corpora": {name: {"sha256": f"sha-{name}"} for name in corpora},
+        "measures": ["knowledge_entropy"],
+        "checkpoints": [
+            {"name": name, "location": f"/c/{name}", "revision": None} for name in checkpoints
+        ],
+    }
+    return ScanFolder(str(path), manifest)
+
+
+def row(checkpoint, step, corpus="dolma", layer=None, value=1.0, sha="w", **more):
+    return {
+        "checkpoint": checkpoint,
+        "step": step,
+        "corpus": corpus,
+        "layer": layer,
+        "measure": "knowledge_entropy",
+        "value": value,
+        "stderr": 0.1,
+        "unit": "nats",
+        "weights_sha256": f"{sha}-{checkpoint}",
+        "data_sha256": f"sha-{corpus}",
+        "status": "ok",
+        **more,
+    }
+
+
+def failure(checkpoint, step, corpus="dolma", error="broken"):
+    return {
+        "checkpoint": checkpoint,
+        "step": step,
+        "corpus": corpus,
+        "status": "failed",
+        "error": error,
+    }
+
+
+def replicates(checkpoint, step, values):
+    return pa.Table.from_pylist(
+        [
+            {
+                "checkpoint": checkpoint,
+                "step": step,
+                "corpus": "dolma",
+                "layer": None,
+                "measure": "knowledge_entropy",
+                "group": group,
+                "value": value,
+            }
+            for group, value in enumerate(values)
+        ],
+        REPLICATES_SCHEMA,
+    )
+
+
+def values_of(folder):
+    return {
+        (r["checkpoint"], r["corpus"], r["layer"], r["status"]): r["value"]
+        for r in folder.entropy().to_pylist()
+    }
+
+
+def test_parts_and_tables_read_the_same(tmp_path):
+    folder = make_folder(tmp_path)
+    folder.write_part("b", [row("b", 20, value=2.0)], replicates("b", 20, [1.0, 3.0]))
+    folder.write_part("a", [row("a", 10, value=1.0)], replicates("a", 10, [0.5, 1.5]))
+    before = folder.entropy(), folder.replicates()
+    folder.consolidate(final=True)
+    assert not storage.exists(storage.join(str(tmp_path), "parts"))
+    again = ScanFolder.open(str(tmp_path))
+    assert again.entropy().equals(before[0])
+    assert (
+        again.replicates()
+        .sort_by([("step", "ascending"), ("group", "ascending")])
+        .equals(before[1].sort_by([("step", "ascending"), ("group", "ascending")]))
+    )
+    assert again.entropy()["checkpoint"].to_pylist() == ["a", "b"]
+    assert again.manifest["status"] == "finished"
+
+
+def test_a_later_value_ends_an_earlier_failure_and_is_not_doubled(tmp_path):
+    folder = make_folder(tmp_path)
+    folder.write_part("a", [failure("a", 10)])
+    folder.consolidate()
+    assert values_of(folder) == {("a", "dolma", None, "failed"): None}
+    folder.write_part("a", [row("a", 10, value=5.0)])
+    assert values_of(folder) == {("a", "dolma", None, "ok"): 5.0}
+    folder.consolidate(final=True)
+    assert values_of(ScanFolder.open(str(tmp_path))) == {("a", "dolma", None, "ok"): 5.0}
+
+
+def test_a_failure_after_values_is_kept_beside_them(tmp_path):
+    folder = make_folder(tmp_path)
+    folder.write_part("a", [row("a", 10, value=5.0)])
+    folder.consolidate()
+    folder.write_part("a", [failure("a", 10, error="gini failed")])
+    folder.consolidate()
+    assert set(values_of(folder)) == {("a", "dolma", None, "ok"), ("a", "dolma", None, "failed")}
+    folder.consolidate()
+    assert len(values_of(ScanFolder.open(str(tmp_path)))) == 2
+
+
+def test_same_weights_are_flagged_with_the_earliest(tmp_path):
+    folder = make_folder(tmp_path)
+    for name, step in (("late", 30), ("early", 10), ("other", 20)):
+        sha = "same" if name != "other" else "own"
+        folder.write_part(name, [row(name, step, weights_sha256=sha)])
+    flagged = {r["checkpoint"]: r["duplicate_of"] for r in folder.entropy().to_pylist()}
+    assert flagged == {"early": None, "other": None, "late": "early"}
+
+
+def test_coefficients_of_each_corpus_come_back(tmp_path):
+    folder = make_folder(tmp_path, corpora=("dolma", "pubmed"))
+    arrays = {name: np.random.default_rng(i).random((2, 5)) for i, name in enumerate("ab")}
+    folder.write_part("x", [row("x", 1)], None, {"dolma": arrays["a"], "pubmed": arrays["b"]})
+    folder.write_manifest()
+    again = ScanFolder.open(str(tmp_path))
+    assert again.list_coefficients() == ["x.safetensors", "x@pubmed.safetensors"]
+    np.testing.assert_allclose(again.mean_coefficients("x"), arrays["a"], rtol=1e-6)
+    np.testing.assert_allclose(again.mean_coefficients("x", "pubmed"), arrays["b"], rtol=1e-6)
+    with pytest.raises(ResultsError, match=r"no coefficients of checkpoint 'y'.*it has: x, x@pub"):
+        again.mean_coefficients("y")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": "bfloat16"}, "dtype = 'float32', this run has 'bfloat16'"),
+        ({"corpora": {"dolma": "other"}}, "corpus 'dolma' with data_sha256 sha-dolma"),
+    ],
+)
+def test_other_identities_are_refused(tmp_path, change, message):
+    folder = make_folder(tmp_path)
+    with pytest.raises(ResultsError, match=message):
+        check_identity(
+            folder.uri, folder.manifest["identity"], folder.manifest["identity"] | change
+        )
+
+
+def test_another_corpus_may_be_added(tmp_path):
+    identity = make_folder(tmp_path).manifest["identity"]
+    check_identity("x", identity, identity | {"corpora": {"c4": "sha-c4"}})
+
+
+def test_merge_joins_checkpoints_and_keeps_their_numbers(tmp_path):
+    for name, checkpoint, step in (("one", "a", 10), ("two", "b", 20)):
+        folder = make_folder(tmp_path / name, checkpoints=[checkpoint])
+        folder.write_part(
+            checkpoint,
+            [row(checkpoint, step, value=float(step))],
+            replicates(checkpoint, step, [1.0, 2.0]),
+            {"dolma": np.full((1, 3), step)},
+        )
+        folder.consolidate(final=True)
+    merged = merge_scans([str(tmp_path / "one"), str(tmp_path / "two")], str(tmp_path / "all"))
+    assert values_of(merged) == {
+        ("a", "dolma", None, "ok"): 10.0,
+        ("b", "dolma", None, "ok"): 20.0,
+    }
+    assert merged.replicates().num_rows == 4
+    assert merged.mean_coefficients("b")[0, 0] == 20
+    assert read_manifest(str(tmp_path / "all"))["status"] == "finished"
+    with pytest.raises(ResultsError, match="already holds results"):
+        merge_scans([str(tmp_path / "one")], str(tmp_path / "all"))
+
+
+def test_merge_refuses_one_name_for_two_checkpoints(tmp_path):
+    for name in ("one", "two"):
+        folder = make_folder(tmp_path / name, checkpoints=["a"])
+        folder.manifest["checkpoints"][0]["location"] = f"/elsewhere/{name}"
+        folder.write_part("a", [row("a", 1)])
+        folder.consolidate(final=True)
+    with pytest.raises(ResultsError, match="cannot be told apart"):
+        merge_scans([str(tmp_path / "one"), str(tmp_path / "two")], str(tmp_path / "all"))
+
+
+def test_newer_schema_and_other_kinds_are_refused(tmp_path):
+    with pytest.raises(ResultsError, match="holds no results"):
+        read_manifest(str(tmp_path))
+    folder = make_folder(tmp_path)
+    folder.manifest["schema_version"] = 99
+    folder.write_manifest()
+    with pytest.raises(ResultsError, match="schema_version 99"):
+        read_manifest(str(tmp_path))
+    folder.manifest |= {"schema_version": 1, "kind": "sweep"}
+    folder.write_manifest()
+    with pytest.raises(ResultsError, match="kind 'sweep', expected 'scan'"):
+        ScanFolder.open(str(tmp_path))
+
+
+def test_a_writer_killed_at_any_moment_leaves_whole_files(tmp_path):
+    script = textwrap.dedent(
+        f"""
+        import sys
+        sys.path.insert(0, {str(os.path.dirname(__file__))!r})
+        from test_scan_folder import make_folder, row
+        folder = make_folder({str(tmp_path / "out")!r})
+        folder.write_manifest()
+        print("ready", flush=True)
+        for number in range(100000):
+            name = f"c{{number}}"
+            folder.write_part(name, [row(name, number, layer=layer) for layer in range(50)])
+            if number % 20 == 19:
+                folder.consolidate()
+        """
+    )
+    for _ in range(3):
+        process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        process.stdout.readline()
+        import time
+
+        time.sleep(0.7)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        folder = ScanFolder.open(str(tmp_path / "out"))
+        counts: dict[str, int] = {}
+        for r in folder.entropy().to_pylist():
+            counts[r["checkpoint"]] = counts.get(r["checkpoint"], 0) + 1
+        assert counts
+        assert set(counts.values()) == {50}

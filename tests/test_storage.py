@@ -1,0 +1,71 @@
+"""Files appear whole or not at all, and stay where they belong."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ke_ray import storage
+from ke_ray.errors import StorageError
+
+
+@given(st.text())
+def test_a_slug_is_one_safe_name(text):
+    name = storage.slug(text)
+    assert name
+    assert "/" not in name
+    assert name.strip(".")
+    assert storage.slug(name) == name
+
+
+@pytest.mark.parametrize("part", ["../x", "/etc/passwd", "a/../../b", ".."])
+def test_joining_never_leaves_the_folder(part):
+    with pytest.raises(StorageError, match="would leave the folder"):
+        storage.join("/results", part)
+
+
+@pytest.mark.parametrize("base", ["{tmp}/folder", "file://{tmp}/folder", "memory://folder"])
+def test_round_trip_under_any_uri(base, tmp_path):
+    uri = storage.join(base.format(tmp=tmp_path), "deep", "file.json")
+    assert not storage.exists(uri)
+    storage.write_json(uri, {"a": [1.5, None, float("nan")]})
+    assert storage.read_json(uri) == {"a": [1.5, None, None]}
+    assert storage.list_dir(uri.rsplit("/", 1)[0]) == ["file.json"]
+    storage.remove(uri)
+    assert not storage.exists(uri)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    storage.write_atomic(path, "old")
+
+    def refuse(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(StorageError, match="no space is left"):
+        storage.write_atomic(path, "new")
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_file_where_a_folder_is_needed(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(StorageError, match="a file stands where a folder is needed"):
+        storage.check_writable(tmp_path / "file")
+
+
+def test_an_unknown_store_says_what_to_install():
+    with pytest.raises(StorageError, match="fsspec driver"):
+        storage.exists("nosuchstore://bucket/x")
+
+
+def test_not_json_and_not_parquet_say_so(tmp_path):
+    (tmp_path / "x").write_text("{")
+    with pytest.raises(StorageError, match="is not JSON"):
+        storage.read_json(tmp_path / "x")
+    with pytest.raises(StorageError, match="is not a Parquet file"):
+        storage.read_table(tmp_path / "x")
