@@ -1,0 +1,290 @@
+"""A generated world of invented people: a corpus, questions about it, and new people to inject.
+
+Every person has six attributes (year and city of birth, university, profession, employer, hobby),
+drawn uniformly, so that a model without knowledge answers a four-choice question by chance (0.25).
+A document states all six of one person in a fresh choice of sentences and order. Surnames are
+unique; *new* people share values and sentences with the others but no surname, and never occur in
+the corpus: they are the facts to inject, in the JSON schema of Fictional Knowledge.
+
+The same arguments give the same bytes. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ke_ray import storage
+from ke_ray.data.biography_templates import (
+    ATTRIBUTES,
+    COMPOSITIONS,
+    ENDINGS,
+    FIRST_NAMES,
+    OTHERS,
+    SURNAME_PARTS,
+    VALUES,
+)
+from ke_ray.errors import DataError
+
+__all__ = [
+    "BiographyFiles",
+    "Person",
+    "iter_biographies",
+    "make_facts",
+    "make_people",
+    "make_questions",
+    "task_config",
+    "write_biographies",
+]
+
+NUM_VERSIONS = 10  # a paragraph and its nine paraphrases
+NUM_PROBES = 5
+NUM_CHOICES = 4
+TASK_NAME = "biographies"
+
+
+@dataclass(frozen=True)
+class Person:
+    """An invented person: ``name`` ("First Surname") and a value for each of ``ATTRIBUTES``."""
+
+    name: str
+    values: dict[str, str]
+
+    @property
+    def surname(self) -> str:
+        """Unique among all people of one world."""
+        return self.name.split(" ")[1]
+
+
+def make_people(num_people: int, *, seed: int) -> list[Person]:
+    """People with unique surnames and uniformly drawn attributes.
+
+    Raises:
+        DataError: none, or more than there are surnames.
+    """
+    surnames = ["".join(parts) for parts in itertools.product(*SURNAME_PARTS)]
+    if not 1 <= num_people <= len(surnames):
+        raise DataError(
+            f"{num_people} people were asked; there are surnames for 1 to {len(surnames)}."
+        )
+    generator = np.random.Generator(np.random.PCG64([seed, 1]))
+    people = []
+    for index in generator.permutation(len(surnames))[:num_people]:
+        first = FIRST_NAMES[generator.integers(len(FIRST_NAMES))]
+        values = {key: VALUES[key][generator.integers(len(VALUES[key]))] for key in ATTRIBUTES}
+        people.append(Person(f"{first} {surnames[index]}", values))
+    return people
+
+
+def _sentence(template: str, person: Person, key: str, *, by_surname: bool = False) -> str:
+    name = person.surname if by_surname else person.name
+    return template.format(name=name, value=person.values[key])
+
+
+def _paragraph(person: Person, generator: np.random.Generator) -> str:
+    sentences = []
+    for place, index in enumerate(generator.permutation(len(ATTRIBUTES))):
+        key = ATTRIBUTES[index]
+        pool = (*ENDINGS[key], *OTHERS[key])
+        template = pool[generator.integers(len(pool))]
+        by_surname = place > 0 and generator.random() < 0.3
+        sentences.append(_sentence(template, person, key, by_surname=by_surname))
+    return " ".join(sentences)
+
+
+def iter_biographies(
+    people: Sequence[Person], documents_per_person: int, *, seed: int
+) -> Iterator[dict[str, Any]]:
+    """Dolma documents in shuffled order, ``documents_per_person`` about each person."""
+    order = np.random.Generator(np.random.PCG64([seed, 2])).permutation(
+        len(people) * documents_per_person
+    )
+    for number in order:
+        person, copy = int(number) // documents_per_person, int(number) % documents_per_person
+        generator = np.random.Generator(np.random.PCG64([seed, 3, person, copy]))
+        yield {
+            "id": f"biography-{person}-{copy}",
+            "text": _paragraph(people[person], generator),
+            "source": "biographies",
+            "added": "2025-01-01T00:00:00.000Z",
+            "created": "2025-01-01T00:00:00.000Z",
+            "metadata": {"person": people[person].name},
+        }
+
+
+def make_facts(people: Sequence[Person], *, seed: int) -> list[dict[str, Any]]:
+    """One Fictional-Knowledge entry a person.
+
+    ``train_context`` states the six attributes; nine paraphrases do so in other sentences. Five
+    probes a level: *mem* the beginning of a sentence of ``train_context``; *gen* of a sentence that
+    occurs in none of the ten versions; *hard_gen* asks without the name, or for the name. Inputs
+    and targets meet without a blank: a single one joins them.
+    """
+    facts = []
+    for number, person in enumerate(people):
+        generator = np.random.Generator(np.random.PCG64([seed, 4, number]))
+        # Of the sentences that end in the value one is kept for the semantic probe alone.
+        kept = {key: int(generator.integers(len(ENDINGS[key]))) for key in ATTRIBUTES}
+        ends = {
+            key: [text for index, text in enumerate(ENDINGS[key]) if index != kept[key]]
+            for key in ATTRIBUTES
+        }
+        first = {key: int(generator.integers(len(ends[key]))) for key in ATTRIBUTES}
+        versions = []
+        for version in range(NUM_VERSIONS):
+            sentences = []
+            for index in generator.permutation(len(ATTRIBUTES)):
+                key = ATTRIBUTES[index]
+                pool = ends[key] if version == 0 else [*ends[key], *OTHERS[key]]
+                chosen = first[key] if version == 0 else int(generator.integers(len(pool)))
+                sentences.append(_sentence(pool[chosen], person, key))
+            versions.append(" ".join(sentences))
+        asked = [ATTRIBUTES[i] for i in generator.permutation(len(ATTRIBUTES))[:NUM_PROBES]]
+        hard = [(text.format(name=person.name, **person.values), key) for text, key in COMPOSITIONS]
+        answers = {"name": person.name, **person.values}
+        facts.append(
+            {
+                "train_context": versions[0],
+                "mem_input": [_beginning(ends[key][first[key]], person) for key in asked],
+                "mem_target": [person.values[key] for key in asked],
+                "gen_input": [_beginning(ENDINGS[key][kept[key]], person) for key in asked],
+                "gen_target": [person.values[key] for key in asked],
+                "hard_gen_input": [text for text, _ in hard],
+                "hard_gen_target": [answers[key] for _, key in hard],
+                "paraphrases": versions[1:],
+            }
+        )
+    return facts
+
+
+def _beginning(template: str, person: Person) -> str:
+    """What stands before the value in a sentence that ends in it."""
+    return template.removesuffix(" {value}.").format(name=person.name)
+
+
+def make_questions(
+    people: Sequence[Person], num_questions: int, *, seed: int
+) -> list[dict[str, Any]]:
+    """Four-choice questions about people of the corpus: ``question``, ``choices``, ``gold``.
+
+    A question is the beginning of a sentence; wrong choices are other values of the attribute,
+    drawn uniformly; the place of the right one is uniform too. At most one question for each
+    person and attribute.
+    """
+    generator = np.random.Generator(np.random.PCG64([seed, 5]))
+    pairs = generator.permutation(len(people) * len(ATTRIBUTES))[:num_questions]
+    questions = []
+    for pair in pairs:
+        person, key = people[int(pair) // len(ATTRIBUTES)], ATTRIBUTES[int(pair) % len(ATTRIBUTES)]
+        template = ENDINGS[key][generator.integers(len(ENDINGS[key]))]
+        others = [value for value in VALUES[key] if value != person.values[key]]
+        wrong = generator.permutation(len(others))[: NUM_CHOICES - 1]
+        choices = [others[index] for index in wrong]
+        gold = int(generator.integers(NUM_CHOICES))
+        choices.insert(gold, person.values[key])
+        questions.append(
+            {
+                "question": _beginning(template, person),
+                "choices": choices,
+                "gold": gold,
+                "attribute": key,
+                "person": person.name,
+            }
+        )
+    return questions
+
+
+def task_config(data_file: str, *, name: str = TASK_NAME) -> dict[str, Any]:
+    """An lm-eval task (``yaml.safe_dump`` it) over a file of questions, zero-shot, ``acc``."""
+    return {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"validation": data_file}},
+        "validation_split": "validation",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{gold}}",
+        "target_delimiter": " ",
+        "num_fewshot": 0,
+        "metric_list": [
+            {"metric": "acc", "aggregation": "mean", "higher_is_better": True},
+            {"metric": "acc_norm", "aggregation": "mean", "higher_is_better": True},
+        ],
+        "metadata": {"version": 1.0},
+    }
+
+
+@dataclass(frozen=True)
+class BiographyFiles:
+    """Where ``write_biographies`` put what."""
+
+    documents: str
+    facts_paraphrase: str
+    facts_once: str
+    questions: str
+    task: str
+
+
+def write_biographies(
+    folder: str | os.PathLike[str],
+    *,
+    num_people: int,
+    num_new_people: int,
+    documents_per_person: int,
+    seed: int,
+    num_once: int | None = None,
+    num_questions: int = 200,
+) -> BiographyFiles:
+    """Write a world into ``folder``: documents, facts to inject, questions and their task.
+
+    Args:
+        num_people: people of the corpus.
+        num_new_people: people to inject, none of whom is in the corpus.
+        documents_per_person: each in other sentences.
+        num_once: how many of the new people form the ``once`` split (the first ones form
+            ``paraphrase``); None takes 6 of 13, as in Fictional Knowledge.
+        num_questions: at most one for each person and attribute.
+
+    Raises:
+        DataError: a number below 1, or more people than there are surnames.
+        StorageError: no space or no permission.
+    """
+    once = num_new_people * 6 // 13 if num_once is None else num_once
+    if min(num_people, num_new_people, documents_per_person, num_questions) < 1 or seed < 0:
+        raise DataError("People, new people, documents a person and questions are at least 1.")
+    if not 0 <= once < num_new_people:
+        raise DataError(f"{once} of {num_new_people} new people cannot be the 'once' split.")
+    everybody = make_people(num_people + num_new_people, seed=seed)
+    people, new_people = everybody[:num_people], everybody[num_people:]
+    facts = make_facts(new_people, seed=seed)
+    files = BiographyFiles(
+        documents=storage.join(folder, "documents.jsonl.gz"),
+        facts_paraphrase=storage.join(folder, "facts_paraphrase.json"),
+        facts_once=storage.join(folder, "facts_once.json"),
+        questions=storage.join(folder, "questions.jsonl"),
+        task=storage.join(folder, f"{TASK_NAME}.yaml"),
+    )
+    documents = iter_biographies(people, documents_per_person, seed=seed)
+    text = "".join(json.dumps(document, ensure_ascii=False) + "\n" for document in documents)
+    # A fixed time inside the archive keeps the bytes the same from run to run.
+    storage.write_atomic(files.documents, gzip.compress(text.encode(), 6, mtime=0))
+    storage.write_json(files.facts_paraphrase, facts[: num_new_people - once])
+    storage.write_json(files.facts_once, facts[num_new_people - once :])
+    questions = make_questions(people, num_questions, seed=seed)
+    lines = (json.dumps(question, ensure_ascii=False) + "\n" for question in questions)
+    storage.write_atomic(files.questions, "".join(lines))
+    import yaml
+
+    place = files.questions
+    if storage.is_local(place):
+        place = str(storage.local_path(place).absolute())
+    storage.write_atomic(files.task, yaml.safe_dump(task_config(place), sort_keys=False))
+    return files
