@@ -222,13 +222,18 @@ class ScanFolder:
         storage.write_table(f"{stem}.entropy.parquet", _to_table(rows))
 
     def consolidate(self, *, final: bool = False) -> None:
-        """Fold the parts into the tables; ``final`` also removes them and closes the manifest."""
+        """Fold the parts into the tables and remove them; ``final`` also closes the manifest.
+
+        Killed between the two, the parts are folded once more, which changes nothing.
+        """
         parts = storage.join(self.uri, "parts")
         folded = storage.list_dir(parts)
         if folded or not storage.exists(storage.join(self.uri, "entropy.parquet")):
             entropy, replicates = self.entropy(), self.replicates()
             storage.write_table(storage.join(self.uri, "replicates.parquet"), replicates)
             storage.write_table(storage.join(self.uri, "entropy.parquet"), entropy)
+            for name in folded:
+                storage.remove(storage.join(parts, name))
         if final:
             storage.remove(parts)
             self.manifest["status"] = "finished"
