@@ -135,9 +135,16 @@ class Architecture(Strict):
 
 
 class Biographies(Strict):
-    """The generated corpus (``ke_ray.data.biographies``)."""
+    """The generated corpus (``ke_ray.data.biographies``): invented people, and new ones to inject.
 
-    num_people: int = Field(400, ge=8)
+    Its documents, facts, questions and task file are written to ``<output>/world/``.
+    """
+
+    num_people: int = Field(64, ge=4)
+    documents_per_person: int = Field(48, ge=1)
+    num_new_people: int = Field(16, ge=2, description="facts to inject; none is in the corpus")
+    num_once: int | None = Field(None, ge=0, description="of the new people; null: 6 of 13")
+    num_questions: int = Field(200, ge=4)
     seed: int = Field(0, ge=0)
 
 

@@ -1,9 +1,9 @@
 """Which text is in which row of which step.
 
-With N instances and a global batch of B rows there are N // B steps in an epoch (the rest of a
-permutation is left out), and row r of step s (from 1) in epoch e is::
+With N instances and a global batch of B rows there are N // B steps in an epoch (what is left of
+a permutation is passed over), and row r of step s (from 1) in epoch e is the data set's instance ::
 
-    order_e[(s − 1 − e · (N // B)) · B + r],   order_e = PCG64(seed + e) permutation of N
+    order(e)[(s − 1 − e · (N // B)) · B + r]
 
 so it depends neither on the number of workers nor on the micro-batch.
 """
@@ -28,29 +28,31 @@ class TokenRows(Protocol):
         """int64 [len(indices), T] token ids."""
         ...
 
+    def order(self, epoch: int) -> np.ndarray:
+        """int64 [N]: the permutation in which epoch 0, 1, … visits the instances."""
+        ...
+
 
 class BatchPlan:
     """Deterministic order of a data set's rows over the steps of a run.
 
     Args:
-        num_instances: N, rows of the data set.
+        data: N instances.
         global_batch_size: B, rows of a step over all workers.
-        seed: of the permutations; epoch e uses ``seed + e``.
 
     Raises:
         DataError: fewer rows than one batch.
     """
 
-    def __init__(self, num_instances: int, global_batch_size: int, seed: int) -> None:
-        if num_instances < global_batch_size:
+    def __init__(self, data: TokenRows, global_batch_size: int) -> None:
+        if len(data) < global_batch_size:
             raise DataError(
-                f"The corpus has {num_instances} rows, one step takes {global_batch_size}; "
+                f"The corpus has {len(data)} rows, one step takes {global_batch_size}; "
                 "give more documents, a shorter sequence_length or a smaller global_batch_size."
             )
-        self.num_instances = num_instances
         self.global_batch_size = global_batch_size
-        self.seed = seed
-        self.steps_per_epoch = num_instances // global_batch_size
+        self.steps_per_epoch = len(data) // global_batch_size
+        self._data = data
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
 
     def epoch_of(self, step: int) -> int:
@@ -61,7 +63,6 @@ class BatchPlan:
         """int64 [stop − first] data-set indices of the global rows ``first … stop − 1``."""
         epoch = self.epoch_of(step)
         if self._order[0] != epoch:
-            generator = np.random.Generator(np.random.PCG64(self.seed + epoch))
-            self._order = (epoch, generator.permutation(self.num_instances))
+            self._order = (epoch, self._data.order(epoch))
         start = (step - 1 - epoch * self.steps_per_epoch) * self.global_batch_size
         return self._order[1][start + first : start + stop]

@@ -35,7 +35,14 @@ from ke_ray.training.parallel import (
     unwrap,
 )
 
-__all__ = ["TrainingState", "latest_step", "load_state", "remove_states", "save_state"]
+__all__ = [
+    "TrainingState",
+    "full_tensors",
+    "latest_step",
+    "load_state",
+    "remove_states",
+    "save_state",
+]
 
 STATE_VERSION = 1
 _log = logging.getLogger(__name__)
@@ -67,6 +74,14 @@ def _named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return {**dict(module.named_parameters()), **buffers}
 
 
+def full_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and persistent buffers on the CPU, whole even where the model is sharded.
+
+    A collective under FSDP: call it on every worker. Tied weights come once.
+    """
+    return {name: full_tensor(t).contiguous() for name, t in _named_tensors(model).items()}
+
+
 def _rng_tensors(worker: Worker) -> dict[str, torch.Tensor]:
     own = {"cpu": torch.get_rng_state()}
     if worker.device.startswith("cuda"):
@@ -91,7 +106,7 @@ def save_state(
         identity: fingerprint of the run, compared on load.
         keep: how many states to leave; older ones are removed after this one is complete.
     """
-    tensors = {name: full_tensor(t).contiguous() for name, t in _named_tensors(model).items()}
+    tensors = full_tensors(model)
     moments: dict[str, torch.Tensor] = {}
     for name, parameter in unwrap(model).named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():

@@ -123,7 +123,6 @@ def train(
     keys: TrainingKeys,
     *,
     num_steps: int,
-    seed: int,
     worker: Worker | None = None,
     hooks: Hooks | None = None,
     state_uri: str | None = None,
@@ -135,7 +134,6 @@ def train(
         model: a causal language model in float32, on ``worker.device``.
         data: the rows; row r of step s as :class:`BatchPlan` says.
         keys: batch sizes, optimizer, schedule, precision, …
-        seed: of the order of rows.
         worker: this process among its fellows; default: alone, on the CPU.
         state_uri: where training states are saved (every ``keys.state_interval`` steps) and
             looked for: a run that was killed goes on from the newest.
@@ -149,7 +147,7 @@ def train(
         NonFiniteLossError: naming step and rows; earlier states stay where they are.
     """
     worker, hooks = worker or Worker(), hooks or Hooks()
-    plan = BatchPlan(len(data), keys.global_batch_size, seed)
+    plan = BatchPlan(data, keys.global_batch_size)
     local = keys.global_batch_size // worker.world_size
     first_row = worker.rank * local
     micro = min(keys.rows_per_forward, local)

@@ -65,22 +65,22 @@ def test_half_written_states_are_passed_over(
 def test_states_of_another_run_are_refused(tmp_path: Path) -> None:
     uri = str(tmp_path / "states")
     keys = tiny_keys(save_every=2)
-    train(tiny_model(), tiny_rows(), keys, num_steps=4, seed=0, state_uri=uri, identity="a")
+    train(tiny_model(), tiny_rows(), keys, num_steps=4, state_uri=uri, identity="a")
     with pytest.raises(TrainingError, match="of another study"):
-        train(tiny_model(), tiny_rows(), keys, num_steps=4, seed=0, state_uri=uri, identity="b")
+        train(tiny_model(), tiny_rows(), keys, num_steps=4, state_uri=uri, identity="b")
 
 
 def test_states_go_to_any_store_and_old_ones_are_removed() -> None:
     uri = "memory://states-of-a-test"
     keys = tiny_keys(save_every=1)
-    whole = train(tiny_model(), tiny_rows(), keys, num_steps=6, seed=0)
-    train(tiny_model(), tiny_rows(), keys, num_steps=6, seed=0, state_uri=uri, identity="m")
+    whole = train(tiny_model(), tiny_rows(), keys, num_steps=6)
+    train(tiny_model(), tiny_rows(), keys, num_steps=6, state_uri=uri, identity="m")
     import fsspec
 
     names = sorted(p.rsplit("/", 1)[-1] for p in fsspec.filesystem("memory").ls(uri, detail=False))
     assert names == ["step00000004", "step00000005"]
     model = tiny_model(seed=9)  # its weights are replaced by the state's
-    again = train(model, tiny_rows(), keys, num_steps=6, seed=0, state_uri=uri, identity="m")
+    again = train(model, tiny_rows(), keys, num_steps=6, state_uri=uri, identity="m")
     assert [r["loss"] for r in again.records["train"]] == [
         r["loss"] for r in whole.records["train"]
     ]

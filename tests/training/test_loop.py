@@ -17,7 +17,7 @@ from ke_ray.training.loop import Hooks, Progress, train
 
 def plain_loop(num_steps: int, seed: int) -> tuple[list[float], torch.nn.Module]:
     """The recipe written out: no accumulation, no workers, nothing shared with the loop."""
-    model, rows, batch_size = tiny_model(), tiny_rows().ids, 8
+    model, rows, batch_size = tiny_model(), tiny_rows(seed=seed).ids, 8
     matrices = [p for n, p in model.named_parameters() if "embed" not in n]
     others = [p for n, p in model.named_parameters() if "embed" in n]
     optimizer = torch.optim.AdamW(
@@ -29,7 +29,7 @@ def plain_loop(num_steps: int, seed: int) -> tuple[list[float], torch.nn.Module]
     per_epoch, warmup, losses = len(rows) // batch_size, round(0.1 * num_steps), []
     for step in range(1, num_steps + 1):
         epoch, within = divmod(step - 1, per_epoch)
-        order = np.random.Generator(np.random.PCG64(seed + epoch)).permutation(len(rows))
+        order = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(len(rows))
         batch = rows[order[within * batch_size : (within + 1) * batch_size]]
         ids = torch.tensor(batch.astype(np.int64))
         if step <= warmup:
@@ -54,7 +54,7 @@ def test_fifty_steps_equal_a_plain_loop(micro_batch_size: int | None) -> None:
     expected, reference = plain_loop(50, seed=7)
     model = tiny_model()
     keys = tiny_keys(micro_batch_size=micro_batch_size)
-    state = train(model, tiny_rows(), keys, num_steps=50, seed=7)
+    state = train(model, tiny_rows(seed=7), keys, num_steps=50)
     losses = [row["loss"] for row in state.records["train"]]
     assert losses == pytest.approx(expected, abs=1e-6)
     for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
@@ -87,7 +87,7 @@ def test_workers_change_nothing_beyond_rounding(
 
 def test_bfloat16_checkpointing_and_compiling_follow_the_plain_path() -> None:
     def losses(**changes: object) -> list[float]:
-        state = train(tiny_model(), tiny_rows(), tiny_keys(**changes), num_steps=5, seed=1)
+        state = train(tiny_model(), tiny_rows(), tiny_keys(**changes), num_steps=5)
         return [row["loss"] for row in state.records["train"]]
 
     plain = losses()
@@ -98,7 +98,7 @@ def test_bfloat16_checkpointing_and_compiling_follow_the_plain_path() -> None:
 
 
 def test_every_epoch_shows_each_instance_at_most_once() -> None:
-    plan = BatchPlan(num_instances=21, global_batch_size=4, seed=5)
+    plan = BatchPlan(tiny_rows(21, seed=5), global_batch_size=4)
     assert plan.steps_per_epoch == 5
     epochs = [
         np.concatenate([plan.instances(e * 5 + s, 0, 4) for s in range(1, 6)]) for e in range(2)
@@ -113,7 +113,7 @@ def test_every_epoch_shows_each_instance_at_most_once() -> None:
 
 def test_a_corpus_smaller_than_one_batch_is_refused() -> None:
     with pytest.raises(DataError, match="has 3 rows, one step takes 8"):
-        train(tiny_model(), tiny_rows(3), tiny_keys(), num_steps=1, seed=0)
+        train(tiny_model(), tiny_rows(3), tiny_keys(), num_steps=1)
 
 
 @pytest.mark.parametrize("log_every", [1, 4])
@@ -133,13 +133,13 @@ def test_a_loss_that_is_not_finite_names_step_and_rows(log_every: int, tmp_path:
 
     ids = tiny_rows(48, sequence_length=6).ids.copy()  # too short for token 63 to come up
     assert not (ids == 63).any()
-    plan = BatchPlan(48, 8, seed=0)
+    plan = BatchPlan(ArrayRows(ids), 8)
     poisoned = plan.instances(5, 2, 4)
     ids[poisoned, 0] = 63
     uri = str(tmp_path / "states")
     keys = tiny_keys(log_every=log_every, save_every=2)
     with pytest.raises(NonFiniteLossError) as caught:
-        train(Poison(), ArrayRows(ids), keys, num_steps=6, seed=0, state_uri=uri)
+        train(Poison(), ArrayRows(ids), keys, num_steps=6, state_uri=uri)
     message = str(caught.value)
     assert "step 5" in message
     assert "global rows [2, 3]" in message
@@ -164,8 +164,8 @@ def test_hooks_see_the_steps_they_asked_for_and_change_the_batch() -> None:
         at_steps=frozenset({0, 2, 4}),
         on_progress=shown.append,
     )
-    with_hook = train(tiny_model(), tiny_rows(), tiny_keys(), num_steps=4, seed=0, hooks=hooks)
-    without = train(tiny_model(), tiny_rows(), tiny_keys(), num_steps=4, seed=0)
+    with_hook = train(tiny_model(), tiny_rows(), tiny_keys(), num_steps=4, hooks=hooks)
+    without = train(tiny_model(), tiny_rows(), tiny_keys(), num_steps=4)
     assert seen == [(0, 0), (2, 2), (4, 4)]
     assert changed == [1, 2, 3, 4]
     assert [p.record.step for p in shown] == [1, 2, 3, 4]

@@ -28,14 +28,17 @@ VOCABULARY = 64
 class ArrayRows:
     """Token rows in memory, as a data set."""
 
-    def __init__(self, ids: np.ndarray) -> None:
-        self.ids = ids
+    def __init__(self, ids: np.ndarray, seed: int = 0) -> None:
+        self.ids, self.seed = ids, seed
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def rows(self, indices: np.ndarray) -> np.ndarray:
         return self.ids[indices].astype(np.int64)
+
+    def order(self, epoch: int) -> np.ndarray:
+        return np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(len(self))
 
 
 def tiny_model(seed: int = 0) -> OlmoForCausalLM:
@@ -61,7 +64,7 @@ def tiny_rows(num_instances: int = 40, sequence_length: int = 12, seed: int = 0)
     """Rows with structure (each token depends on the one before), so that a loss can fall."""
     generator = np.random.default_rng(seed)
     steps = generator.integers(1, 4, size=(num_instances, sequence_length))
-    return ArrayRows((np.cumsum(steps, axis=1) % VOCABULARY).astype(np.int32))
+    return ArrayRows((np.cumsum(steps, axis=1) % VOCABULARY).astype(np.int32), seed)
 
 
 def tiny_keys(**changes: Any) -> TrainingKeys:
@@ -139,7 +142,6 @@ def main(job: dict[str, Any]) -> None:
         tiny_rows(),
         tiny_keys(**job.get("keys", {})),
         num_steps=job.get("num_steps", 12),
-        seed=3,
         worker=worker,
         hooks=Hooks(after_step=die, at_steps=frozenset({job.get("die_after", -1)})),
         state_uri=job.get("state_uri"),
