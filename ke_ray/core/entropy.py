@@ -36,7 +36,7 @@ def entropy_nats(mean_coefficients: Tensor) -> Tensor:
     p = coefficients / coefficients.sum(dim=-1, keepdim=True)
     entropy = torch.special.entr(p).sum(dim=-1)
     defined = (coefficients >= 0.0).all(dim=-1) & torch.isfinite(entropy)
-    return torch.where(defined, entropy.clamp_min(0.0), torch.nan)
+    return torch.where(defined, entropy, torch.nan)
 
 
 def effective_memories(mean_coefficients: Tensor) -> Tensor:

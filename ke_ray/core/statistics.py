@@ -200,14 +200,13 @@ class GroupSums:
 
         Yields:
             float64, shaped as `mean`; NaN for every value when group g holds all instances.
-            All tables are sums of non-negative values, so a rest of −1e-17 from the subtraction
-            is set to 0.
+            Never negative: a rounded sum of non-negative values is at least each of them.
         """
         table = self.tables[name]
         total = table.sum(dim=0)
         num_instances = self.total_instances
         for group, count in enumerate(self.counts.tolist()):
-            yield (total - table[group]).clamp_min_(0.0) / (num_instances - count)
+            yield (total - table[group]) / (num_instances - count)
 
     def to_tensors(self) -> dict[str, Tensor]:
         """A flat dictionary for shipping or saving: only groups with instances, on the CPU.
