@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -286,8 +286,7 @@ class CheckpointScorer:
         from ke_ray.models.loading import load_model
 
         started = time.monotonic()
-        lease = ExitStack()
-        folder = lease.enter_context(self._store.fetch(ref))
+        folder = self._store.fetch(ref)
         fetched = time.monotonic()
         # Hashed on a thread of its own while the model loads and scores; fetched files stay
         # until both loading and hashing are done with them.
@@ -296,12 +295,29 @@ class CheckpointScorer:
             dtype: torch.dtype = getattr(torch, self._settings.dtype)
             model = load_model(folder, dtype=dtype, device=self._device)
             if self._settings.resuscitation:
-                from ke_ray.models.resuscitate import resuscitate_from
-
-                resuscitate_from(model, self._settings.resuscitation, checkpoint=ref)
+                self._resuscitate(model, ref, digest.result())
         finally:
-            digest.add_done_callback(lambda _: lease.close())
+            digest.add_done_callback(lambda _: self._store.release(ref))
         return _Loaded(model, fetched - started, time.monotonic() - fetched, digest)
+
+    def _resuscitate(self, model: Any, ref: CheckpointRef, sha256: str) -> None:
+        import torch
+
+        from ke_ray.models.resuscitate import resuscitate
+        from ke_ray.results.coefficients import find_coefficients
+
+        keys = self._settings.resuscitation or {}
+        found = find_coefficients(
+            keys["coefficients"],
+            weights_sha256=sha256,
+            checkpoint=ref.name,
+            allow_mismatch=keys["allow_mismatch"],
+        )
+        resuscitate(
+            model,
+            torch.from_numpy(found.values),
+            **{key: keys[key] for key in ("ratio", "factor", "control", "seed")},
+        )
 
     def _reporter(self, item: int) -> Any:
         total, last = 0, time.monotonic()

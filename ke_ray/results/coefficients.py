@@ -1,0 +1,115 @@
+"""Mean coefficients for resuscitation, found by the weights they were measured on."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ke_ray import storage
+from ke_ray.errors import ResultsError
+from ke_ray.results.scan_folder import ScanFolder
+
+__all__ = ["FoundCoefficients", "find_coefficients"]
+
+
+@dataclass(frozen=True)
+class FoundCoefficients:
+    """C̄ of one checkpoint.
+
+    Attributes:
+        values: [n_layers, d_mlp] float32 (any common scale for the authors' file).
+        source: where they came from, with the checkpoint's name for a scan.
+        verified: whether they are known to be of the very weights (canonical hash).
+    """
+
+    values: np.ndarray
+    source: str
+    verified: bool
+
+
+def find_coefficients(
+    source: str,
+    *,
+    weights_sha256: str | None,
+    checkpoint: str | None = None,
+    allow_mismatch: bool = False,
+) -> FoundCoefficients:
+    """Coefficients for a checkpoint from a scan folder or the authors' ``.pt`` file.
+
+    In a scan folder they are found by the canonical weights hash, whatever the checkpoint is
+    called there. The authors' file carries no hash: it is taken as it is, unverified.
+
+    Args:
+        source: a scan folder (path or URI), or ``mlp_average_coefficients.pt``.
+        weights_sha256: canonical hash of the checkpoint that is to be resuscitated.
+        checkpoint: its name; used with ``allow_mismatch`` where no hash agrees.
+        allow_mismatch: take coefficients of other weights: those of the same name, or the only
+            ones there are.
+
+    Raises:
+        ResultsError: none fit; the message says what is there.
+    """
+    if source.endswith((".pt", ".pth", ".bin")):
+        return FoundCoefficients(_read_authors_file(source), source, verified=False)
+    folder = ScanFolder.open(source)
+    names: dict[str, str] = {}
+    for row in folder.entropy().select(["checkpoint", "weights_sha256", "status"]).to_pylist():
+        if row["status"] == "ok" and row["weights_sha256"]:
+            names.setdefault(row["checkpoint"], row["weights_sha256"])
+    for name, sha256 in names.items():
+        if weights_sha256 is not None and sha256 == weights_sha256:
+            return FoundCoefficients(folder.mean_coefficients(name), f"{source}#{name}", True)
+    if allow_mismatch:
+        name = checkpoint if checkpoint in names else next(iter(names), None)
+        if name is not None and (checkpoint in names or len(names) == 1):
+            return FoundCoefficients(folder.mean_coefficients(name), f"{source}#{name}", False)
+    there = ", ".join(names) or "none"
+    hint = (
+        ""
+        if allow_mismatch
+        else " Scan this checkpoint first, or take others' with "
+        "--allow-mismatch (allow_mismatch: true), which is recorded."
+    )
+    raise ResultsError(
+        f"'{source}' has no coefficients of these weights (weights_sha256 "
+        f"{(weights_sha256 or 'unknown')[:12]}…); it has those of: {there}.{hint}"
+    )
+
+
+def _read_authors_file(source: str) -> np.ndarray:
+    import torch
+
+    try:
+        content: Any = torch.load(
+            io.BytesIO(storage.read_bytes(source)), map_location="cpu", weights_only=True
+        )
+    except FileNotFoundError as error:
+        raise ResultsError(f"There is no coefficients file '{source}'.") from error
+    except Exception as error:  # torch raises many kinds; a pickle that is no tensor file is one
+        raise ResultsError(
+            f"'{source}' is not a plain tensor file (torch.load with weights_only=True): "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    if isinstance(content, dict):
+        content = [content[key] for key in sorted(content, key=_layer_number)]
+    if isinstance(content, list | tuple) and all(isinstance(t, torch.Tensor) for t in content):
+        shapes = {tuple(t.shape) for t in content}
+        if len(shapes) == 1:
+            content = torch.stack([t.reshape(-1) for t in content])
+    if not isinstance(content, torch.Tensor) or content.ndim != 2:
+        raise ResultsError(
+            f"'{source}' holds {type(content).__name__}, expected mean coefficients as one tensor "
+            "[n_layers, d_mlp] or one tensor per layer."
+        )
+    values = content.float().numpy()
+    if not np.isfinite(values).all() or (values < 0).any():
+        raise ResultsError(f"'{source}' holds negative or non-finite mean coefficients.")
+    return values
+
+
+def _layer_number(key: Any) -> tuple[int, str]:
+    digits = "".join(c for c in str(key) if c.isdigit())
+    return (int(digits) if digits else -1, str(key))
