@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 from ke_ray.errors import CheckpointError, CheckpointSpecError, nearest
 from ke_ray.models.layout import Layout, layout_of
-from ke_ray.models.transfer import RetryPolicy, call_within
+from ke_ray.models.transfer import RetryPolicy, call_within, is_disk_error
 
 __all__ = ["HubFile", "HubRevision", "download_files", "inspect_revisions", "list_revisions"]
 
@@ -171,6 +171,8 @@ def download_files(
         try:
             _retried(fetch, policy)
         except Exception as error:
+            if is_disk_error(error):
+                raise
             raise CheckpointError(_explain(error, repo, commit, base, name)) from error
 
 
@@ -231,7 +233,7 @@ def _retried(
             failures += 1
             status = _status(error)
             final = status is not None and status not in (408, 425, 429, 500, 502, 503, 504)
-            final = final or type(error).__name__ == "OfflineModeIsEnabled"
+            final = final or type(error).__name__ == "OfflineModeIsEnabled" or is_disk_error(error)
             if final or failures >= (attempts or policy.attempts):
                 raise
             after = _wait_asked(error)

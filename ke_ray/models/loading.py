@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["check_finite", "find_tokenizer", "load_config", "load_model", "local_folder"]
+__all__ = ["check_finite", "find_tokenizer", "load_config", "load_model", "local_folder", "quiet"]
 
 _CONFIG_LIMIT = 16 * 2**20  # bytes of a config.json
 _INT_LIMIT = 2**31
@@ -98,7 +98,7 @@ def load_model(
     layout = read_layout(folder)
     config = _read_config(folder, layout)
     target, where = dtype or torch.float32, torch.device(device)
-    with _explained(folder), _quiet():
+    with _explained(folder), quiet():
         weights = open_weights(folder, layout)
         stored = _stored_dtype(weights)
         # On the CPU transformers converts while it copies out of the map; elsewhere, see above.
@@ -286,7 +286,7 @@ def _first_line(error: Exception) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bar and no load report from transformers: what matters is raised."""
     from transformers.utils import logging as transformers_logging
 

@@ -9,10 +9,12 @@ bring no new byte count against the limit.
 from __future__ import annotations
 
 import email.utils
+import errno
 import http.client
 import logging
 import os
 import random
+import ssl
 import threading
 import time
 import urllib.error
@@ -25,12 +27,16 @@ from typing import Any, TypeVar
 
 from ke_ray.errors import CheckpointError
 
-__all__ = ["HttpFile", "RetryPolicy", "call_within", "download", "probe", "redact"]
+__all__ = ["HttpFile", "RetryPolicy", "call_within", "download", "is_disk_error", "probe", "redact"]
 
 _LOG = logging.getLogger(__name__)
 _CHUNK = 2**20
 _RETRIED = (408, 425, 429, 500, 502, 503, 504)
 _ABSENT = (403, 404, 410)  # object stores answer 403 for a key that does not exist
+_DISK_ERRORS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EMFILE),
+)
 _HEADERS = {"User-Agent": "ke_ray", "Accept-Encoding": "identity"}
 
 T = TypeVar("T")
@@ -81,6 +87,13 @@ def redact(url: str) -> str:
     """``url`` without user name, password and query, fit for messages."""
     parts = urllib.parse.urlsplit(url)
     return urllib.parse.urlunsplit((parts.scheme, parts.netloc.split("@")[-1], parts.path, "", ""))
+
+
+def is_disk_error(error: BaseException) -> bool:
+    """Whether the local disk refused, not the network; trying again would not help."""
+    if not isinstance(error, OSError) or isinstance(error, urllib.error.URLError | ssl.SSLError):
+        return False
+    return error.errno in _DISK_ERRORS
 
 
 def call_within(seconds: float, function: Callable[[], T]) -> T:
@@ -212,10 +225,12 @@ def _attempt(
             final=error.code not in _RETRIED,
             after_s=_retry_after(error.headers.get("Retry-After")),
         ) from error
-    except (urllib.error.URLError, http.client.HTTPException, ConnectionError) as error:
-        raise _TransferError(f"{type(error).__name__}: {error}") from error
     except TimeoutError as error:
         raise _TransferError(f"no byte arrived for {timeout_s:g} s") from error
+    except (http.client.HTTPException, OSError) as error:
+        if is_disk_error(error):
+            raise
+        raise _TransferError(f"{type(error).__name__}: {error}") from error
 
 
 def _open(url: str, headers: dict[str, str], timeout_s: float, method: str = "GET") -> Any:
