@@ -296,7 +296,7 @@ def _whole(value: Any) -> str:
 
 
 def _number(value: Any) -> str:
-    return "–" if value is None or not math.isfinite(value) else f"{value:.4g}"
+    return "–" if value is None or not math.isfinite(value) else f"{value:.5g}"
 
 
 def _signed(value: Any) -> str:

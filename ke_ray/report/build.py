@@ -1,0 +1,233 @@
+"""``ke-ray report``: one self-contained HTML file from result folders."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+
+from ke_ray import storage
+from ke_ray.report import compare, runs, series
+from ke_ray.report.charts import Chart, Figure, Line, Panel, TextTable
+from ke_ray.report.continual_figures import continual_figures
+from ke_ray.report.page import Section, page
+from ke_ray.report.scales import number
+from ke_ray.report.scan_figures import duplicates, failures, scan_figures
+from ke_ray.report.sources import Result, find_results
+from ke_ray.report.sweep_figures import sweep_figures
+
+__all__ = ["build_report", "sections"]
+
+_KIND_TITLES = {
+    "pretrain": "Pretraining",
+    "scan": "Scan",
+    "continual": "Continual learning",
+    "sweep": "Sweep",
+}
+_HOW = {
+    "scan": "No scan: 'ke-ray scan CHECKPOINTS --data DATA --output DIR' makes one.",
+    "continual": "No continual learning: 'ke-ray continual STUDY.yaml' makes some.",
+    "sweep": "No sweep: 'ke-ray sweep sweeps/demo.yaml' makes one.",
+}
+
+
+def build_report(
+    results: Sequence[str | os.PathLike[str]], output_html: str | os.PathLike[str]
+) -> str:
+    """Write a report of every result at or below the given paths.
+
+    The page needs no network and no other file. It shows what the files hold and names what they
+    lack; with no result at all it says how to make some.
+
+    Args:
+        results: result folders, or folders that hold some; any fsspec URI.
+        output_html: where the page goes; any fsspec URI.
+
+    Returns:
+        ``output_html``.
+
+    Raises:
+        UserError: a path does not exist.
+    """
+    found = find_results(results)
+    target = os.fspath(output_html)
+    kinds = [kind for kind in _KIND_TITLES if any(result.kind == kind for result in found)]
+    names = ", ".join(dict.fromkeys(os.fspath(path).rstrip("/") for path in results))
+    lead = (
+        f"{len(found)} result{'s' if len(found) != 1 else ''} in {names}; written "
+        f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC."
+    )
+    title = "Knowledge entropy: " + (
+        ", ".join(_KIND_TITLES[kind].lower() for kind in kinds) if kinds else "no results yet"
+    )
+    storage.write_atomic(target, page(title, lead, compare.warnings(found), sections(found)))
+    return target
+
+
+def sections(found: Sequence[Result]) -> list[Section]:
+    """The parts of the report: a comparison where one is possible, one section a result, gaps."""
+    made: list[Section] = []
+    together = compare.compare_scans(found)
+    if together:
+        made.append(Section("comparison", "Side by side", figures=together))
+    counts: dict[str, int] = {}
+    for result in found:
+        counts[result.kind] = counts.get(result.kind, 0) + 1
+    seen: dict[str, int] = {}
+    for result in found:
+        seen[result.kind] = seen.get(result.kind, 0) + 1
+        several = counts[result.kind] > 1
+        prefix = f"{result.kind}-{seen[result.kind]}" if several else result.kind
+        title = _KIND_TITLES[result.kind] + (f": {result.name}" if several else "")
+        made.append(_section(result, prefix, title))
+    gaps = [text for kind, text in _HOW.items() if kind not in counts]
+    if not found:
+        gaps.insert(0, "No results yet. 'ke-ray demo' makes a whole set in runs/demo.")
+    if gaps:
+        made.append(Section("missing", "Not in these results", missing=gaps))
+    return made
+
+
+def _section(result: Result, prefix: str, title: str) -> Section:
+    makers = {"scan": _scan, "continual": _runs, "sweep": _runs, "pretrain": _pretrain}
+    parts: dict[str, Any] = makers[result.kind](result, prefix)
+    facts = list(parts.pop("facts", []))
+    versions = result.manifest.get("versions")
+    if isinstance(versions, dict) and versions.get("ke_ray"):
+        facts.append(("made with ke_ray", str(versions["ke_ray"])))
+    if result.manifest.get("created_at"):
+        facts.append(("started", str(result.manifest["created_at"])))
+    return Section(
+        id=prefix,
+        title=title,
+        intro=f"{result.path}" + (f" — {result.command}" if result.command else ""),
+        notes=result.notes,
+        facts=facts,
+        **parts,
+    )
+
+
+def _scan(scan: Result, prefix: str) -> dict[str, Any]:
+    held = series.measures(scan)
+    figures = scan_figures(scan, prefix)
+    facts: list[tuple[str, str]] = []
+    if held:
+        facts.append(("checkpoints", number(len(series.checkpoints(scan)))))
+        for corpus in series.corpora(scan):
+            measure = "knowledge_entropy" if "knowledge_entropy" in held else held[0]
+            change = series.paired_change(scan, measure, corpus)
+            if len(change) > 1:
+                last = change.iloc[-1]
+                error = f" ± {1.96 * last['stderr']:.2g}" if math.isfinite(last["stderr"]) else ""
+                unit = series.MEASURE_TITLES.get(measure, ("", ""))[1]
+                title = series.MEASURE_TITLES.get(measure, (measure, ""))[0]
+                facts.append(
+                    (f"{title}, first to last, {corpus}", f"{last['value']:+.4g}{error} {unit}")
+                )
+    broken, copies = failures(scan), duplicates(scan)
+    if not broken.empty:
+        facts.append(("failed checkpoints", number(len(broken.rows))))
+    missing = []
+    if not held:
+        missing.append("No checkpoint has been scored yet, so there is no figure.")
+    else:
+        wanted = [name for name in series.MEASURE_TITLES if name not in held]
+        missing += [
+            f"{series.MEASURE_TITLES[name][0]}: not asked for ('--measures {name}')."
+            for name in wanted
+        ]
+        if scan.table("replicates").empty:
+            missing.append("Paired errors of changes: no replicates.parquet.")
+        if not any(figure.id.endswith("-distribution") for figure in figures):
+            missing.append("Coefficient distributions: no coefficients/ files.")
+        if series.ceiling(scan) is None:
+            missing.append("Ceiling of knowledge entropy: the manifest lacks n_layers or d_mlp.")
+    tables = [("Failed checkpoints", broken), ("Same weights under two names", copies)]
+    return {"facts": facts, "figures": figures, "tables": tables, "missing": missing}
+
+
+def _runs(study: Result, prefix: str) -> dict[str, Any]:
+    make = continual_figures if study.kind == "continual" else sweep_figures
+    figures, missing = make(study, prefix)
+    frame, failed = runs.good_runs(study), runs.failed_runs(study)
+    word = "runs" if study.kind == "continual" else "trials"
+    facts = [(f"{word} finished", number(len(frame)))]
+    if len(failed):
+        facts.append((f"{word} failed", number(len(failed))))
+    key = runs.run_key(study)
+    rows = [
+        [row[key], row["status"], row["error"] or "no reason recorded"]
+        for row in failed.to_dict("records")
+    ]
+    tables = [
+        (f"Failed {word}", TextTable((key, "status", "error"), rows)),
+        (f"All finished {word}", _run_table(frame, key)),
+    ]
+    return {"facts": facts, "figures": figures, "tables": tables, "missing": missing}
+
+
+def _run_table(frame: pd.DataFrame, key: str) -> TextTable:
+    columns = [key, "checkpoint", "seed", "variant", *runs.RUN_COLUMNS]
+    held = [name for name in columns if name in frame and frame[name].notna().any()]
+    heads = [
+        f"{runs.RUN_COLUMNS[name][0]} ({runs.RUN_COLUMNS[name][1]})".replace(" ()", "")
+        if name in runs.RUN_COLUMNS
+        else name
+        for name in held
+    ]
+    rows = [
+        [
+            number(row[name] * runs.RUN_COLUMNS[name][2])
+            if name in runs.RUN_COLUMNS
+            else (number(row[name]) if isinstance(row[name], float) else row[name])
+            for name in held
+        ]
+        for row in frame.to_dict("records")
+    ]
+    return TextTable(heads, rows)
+
+
+def _pretrain(result: Result, prefix: str) -> dict[str, Any]:
+    table = result.table("train")
+    if table.empty or not {"step", "loss"} <= set(table.columns):
+        return {"figures": [], "missing": ["Training loss: no rows in train.parquet yet."]}
+    figures = []
+    for column, title, axis in (
+        ("loss", "Training loss", "loss (nats per token)"),
+        ("learning_rate", "Learning rate", "learning rate"),
+    ):
+        if column not in table:
+            continue
+        lines = []
+        for colour, (run, part) in enumerate(
+            table.groupby("run") if "run" in table else [("run", table)]
+        ):
+            part = part.sort_values("step")
+            part = part.iloc[:: max(1, math.ceil(len(part) / 1000))]
+            lines.append(
+                Line(
+                    str(run),
+                    part["step"].to_numpy(dtype=float),
+                    part[column].to_numpy(dtype=float),
+                    colour=colour,
+                )
+            )
+        figures.append(
+            Figure(
+                id=f"{prefix}-{column.replace('_', '-')}",
+                title=title,
+                caption="At most 1,000 steps are drawn."
+                if len(table) > 1000
+                else "Every logged step is drawn.",
+                panels=[Panel((), Chart("pretraining step", axis, lines))],
+                command=result.command,
+                source=result.path,
+            )
+        )
+    tokens = table["num_tokens"].max() if "num_tokens" in table else math.nan
+    facts = [("steps", number(float(table["step"].max()))), ("tokens", number(float(tokens)))]
+    return {"facts": facts, "figures": figures, "missing": []}

@@ -1,0 +1,330 @@
+"""Figures of continual learning: A and F by stage, probes over training, before and after."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+
+from ke_ray.report import paper, runs
+from ke_ray.report.charts import Chart, Figure, Line, Mark, Panel
+from ke_ray.report.correlation import correlate
+from ke_ray.report.sources import Result
+
+__all__ = ["continual_figures", "x_title"]
+
+_LEVELS = ("memorization", "semantic", "compositional")
+_SETTINGS = ("paraphrase", "once")
+
+
+def continual_figures(study: Result, prefix: str) -> tuple[list[Figure], list[str]]:
+    """(figures that the files can fill, what is missing and why)."""
+    frame = runs.good_runs(study)
+    if frame.empty:
+        return [], ["No run has finished yet."]
+    missing: list[str] = []
+    figures = [
+        *_by_stage(study, prefix, frame, missing),
+        *_correlation(study, prefix, frame, missing),
+        *_probes(study, prefix, frame, missing),
+        *_before_after(study, prefix, frame, missing),
+        *_tasks(study, prefix, frame),
+        *_training(study, prefix, frame, missing),
+    ]
+    return figures, missing
+
+
+def x_title(frame: pd.DataFrame) -> str:
+    """What the x axis over starting points counts."""
+    known = bool(frame["step"].notna().all())
+    return "pretraining step of the start" if known else "start (place in the list)"
+
+
+def _figure(study: Result, prefix: str, name: str, **parts: object) -> Figure:
+    hashes = study.manifest.get("fingerprints") or study.manifest.get("identity")
+    listed = sorted(hashes.items()) if isinstance(hashes, dict) else []
+    return Figure(
+        id=f"{prefix}-{name}",
+        command=study.command,
+        source=study.path,
+        fingerprints=[(str(k), str(v)) for k, v in listed if isinstance(v, str | int | float)],
+        **parts,  # type: ignore[arg-type]
+    )
+
+
+def _by_stage(study: Result, prefix: str, frame: pd.DataFrame, missing: list[str]) -> list[Figure]:
+    setting, reason = paper.comparable(study, frame)
+    figures = []
+    for place, column in enumerate(("acquisition", "forgetting")):
+        title, unit, factor = runs.RUN_COLUMNS[column]
+        lines: list[Line] = []
+        for colour, variant in enumerate(frame["variant"].unique()):
+            part = frame[frame["variant"] == variant]
+            mean = runs.aggregate(part, ["x"], column)
+            if mean.empty:
+                continue
+            name = "mean of runs" if variant == "original" else str(variant)
+            x, y = mean["x"].to_numpy(), mean["value"].to_numpy() * factor
+            low, high = mean["low"].to_numpy() * factor, mean["high"].to_numpy() * factor
+            lines.append(Line(name, x, y, low, high, colour=colour, band=False))
+            if len(part) > len(mean):
+                known = part[part[column].notna()]
+                lines.append(
+                    Line(
+                        f"{name.replace('mean of ', '')}: single runs",
+                        known["x"].to_numpy(),
+                        known[column].to_numpy() * factor,
+                        colour=5 - colour % 6,
+                        kind="points",
+                        labels=known["run"].astype(str).to_list(),
+                    )
+                )
+        if not lines:
+            missing.append(f"{title}: no run holds it.")
+            continue
+        if setting is not None:
+            values = paper.TABLE_1[setting][place]
+            lines.append(Line(f"paper, Table 1 ({setting})", paper.STEPS, values, colour=1, dash=1))
+        figures.append(
+            _figure(
+                study,
+                prefix,
+                column,
+                title=f"{title} by starting stage",
+                caption="Interval: 95 % Student interval over seeds where a start has several "
+                "runs, else the run's own 95 % bootstrap interval.",
+                paper="Fig. 4",
+                panels=[Panel((), Chart(x_title(frame), f"{title} ({unit})", lines))],
+            )
+        )
+    if setting is None:
+        missing.append(f"The paper's Table 1 is not laid over A and F: {reason}.")
+    return figures
+
+
+def _correlation(
+    study: Result, prefix: str, frame: pd.DataFrame, missing: list[str]
+) -> list[Figure]:
+    entropy = "knowledge_entropy_before_nats"
+    figures = []
+    for place, column in enumerate(("acquisition", "forgetting")):
+        title, unit, factor = runs.RUN_COLUMNS[column]
+        base = frame[frame["variant"] == "original"]
+        mean = runs.aggregate(base, ["checkpoint"], column)
+        start = runs.aggregate(base, ["checkpoint"], entropy)[["checkpoint", "value"]]
+        both = mean.merge(start.rename(columns={"value": "entropy"}), on="checkpoint")
+        if len(both) < 2:
+            missing.append(
+                f"Correlation of knowledge entropy with {title}: needs two or more starting "
+                f"points with both, there are {len(both)}."
+            )
+            continue
+        both = both.sort_values("entropy")
+        low, high = both["low"].to_numpy() * factor, both["high"].to_numpy() * factor
+        y = both["value"].to_numpy() * factor
+        found = correlate(both["entropy"].to_numpy(), y, low, high)
+        line = Line(
+            "starting checkpoints",
+            both["entropy"].to_numpy(),
+            y,
+            low,
+            high,
+            colour=place,
+            kind="points",
+            labels=both["checkpoint"].astype(str).to_list(),
+        )
+        figures.append(
+            _figure(
+                study,
+                prefix,
+                f"correlation-{column}",
+                title=f"Knowledge entropy and {title.lower()[:-2]}",
+                caption=f"Pearson {found}. One point a starting checkpoint (mean over seeds). "
+                "In the paper, over four stages of OLMo-1B: "
+                f"{'0.94 with A' if place == 0 else '−0.96 with F'}.",
+                paper="§4",
+                panels=[
+                    Panel(
+                        (),
+                        Chart("knowledge entropy of the start (nats)", f"{title} ({unit})", [line]),
+                    )
+                ],
+            )
+        )
+    return figures
+
+
+def _probes(study: Result, prefix: str, frame: pd.DataFrame, missing: list[str]) -> list[Figure]:
+    table = study.table("probes")
+    if table.empty:
+        missing.append("Probe log probability over training: no probes.parquet.")
+        return []
+    injections = study.table("injections")
+    panels = []
+    for run in frame["run"]:
+        own = table[table["run"] == run]
+        if own.empty:
+            continue
+        marks = []
+        if not injections.empty:
+            steps = injections.loc[injections["run"] == run, "step"].unique()
+            marks = [Mark("x", float(step)) for step in np.sort(steps)]
+        lines = [
+            Line(
+                f"{level}, {setting}",
+                part["step"].to_numpy(dtype=float),
+                part["logprob_per_token"].to_numpy(dtype=float),
+                colour=colour,
+                dash=dash,
+            )
+            for colour, level in enumerate(_LEVELS)
+            for dash, setting in enumerate(_SETTINGS)
+            if len(
+                part := own[(own["level"] == level) & (own["setting"] == setting)].sort_values(
+                    "step"
+                )
+            )
+        ]
+        axis = "log probability (nats per target token)"
+        panels.append(Panel((str(run),), Chart("training step", axis, lines, marks)))
+    if not panels:
+        missing.append("Probe log probability over training: no finished run has probes.")
+        return []
+    return [
+        _figure(
+            study,
+            prefix,
+            "probes",
+            title="Probe log probability while training",
+            caption="Mean over probes by level (colour) and setting (solid: paraphrase, dashed: "
+            "once). Dotted lines with a triangle: steps at which knowledge is injected.",
+            paper="Fig. 11",
+            panels=panels,
+            controls=("run",),
+            wide=True,
+        )
+    ]
+
+
+def _before_after(
+    study: Result, prefix: str, frame: pd.DataFrame, missing: list[str]
+) -> list[Figure]:
+    pairs = (
+        ("probe_logprob", "K", "knowledge of the injected facts K (nats per target token)", 1.0),
+        ("downstream", "P", "zero-shot accuracy P (%)", 100.0),
+        ("perplexity", "Held-out perplexity", "perplexity on the old corpus (exp of nats)", 1.0),
+        ("knowledge_entropy", "Knowledge entropy", "knowledge entropy (nats)", 1.0),
+    )
+    figures = []
+    base = frame[frame["variant"] == "original"]
+    base = base if len(base) else frame
+    for stem, title, axis, factor in pairs:
+        end = "_nats" if stem == "knowledge_entropy" else ""
+        lines = []
+        for place, when in enumerate(("before", "after")):
+            mean = runs.aggregate(base, ["x"], f"{stem}_{when}{end}")
+            if mean.empty:
+                continue
+            many = bool((mean["count"] > 1).all()) and when == "after"
+            lines.append(
+                Line(
+                    when,
+                    mean["x"].to_numpy(),
+                    mean["value"].to_numpy() * factor,
+                    mean["low"].to_numpy() * factor if many else None,
+                    mean["high"].to_numpy() * factor if many else None,
+                    colour=place,
+                    dash=1 - place,
+                    band=False,
+                )
+            )
+        if len(lines) < 2:
+            missing.append(f"{title} before and after: not in the results.")
+            continue
+        figures.append(
+            _figure(
+                study,
+                prefix,
+                f"{stem.replace('_', '-')}-before-after",
+                title=f"{title} before and after",
+                caption="Mean over seeds; bars: 95 % Student interval over seeds."
+                if any(line.low is not None for line in lines)
+                else "One run a start, or one seed.",
+                paper="Fig. 12" if stem in ("probe_logprob", "downstream") else "",
+                panels=[Panel((), Chart(x_title(frame), axis, lines))],
+            )
+        )
+    return figures
+
+
+def _tasks(study: Result, prefix: str, frame: pd.DataFrame) -> list[Figure]:
+    table = study.table("downstream")
+    if table.empty or table["task"].nunique() < 2:
+        return []
+    panels = []
+    for run in frame["run"]:
+        own = table[table["run"] == run]
+        tasks = list(dict.fromkeys(own["task"]))
+        lines = []
+        for place, when in enumerate(("before", "after")):
+            part = own[own["when"] == when].drop_duplicates("task").set_index("task").reindex(tasks)
+            value = part["value"].to_numpy(dtype=float) * 100
+            error = 1.96 * part["stderr"].to_numpy(dtype=float) * 100
+            x = np.arange(len(tasks)) + (place - 0.5) * 0.24
+            lines.append(
+                Line(when, x, value, value - error, value + error, colour=place, kind="points")
+            )
+        if tasks:
+            panels.append(Panel((str(run),), Chart("task", "accuracy (%)", lines, x_names=tasks)))
+    return [
+        _figure(
+            study,
+            prefix,
+            "tasks",
+            title="Downstream tasks before and after",
+            caption="Bars: ±1.96 standard errors over items.",
+            panels=panels,
+            controls=("run",),
+        )
+    ]
+
+
+def _training(study: Result, prefix: str, frame: pd.DataFrame, missing: list[str]) -> list[Figure]:
+    table = study.table("train")
+    if table.empty:
+        missing.append("Training loss: no train.parquet.")
+        return []
+    lines = []
+    starts = frame.drop_duplicates("x")["x"].tolist()
+    for run, start in zip(frame["run"], frame["x"], strict=True):
+        own = table[table["run"] == run].sort_values("step")
+        if len(own):
+            keep = own.iloc[:: max(1, math.ceil(len(own) / 400))]
+            lines.append(
+                Line(
+                    str(run),
+                    keep["step"].to_numpy(dtype=float),
+                    keep["loss"].to_numpy(dtype=float),
+                    colour=starts.index(start),
+                    dash=0 if len(frame) == len(starts) else int(_seed(frame, run)),
+                    legend=len(frame) <= 12,
+                )
+            )
+    if not lines:
+        return []
+    return [
+        _figure(
+            study,
+            prefix,
+            "training-loss",
+            title="Training loss of the runs",
+            caption="Cross-entropy of the batch, injected texts included.",
+            panels=[Panel((), Chart("training step", "loss (nats per token)", lines))],
+        )
+    ]
+
+
+def _seed(frame: pd.DataFrame, run: str) -> float:
+    seed = frame.loc[frame["run"] == run, "seed"].iloc[0]
+    return seed if math.isfinite(seed) else 0

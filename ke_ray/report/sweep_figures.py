@@ -1,0 +1,262 @@
+"""Figures of a sweep: ratio × factor map, factor curve with controls, Pareto front, parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ke_ray.report import runs
+from ke_ray.report.charts import Chart, Figure, HeatMap, Line, Mark, Panel
+from ke_ray.report.sources import Result
+
+__all__ = ["sweep_figures"]
+
+_SHOWN = (
+    "acquisition",
+    "forgetting",
+    "probe_logprob_after",
+    "downstream_after",
+    "knowledge_entropy_after_nats",
+)
+
+
+def sweep_figures(study: Result, prefix: str) -> tuple[list[Figure], list[str]]:
+    """(figures that the files can fill, what is missing and why)."""
+    frame = runs.good_runs(study)
+    if frame.empty:
+        return [], ["No trial has finished yet."]
+    frame = frame.assign(control=frame["control"].map(_control))
+    missing: list[str] = []
+    figures = [
+        *_factor_curve(study, prefix, frame, missing),
+        *_map(study, prefix, frame, missing),
+        *_front(study, prefix, frame, missing),
+        *_parameters(study, prefix, frame),
+    ]
+    return figures, missing
+
+
+def _control(value: Any) -> str:
+    return value if isinstance(value, str) and value != "none" else ""
+
+
+def _figure(study: Result, prefix: str, name: str, **parts: object) -> Figure:
+    return Figure(
+        id=f"{prefix}-{name}",
+        command=study.command,
+        source=study.path,
+        **parts,  # type: ignore[arg-type]
+    )
+
+
+def _starts(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """Trials by starting checkpoint: stages are never averaged together."""
+    return [(str(name), part) for name, part in frame.groupby("checkpoint", sort=False)]
+
+
+def _factor_curve(
+    study: Result, prefix: str, frame: pd.DataFrame, missing: list[str]
+) -> list[Figure]:
+    panels = []
+    for start, part in _starts(frame):
+        for column in _SHOWN:
+            chart = _curve(part, column)
+            if chart is not None:
+                panels.append(Panel((runs.RUN_COLUMNS[column][0], start), chart))
+    if not panels:
+        missing.append("Factor curve: no trial varies the amplifying factor.")
+        return []
+    return [
+        _figure(
+            study,
+            prefix,
+            "factor-curve",
+            title="Over the amplifying factor q",
+            caption="One line a resuscitation ratio p; controls are separate points at the same "
+            "(p, q); dotted line: the original, unchanged checkpoint. Bars: 95 % Student interval "
+            "over seeds, or the single run's bootstrap interval.",
+            paper="Fig. 5, 15–17",
+            panels=panels,
+            controls=("shown", "start"),
+        )
+    ]
+
+
+def _curve(part: pd.DataFrame, column: str) -> Chart | None:
+    title, unit, factor = runs.RUN_COLUMNS[column]
+    if column not in part:
+        return None
+    swept = part[part["amplifying_factor"].notna() & part[column].notna()]
+    if swept.empty:
+        return None
+    lines: list[Line] = []
+    groups = swept.groupby(["control", "resuscitation_ratio"], dropna=False, sort=True)
+    for place, ((control, ratio), group) in enumerate(groups):
+        mean = runs.aggregate(group, ["amplifying_factor"], column)
+        name = f"p = {ratio:g}" if not control else f"{control}, p = {ratio:g}"
+        lines.append(
+            Line(
+                name,
+                mean["amplifying_factor"].to_numpy(),
+                mean["value"].to_numpy() * factor,
+                mean["low"].to_numpy() * factor,
+                mean["high"].to_numpy() * factor,
+                colour=place,
+                kind="points" if control else "line",
+                band=False,
+            )
+        )
+    lines.sort(key=lambda line: line.kind)
+    original = part[part["variant"] == "original"][column].dropna()
+    marks = [Mark("y", float(original.mean()) * factor, "original")] if len(original) else []
+    return Chart("amplifying factor q", f"{title} ({unit})" if unit else title, lines, marks)
+
+
+def _map(study: Result, prefix: str, frame: pd.DataFrame, missing: list[str]) -> list[Figure]:
+    panels = []
+    for start, part in _starts(frame):
+        plain = part[(part["control"] == "") & part["amplifying_factor"].notna()]
+        ratios = np.sort(plain["resuscitation_ratio"].dropna().unique())
+        factors = np.sort(plain["amplifying_factor"].dropna().unique())
+        if len(ratios) < 2 or len(factors) < 2:
+            continue
+        for column in _SHOWN:
+            title, unit, factor = runs.RUN_COLUMNS[column]
+            if column not in plain or plain[column].notna().sum() == 0:
+                continue
+            pivot = plain.pivot_table(
+                index="resuscitation_ratio", columns="amplifying_factor", values=column
+            )
+            values = pivot.reindex(index=ratios, columns=factors).to_numpy(dtype=float) * factor
+            panels.append(
+                Panel(
+                    (title, start),
+                    HeatMap(
+                        "amplifying factor q",
+                        "resuscitation ratio p",
+                        unit,
+                        values,
+                        [f"{v:g}" for v in factors],
+                        [f"{v:g}" for v in ratios],
+                        write_values=True,
+                    ),
+                )
+            )
+    if not panels:
+        missing.append(
+            "Ratio × factor map: needs at least two ratios and two factors of one start."
+        )
+        return []
+    return [
+        _figure(
+            study,
+            prefix,
+            "ratio-factor",
+            title="Resuscitation ratio × amplifying factor",
+            caption="Mean over seeds; controls are not in the map.",
+            paper="B.6",
+            panels=panels,
+            controls=("shown", "start"),
+        )
+    ]
+
+
+def _front(study: Result, prefix: str, frame: pd.DataFrame, missing: list[str]) -> list[Figure]:
+    both = frame[frame["acquisition"].notna() & frame["forgetting"].notna()]
+    if len(both) < 2:
+        missing.append("Pareto front: needs two or more trials with both A and F.")
+        return []
+    names = _settings(study, both)
+    a, f = (
+        both.assign(setting=names).groupby("setting", sort=False)[column].mean() * 100
+        for column in ("acquisition", "forgetting")
+    )
+    best = runs.pareto_front(a.to_numpy(), f.to_numpy())
+    order = np.argsort(f.to_numpy()[best])
+    lines = [
+        Line(
+            "Pareto front",
+            f.to_numpy()[best][order],
+            a.to_numpy()[best][order],
+            colour=1,
+            labels=a.index[best][order].to_list(),
+        ),
+        Line(
+            "other settings",
+            f.to_numpy()[~best],
+            a.to_numpy()[~best],
+            colour=0,
+            kind="points",
+            labels=a.index[~best].to_list(),
+        ),
+    ]
+    return [
+        _figure(
+            study,
+            prefix,
+            "pareto",
+            title="Acquisition against forgetting",
+            caption="One point a setting (mean over seeds). On the front, no other setting "
+            "acquires as much and forgets as little: " + "; ".join(a.index[best]) + ". "
+            "Differences within the error of A and F are not told apart here.",
+            panels=[Panel((), Chart("Forgetting F (%)", "Acquisition A (%)", lines))],
+        )
+    ]
+
+
+def _settings(study: Result, frame: pd.DataFrame) -> list[str]:
+    """A name for each trial that is equal for its repeats: what is swept, seeds apart."""
+    swept = [
+        name
+        for name in runs.swept_parameters(study)
+        if name.rsplit(".", 1)[-1] != "seed"
+        and not name.startswith(("resuscit", "amplifying", "control"))
+    ]
+    starts = frame["checkpoint"].nunique() > 1 and "checkpoint" not in swept
+    swept += ["checkpoint"] if starts else []
+    return [
+        " ".join([row["variant"], *(f"{name}={row[name]}" for name in swept)])
+        for row in frame.to_dict("records")
+    ]
+
+
+def _parameters(study: Result, prefix: str, frame: pd.DataFrame) -> list[Figure]:
+    panels = []
+    for name in runs.swept_parameters(study):
+        if name not in frame:
+            continue
+        values = pd.to_numeric(frame[name], errors="coerce")
+        numeric = bool(values.notna().any())
+        texts = frame[name].map(lambda value: "none" if pd.isna(value) else str(value))
+        names = None if numeric else list(dict.fromkeys(texts))
+        x = values if numeric else texts.map({t: float(i) for i, t in enumerate(names or [])})
+        for column in ("acquisition", "forgetting"):
+            title, unit, factor = runs.RUN_COLUMNS[column]
+            keep = x.notna() & frame[column].notna()
+            if not keep.any():
+                continue
+            line = Line(
+                "trials",
+                x[keep].to_numpy(dtype=float),
+                frame.loc[keep, column].to_numpy(dtype=float) * factor,
+                kind="points",
+                labels=frame.loc[keep, "trial_id"].astype(str).to_list(),
+            )
+            panels.append(
+                Panel((name, title), Chart(name, f"{title} ({unit})", [line], x_names=names))
+            )
+    if not panels:
+        return []
+    return [
+        _figure(
+            study,
+            prefix,
+            "parameters",
+            title="A and F over each swept parameter",
+            caption="One point a trial; other parameters vary along.",
+            panels=panels,
+            controls=("parameter", "shown"),
+        )
+    ]
