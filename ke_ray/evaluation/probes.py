@@ -21,8 +21,9 @@ import numpy.typing as npt
 from ke_ray.core.acquisition import knowledge, paragraph_means
 from ke_ray.data.probes import Probe
 from ke_ray.errors import DataError
+from ke_ray.evaluation.forward import max_positions, plain_model
 from ke_ray.evaluation.prefix_tree import Span
-from ke_ray.evaluation.spans import max_positions, score_spans
+from ke_ray.evaluation.spans import score_spans
 
 __all__ = ["ProbeScores", "score_probes"]
 
@@ -111,7 +112,7 @@ def score_probes(
     """
     if not probes:
         raise DataError("There are no probes to score; give facts that have some.")
-    limit = max_positions(getattr(model, "module", model))
+    limit = max_positions(plain_model(model))
     for probe in probes:
         length = len(probe.context_ids) + len(probe.target_ids) - 1
         if limit is not None and length > limit:

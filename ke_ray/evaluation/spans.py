@@ -10,32 +10,32 @@ attention needs no mask), and the LM head sees only positions whose next token i
 tree needs a custom attention mask and explicit positions; where a model cannot take those (an
 unknown architecture, attention other than ``sdpa`` or ``eager``, or sequences beyond a sliding
 window) every sequence is passed on its own and the result is the same.
-
-The model is called as a whole, through its own ``forward`` with a hook before the LM head, so that
-logit scaling and soft-capping stay the model's, and sharded models (FSDP) gather as they do in
-training.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ke_ray.errors import DataError
+from ke_ray.evaluation.forward import (
+    evaluating,
+    logit_rows,
+    max_positions,
+    plain_model,
+    read_logits,
+)
 from ke_ray.evaluation.prefix_tree import PrefixTree, Span, build_trees, plan_batches
 from ke_ray.models.architectures import supported_model_types
 
-__all__ = ["SpanScores", "max_positions", "score_spans"]
+__all__ = ["SpanScores", "score_spans"]
 
-#: Bytes of float32 logits of one batch, at most.
-_LOGIT_BYTES = {"cpu": 128 << 20, "cuda": 2 << 30}
 _BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
 
 
@@ -61,24 +61,6 @@ class SpanScores:
         return self.logprob_summed / self.num_target_tokens
 
 
-def max_positions(model: Any) -> int | None:
-    """How many tokens the model takes, or None where its config does not say."""
-    config = getattr(model.config, "text_config", None) or model.config
-    for name in ("max_position_embeddings", "n_positions", "n_ctx"):
-        value = getattr(config, name, None)
-        if value is not None:
-            return int(value)
-    return None
-
-
-def _plain_model(model: Any) -> Any:
-    """The module behind DistributedDataParallel and ``torch.compile``."""
-    model = getattr(model, "_orig_mod", model)
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        model = model.module
-    return getattr(model, "_orig_mod", model)
-
-
 def _can_share(model: Any, longest: int) -> bool:
     config = model.config
     window = getattr(config, "sliding_window", None)
@@ -87,18 +69,6 @@ def _can_share(model: Any, longest: int) -> bool:
         and getattr(config, "_attn_implementation", None) in ("sdpa", "eager")
         and (window is None or longest <= window)
     )
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; the training flag is put back."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
 
 
 def _logits(model: Any, batch: Sequence[PrefixTree], device: torch.device) -> Tensor:
@@ -124,19 +94,9 @@ def _logits(model: Any, batch: Sequence[PrefixTree], device: torch.device) -> Te
             mask = torch.zeros_like(mask, dtype=model.dtype).masked_fill_(~mask, low)
         arguments["attention_mask"] = mask
         arguments["position_ids"] = torch.from_numpy(depths).to(device)
-    wanted = torch.tensor(reads, device=device)
-
-    def keep_reads(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        hidden, *rest = args  # [batch, pos, d_model]
-        return (hidden.flatten(0, 1)[wanted][None], *rest)
-
-    hook = model.get_output_embeddings().register_forward_pre_hook(keep_reads)
-    try:
-        output = model(torch.from_numpy(ids).to(device), use_cache=False, **arguments)
-    finally:
-        hook.remove()
-    logits: Tensor = output.logits[0]
-    return logits
+    return read_logits(
+        model, torch.from_numpy(ids).to(device), torch.tensor(reads, device=device), **arguments
+    )
 
 
 def _target_logprobs(logits: Tensor, reads: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,7 +130,7 @@ def score_spans(
         DataError: a span without context or target, longer than the model, or with an id that the
             model has no embedding for.
     """
-    plain = _plain_model(model)
+    plain = plain_model(model)
     device = next(plain.parameters()).device
     vocab_size = plain.get_input_embeddings().weight.shape[0]
     limit = max_positions(plain)
@@ -190,16 +150,16 @@ def score_spans(
     sizes = np.array([len(span.target_ids) for span in spans], dtype=np.int64)
     starts = np.concatenate([[0], np.cumsum(sizes)])
     trees = build_trees(spans, share=share_prefixes and _can_share(plain, longest))
-    kind = device.type if device.type in _BATCH_TOKENS else "cuda"
+    kind = "cpu" if device.type == "cpu" else "cuda"
     batches = plan_batches(
         trees,
         batch_tokens=batch_tokens or _BATCH_TOKENS[kind],
-        batch_reads=max(1, _LOGIT_BYTES[kind] // (4 * vocab_size)),
+        batch_reads=logit_rows(device, vocab_size),
     )
     values: list[Tensor] = []
     firsts: list[Tensor] = []
     places: list[int] = []
-    with _evaluating(plain):
+    with evaluating(plain):
         for batch in batches:
             offset = 0
             reads: list[int] = []

@@ -1,0 +1,306 @@
+"""Zero-shot accuracy on lm-eval's tasks, of a model in memory: P and, from two of them, F.
+
+    P = mean over tasks of accuracy        acc       SciQ, WinoGrande, ARC-Easy
+                                           acc_norm  PIQA, HellaSwag, OpenBookQA
+                                           (length-normalised)
+
+Tasks, prompts and metrics are lm-eval's own. The items come from the Hub, or from a local folder
+``<task>/validation.jsonl`` that replaces the dataset behind the same task definition and needs no
+network. Local HellaSwag rows hold ``ctx`` and ``endings`` already cleaned, so lm-eval's cleaning
+is replaced by one that only builds the query. On the Hub lm-eval evaluates the test split where a
+task has one (SciQ, OpenBookQA, ARC-Easy); the local files are validation splits, like the paper's.
+
+A multiple-choice task of one's own (JSON lines with ``context``, ``choices``, ``gold``) runs
+through the same code.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ke_ray import storage
+from ke_ray.core.acquisition import TaskScore, mean_accuracy
+from ke_ray.errors import DataError, nearest
+from ke_ray.evaluation.lm import wrap_model
+
+__all__ = ["TASK_METRICS", "DownstreamResult", "downstream_score", "load_tasks", "run_downstream"]
+
+#: The tasks of P and the metric of each.
+TASK_METRICS = {
+    "sciq": "acc",
+    "winogrande": "acc",
+    "arc_easy": "acc",
+    "piqa": "acc_norm",
+    "hellaswag": "acc_norm",
+    "openbookqa": "acc_norm",
+}
+
+_FOLDERS = {name: name for name in TASK_METRICS} | {"arc_easy": "arc"}
+_COLUMNS = {
+    "sciq": ("question", "support", "correct_answer", "distractor1", "distractor2", "distractor3"),
+    "winogrande": ("sentence", "option1", "option2", "answer"),
+    "arc_easy": ("question", "choices", "answerKey"),
+    "piqa": ("goal", "sol1", "sol2", "label"),
+    "hellaswag": ("activity_label", "ctx", "endings", "label"),
+    "openbookqa": ("question_stem", "choices", "answerKey"),
+}
+
+
+@dataclass(frozen=True)
+class DownstreamResult:
+    """One task.
+
+    Attributes:
+        task: its name.
+        metric: ``acc`` or ``acc_norm``.
+        value: mean over items, a fraction.
+        stderr: lm-eval's standard error of the mean; NaN for a single item.
+        num_items: how many were asked.
+        items: 0.0 or 1.0 for each item in the data's order, so that two models can be paired.
+    """
+
+    task: str
+    metric: str
+    value: float
+    stderr: float
+    num_items: int
+    items: tuple[float, ...]
+
+    def row(self) -> dict[str, Any]:
+        """A row of ``downstream.parquet``: task, metric, value, stderr, num_items."""
+        return {
+            "task": self.task,
+            "metric": self.metric,
+            "value": self.value,
+            "stderr": self.stderr,
+            "num_items": self.num_items,
+        }
+
+    def score(self) -> TaskScore:
+        """What ``core.acquisition.forgetting_interval`` takes."""
+        return TaskScore(self.task, self.value, self.stderr, self.items)
+
+
+def downstream_score(results: Sequence[DownstreamResult]) -> float:
+    """P: the plain mean of the tasks' accuracies, a fraction."""
+    return mean_accuracy([result.score() for result in results])
+
+
+def _read_rows(path: str, columns: Sequence[str]) -> list[dict[str, Any]]:
+    try:
+        text = storage.read_text(path)
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise DataError(
+            f"There is no task file '{path}'; give the folder that holds <task>/validation.jsonl."
+        ) from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"'{path}' is not UTF-8 text: {error}.") from error
+    rows = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"'{path}', line {number} is not JSON: {error}.") from error
+        missing = [name for name in columns if not isinstance(row, dict) or name not in row]
+        if missing:
+            raise DataError(f"'{path}', line {number} lacks the field '{missing[0]}'.")
+        rows.append(row)
+    if not rows:
+        raise DataError(f"'{path}' has no items.")
+    return rows
+
+
+def _check_choices(rows: Sequence[dict[str, Any]], path: str) -> None:
+    for number, row in enumerate(rows, start=1):
+        choices, gold = row["choices"], row["gold"]
+        valid = isinstance(choices, list) and len(choices) > 1
+        valid = valid and all(isinstance(choice, str) and choice.strip() for choice in choices)
+        if not valid or not isinstance(row["context"], str) or not row["context"].strip():
+            raise DataError(
+                f"'{path}', item {number} needs a 'context' and at least two texts in 'choices'."
+            )
+        if isinstance(gold, bool) or not isinstance(gold, int) or not 0 <= gold < len(choices):
+            raise DataError(
+                f"'{path}', item {number}: 'gold' is {gold!r:.40}, expected the number of the "
+                f"right choice, 0 to {len(choices) - 1}."
+            )
+
+
+def _dataset(rows: list[dict[str, Any]], **_: Any) -> dict[str, Any]:
+    """What lm-eval calls for a task's data; its keyword arguments are the task's metadata."""
+    from datasets import Dataset
+
+    return {"validation": Dataset.from_list(rows)}
+
+
+def _hellaswag_fields(row: dict[str, Any]) -> dict[str, Any]:
+    """The fields that lm-eval's cleaning makes, from a row whose texts are clean already."""
+    return {
+        "query": f"{row['activity_label']}: {row['ctx']}",
+        "choices": row["endings"],
+        "label": int(row["label"]),
+    }
+
+
+def _local_overrides(task: str, data_dir: str | os.PathLike[str]) -> dict[str, Any]:
+    rows = _read_rows(storage.join(os.fspath(data_dir), task, "validation.jsonl"), _COLUMNS[task])
+    if task == "hellaswag":
+        rows = [_hellaswag_fields(row) for row in rows]
+    overrides = {
+        "task": task,
+        "custom_dataset": partial(_dataset, rows),
+        "training_split": None,
+        "validation_split": "validation",
+        "test_split": None,
+    }
+    if task == "hellaswag":
+        overrides["process_docs"] = None
+    return overrides
+
+
+def _own_task(name: str, path: str | os.PathLike[str]) -> dict[str, Any]:
+    source = os.fspath(path)
+    rows = _read_rows(source, ("context", "choices", "gold"))
+    _check_choices(rows, source)
+    kept = [{key: row[key] for key in ("context", "choices", "gold")} for row in rows]
+    definition = Path(__file__).parent / "tasks" / "multiple_choice.yaml"
+    config: dict[str, Any] = yaml.safe_load(definition.read_text(encoding="utf-8"))
+    return config | {"task": name, "custom_dataset": partial(_dataset, kept)}
+
+
+def load_tasks(
+    tasks: Sequence[str],
+    *,
+    data_dir: str | os.PathLike[str] | None = None,
+    own_tasks: Mapping[str, str | os.PathLike[str]] | None = None,
+) -> dict[str, Any]:
+    """lm-eval's task objects, ready for ``lm_eval.evaluate``; zero-shot.
+
+    Args:
+        tasks: names out of ``TASK_METRICS``.
+        data_dir: folder with ``<task>/validation.jsonl``; None: the Hub.
+        own_tasks: name -> JSON-lines file of further multiple-choice tasks.
+
+    Raises:
+        DataError: an unknown task, or data that are missing or not valid.
+    """
+    own_tasks = own_tasks or {}
+    for task in tasks:
+        if task not in TASK_METRICS:
+            hint = nearest(task, TASK_METRICS) or f" Known: {', '.join(TASK_METRICS)}."
+            raise DataError(f"Downstream task '{task}' is not known.{hint}")
+    names = [*tasks, *own_tasks]
+    if not names or len(set(names)) < len(names):
+        raise DataError(f"Downstream tasks {names}: give at least one, and each only once.")
+    specs = [task if data_dir is None else _local_overrides(task, data_dir) for task in tasks]
+    own = [_own_task(name, path) for name, path in own_tasks.items()]
+
+    import lm_eval.tasks
+
+    root = Path(lm_eval.tasks.__file__).parent
+    # Only the folders that are needed: the index of all tasks takes ten seconds.
+    folders = [str(root / _FOLDERS[task]) for task in tasks]
+    manager = lm_eval.tasks.TaskManager(include_defaults=False, include_path=folders)
+    try:
+        # A group's members may override fields of registered tasks: here, the data.
+        members = manager.load({"group": "ke_ray_downstream", "task": specs}) if specs else {}
+    except Exception as error:
+        if data_dir is None:
+            raise DataError(
+                f"The data of {', '.join(tasks)} cannot be loaded from the Hub "
+                f"({type(error).__name__}: {str(error)[:200]}); give a local folder instead."
+            ) from error
+        raise
+    loaded = dict(members.get("tasks", {})) | (manager.load(own)["tasks"] if own else {})
+    for task in loaded.values():
+        task.set_config(key="num_fewshot", value=0)
+    return {name: loaded[name] for name in names}
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """lm-eval without progress bars and remarks, which would break into the caller's output, and
+    with Python's random state put back, which loading tasks advances."""
+    import lm_eval.api.task as task_module
+
+    logger = logging.getLogger("lm_eval")
+    level, bars, state = logger.level, task_module.tqdm, random.getstate()
+    logger.setLevel(logging.ERROR)
+    task_module.tqdm = partial(bars, disable=True)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        task_module.tqdm = bars
+        random.setstate(state)
+
+
+def run_downstream(
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[str] = tuple(TASK_METRICS),
+    *,
+    data_dir: str | os.PathLike[str] | None = None,
+    limit: int | None = None,
+    batch_tokens: int | None = None,
+    own_tasks: Mapping[str, str | os.PathLike[str]] | None = None,
+    language_model: Callable[[Any, Any], Any] | None = None,
+) -> list[DownstreamResult]:
+    """Evaluate a model in memory, zero-shot.
+
+    Args:
+        model: a causal language model of transformers; its mode (train, eval) is put back.
+        tokenizer: of transformers, or a ``tokenizers.Tokenizer``.
+        tasks: names out of ``TASK_METRICS``; may be empty where there are own tasks.
+        data_dir: folder with ``<task>/validation.jsonl``; None: the Hub.
+        limit: the first items of each task only.
+        batch_tokens: as ``spans.score_spans``.
+        own_tasks: name -> JSON-lines file (``context``, ``choices``, ``gold``); metric ``acc``.
+        language_model: (model, tokenizer) -> lm-eval model, in place of our own; for comparisons.
+
+    Returns:
+        one result a task, in the order of ``tasks`` and then ``own_tasks``.
+
+    Raises:
+        DataError: an unknown task, a limit below 1, or data that are missing or not valid.
+    """
+    if limit is not None and limit < 1:
+        raise DataError(f"The limit of items is {limit}; it must be at least 1, or none.")
+    from lm_eval import evaluator
+
+    with _undisturbed():
+        loaded = load_tasks(tasks, data_dir=data_dir, own_tasks=own_tasks)
+        if language_model is None:
+            lm = wrap_model(model, tokenizer, batch_tokens=batch_tokens)
+        else:
+            lm = language_model(model, tokenizer)
+        output = evaluator.evaluate(lm, {"tasks": loaded}, limit=limit, bootstrap_iters=100)
+    results = []
+    for task in loaded:
+        metric = TASK_METRICS.get(task, "acc")
+        samples = sorted(output["samples"][task], key=lambda sample: sample["doc_id"])
+        stderr = output["results"][task][f"{metric}_stderr,none"]
+        results.append(
+            DownstreamResult(
+                task,
+                metric,
+                float(output["results"][task][f"{metric},none"]),
+                float(stderr) if isinstance(stderr, int | float) else float("nan"),
+                len(samples),
+                tuple(float(sample[metric]) for sample in samples),
+            )
+        )
+    return results

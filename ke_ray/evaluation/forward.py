@@ -1,0 +1,82 @@
+"""One evaluation pass through a model: its mode, its limits, logits at chosen positions only.
+
+The model is called as a whole, through its own ``forward`` with a hook before the LM head that
+keeps the wanted positions. So logit scaling and soft-capping stay the model's, and sharded models
+(FSDP) gather their weights as they do in training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["evaluating", "logit_rows", "max_positions", "plain_model", "read_logits"]
+
+#: Bytes of the float32 logits of one pass, about.
+_LOGIT_BYTES = {"cpu": 128 << 20, "cuda": 2 << 30}
+
+
+def max_positions(model: Any) -> int | None:
+    """How many tokens the model takes, or None where its config does not say."""
+    config = getattr(model.config, "text_config", None) or model.config
+    for name in ("max_position_embeddings", "n_positions", "n_ctx"):
+        value = getattr(config, name, None)
+        if value is not None:
+            return int(value)
+    return None
+
+
+def plain_model(model: Any) -> Any:
+    """The module behind DistributedDataParallel and ``torch.compile``."""
+    model = getattr(model, "_orig_mod", model)
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.module
+    return getattr(model, "_orig_mod", model)
+
+
+def logit_rows(device: torch.device, vocab_size: int) -> int:
+    """How many positions' logits a pass should make at most."""
+    budget = _LOGIT_BYTES["cpu" if device.type == "cpu" else "cuda"]
+    return max(1, budget // (4 * vocab_size))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; the training flag is put back."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def read_logits(model: Any, input_ids: Tensor, reads: Tensor, **arguments: Any) -> Tensor:
+    """Logits at some positions of a batch.
+
+    Args:
+        model: a causal language model of transformers (``plain_model``).
+        input_ids: int64 [batch, pos].
+        reads: int64 [n_reads], positions in the flattened batch.
+        arguments: further keyword arguments of the model's forward.
+
+    Returns:
+        [n_reads, vocab] in the dtype the model computes them in.
+    """
+
+    def keep_reads(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden, *rest = args  # [batch, pos, d_model]
+        return (hidden.flatten(0, 1)[reads][None], *rest)
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(keep_reads)
+    try:
+        output = model(input_ids, use_cache=False, **arguments)
+    finally:
+        hook.remove()
+    logits: Tensor = output.logits[0]
+    return logits

@@ -1,0 +1,117 @@
+"""Held-out perplexity: a second, cheap measure of forgetting beside downstream accuracy.
+
+    nats per token = −(1/N) Σ ln P(x_t | x_<t)        over all predicted tokens of all rows
+    perplexity     = exp(nats per token)
+
+The first token of a row is not predicted, nor is padding. Sum and count are kept apart and divided
+once, so rows of any length weigh by their tokens. Cross-entropy is taken in float32 over chunks of
+positions, and a pass takes as many rows as keep its logits small.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from ke_ray.errors import DataError
+from ke_ray.evaluation.forward import (
+    evaluating,
+    logit_rows,
+    max_positions,
+    plain_model,
+    read_logits,
+)
+
+__all__ = ["Perplexity", "held_out_perplexity"]
+
+#: Positions of one cross-entropy call; its float32 copies of the logits stay small.
+_CHUNK = 256
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Perplexity of a corpus.
+
+    Attributes:
+        nats_per_token: mean negative log likelihood.
+        num_tokens: predicted tokens.
+    """
+
+    nats_per_token: float
+    num_tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(nats per token); infinite where that overflows."""
+        try:
+            return math.exp(self.nats_per_token)
+        except OverflowError:
+            return math.inf
+
+    def row(self) -> dict[str, Any]:
+        """A row of ``perplexity.parquet``: perplexity, nats_per_token, num_tokens."""
+        return {
+            "perplexity": self.perplexity,
+            "nats_per_token": self.nats_per_token,
+            "num_tokens": self.num_tokens,
+        }
+
+
+def held_out_perplexity(
+    model: Any, input_ids: Any, lengths: Any = None, *, batch_size: int = 8
+) -> Perplexity:
+    """Perplexity of right-padded rows.
+
+    Args:
+        model: a causal language model of transformers; its mode (train, eval) is put back.
+        input_ids: integer [rows, T], array or tensor.
+        lengths: [rows] real tokens of each row; None: all T.
+        batch_size: rows of a forward pass at most; changes speed and memory, not the result.
+
+    Raises:
+        DataError: shapes that do not fit, ids beyond the embedding, rows longer than the model, or
+            nothing to predict.
+    """
+    plain = plain_model(model)
+    device = next(plain.parameters()).device
+    ids = torch.as_tensor(input_ids)
+    if ids.ndim != 2 or ids.shape[0] == 0:
+        raise DataError(f"Token ids have shape {tuple(ids.shape)}; expected [rows, T].")
+    sizes = torch.full((len(ids),), ids.shape[1]) if lengths is None else torch.as_tensor(lengths)
+    if sizes.shape != (len(ids),) or int(sizes.max()) > ids.shape[1]:
+        raise DataError(
+            f"Lengths of shape {tuple(sizes.shape)} do not fit token ids {tuple(ids.shape)}."
+        )
+    limit = max_positions(plain)
+    if limit is not None and int(sizes.max()) - 1 > limit:
+        raise DataError(f"A row has {int(sizes.max())} tokens, and the model takes {limit}.")
+    vocab_size = plain.get_input_embeddings().weight.shape[0]
+    if int(ids.max()) >= vocab_size or int(ids.min()) < 0:
+        raise DataError(
+            f"Token ids reach {int(ids.max())}, and the model has {vocab_size} embeddings; use the "
+            "model's own tokenizer."
+        )
+    rows_at_once = max(1, min(batch_size, logit_rows(device, vocab_size) // ids.shape[1]))
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    num_tokens = 0
+    with evaluating(plain):
+        for start in range(0, len(ids), rows_at_once):
+            size = sizes[start : start + rows_at_once]
+            width = int(size.max())
+            real = (torch.arange(1, width) < size[:, None]).flatten()  # [rows · (width - 1)]
+            if not real.any():
+                continue
+            rows = ids[start : start + rows_at_once, :width].long().to(device)
+            reads = real.nonzero().flatten().to(device)
+            logits = read_logits(plain, rows[:, :-1], reads)
+            targets = rows[:, 1:].flatten()[reads]
+            for part, wanted in zip(logits.split(_CHUNK), targets.split(_CHUNK), strict=True):
+                total += cross_entropy(part.float(), wanted, reduction="sum").double()
+            num_tokens += len(targets)
+    if num_tokens == 0:
+        raise DataError("There is no token to predict; rows need at least two tokens.")
+    return Perplexity(float(total) / num_tokens, num_tokens)
