@@ -126,7 +126,10 @@ def _scan(scan: Result, prefix: str) -> dict[str, Any]:
                 unit = series.MEASURE_TITLES.get(measure, ("", ""))[1]
                 title = series.MEASURE_TITLES.get(measure, (measure, ""))[0]
                 facts.append(
-                    (f"{title}, first to last, {corpus}", f"{last['value']:+.4g}{error} {unit}")
+                    (
+                        f"{title}, first to last, {corpus}",
+                        f"{last['value']:+.4g}{error} {unit}".replace("-", "−"),
+                    )
                 )
     broken, copies = failures(scan), duplicates(scan)
     if not broken.empty:

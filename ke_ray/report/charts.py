@@ -29,7 +29,7 @@ class Line:
     """A series: values over x, with error ends where there are any.
 
     ``colour`` is a place in the palette or an explicit "#rrggbb"; ``kind`` is "line", "points" or
-    "steps"; ``dash`` 0 is solid; ``band`` draws the error as a band, else as bars.
+    "dots" (small and faint); ``dash`` 0 is solid; ``band`` draws the error as a band, else as bars.
     """
 
     name: str

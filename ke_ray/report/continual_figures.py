@@ -72,11 +72,11 @@ def _by_stage(study: Result, prefix: str, frame: pd.DataFrame, missing: list[str
                 known = part[part[column].notna()]
                 lines.append(
                     Line(
-                        f"{name.replace('mean of ', '')}: single runs",
+                        "single runs" if variant == "original" else f"{variant}, single runs",
                         known["x"].to_numpy(),
                         known[column].to_numpy() * factor,
-                        colour=5 - colour % 6,
-                        kind="points",
+                        colour=colour,
+                        kind="dots",
                         labels=known["run"].astype(str).to_list(),
                     )
                 )

@@ -39,7 +39,7 @@ class Correlation:
                 text += f", |r| must reach {critical_r(self.n):.3f} to be significant at 5 %"
         if math.isfinite(self.redrawn_low):
             text += f"; {self.redrawn_low:+.2f} to {self.redrawn_high:+.2f} under measurement error"
-        return text + ")"
+        return text.replace("-", "−") + ")"
 
 
 def correlate(

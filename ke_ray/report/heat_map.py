@@ -39,9 +39,9 @@ def draw_heat_map(chart: HeatMap, width: int) -> tuple[str, float, dict[str, Any
     if chart.centre is not None:
         reach = max(high - chart.centre, chart.centre - low) or 1.0
         low, high = chart.centre - reach, chart.centre + reach
-    left = 32 + max((len(name) for name in chart.y_names), default=1) * CHAR_WIDTH
+    left = 10 + max((len(name) for name in chart.y_names), default=1) * CHAR_WIDTH
     right = width - 12
-    top = 30.0
+    top = 46.0
     cell = (right - left) / max(1, columns)
     tall = (
         min(340.0, max(26.0 * min(rows, 8), 9.0 * rows)) if not chart.write_values else 42.0 * rows
@@ -80,9 +80,7 @@ def draw_heat_map(chart: HeatMap, width: int) -> tuple[str, float, dict[str, Any
                     parts.append(text(x, y + 4, f"{value:.3g}", anchor="middle", cls=cls))
     height = bottom + 42
     parts.append(text((left + right) / 2, height - 6, chart.x_title, anchor="middle", cls="title"))
-    parts.append(
-        text(12, (top + bottom) / 2, chart.y_title, anchor="middle", cls="title", turn=-90)
-    )
+    parts.append(text(4, 38, chart.y_title, cls="title"))
     scale = {"cells": [round(left, 1), round(right, 1), round(top, 1), round(bottom, 1)]}
     return "".join(parts), height, scale
 

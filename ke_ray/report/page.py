@@ -102,10 +102,13 @@ def _section(section: Section) -> str:
 
 def _table(table: TextTable) -> str:
     head = "".join(f'<th scope="col">{_e(name)}</th>' for name in table.columns)
-    rows = "".join(
-        "<tr>" + "".join(f"<td>{_e(cell)}</td>" for cell in row) + "</tr>" for row in table.rows
-    )
+    rows = "".join("<tr>" + "".join(_cell(cell) for cell in row) + "</tr>" for row in table.rows)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+
+
+def _cell(value: object) -> str:
+    long = ' class="long"' if len(str(value)) > 40 else ""
+    return f"<td{long}>{_e(value)}</td>"
 
 
 def _figure(figure: Figure) -> str:

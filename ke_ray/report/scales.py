@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["Scale", "diverging", "number", "sequential", "short", "ticks"]
+__all__ = ["Scale", "diverging", "number", "ordered", "sequential", "short", "ticks"]
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,15 @@ def number(value: float | None) -> str:
     return f"{value:.6g}".replace("-", "−")
 
 
-# Anchors of perceptually even ramps that colour-blind readers can follow. The ends of the first
-# are cut so that every colour stands out on white and on near-black.
+# Anchors of ramps that colour-blind readers can follow (they run from blue to yellow or vermilion).
+_ORDERED = ("#3b6fc0", "#6a7f9c", "#8a8780", "#a5864f", "#bd8420")
 _SEQUENTIAL = ("#2c4a7c", "#4a5f85", "#65738a", "#82888a", "#a09d80", "#bfb16f", "#ddc456")
 _DIVERGING = ("#0a4f8a", "#4a86b8", "#a3c4dd", "#f2f0ec", "#f0b48a", "#d9733a", "#a53f05")
+
+
+def ordered(share: float) -> str:
+    """Blue over grey to ochre for 0…1: every step stands out on white and on near-black."""
+    return _ramp(_ORDERED, share)
 
 
 def sequential(share: float) -> str:

@@ -9,7 +9,7 @@ import pandas as pd
 
 from ke_ray.report import series
 from ke_ray.report.charts import Chart, Figure, HeatMap, Line, Mark, Panel, TextTable
-from ke_ray.report.scales import sequential
+from ke_ray.report.scales import ordered
 from ke_ray.report.sources import Result
 
 __all__ = ["fingerprints", "scan_figures", "x_title"]
@@ -185,7 +185,7 @@ def _layers(scan: Result, prefix: str, held: list[str]) -> list[Figure]:
                     f"layer {layer}",
                     x,
                     matrix[layer],
-                    colour=sequential(layer / max(1, n_layers - 1)),
+                    colour=ordered(layer / max(1, n_layers - 1)),
                     labels=None,
                 )
                 for layer in range(n_layers)
@@ -223,7 +223,7 @@ def _layers(scan: Result, prefix: str, held: list[str]) -> list[Figure]:
                 prefix,
                 "layers",
                 title="Layer by layer over pretraining",
-                caption="One line a layer, from the first (blue) to the last (yellow).",
+                caption="One line a layer, from the first (blue) to the last (ochre).",
                 paper="Fig. 8",
                 panels=curves,
                 controls=("measure", "corpus"),

@@ -17,12 +17,12 @@ import numpy as np
 
 from ke_ray.report.charts import Chart, HeatMap, Line, Mark, Numbers
 from ke_ray.report.heat_map import CHAR_WIDTH, draw_heat_map, text
-from ke_ray.report.scales import Scale, sequential, short
+from ke_ray.report.scales import Scale, ordered, short
 
 __all__ = ["draw"]
 
 _DASHES = ("", "6 4", "2 3", "9 3 2 3")
-_MAX_MARKERS = 60
+_MAX_MARKERS = 30
 
 
 def draw(chart: Chart | HeatMap, width: int, label: str) -> str:
@@ -59,7 +59,7 @@ def _legend(chart: Chart, width: int) -> tuple[str, float]:
     if chart.ramp is not None:
         return _ramp_legend(chart.ramp), 22
     shown = [line for line in chart.lines if line.legend and line.name]
-    if len(shown) < 2 and not (shown and shown[0].kind == "points"):
+    if len(shown) < 2:
         return "", 4
     parts, x, y = [], 4.0, 12.0
     for line in shown:
@@ -67,12 +67,13 @@ def _legend(chart: Chart, width: int) -> tuple[str, float]:
         if x + size > width and x > 4:
             x, y = 4.0, y + 18
         colour = _colour(line.colour)
-        if line.kind != "points":
+        if line.kind == "line":
             parts.append(
                 f'<line x1="{x}" y1="{y - 4}" x2="{x + 18}" y2="{y - 4}" style="stroke:{colour}" '
                 f'stroke-width="2.2" stroke-dasharray="{_DASHES[line.dash % 4]}"/>'
             )
-        parts.append(_marker(x + 9, y - 4, line.colour, colour))
+        shape = 0 if line.kind == "dots" else line.colour
+        parts.append(_marker(x + 9, y - 4, shape, colour, 2.6 if line.kind == "dots" else 3.4))
         parts.append(text(x + 23, y, line.name, cls="key"))
         x += size
     return "".join(parts), y + 10
@@ -81,7 +82,7 @@ def _legend(chart: Chart, width: int) -> tuple[str, float]:
 def _ramp_legend(ends: tuple[str, str]) -> str:
     first = 4 + len(ends[0]) * CHAR_WIDTH + 6
     boxes = "".join(
-        f'<rect x="{first + 8 * i:.0f}" y="3" width="8" height="10" fill="{sequential(i / 11)}"/>'
+        f'<rect x="{first + 8 * i:.0f}" y="3" width="8" height="10" fill="{ordered(i / 11)}"/>'
         for i in range(12)
     )
     return text(4, 12, ends[0], cls="key") + boxes + text(first + 102, 12, ends[1], cls="key")
@@ -111,6 +112,7 @@ def _marker(x: float, y: float, shape: int | str, colour: str, size: float = 3.4
 
 def _lines(chart: Chart, width: int) -> tuple[str, float, dict[str, Any]]:
     legend, top = _legend(chart, width)
+    title_y, top = top + 10, top + 18
     all_x = [v for line in chart.lines for v in line.x]
     all_x += [mark.value for mark in chart.marks if mark.axis == "x"]
     all_y = [
@@ -131,7 +133,7 @@ def _lines(chart: Chart, width: int) -> tuple[str, float, dict[str, Any]]:
     y_ticks = y_axis.ticks(5)
     y_step = y_ticks[1] - y_ticks[0] if len(y_ticks) > 1 else None
     y_labels = [short(tick, y_step) for tick in y_ticks]
-    left = 26 + max((len(words) for words in y_labels), default=3) * CHAR_WIDTH
+    left = 10 + max((len(words) for words in y_labels), default=3) * CHAR_WIDTH
     reference = 0.0
     if chart.log_x:
         positive = [v for v in all_x if v > 0]
@@ -151,16 +153,16 @@ def _lines(chart: Chart, width: int) -> tuple[str, float, dict[str, Any]]:
     )
     for mark in chart.marks:
         parts.append(_mark(mark, x_axis, y_axis, left, width, top, bottom))
-    for line in chart.lines:
-        parts.append(_line(line, x_axis, y_axis))
+    dodge = _dodge(chart)
+    for line, shift in zip(chart.lines, dodge, strict=True):
+        parts.append(_line(line, x_axis, y_axis, shift))
     height = bottom + 44 + turned
     parts.append(text((left + width) / 2, height - 6, chart.x_title, anchor="middle", cls="title"))
-    parts.append(
-        text(12, (top + bottom) / 2, chart.y_title, anchor="middle", cls="title", turn=-90)
-    )
+    parts.append(text(4, title_y, chart.y_title, cls="title"))
     scale = {
         "x": [x_axis.low, x_axis.high, round(x_axis.start, 1), x_axis.end, reference],
         "y": [y_low, y_high, round(bottom, 1), round(top + 6, 1), 0],
+        "dodge": dodge,
     }
     return "".join(parts), height, scale
 
@@ -168,7 +170,7 @@ def _lines(chart: Chart, width: int) -> tuple[str, float, dict[str, Any]]:
 def _x_ticks(parts: list[str], chart: Chart, axis: Scale, bottom: float, width: int) -> float:
     """Ticks below the plot; returns the extra height that turned names need."""
     if chart.x_names is None:
-        marks = axis.ticks(max(3, width // 95))
+        marks = axis.ticks(max(3, width // 75))
         step = marks[1] - marks[0] if len(marks) > 1 and not chart.log_x else None
         last = -1e9
         for tick in marks:
@@ -202,17 +204,29 @@ def _mark(
         x = x_axis.pixel(mark.value)
         line = f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{top:.1f}" y2="{bottom:.1f}"/>'
         triangle = _marker(x, bottom - 4, 3, "var(--muted)", 3.6)
-        return line + (triangle if not mark.text else text(x + 4, top + 12, mark.text, cls="note"))
+        return line + (triangle if not mark.text else text(x + 4, top + 12, mark.text, cls="hint"))
     y = y_axis.pixel(mark.value)
     line = f'<line class="mark" x1="{left:.1f}" x2="{width - 6}" y1="{y:.1f}" y2="{y:.1f}"/>'
-    return line + (text(width - 8, y - 4, mark.text, anchor="end", cls="note") if mark.text else "")
+    return line + (text(left + 4, y - 4, mark.text, cls="hint") if mark.text else "")
 
 
-def _line(line: Line, x_axis: Scale, y_axis: Scale) -> str:
+def _dodge(chart: Chart) -> list[float]:
+    """Pixels by which each line is moved aside, so that error bars at the same x do not hide."""
+    barred = [line for line in chart.lines if line.low is not None and not line.band]
+    if len(barred) < 2 or chart.x_names is not None:
+        return [0.0] * len(chart.lines)
+    places = iter(range(len(barred)))
+    return [
+        (next(places) - (len(barred) - 1) / 2) * 5.0 if line.low is not None else 0.0
+        for line in chart.lines
+    ]
+
+
+def _line(line: Line, x_axis: Scale, y_axis: Scale, shift: float) -> str:
     colour = _colour(line.colour)
     parts: list[str] = []
     if line.low is not None and line.high is not None:
-        parts.append(_errors(line, x_axis, y_axis, colour))
+        parts.append(_errors(line, x_axis, y_axis, colour, shift))
     dots: list[tuple[float, float]] = []
     path: list[str] = []
     pen = "M"
@@ -220,7 +234,7 @@ def _line(line: Line, x_axis: Scale, y_axis: Scale) -> str:
         if not (math.isfinite(x) and math.isfinite(y)):
             pen = "M"
             continue
-        at = (x_axis.pixel(x), y_axis.pixel(y))
+        at = (x_axis.pixel(x) + shift, y_axis.pixel(y))
         dots.append(at)
         path.append(f"{pen}{at[0]:.1f} {at[1]:.1f}")
         pen = "L"
@@ -229,17 +243,20 @@ def _line(line: Line, x_axis: Scale, y_axis: Scale) -> str:
             f'<path class="line" d="{"".join(path)}" style="stroke:{colour}" '
             f'stroke-dasharray="{_DASHES[line.dash % 4]}"/>'
         )
+    if line.kind == "dots":
+        parts += [_marker(x, y, 0, colour, 2.6) for x, y in dots]
+        return f'<g class="series faint">{"".join(parts)}</g>'
     if line.kind == "points" or (len(dots) <= _MAX_MARKERS and isinstance(line.colour, int)):
         size = 4.6 if line.kind == "points" else 3.0
         parts += [_marker(x, y, line.colour, colour, size) for x, y in dots]
     return f'<g class="series">{"".join(parts)}</g>'
 
 
-def _errors(line: Line, x_axis: Scale, y_axis: Scale, colour: str) -> str:
+def _errors(line: Line, x_axis: Scale, y_axis: Scale, colour: str, shift: float) -> str:
     assert line.low is not None
     assert line.high is not None
     ends = [
-        (x_axis.pixel(x), y_axis.pixel(low), y_axis.pixel(high))
+        (x_axis.pixel(x) + shift, y_axis.pixel(low), y_axis.pixel(high))
         for x, low, high in zip(line.x, line.low, line.high, strict=True)
         if math.isfinite(x) and math.isfinite(low) and math.isfinite(high)
     ]

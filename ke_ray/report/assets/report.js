@@ -104,8 +104,8 @@
       return data.values.flatMap((row, i) => row.map((v, j) => ({ x: left + (j + .5) * w,
         y: bottom - (i + .5) * h, w, h, text: `${data.y} ${data.rows[i]}, ${data.x} ${data.columns[j]}: ${fmt(v)} ${data.unit}` })));
     }
-    return data.lines.flatMap((line) => line.x.map((x, i) => line.y[i] === null || x === null ? null : ({
-      x: pixel(scale.x, x), y: pixel(scale.y, line.y[i]),
+    return data.lines.flatMap((line, k) => line.x.map((x, i) => line.y[i] === null || x === null ? null : ({
+      x: pixel(scale.x, x) + scale.dodge[k], y: pixel(scale.y, line.y[i]),
       text: `${line.name}${line.labels ? " · " + line.labels[i] : ""}: ${data.x} ${fmt(xName(data, x))}, ${data.y} ${fmt(line.y[i])}` +
         (line.low && line.low[i] !== null ? ` [${fmt(line.low[i])}, ${fmt(line.high[i])}]` : "") }))).filter(Boolean);
   };
@@ -162,7 +162,7 @@
     link.click();
     setTimeout(() => URL.revokeObjectURL(link.href), 5000);
   };
-  const styled = ["fill", "stroke", "stroke-width", "stroke-dasharray", "opacity", "font-family", "font-size", "text-anchor"];
+  const styled = ["fill", "stroke", "stroke-width", "stroke-dasharray", "paint-order", "opacity", "font-family", "font-size", "text-anchor"];
   // A copy whose colours are written out, so that it looks the same outside this page.
   const standalone = (svg) => {
     const copy = svg.cloneNode(true);
