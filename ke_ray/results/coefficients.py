@@ -63,9 +63,12 @@ def find_coefficients(
         if weights_sha256 is not None and sha256 == weights_sha256:
             return FoundCoefficients(folder.mean_coefficients(name), f"{source}#{name}", True)
     if allow_mismatch:
-        name = checkpoint if checkpoint in names else next(iter(names), None)
-        if name is not None and (checkpoint in names or len(names) == 1):
-            return FoundCoefficients(folder.mean_coefficients(name), f"{source}#{name}", False)
+        fallback = checkpoint if checkpoint in names else None
+        if fallback is None and len(names) == 1:
+            fallback = next(iter(names))
+        if fallback is not None:
+            values = folder.mean_coefficients(fallback)
+            return FoundCoefficients(values, f"{source}#{fallback}", False)
     there = ", ".join(names) or "none"
     hint = (
         ""
