@@ -145,7 +145,7 @@ def print_results(path: str | Path) -> None:
     """The headline table of a result folder."""
     from ke_ray.report.terminal import print_results as show
 
-    show(str(path))
+    show([str(path)])
 
 
 def register(app: typer.Typer) -> None:

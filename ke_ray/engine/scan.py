@@ -303,9 +303,11 @@ def _score(setup: ScanSetup, run: TrackedRun, progress: ScanProgress, outcome: S
         name: ray.put((corpus.input_ids, corpus.lengths)) for name, corpus in setup.corpora.items()
     }
     context = ray.data.DataContext.get_current()
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    # One block per item, so that Ray Data schedules and retries exactly our items.
+    # One block per item, so that Ray Data schedules and retries exactly our items. It restarts
+    # actors and retries items without end; the scorer gives an item up after MAX_ATTEMPTS.
     dataset = ray.data.from_arrow([pa.table({"item": [item_to_json(item)]}) for item in items])
     dataset = dataset.map_batches(
         CheckpointScorer,
@@ -323,9 +325,6 @@ def _score(setup: ScanSetup, run: TrackedRun, progress: ScanProgress, outcome: S
             max_concurrent_calls_per_actor=2,
             enable_true_multi_threading=True,
         ),
-        # Unbounded here; the scorer itself gives an item up after MAX_ATTEMPTS.
-        max_restarts=-1,
-        max_task_retries=-1,
         runtime_env={"env_vars": worker_env(settings.threads)},
         **per_actor,
     )

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,10 +26,11 @@ _ENVIRONMENT = {
     # Two seconds between health checks would be added to every report of a training run.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_TRAIN_V2_ENABLED": "1",
-    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     # Ray warns at each start that a later version will not hide GPUs from CPU actors.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_DEDUP_LOGS": "1",
+    # Ray Data's own actors draw an error line about their arguments, once for each; what matters
+    # reaches us as exceptions.
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "TOKENIZERS_PARALLELISM": "false",
 }
@@ -83,19 +86,20 @@ def ray_session(
         "log_to_driver": bool(os.environ.get("KE_RAY_WORKER_LOGS")),
         "runtime_env": {"env_vars": worker_env()},
     }
+    if not address or address == "local":
+        # address="local": a bare init() may find the stale address file of another session.
+        settings |= {
+            "address": "local",
+            "num_cpus": num_cpus,
+            "resources": resources,
+            "object_store_memory": object_store_bytes,
+            "include_dashboard": bool(os.environ.get("KE_RAY_RAY_DASHBOARD")),
+        }
+    else:
+        settings["address"] = address
     try:
-        if address and address != "local":
-            ray.init(address=address, **settings)
-        else:
-            # address="local": a bare init() may find the stale address file of another session.
-            ray.init(
-                address="local",
-                num_cpus=num_cpus,
-                resources=resources,
-                object_store_memory=object_store_bytes,
-                include_dashboard=bool(os.environ.get("KE_RAY_RAY_DASHBOARD")),
-                **settings,
-            )
+        with _held_stderr():
+            ray.init(**settings)
     except (ConnectionError, RuntimeError) as error:
         if not address:
             raise
@@ -107,6 +111,29 @@ def ray_session(
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _held_stderr() -> Iterator[None]:
+    """Hold back what native code writes to standard error; shown only where the block fails.
+
+    Ray's core says on every start that it read its log level, below Python's logging.
+    """
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            sys.stderr.flush()
+            held.seek(0)
+            os.write(kept, held.read())
+            raise
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 def cluster_resources() -> dict[str, float]:
