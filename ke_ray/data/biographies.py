@@ -172,7 +172,7 @@ def _beginning(template: str, person: Person) -> str:
 def make_questions(
     people: Sequence[Person], num_questions: int, *, seed: int
 ) -> list[dict[str, Any]]:
-    """Four-choice questions about people of the corpus: ``question``, ``choices``, ``gold``.
+    """Four-choice questions about people of the corpus: ``context``, ``choices``, ``gold``.
 
     A question is the beginning of a sentence; wrong choices are other values of the attribute,
     drawn uniformly; the place of the right one is uniform too. At most one question for each
@@ -191,7 +191,7 @@ def make_questions(
         choices.insert(gold, person.values[key])
         questions.append(
             {
-                "question": _beginning(template, person),
+                "context": _beginning(template, person),
                 "choices": choices,
                 "gold": gold,
                 "attribute": key,
@@ -209,7 +209,7 @@ def task_config(data_file: str, *, name: str = TASK_NAME) -> dict[str, Any]:
         "dataset_kwargs": {"data_files": {"validation": data_file}},
         "validation_split": "validation",
         "output_type": "multiple_choice",
-        "doc_to_text": "{{question}}",
+        "doc_to_text": "{{context}}",
         "doc_to_choice": "{{choices}}",
         "doc_to_target": "{{gold}}",
         "target_delimiter": " ",
