@@ -46,11 +46,14 @@ def logit_rows(device: torch.device, vocab_size: int) -> int:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; the training flag is put back."""
+    """Evaluation mode without gradients and without compilation; the training flag is put back.
+
+    Shapes change from batch to batch here, which compiled code would answer by recompiling.
+    """
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         model.train(was_training)

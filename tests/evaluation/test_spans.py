@@ -142,6 +142,22 @@ def test_the_models_mode_and_hooks_are_put_back(tiny_model: Build) -> None:
     assert (first.logprob_summed == second.logprob_summed).all()
 
 
+@pytest.mark.parametrize("how", ["in place", "wrapped", "layers"])
+def test_compiled_models_are_scored_by_their_own_code(tiny_model: Build, how: str) -> None:
+    model, spans = tiny_model("olmo"), make_spans()
+    expected = score_spans(model, spans).logprob_summed
+    if how == "in place":
+        model.compile(backend="eager")
+    elif how == "wrapped":
+        model = torch.compile(model, backend="eager")
+    else:
+        for layer in model.model.layers:
+            layer.compile(backend="eager")
+    with torch.no_grad():
+        model(torch.ones((2, 7), dtype=torch.int64))  # what training would have compiled
+    np.testing.assert_allclose(score_spans(model, spans).logprob_summed, expected, atol=1e-6)
+
+
 def test_bad_spans_are_one_clear_message(tiny_model: Build) -> None:
     model = tiny_model("olmo")
     for span, message in [
