@@ -13,7 +13,7 @@ from types import FrameType
 
 import typer
 
-from ke_ray.cli import checkpoints, scan
+from ke_ray.cli import checkpoints, demo, scan, train
 from ke_ray.errors import KeRayError
 
 __all__ = ["app", "main"]
@@ -26,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for module in (checkpoints, scan):
+for module in (demo, checkpoints, train, scan):
     module.register(app)
 
 
@@ -57,6 +57,9 @@ def main() -> None:
     130: interrupted; the same command goes on.
     """
     signal.signal(signal.SIGTERM, _terminated)
+    # Read when torch is imported. Threads that spin while they wait make small-model work many
+    # times slower as soon as another process wants the core.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         code = app(standalone_mode=False)
     except typer.Exit as stop:

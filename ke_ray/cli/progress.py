@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from ke_ray.models.reference import CheckpointRef
+if TYPE_CHECKING:
+    from ke_ray.models.reference import CheckpointRef
+    from ke_ray.training.loop import Progress as TrainingProgress
 
-__all__ = ["ScanDisplay", "duration"]
+__all__ = ["ScanDisplay", "TrainingDisplay", "duration"]
 
 _LINE_EVERY_S = 10.0
 
@@ -99,3 +101,63 @@ class ScanDisplay:
         elif time.monotonic() - self._printed >= _LINE_EVERY_S:
             self._printed = time.monotonic()
             print(self._text(), file=sys.stderr, flush=True)
+
+
+class TrainingDisplay:
+    """Step, loss, learning rate, tokens/s and time left of a training run.
+
+    Args:
+        what: names the run, for example ``pretrain`` or ``continual step400``.
+        next_injection: step → the next step that injects facts, or None.
+    """
+
+    def __init__(
+        self, what: str, next_injection: Callable[[int], int | None] | None = None
+    ) -> None:
+        self._what = what
+        self._next_injection = next_injection
+        self._console = Console(stderr=True)
+        self._bar: Progress | None = None
+        self._printed = 0.0
+
+    def __call__(self, progress: TrainingProgress) -> None:
+        """Show one look at the loss."""
+        text = self._text(progress)
+        is_last = progress.record.step == progress.num_steps
+        if self._console.is_terminal:
+            if self._bar is None:
+                self._bar = Progress(
+                    SpinnerColumn(),
+                    TextColumn("{task.description}"),
+                    BarColumn(),
+                    console=self._console,
+                    transient=True,
+                )
+                self._bar.start()
+                self._bar.add_task(text, total=progress.num_steps)
+            task = self._bar.tasks[0]
+            self._bar.update(task.id, completed=progress.record.step, description=text)
+            if is_last:
+                self.stop()
+                print(text, file=sys.stderr)
+        elif is_last or time.monotonic() - self._printed >= _LINE_EVERY_S:
+            self._printed = time.monotonic()
+            print(text, file=sys.stderr, flush=True)
+
+    def stop(self) -> None:
+        """Give the terminal back."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _text(self, progress: TrainingProgress) -> str:
+        record = progress.record
+        text = (
+            f"{self._what}: step {record.step}/{progress.num_steps}, loss {record.loss:.3f}, "
+            f"lr {record.learning_rate:.2e}, {record.tokens_per_s:,.0f} tokens/s, "
+            f"{duration(progress.time_left_s)} left"
+        )
+        if self._next_injection is not None:
+            step = self._next_injection(record.step)
+            text += ", no injection left" if step is None else f", next injection at step {step}"
+        return text
