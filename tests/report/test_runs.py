@@ -1,0 +1,103 @@
+"""Aggregation over seeds, the Pareto front, correlations: against direct calculation."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from ke_ray.report import runs
+from ke_ray.report.correlation import correlate, critical_r
+from ke_ray.report.sources import find_results
+
+
+def test_one_run_keeps_its_own_interval_and_several_get_students() -> None:
+    frame = pd.DataFrame(
+        {
+            "x": [1.0, 2.0, 2.0, 2.0],
+            "acquisition": [0.3, 0.1, 0.2, 0.6],
+            "acquisition_low": [0.25, 0.0, 0.0, 0.0],
+            "acquisition_high": [0.4, 1.0, 1.0, 1.0],
+        }
+    )
+    found = runs.aggregate(frame, ["x"], "acquisition")
+    assert found.loc[0, ["value", "low", "high", "count"]].tolist() == [0.3, 0.25, 0.4, 1]
+    ends = stats.t.interval(0.95, 2, loc=0.3, scale=stats.sem([0.1, 0.2, 0.6]))
+    assert found.loc[1, ["low", "high"]].tolist() == pytest.approx(list(ends))
+
+
+def test_a_column_nobody_measured_gives_no_rows() -> None:
+    frame = pd.DataFrame({"x": [1.0], "acquisition": [np.nan]})
+    assert runs.aggregate(frame, ["x"], "acquisition").empty
+    assert runs.aggregate(frame, ["x"], "absent").empty
+
+
+def test_the_pareto_front_is_what_nothing_beats() -> None:
+    rng = np.random.default_rng(0)
+    a, f = rng.integers(0, 6, 40).astype(float), rng.integers(0, 6, 40).astype(float)
+    expected = [
+        not any(
+            a[j] >= a[i] and f[j] <= f[i] and (a[j] > a[i] or f[j] < f[i]) for j in range(len(a))
+        )
+        for i in range(len(a))
+    ]
+    assert runs.pareto_front(a, f).tolist() == expected
+    assert any(expected)
+
+
+def test_variants_are_named_apart() -> None:
+    rows = [
+        {"resuscitation_ratio": r, "amplifying_factor": q, "control": c}
+        for r, q, c in itertools.product((0.5, None), (2.0, None), ("random", None, "none"))
+    ]
+    names = [runs.variant(row) for row in rows]
+    assert names[0] == "p=0.5 q=2 random"
+    assert names[1] == names[2] == "p=0.5 q=2"
+    assert names[-1] == "original"
+    nan = {"resuscitation_ratio": math.nan, "amplifying_factor": math.nan, "control": math.nan}
+    assert runs.variant(nan) == "original"
+
+
+def test_swept_parameters_leave_out_what_never_changes(demo_folder: Path) -> None:
+    sweep = next(result for result in find_results([demo_folder]) if result.kind == "sweep")
+    names = runs.swept_parameters(sweep)
+    assert names == ["resuscitate.ratio", "resuscitate.factor", "control", "seed"]
+
+
+def test_fishers_interval_needs_four_points() -> None:
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=30)
+    y = x + rng.normal(size=30)
+    found = correlate(x, y)
+    reference = stats.pearsonr(x, y)
+    interval = reference.confidence_interval(0.95)
+    assert found.r == pytest.approx(reference.statistic)
+    assert (found.low, found.high) == pytest.approx((interval.low, interval.high), abs=1e-6)
+    three = correlate(x[:3], y[:3])
+    assert math.isnan(three.low)
+    assert "too few points for an interval" in str(three)
+
+
+def test_measurement_error_widens_what_r_may_be() -> None:
+    x, y = np.array([1.0, 2.0, 3.0]), np.array([1.0, 2.0, 3.0])
+    exact = correlate(x, y, y, y)
+    rough = correlate(x, y, y - 3, y + 3)
+    assert exact.redrawn_low == pytest.approx(1.0)
+    assert rough.redrawn_low < 0 < rough.redrawn_high
+
+
+def test_no_spread_means_no_correlation() -> None:
+    assert math.isnan(correlate(np.ones(5), np.arange(5.0)).r)
+    assert "undefined" in str(correlate(np.array([]), np.array([])))
+
+
+def test_the_critical_r_is_that_of_the_t_test() -> None:
+    n = 7
+    r = critical_r(n)
+    t = r * math.sqrt((n - 2) / (1 - r * r))
+    assert 2 * stats.t.sf(t, n - 2) == pytest.approx(0.05)
