@@ -1,0 +1,274 @@
+"""Scoring against its floors and against the published way, as ratios of CPU time.
+
+    python benchmarks/scoring.py [--json] [--rounds 10] [--threads 2] [--skip-memory]
+
+Shape: 8 layers, d_model 512, d_mlp 2,048, 8 heads, vocabulary 50,304, T = 2,048; batch 1 and 4.
+
+    body      a bare forward of the model's body: SDPA, no LM head, no hooks       (floor)
+    gemm      the body's matrix products alone, from counted FLOPs                 (floor)
+    full      a forward with LM head, SDPA
+    naive     the published way: eager attention, everything kept, LM head, fp32   (peer)
+    ke, three ours: knowledge entropy; knowledge, attention and next-token entropy together
+
+Peak memory is measured above the weights, each way in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import torch
+from interleaved import Ratio, ratio, run_rounds
+from naive_scoring import NaiveScorer
+
+from ke_ray.models.scoring import score_instances, score_model
+
+T = 2048
+N_LAYERS, D_MODEL, D_MLP, N_HEADS, VOCABULARY = 8, 512, 2048, 8, 50304
+THREE = ("knowledge_entropy", "attention_entropy", "next_token_entropy")
+
+
+def build(attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> Any:
+    from transformers import OlmoConfig, OlmoForCausalLM
+
+    torch.manual_seed(0)
+    config = OlmoConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=D_MODEL,
+        intermediate_size=D_MLP,
+        num_hidden_layers=N_LAYERS,
+        num_attention_heads=N_HEADS,
+        max_position_embeddings=T,
+        attn_implementation=attention,
+    )
+    return OlmoForCausalLM(config).eval().to(dtype)
+
+
+def instances(count: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(2, VOCABULARY, (count, T), generator=generator)
+
+
+def gemms(batch: int) -> Any:
+    """The body's products of one forward pass, on operands of the right shapes."""
+    tokens = batch * T
+    x = torch.randn(tokens, D_MODEL)
+    wide = torch.randn(tokens, D_MLP)
+    square, up, down = (
+        torch.randn(D_MODEL, D_MODEL),
+        torch.randn(D_MODEL, D_MLP),
+        torch.randn(D_MLP, D_MODEL),
+    )
+    query = torch.randn(batch * N_HEADS, T, D_MODEL // N_HEADS)
+    # Causal attention needs half of each T × T product: half of the keys for every query.
+    half_keys = query[:, : T // 2].transpose(1, 2).contiguous()
+    scores = torch.randn(batch * N_HEADS, T, T // 2)
+    half_values = query[:, : T // 2].contiguous()
+
+    def run() -> None:
+        for _ in range(N_LAYERS):
+            for _ in range(4):
+                torch.mm(x, square)
+            for _ in range(2):
+                torch.mm(x, up)
+            torch.mm(wide, down)
+            torch.bmm(query, half_keys)
+            torch.bmm(scores, half_values)
+
+    return run
+
+
+def measure(batch: int, rounds: int, say: Any) -> tuple[dict[str, Ratio], dict[str, list[float]]]:
+    """Ratios of CPU time at one batch size."""
+    model, rough = build(), build(dtype=torch.bfloat16)
+    naive = NaiveScorer(build("eager"))
+    ids = instances(batch)
+
+    def score(which: Any, *measures: str) -> None:
+        score_instances(which, ids, measures=measures, num_instances=batch, batch_size=batch)
+
+    @torch.inference_mode()
+    def body() -> None:
+        model.base_model(ids, use_cache=False)
+
+    @torch.inference_mode()
+    def full() -> None:
+        model(ids, use_cache=False)
+
+    seconds = run_rounds(
+        {
+            "body": body,
+            "ke": lambda: score(model, "knowledge_entropy"),
+            "ke_bf16": lambda: score(rough, "knowledge_entropy"),
+            "full": full,
+            "three": lambda: score(model, *THREE),
+            "gemm": gemms(batch),
+            "naive": lambda: naive.knowledge_entropy(ids, batch),
+        },
+        rounds,
+        lambda text: say(f"batch {batch}: {text}"),
+    )
+    naive.close()
+
+    def of(a: str, b: str, target: str) -> Ratio:
+        return ratio(seconds[a], seconds[b], target)
+
+    key = f"batch{batch}"
+    return {
+        f"{key}.ke_over_body": of("ke", "body", "<= 1.03"),
+        f"{key}.naive_over_ke": of("naive", "ke", ">= 2.7"),
+        f"{key}.naive_over_ke_bf16": of("naive", "ke_bf16", ">= 4"),
+        f"{key}.three_over_full": of("three", "full", "<= 1.40"),
+        f"{key}.naive_over_body": of("naive", "body", "reported"),
+        f"{key}.body_over_gemm": of("body", "gemm", "reported"),
+        f"{key}.ke_over_gemm": of("ke", "gemm", "reported"),
+    }, seconds
+
+
+def bf16_error() -> dict[str, float]:
+    """bfloat16 against float32: largest difference over layers (total for next-token), nats."""
+    ids = instances(1)
+    exact, rough = (
+        score_model(build(dtype=dtype), ids, measures=THREE)
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    return {
+        name: max(
+            abs(a.value - b.value)
+            for a, b in zip(exact.rows, rough.rows, strict=True)
+            if a.measure == name and (a.layer is not None or name == "next_token_entropy")
+        )
+        for name in THREE
+    }
+
+
+def resident(field: str) -> int:
+    """VmRSS or VmHWM of this process in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def peak_of(way: str, batch: int, count: int) -> int:
+    """Peak bytes above the loaded weights; runs in a process of its own."""
+    ids = instances(count)
+    if way == "naive":
+        scorer = NaiveScorer(build("eager"))
+        run = lambda: scorer.knowledge_entropy(ids, batch)  # noqa: E731
+    else:
+        model = build()
+        measures = THREE if way == "three" else ("knowledge_entropy",)
+        run = lambda: score_instances(  # noqa: E731
+            model, ids, measures=measures, num_instances=count, batch_size=batch
+        )
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again here
+    run()
+    return resident("VmHWM") - before
+
+
+def memory(say: Any) -> tuple[dict[str, float], dict[str, int]]:
+    """Ratios of peaks, and the peaks in bytes."""
+    peaks = {}
+    for way, batch, count in (
+        ("naive", 4, 4),
+        ("ke", 4, 4),
+        ("ke", 4, 16),
+        ("three", 4, 4),
+        ("three", 4, 16),
+    ):
+        command = [sys.executable, __file__, "--peak", way, str(batch), str(count)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        peaks[f"{way}.{count}_instances"] = int(done.stdout.split()[-1])
+        say(f"peak memory of {way}, batch {batch}, {count} instances: measured")
+    naive = peaks["naive.4_instances"]
+    return {
+        "memory.ke_over_naive": peaks["ke.4_instances"] / naive,
+        "memory.three_over_naive": peaks["three.4_instances"] / naive,
+        "memory.ke_16_over_4_instances": peaks["ke.16_instances"] / peaks["ke.4_instances"],
+        "memory.three_16_over_4_instances": peaks["three.16_instances"]
+        / peaks["three.4_instances"],
+    }, peaks
+
+
+def machine() -> dict[str, str]:
+    import transformers
+
+    model = next(
+        (
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.processor(),
+    )
+    return {
+        "cpu": model,
+        "threads": str(torch.get_num_threads()),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    parser.add_argument("--rounds", type=int, default=10, help="interleaved rounds at batch 1")
+    parser.add_argument("--rounds-batch4", type=int, default=None, help="default: as --rounds")
+    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--skip-memory", action="store_true")
+    parser.add_argument("--peak", nargs=3, metavar=("WAY", "BATCH", "COUNT"), help="internal")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.peak:
+        way, batch, count = options.peak
+        print(peak_of(way, int(batch), int(count)))
+        return
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    timed: dict[str, Ratio] = {}
+    cpu_seconds: dict[str, list[float]] = {}
+    later = options.rounds if options.rounds_batch4 is None else options.rounds_batch4
+    for batch, rounds in ((1, options.rounds), (4, later)):
+        if rounds:
+            found, seconds = measure(batch, rounds, say)
+            timed |= found
+            cpu_seconds |= {f"batch{batch}.{k}": v for k, v in seconds.items()}
+    sizes, peaks = ({}, {}) if options.skip_memory else memory(say)
+    error = bf16_error()
+    for name, value in timed.items():
+        print(
+            f"{name:32s} {value.median:6.3f}  [{value.low:.3f}, {value.high:.3f}]  {value.target}"
+        )
+    for name, number in sizes.items():
+        print(f"{name:32s} {number:6.3f}")
+    for name, nats in error.items():
+        print(f"bf16 error of {name:20s} {nats:.1e} nats")
+    if options.json:
+        result = {
+            "ratios": {k: v.as_json() for k, v in timed.items()}
+            | {k: round(v, 4) for k, v in sizes.items()},
+            "bf16_error_nats": error,
+            "peak_bytes": peaks,
+            "cpu_seconds": {k: [round(s, 3) for s in v] for k, v in cpu_seconds.items()},
+            "machine": machine(),
+        }
+        print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
