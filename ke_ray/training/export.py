@@ -1,20 +1,45 @@
-"""Trained weights as a Hugging Face folder, tokenizer included, under any storage URI."""
+"""Trained weights whole again, and as a Hugging Face folder with its tokenizer."""
 
 from __future__ import annotations
 
-import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import fsspec
 from torch import nn
 
 from ke_ray import storage
+from ke_ray.models.layout import TOKENIZER_FILES
+from ke_ray.models.saving import save_model
 from ke_ray.training.checkpoint import full_tensors
 from ke_ray.training.parallel import Worker, barrier
 
-__all__ = ["export_model"]
+__all__ = ["export_model", "whole_model"]
+
+
+def whole_model(model: nn.Module, worker: Worker) -> Any | None:
+    """A model that the main worker can run alone; None on the others.
+
+    The model itself where it is not sharded; else a copy with all weights (a collective: call it
+    on every worker).
+    """
+    if not any(hasattr(p, "full_tensor") for p in model.parameters()):
+        return model if worker.is_main else None
+    tensors = full_tensors(model)
+    if not worker.is_main:
+        return None
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng(devices=[]):  # its first weights draw random numbers
+        copy = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
+    places = {**dict(copy.named_parameters()), **dict(copy.named_buffers())}
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            places[name].copy_(tensor)
+    return copy.to(worker.device)
 
 
 def export_model(
@@ -28,46 +53,22 @@ def export_model(
     Args:
         model: a transformers model, sharded or not.
         uri: the folder to make.
-        tokenizer_folder: URI whose ``tokenizer*.json`` are copied into it.
+        tokenizer_folder: URI of a folder whose tokenizer files go into it.
     """
-    tensors = full_tensors(model)
-    if worker.is_main:
-        parent = storage.local_path(uri).absolute().parent if storage.is_local(uri) else None
-        if parent is not None:
-            storage.make_dirs(str(parent))
-        temporary = tempfile.mkdtemp(dir=parent, prefix=".export-")
-        try:
-            _write(model, tensors, Path(temporary), tokenizer_folder)
-            _publish(Path(temporary), uri)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    whole = whole_model(model, worker)
+    if whole is not None:
+        with _local(tokenizer_folder) as folder:
+            save_model(whole, uri, tokenizer=folder, overwrite=True)
     barrier(worker)
 
 
-def _write(model: Any, tensors: dict[str, Any], folder: Path, tokenizer_folder: str | None) -> None:
-    from transformers.utils import logging as transformers_logging
-
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        model.save_pretrained(folder, state_dict=tensors)
-    finally:
-        if bars:
-            transformers_logging.enable_progress_bar()
-    if tokenizer_folder is not None:
-        for name in storage.list_dir(tokenizer_folder):
-            if name.startswith(("tokenizer", "special_tokens")) and name.endswith(".json"):
-                source = storage.join(tokenizer_folder, name)
-                (folder / name).write_bytes(storage.read_bytes(source))
-
-
-def _publish(folder: Path, uri: str) -> None:
-    folder.chmod(0o755)
-    storage.remove(uri)
-    if storage.is_local(uri):
-        folder.rename(storage.local_path(uri).absolute())
+@contextmanager
+def _local(tokenizer_folder: str | None) -> Iterator[str | None]:
+    if tokenizer_folder is None or storage.is_local(tokenizer_folder):
+        yield tokenizer_folder
         return
-    fs, path = fsspec.core.url_to_fs(uri)
-    # config.json makes a folder a checkpoint, so it goes last.
-    for file in sorted(folder.iterdir(), key=lambda f: f.name == "config.json"):
-        fs.pipe_file(f"{path}/{file.name}", file.read_bytes())
+    with tempfile.TemporaryDirectory(prefix="ke_ray-") as temporary:
+        for name in set(storage.list_dir(tokenizer_folder)) & set(TOKENIZER_FILES):
+            content = storage.read_bytes(storage.join(tokenizer_folder, name))
+            Path(temporary, name).write_bytes(content)
+        yield temporary

@@ -1,0 +1,391 @@
+"""One continual-learning run: a start, a corpus, injected facts, and what became of both.
+
+load → [resuscitate] → snapshot → train with injections, probes at chosen steps → snapshot. No Ray:
+``ke_ray.engine.continual`` runs it on Ray Train, sweep trials in their own actors.
+
+A run keeps everything in ``<output>/runs/<run>/``: ``before.json`` (so that a resumed run still
+knows its start), ``state/`` while it trains, its part of each table, ``final/`` (the trained model)
+and, last of all, ``run.json``, which makes it finished.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ke_ray import storage
+from ke_ray.results.training_folder import write_tables
+from ke_ray.studies.continual import ContinualStudy
+from ke_ray.training.checkpoint import TrainingState, remove_states
+from ke_ray.training.dynamics import dynamics_tables
+from ke_ray.training.export import export_model, whole_model
+from ke_ray.training.inputs import RunInputs, load_inputs, read_start
+from ke_ray.training.loop import Hooks, Progress, train
+from ke_ray.training.parallel import Worker, barrier
+from ke_ray.training.runs import (
+    RunSpec,
+    base_row,
+    part_folder,
+    read_row,
+    run_identity,
+    write_row,
+)
+from ke_ray.training.snapshot import (
+    Snapshot,
+    acquired,
+    coefficient_sums,
+    forgotten,
+    take_snapshot,
+)
+from ke_ray.training.track import log_progress, tracked_run
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["run_continual"]
+
+ProgressCallback = Callable[..., None]
+
+
+@dataclass(frozen=True)
+class _Start:
+    """The model as loaded and, where it was resuscitated, what was known of it before."""
+
+    model: Any
+    original: Snapshot | None = None
+    predicted_entropy_nats: float | None = None
+    notes: dict[str, str] = field(default_factory=dict)
+
+
+def run_continual(
+    study: ContinualStudy,
+    spec: RunSpec,
+    worker: Worker | None = None,
+    on_progress: ProgressCallback | None = None,
+    parent_id: str | None = None,
+    on_probes: Callable[[int, Snapshot], None] | None = None,
+) -> dict[str, Any]:
+    """Run (or go on with, or find finished) one run; call it on every worker.
+
+    Args:
+        on_progress: ``(progress, run=…, next_injection=…)`` on the main worker.
+        parent_id: MLflow run to be a child of.
+        on_probes: ``(step, snapshot)`` on the main worker whenever the probes were asked.
+
+    Returns:
+        The row of ``runs.parquet``.
+
+    Raises:
+        KeRayError: bad input, a broken checkpoint, a loss that is not finite.
+    """
+    from ke_ray.models.store import Store
+
+    worker = worker or Worker()
+    row = read_row(study, spec)
+    barrier(worker)
+    if row is not None and row["status"] == "ok":
+        return row
+    with Store(storage.join(study.cache_dir, "checkpoints") if study.cache_dir else None) as store:
+        folder = store.fetch(spec.ref)
+        start = read_start(study, spec.ref, folder)
+        if worker.is_main:
+            load_inputs(study, start, spec.seed)  # packs the corpus once, the others find it
+        barrier(worker)
+        inputs = load_inputs(study, start, spec.seed)
+        with tracked_run(
+            study.mlflow,
+            worker,
+            name=spec.name,
+            key=f"continual {study.output} {spec.name}",
+            kind="continual",
+            params={
+                **study.model_dump(mode="json", exclude={"mlflow", "starts", "seeds"}),
+                "checkpoint": spec.ref.name,
+                "pretraining_step": spec.ref.step,
+                "seed": spec.seed,
+            },
+            tags={"checkpoint": spec.ref.label, "data_sha256": inputs.rows.sha256},
+            parent_id=parent_id,
+        ) as run:
+            corpus = study.corpus
+            run.log_dataset(corpus.name, inputs.rows.sha256, corpus.source, "training")
+            return _Run(study, spec, inputs, worker, run, on_progress, on_probes).go(folder)
+
+
+class _Run:
+    """State of one run between its start and its row."""
+
+    def __init__(
+        self,
+        study: ContinualStudy,
+        spec: RunSpec,
+        inputs: RunInputs,
+        worker: Worker,
+        run: Any,
+        on_progress: ProgressCallback | None,
+        on_probes: Callable[[int, Snapshot], None] | None,
+    ) -> None:
+        self.study, self.spec, self.inputs = study, spec, inputs
+        self.worker, self.run = worker, run
+        self.on_progress, self.on_probes = on_progress, on_probes
+        self.folder = part_folder(study, spec)
+        self.states = storage.join(self.folder, "state")
+        self.identity = run_identity(study, spec)
+
+    def go(self, checkpoint: str) -> dict[str, Any]:
+        """The whole run."""
+        started = time.perf_counter()
+        start = self._load(checkpoint)
+        before = self._before(start)
+        log = log_progress(self.run, self.inputs.num_steps)
+
+        def show(progress: Progress) -> None:
+            log(progress)
+            if self.on_progress is not None:
+                plan = self.inputs.plan
+                upcoming = plan.next_injection(progress.record.step) if plan else None
+                self.on_progress(progress, run=self.spec.name, next_injection=upcoming)
+
+        # Probes need facts; without them there is nothing to ask on the way.
+        steps = self.inputs.probe_steps if self.inputs.asked.probes else ()
+        state = train(
+            start.model,
+            self.inputs.rows,
+            self.study,
+            num_steps=self.inputs.num_steps,
+            worker=self.worker,
+            hooks=Hooks(
+                transform=self._inject if self.inputs.plan else None,
+                after_step=self._probe,
+                at_steps=frozenset(steps) - {0},
+                on_progress=show,
+            ),
+            state_uri=self.states,
+            identity=self.identity,
+        )
+        final = storage.join(self.folder, "final") if self.study.keep_final else None
+        if final is not None:
+            export_model(start.model, final, self.worker, self._tokenizer_folder())
+        whole = whole_model(start.model, self.worker)
+        row: dict[str, Any] = {}
+        if whole is not None and before is not None:
+            after = self._after(whole)
+            row = self._row(before, after, state, final, time.perf_counter() - started)
+            self._write(before, after, state, row)
+        barrier(self.worker)
+        return row
+
+    def _load(self, checkpoint: str) -> _Start:
+        from ke_ray.models.loading import load_model
+
+        model = load_model(checkpoint, device=self.worker.device)
+        keys = self.study.resuscitation
+        if keys is None:
+            return _Start(model)
+        from ke_ray.training.revive import revive
+
+        known = self._read_before()
+        original = None
+        if known is None and self.worker.is_main:
+            original = take_snapshot(model, self.study, self.inputs.asked)
+        predicted, notes = revive(model, checkpoint, self.spec.ref, self._measured, keys)
+        return _Start(model, original, predicted, notes)
+
+    def _measured(self, model: Any) -> Any:
+        """C̄ of the start on the study's own entropy corpus."""
+        assert self.study.entropy is not None
+        assert self.inputs.asked.entropy is not None
+        corpus, size = self.inputs.asked.entropy, self.study.entropy.batch_size
+        return coefficient_sums(model, corpus, size).mean("coefficients")
+
+    def _read_before(self) -> dict[str, Any] | None:
+        path = storage.join(self.folder, "before.json")
+        if not storage.exists(path):
+            return None
+        known = storage.read_json(path)
+        return known if known.get("identity") == self.identity else None
+
+    def _before(self, start: _Start) -> dict[str, Any] | None:
+        """The start's snapshots (main worker only), from an earlier attempt where there was one."""
+        if not self.worker.is_main:
+            barrier(self.worker)
+            return None
+        known = self._read_before()
+        if known is None:
+            snapshot = take_snapshot(start.model, self.study, self.inputs.asked)
+            known = {
+                "identity": self.identity,
+                "start": snapshot.to_json(),
+                "original": start.original.to_json() if start.original else None,
+                "predicted_entropy_nats": start.predicted_entropy_nats,
+                "notes": start.notes,
+            }
+            storage.write_json(storage.join(self.folder, "before.json"), known)
+        known = {
+            **known,
+            "start": Snapshot.from_json(known["start"]),
+            "original": Snapshot.from_json(known["original"]) if known["original"] else None,
+        }
+        self._log_snapshot(known["start"], 0, "before")
+        if self.on_probes is not None and known["start"].probe_rows:
+            self.on_probes(0, known["start"])
+        barrier(self.worker)
+        return known
+
+    def _inject(self, step: int, first_row: int, rows: Any) -> Any:
+        assert self.inputs.plan is not None
+        return self.inputs.plan.inject(rows, step, range(first_row, first_row + len(rows)))
+
+    def _probe(self, step: int, model: nn.Module, state: TrainingState) -> None:
+        whole = whole_model(model, self.worker)
+        if whole is not None:
+            found = take_snapshot(whole, self.study, self.inputs.asked, probes_only=True)
+            record_probes(state, step, found)
+            self._log_snapshot(found, step, None)
+            if self.on_probes is not None:
+                self.on_probes(step, found)
+        barrier(self.worker)
+
+    def _after(self, model: Any) -> Snapshot:
+        after = take_snapshot(model, self.study, self.inputs.asked)
+        self._log_snapshot(after, self.inputs.num_steps, "after")
+        return after
+
+    def _tokenizer_folder(self) -> str | None:
+        """A folder with the start's tokenizer (lm-eval and others need it beside the weights)."""
+        from ke_ray.data.tokenizer import save_tokenizer
+
+        folder = storage.join(self.folder, "tokenizer")
+        if self.worker.is_main:
+            start = self.inputs.start
+            save_tokenizer(start.tokenizer, folder, eos_token_id=start.eos_token_id)
+        barrier(self.worker)
+        return folder
+
+    def _log_snapshot(self, found: Snapshot, step: int, when: str | None) -> None:
+        metrics: dict[str, Any] = {"probes/knowledge_nats_per_token": found.knowledge}
+        for row in found.probe_rows:
+            metrics[f"probes/{row['setting']}/{row['level']}"] = row["logprob_per_token"]
+        if when is not None:
+            metrics["downstream/accuracy"] = found.accuracy
+            for task in found.downstream:
+                metrics[f"downstream/{task['task']}"] = task["value"]
+            metrics["knowledge_entropy/total_nats"] = found.entropy_nats
+            if found.perplexity:
+                metrics["held_out/perplexity"] = found.perplexity["perplexity"]
+        self.run.log_metrics({k: v for k, v in metrics.items() if v is not None}, step)
+
+    def _row(
+        self,
+        before: dict[str, Any],
+        after: Snapshot,
+        state: TrainingState,
+        final: str | None,
+        duration_s: float,
+    ) -> dict[str, Any]:
+        start, original = before["start"], before["original"]
+        row = {
+            **base_row(self.study, self.spec),
+            "status": "ok",
+            "error": None,
+            **_interval_columns("acquisition", acquired(start, after)),
+            **_interval_columns("forgetting", forgotten(start, after)),
+            "probe_logprob_before": start.knowledge,
+            "probe_logprob_after": after.knowledge,
+            "downstream_before": start.accuracy,
+            "downstream_after": after.accuracy,
+            "perplexity_before": _perplexity(start),
+            "perplexity_after": _perplexity(after),
+            "knowledge_entropy_before_nats": start.entropy_nats,
+            "knowledge_entropy_after_nats": after.entropy_nats,
+            "num_steps": self.inputs.num_steps,
+            "num_tokens": state.num_tokens,
+            "duration_s": duration_s,
+            "final_checkpoint": final,
+            "mlflow_run_id": self.run.run_id,
+        }
+        summed = acquired(start, after, summed=True)
+        row["acquisition_summed"] = _plain(summed.value) if summed else None
+        if original is not None:
+            row |= {
+                **_interval_columns("acquisition_vs_original", acquired(original, after)),
+                **_interval_columns("forgetting_vs_original", forgotten(original, after)),
+                "probe_logprob_original": original.knowledge,
+                "downstream_original": original.accuracy,
+                "knowledge_entropy_original_nats": original.entropy_nats,
+                "knowledge_entropy_predicted_nats": before["predicted_entropy_nats"],
+            }
+        self.run.log_metrics(_result_metrics(row), self.inputs.num_steps)
+        if before["notes"]:
+            self.run.set_tags(before["notes"])
+        return row
+
+    def _write(
+        self, before: dict[str, Any], after: Snapshot, state: TrainingState, row: dict[str, Any]
+    ) -> None:
+        start = before["start"]
+        ahead = TrainingState()
+        if start.probe_rows:
+            record_probes(ahead, 0, start)
+        records: dict[str, list[dict[str, Any]]] = {
+            name: [*ahead.records.get(name, []), *state.records.get(name, [])]
+            for name in ("train", "probes", "probe_items")
+        }
+        plan = self.inputs.plan
+        if plan is not None:
+            from ke_ray.data.injection import injection_records
+
+            steps = plan.injection_steps()
+            records["injections"] = [r for step in steps for r in injection_records(plan, step)]
+            records |= dynamics_tables(records["probe_items"], records["injections"])
+        snapshots = {"original": before["original"], "before": start, "after": after}
+        known = {when: found for when, found in snapshots.items() if found is not None}
+        records["downstream"] = [
+            {"when": when, **{k: v for k, v in task.items() if k != "items"}}
+            for when, found in known.items()
+            for task in found.downstream
+        ]
+        records["perplexity"] = [
+            {"when": when, **found.perplexity} for when, found in known.items() if found.perplexity
+        ]
+        write_tables(self.folder, records, self.spec.name)
+        write_row(self.study, self.spec, row)
+        remove_states(self.states)
+
+
+def record_probes(state: TrainingState, step: int, found: Snapshot) -> None:
+    """Add a snapshot's probes to what is kept with the training state."""
+    for row in found.probe_rows:
+        state.record("probes", {"step": step, **row})
+    for item in found.probe_items:
+        state.record("probe_items", {"step": step, **item})
+
+
+def _plain(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else float(value)
+
+
+def _interval_columns(name: str, interval: Any) -> dict[str, float | None]:
+    if interval is None:
+        return {name: None, f"{name}_low": None, f"{name}_high": None}
+    return {
+        name: _plain(interval.value),
+        f"{name}_low": _plain(interval.low),
+        f"{name}_high": _plain(interval.high),
+    }
+
+
+def _perplexity(found: Snapshot) -> float | None:
+    return _plain(found.perplexity["perplexity"]) if found.perplexity else None
+
+
+def _result_metrics(row: dict[str, Any]) -> dict[str, float]:
+    names = [n for n in row if n.startswith(("acquisition", "forgetting"))]
+    metrics = {f"result/{name}": row[name] for name in names if row[name] is not None}
+    before, after = row["knowledge_entropy_before_nats"], row["knowledge_entropy_after_nats"]
+    if before is not None and after is not None:
+        metrics["result/knowledge_entropy_change_nats"] = after - before
+    return metrics

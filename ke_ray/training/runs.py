@@ -1,0 +1,135 @@
+"""The runs of a continual-learning study: which there are, what names and identifies each.
+
+A run keeps everything in ``<output>/runs/<run>/``; ``run.json`` there holds its identity and its
+row of ``runs.parquet``, and is written last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ke_ray import storage
+from ke_ray.studies.continual import ContinualStudy
+
+if TYPE_CHECKING:
+    from ke_ray.models.reference import CheckpointRef
+
+__all__ = [
+    "RunSpec",
+    "base_row",
+    "list_runs",
+    "part_folder",
+    "read_row",
+    "run_identity",
+    "study_identity",
+    "write_failed",
+    "write_row",
+]
+
+#: Keys that say where and how a study runs, or only which runs it has.
+NOT_IDENTITY = frozenset(
+    {
+        "activation_checkpointing",
+        "cache_dir",
+        "compile",
+        "cpus_per_worker",
+        "executor",
+        "keep_final",
+        "log_every",
+        "max_failures",
+        "micro_batch_size",
+        "mlflow",
+        "name",
+        "num_workers",
+        "output",
+        "save_every",
+        "seeds",
+        "starts",
+        "strategy",
+        "use_gpu",
+    }
+)
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """One run of a study: a starting checkpoint and a seed."""
+
+    name: str
+    ref: CheckpointRef
+    seed: int
+
+
+def list_runs(study: ContinualStudy) -> list[RunSpec]:
+    """The runs of a study: starting checkpoints in training order, each with all seeds.
+
+    Raises:
+        CheckpointSpecError: the selection names nothing.
+    """
+    from ke_ray.models.catalog import list_checkpoints
+
+    keys = study.starts
+    refs = list_checkpoints(
+        keys.spec, revisions=keys.revisions, steps=keys.steps, every=keys.every, limit=keys.limit
+    )
+    return [
+        RunSpec(storage.slug(f"{ref.name}-seed{seed}"), ref, seed)
+        for ref in refs
+        for seed in study.seeds
+    ]
+
+
+def study_identity(study: ContinualStudy) -> str:
+    """Hex sha256 of the keys that change a run's result."""
+    keys = study.model_dump(mode="json", exclude=set(NOT_IDENTITY))
+    return hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()
+
+
+def run_identity(study: ContinualStudy, spec: RunSpec) -> str:
+    """Hex sha256 of the study's keys, the starting weights and the seed."""
+    weights = spec.ref.weights_fingerprint or spec.ref.commit or spec.ref.label
+    parts = [study_identity(study), weights, spec.seed]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def part_folder(study: ContinualStudy, spec: RunSpec) -> str:
+    """Where a run keeps what it has."""
+    return storage.join(study.output, "runs", spec.name)
+
+
+def read_row(study: ContinualStudy, spec: RunSpec) -> dict[str, Any] | None:
+    """The run's row of ``runs.parquet``; None where it is not finished, or was another run."""
+    path = storage.join(part_folder(study, spec), "run.json")
+    if not storage.exists(path):
+        return None
+    told = storage.read_json(path)
+    return told["row"] if told.get("identity") == run_identity(study, spec) else None
+
+
+def base_row(study: ContinualStudy, spec: RunSpec) -> dict[str, Any]:
+    """The columns of a row that say which run it is."""
+    keys = study.resuscitation
+    return {
+        "run": spec.name,
+        "checkpoint": spec.ref.name,
+        "step": spec.ref.step,
+        "seed": spec.seed,
+        "corpus": study.corpus.name,
+        "resuscitation_ratio": keys.ratio if keys else None,
+        "amplifying_factor": keys.factor if keys else None,
+        "control": keys.control if keys else None,
+    }
+
+
+def write_failed(study: ContinualStudy, spec: RunSpec, error: str) -> None:
+    """Keep a failed run's row; the next command tries the run again."""
+    write_row(study, spec, {**base_row(study, spec), "status": "failed", "error": error})
+
+
+def write_row(study: ContinualStudy, spec: RunSpec, row: dict[str, Any]) -> None:
+    """Keep a run's row, which makes it finished; write whatever else it has before."""
+    told = {"identity": run_identity(study, spec), "row": row}
+    storage.write_json(storage.join(part_folder(study, spec), "run.json"), told)

@@ -1,0 +1,224 @@
+"""What a model knows at one moment: probes, downstream tasks, perplexity, knowledge entropy.
+
+A snapshot goes through JSON unharmed, so that a resumed run still has the one of its start.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ke_ray.core.acquisition import Interval, TaskScore
+from ke_ray.errors import CheckpointError
+from ke_ray.studies.continual import ContinualStudy
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from ke_ray.data.corpus import Corpus
+    from ke_ray.data.probes import Probe
+
+__all__ = [
+    "Asked",
+    "Snapshot",
+    "acquired",
+    "forgotten",
+    "take_snapshot",
+]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What snapshots of a run ask; the same before and after.
+
+    Attributes:
+        probes: of the injected facts; empty: none.
+        held_out: of the old corpus, for perplexity.
+        entropy: the instances for knowledge entropy.
+    """
+
+    tokenizer: Tokenizer
+    probes: tuple[Probe, ...] = ()
+    held_out: Corpus | None = None
+    entropy: Corpus | None = None
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Results of one model.
+
+    Attributes:
+        knowledge: K, nats per target token; None without probes.
+        knowledge_summed: the same of summed log probabilities, nats.
+        paragraphs: mean ℓ per token of each paragraph, in the probes' order.
+        paragraphs_summed: likewise, summed over target tokens.
+        settings: ``once`` or ``paraphrase`` of each paragraph.
+        probe_rows, probe_items: rows of the tables ``probes`` and ``probe_items``, without run
+            and step.
+        downstream: rows of the table ``downstream`` with the ``items`` of each task.
+        perplexity: a row of the table ``perplexity``.
+        entropy_nats: H(θ), the sum over layers; entropy_stderr its jackknife error.
+    """
+
+    knowledge: float | None = None
+    knowledge_summed: float | None = None
+    paragraphs: list[float] = field(default_factory=list)
+    paragraphs_summed: list[float] = field(default_factory=list)
+    settings: list[str] = field(default_factory=list)
+    probe_rows: list[dict[str, Any]] = field(default_factory=list)
+    probe_items: list[dict[str, Any]] = field(default_factory=list)
+    downstream: list[dict[str, Any]] = field(default_factory=list)
+    perplexity: dict[str, Any] | None = None
+    entropy_nats: float | None = None
+    entropy_stderr: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Snapshot:
+        """The inverse of :meth:`to_json`."""
+        return cls(**values)
+
+    @property
+    def accuracy(self) -> float | None:
+        """P, the mean over tasks, a fraction; None without tasks."""
+        if not self.downstream:
+            return None
+        return float(np.mean([row["value"] for row in self.downstream]))
+
+    def task_scores(self) -> list[TaskScore]:
+        """What ``core.acquisition.forgetting_interval`` takes."""
+        return [
+            TaskScore(row["task"], row["value"], _number(row["stderr"]), row["items"])
+            for row in self.downstream
+        ]
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def take_snapshot(
+    model: Any, study: ContinualStudy, asked: Asked, *, probes_only: bool = False
+) -> Snapshot:
+    """Ask a model in memory all that the study asks (or the probes alone).
+
+    Raises:
+        CheckpointError: an answer is not finite.
+        DataError: a probe or an item that the model cannot take.
+    """
+    values: dict[str, Any] = {}
+    if asked.probes:
+        values |= _probe_values(model, study, asked.probes)
+    if probes_only:
+        return Snapshot(**values)
+    if study.downstream is not None:
+        from ke_ray.evaluation.downstream import run_downstream
+
+        keys = study.downstream
+        results = run_downstream(
+            model,
+            asked.tokenizer,
+            keys.tasks,
+            data_dir=keys.data,
+            limit=keys.limit,
+            batch_tokens=keys.batch_tokens,
+            own_tasks=keys.own_tasks,
+        )
+        values["downstream"] = [
+            {**result.row(), "items": [float(i) for i in result.items]} for result in results
+        ]
+    if study.held_out is not None and asked.held_out is not None:
+        from ke_ray.evaluation.perplexity import held_out_perplexity
+
+        corpus = asked.held_out
+        found = held_out_perplexity(
+            model, corpus.input_ids, corpus.lengths, batch_size=study.held_out.batch_size
+        )
+        values["perplexity"] = {"corpus": corpus.name, **found.row()}
+    if study.entropy is not None and asked.entropy is not None:
+        row = entropy_row(model, asked.entropy, study.entropy.batch_size)
+        values |= {"entropy_nats": row.value, "entropy_stderr": row.stderr}
+    return Snapshot(**values)
+
+
+def _probe_values(model: Any, study: ContinualStudy, probes: Sequence[Probe]) -> dict[str, Any]:
+    from ke_ray.core.acquisition import paragraph_means
+    from ke_ray.evaluation.probes import score_probes
+
+    scores = score_probes(model, probes, batch_tokens=study.probes.batch_tokens)
+    if not np.isfinite(scores.logprob_summed).all():
+        raise CheckpointError("The probes' log probabilities are not finite; the model is broken.")
+    labels, per_token = scores.paragraphs()
+    _, summed = paragraph_means(
+        scores.logprob_summed, [(probe.setting, probe.instance) for probe in scores.probes]
+    )
+    return {
+        "knowledge": float(per_token.mean()),
+        "knowledge_summed": float(summed.mean()),
+        "paragraphs": per_token.tolist(),
+        "paragraphs_summed": summed.tolist(),
+        "settings": [setting for setting, _ in labels],
+        "probe_rows": scores.by_level(),
+        "probe_items": scores.items(),
+    }
+
+
+def entropy_row(model: Any, corpus: Corpus, batch_size: int) -> Any:
+    """Total knowledge entropy of a model in memory, as ``core.measures`` gives it (nats).
+
+    Raises:
+        CheckpointError: it is not finite.
+    """
+    from ke_ray.core.measures import evaluate
+
+    row = evaluate(coefficient_sums(model, corpus, batch_size), ["knowledge_entropy"]).row(
+        "knowledge_entropy"
+    )
+    if not math.isfinite(row.value):
+        raise CheckpointError("The knowledge entropy is not finite; the model is broken.")
+    return row
+
+
+def coefficient_sums(model: Any, corpus: Corpus, batch_size: int) -> Any:
+    """``GroupSums`` of |C| over a corpus; ``.mean("coefficients")`` is C̄ [n_layers, d_mlp]."""
+    from ke_ray.models.scoring import score_instances
+
+    was_training = model.training
+    model.eval()
+    try:
+        return score_instances(
+            model,
+            corpus.input_ids,
+            corpus.lengths,
+            measures=("knowledge_entropy",),
+            num_instances=corpus.num_instances,
+            batch_size=batch_size,
+        )
+    finally:
+        model.train(was_training)
+
+
+def acquired(before: Snapshot, after: Snapshot, *, summed: bool = False) -> Interval | None:
+    """A with its interval over paragraphs; None without probes."""
+    from ke_ray.core.acquisition import acquisition_interval
+
+    if not before.paragraphs:
+        return None
+    pair = [s.paragraphs_summed if summed else s.paragraphs for s in (before, after)]
+    return acquisition_interval(pair[0], pair[1], strata=before.settings)
+
+
+def forgotten(before: Snapshot, after: Snapshot) -> Interval | None:
+    """F with its interval over items; None without downstream tasks."""
+    from ke_ray.core.acquisition import forgetting_interval
+
+    if not before.downstream:
+        return None
+    return forgetting_interval(before.task_scores(), after.task_scores())
