@@ -12,21 +12,20 @@ asked for, the forward pass is ended by an exception that never leaves this modu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ke_ray.core.coefficients import TokenMean, accumulation_dtype
 from ke_ray.core.prediction import streamed_entropy
 from ke_ray.errors import UnsupportedArchitectureError
 from ke_ray.models.architectures import FFNLayout
 from ke_ray.models.attention import measure_attention
 
 __all__ = ["Capture"]
-
-_ROWS = 256  # tokens reduced at a time: the buffer stays in the cache (measured, d_mlp 2048)
 
 
 class _Finished(Exception):  # noqa: N818 - ends a forward pass, it is no error
@@ -52,19 +51,23 @@ class Capture:
         self.values: dict[str, Tensor] = {}
         self.last_layer: set[str] = set()
         self.gate_output: Tensor | None = None
-        self.buffer: Tensor | None = None
+        self.mean = TokenMean()
         self.stack = ExitStack()
 
     def __enter__(self) -> Capture:
-        for layer, layout in enumerate(self.layouts):
-            if self.coefficients:
-                self._hook_input(layer, layout.second_projection)
-            if self.relu:
-                self._hook_relu(layer, layout)
-        if self.attention:
-            self.stack.enter_context(
-                measure_attention(self.model, self.layouts, self._see_attention)
-            )
+        try:
+            for layer, layout in enumerate(self.layouts):
+                if self.coefficients:
+                    self._hook_input(layer, layout.second_projection)
+                if self.relu:
+                    self._hook_relu(layer, layout)
+            if self.attention:
+                self.stack.enter_context(
+                    measure_attention(self.model, self.layouts, self._see_attention)
+                )
+        except BaseException:
+            self.stack.close()
+            raise
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -74,7 +77,7 @@ class Capture:
         """Per-instance means by table: [B, n_layers, d_mlp], [B, n_layers] or [B]."""
         self.lengths = lengths
         n_layers, d_mlp = len(self.layouts), self.layouts[0].d_mlp
-        dtype = _accumulation_dtype(self.body)
+        dtype = accumulation_dtype(next(self.body.parameters()).dtype)
         shape = (len(lengths), n_layers)
         self.values = {}
         self.last_layer = set()
@@ -106,7 +109,8 @@ class Capture:
 
     def _hook_input(self, layer: int, projection: nn.Module) -> None:
         def before(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            self._reduce("coefficients", layer, inputs[0], None)
+            for n, (rows,) in self._instances(inputs[0]):
+                self.values["coefficients"][n, layer] = self.mean.magnitude(rows)
             self._seen("coefficients", layer)
 
         self._keep(projection.register_forward_pre_hook(before))
@@ -122,11 +126,9 @@ class Capture:
             self.gate_output = None
             if layout.fused == "gate_up":
                 gate, up = output.chunk(2, dim=-1)
-            if layout.gated:
-                assert gate is not None
-                self._reduce("coefficients_relu", layer, gate, up)
-            else:
-                self._reduce("coefficients_relu", layer, up, None, rectify=True)
+            pair = (gate, up) if layout.gated else (up,)
+            for n, rows in self._instances(*pair):
+                self.values["coefficients_relu"][n, layer] = self.mean.rectified(*rows)
             self._seen("coefficients_relu", layer)
 
         if layout.gate is not None and layout.fused is None:
@@ -136,36 +138,10 @@ class Capture:
     def _keep(self, handle: Any) -> None:
         self.stack.callback(handle.remove)
 
-    def _reduce(
-        self, name: str, layer: int, first: Tensor, factor: Tensor | None, rectify: bool = False
-    ) -> None:
-        """Token means of |first|, or of |ReLU(first) · factor|, into ``values[name][:, layer]``."""
-        target = self.values[name]
-        rectify = rectify or factor is not None
-        buffer = self._buffer(target, first.shape[-1])
-        ones = torch.ones((1, _ROWS), dtype=target.dtype, device=target.device)
+    def _instances(self, *tensors: Tensor | None) -> Iterator[tuple[int, list[Tensor]]]:
+        """Per instance n: its index and the real rows [T_n, …] of each tensor that is given."""
         for n, length in enumerate(self.lengths):
-            total = torch.zeros((1, first.shape[-1]), dtype=target.dtype, device=target.device)
-            for start in range(0, length, _ROWS):
-                stop = min(start + _ROWS, length)
-                rows = buffer[: stop - start]
-                part = first[n, start:stop]
-                if rectify:
-                    rows.copy_(part).clamp_min_(0.0)
-                    if factor is not None:
-                        rows.mul_(factor[n, start:stop]).abs_()
-                elif part.dtype == rows.dtype:
-                    torch.abs(part, out=rows)
-                else:
-                    rows.copy_(part).abs_()
-                # A product with ones: several times faster than a sum over rows on a CPU.
-                total.addmm_(ones[:, : stop - start], rows)
-            target[n, layer] = total[0].div_(length)
-
-    def _buffer(self, like: Tensor, d_mlp: int) -> Tensor:
-        if self.buffer is None:
-            self.buffer = torch.empty((_ROWS, d_mlp), dtype=like.dtype, device=like.device)
-        return self.buffer
+            yield n, [tensor[n, :length] for tensor in tensors if tensor is not None]
 
     def _see_attention(self, layer: int, entropy: Tensor) -> None:
         per_token = entropy.mean(dim=1, dtype=torch.float64)  # [batch, pos]
@@ -199,8 +175,3 @@ def _language_head(model: Any) -> Callable[[Tensor], Tensor]:
         return logits
 
     return head
-
-
-def _accumulation_dtype(model: nn.Module) -> torch.dtype:
-    dtype = next(model.parameters()).dtype
-    return torch.float64 if dtype == torch.float64 else torch.float32
