@@ -40,7 +40,7 @@ __all__ = ["HashingStoppedError", "tensors_sha256", "weights_sha256"]
 
 _PIECE = 2**20  # elements hashed at a time
 _PREFIXES = ("model.", "transformer.", "gpt_neox.")
-_HEADS = ("lm_head.weight", "embed_out.weight")
+_HEAD = "lm_head.weight"  # stored as embed_out.weight by GPT-NeoX
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
 
 
@@ -88,9 +88,8 @@ def tensors_sha256(
         tensor = tensors[name]
         shape = ",".join(str(size) for size in tensor.shape)
         digests[canonical] = (shape, _digest(tensor, should_stop))
-    for head in _HEADS:
-        if any(digests.get(head) == digests.get(name, ()) for name in _EMBEDDINGS):
-            del digests[head]
+    if any(digests.get(_HEAD) == digests.get(name, ()) for name in _EMBEDDINGS):
+        del digests[_HEAD]
     total = hashlib.sha256()
     for name, (shape, digest) in sorted(digests.items()):
         total.update(f"{name}\0{shape}\0".encode() + digest + b"\n")
@@ -98,6 +97,8 @@ def tensors_sha256(
 
 
 def _canonical(name: str) -> str:
+    if name == "embed_out.weight":
+        return _HEAD
     for prefix in _PREFIXES:
         if name.startswith(prefix):
             return name.removeprefix(prefix)

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 __all__ = ["NativeConfig", "parse_native_config", "read_native_config"]
 
 _FILE_LIMIT = 16 * 2**20  # bytes of a config.yaml; those with all data paths have about 0.2 MiB
-_SECTION_LIMIT = 256 * 2**10
+_SECTION_LIMIT = 64 * 2**10
+_OPEN_LIMIT = 256  # brackets; the time of a YAML parser grows with the square of their depth
 _INT_LIMIT = 2**31
 # Keys of OLMo's ModelConfig that do not change what a trained model computes.
 _HARMLESS = re.compile(
@@ -326,6 +327,8 @@ def _model_section(text: str, where: str) -> dict[str, Any]:
     section = found.group(0) if found else text
     if len(section) > _SECTION_LIMIT:
         raise CheckpointError(f"{where}: no 'model' section of at most {_SECTION_LIMIT:,} bytes.")
+    if section.count("[") + section.count("{") > _OPEN_LIMIT:
+        raise CheckpointError(f"{where}: no 'model' section with at most {_OPEN_LIMIT} brackets.")
     try:
         if any(
             isinstance(event, yaml.AliasEvent) for event in yaml.parse(section, yaml.SafeLoader)
