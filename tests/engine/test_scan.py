@@ -1,0 +1,341 @@
+"""The scan on real Ray: same numbers however it is cut, nothing lost, nothing done twice."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from ke_ray.engine import plan
+from ke_ray.engine.scan import run_scan
+from ke_ray.engine.scan_setup import prepare_scan
+from ke_ray.results import ScanFolder, read_manifest
+from ke_ray.studies.parts import TrackingSettings
+from ke_ray.studies.scan import ALL_MEASURES
+from ke_ray.tracking import Tracker
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+
+
+class Recorder:
+    """Remembers what a scan told."""
+
+    def __init__(self):
+        self.done, self.failed, self.skipped, self.on_checkpoint = [], [], 0, None
+
+    def start(self, *, num_checkpoints, num_skipped, num_tokens):
+        self.skipped = num_skipped
+
+    def tokens(self, num_tokens):
+        pass
+
+    def checkpoint(self, ref, rows):
+        ok = all(row["status"] == "ok" for row in rows)
+        (self.done if ok else self.failed).append(ref.name)
+        if self.on_checkpoint:
+            self.on_checkpoint(ref)
+
+    def stop(self):
+        pass
+
+
+def scan(study, recorder=None):
+    recorder = recorder or Recorder()
+    with Tracker(study.mlflow) as tracker:
+        outcome = run_scan(prepare_scan(study), recorder, tracker)
+    return outcome, recorder
+
+
+def values_of(output):
+    return {
+        (r["checkpoint"], r["corpus"], r["layer"], r["measure"]): (r["value"], r["stderr"])
+        for r in ScanFolder.open(str(output)).entropy().to_pylist()
+        if r["status"] == "ok"
+    }
+
+
+def assert_same(found, expected, tolerance=1e-6):
+    assert found.keys() == expected.keys()
+    for key, pair in expected.items():
+        np.testing.assert_allclose(
+            found[key], pair, rtol=tolerance, atol=tolerance, err_msg=str(key)
+        )
+
+
+@pytest.fixture(scope="module")
+def expected(series, token_ids):
+    """Every measure of every checkpoint by one call without Ray."""
+    import torch
+
+    from ke_ray.core.measures import evaluate
+    from ke_ray.models.loading import load_model
+    from ke_ray.models.scoring import score_instances
+
+    ids = np.load(token_ids).astype(np.int32)
+    values = {}
+    for folder in sorted(series.iterdir()):
+        model = load_model(folder, dtype=torch.float32)
+        sums = score_instances(
+            model, ids, None, measures=ALL_MEASURES, num_instances=70, batch_size=70
+        )
+        for row in evaluate(sums, ALL_MEASURES).rows:
+            values[folder.name, "ids", row.layer, row.measure] = (row.value, row.stderr)
+    return values
+
+
+@pytest.mark.parametrize(
+    ("num_actors", "batch_size", "least_cut"), [(1, 70, 65536), (2, 3, 65536), (2, 7, 1)]
+)
+def test_actors_batches_and_cuts_change_nothing(
+    scan_study, series, expected, monkeypatch, num_actors, batch_size, least_cut
+):
+    monkeypatch.setattr(plan, "MIN_TOKENS_OF_A_CUT", least_cut)
+    study = scan_study(
+        num_actors=num_actors,
+        batch_size=batch_size,
+        measures=ALL_MEASURES,
+        # An odd number, so that the last checkpoint is cut where cutting is allowed.
+        checkpoints={"spec": str(series), "steps": "10:30"},
+    )
+    setup = prepare_scan(study)
+    if least_cut == 1:
+        assert len(plan.plan_items(setup.works, num_actors)) == 4
+    outcome, _ = scan(study)
+    assert outcome.exit_code == 0
+    assert_same(values_of(study.output), {k: v for k, v in expected.items() if k[0] != "step40"})
+
+
+def test_result_columns_hold_what_they_say(scan_study, series):
+    study = scan_study(measures=("knowledge_entropy", "gini"))
+    scan(study)
+    folder = ScanFolder.open(study.output)
+    rows = folder.entropy().to_pylist()
+    assert len(rows) == 4 * 2 * 3
+    first = rows[0]
+    assert (first["checkpoint"], first["step"], first["num_instances"]) == ("step10", 10, 70)
+    assert first["num_tokens"] == 70 * 24
+    assert len(first["weights_sha256"]) == len(first["data_sha256"]) == 64
+    units = {(r["measure"], r["unit"]) for r in rows}
+    assert units == {("knowledge_entropy", "nats"), ("gini", "fraction")}
+    assert folder.replicates().num_rows == 4 * 2 * 3 * 64
+    coefficients = folder.mean_coefficients("step20")
+    assert coefficients.shape == (2, 48)
+    shares = coefficients / coefficients.sum(1, keepdims=True)
+    total = next(
+        r["value"]
+        for r in rows
+        if (r["checkpoint"], r["measure"], r["layer"]) == ("step20", "knowledge_entropy", None)
+    )
+    assert total == pytest.approx(-(shares * np.log(shares)).sum(), abs=1e-5)
+    manifest = read_manifest(study.output)
+    assert manifest["status"] == "finished"
+    assert [c["step"] for c in manifest["checkpoints"]] == [10, 20, 30, 40]
+
+
+def test_finished_work_is_never_done_again_and_wider_requests_add(scan_study, series, token_ids):
+    narrow = scan_study(
+        measures=("knowledge_entropy",), checkpoints={"spec": str(series), "steps": "10:20"}
+    )
+    scan(narrow)
+    before = values_of(narrow.output)
+    _, again = scan(narrow)
+    assert (again.done, again.skipped) == ([], 2)
+    _, wider = scan(scan_study(measures=("knowledge_entropy",)))
+    assert (wider.done, wider.skipped) == (["step30", "step40"], 2)
+    _, more = scan(scan_study(measures=("knowledge_entropy", "top_k_mass")))
+    assert (sorted(more.done), more.skipped) == (["step10", "step20", "step30", "step40"], 0)
+    other = token_ids.with_name("other.npy")
+    np.save(other, np.load(token_ids)[::-1])
+    both = {"ids": str(token_ids), "other": str(other)}
+    scan(scan_study(measures=("knowledge_entropy", "top_k_mass"), data=both))
+    found = values_of(narrow.output)
+    assert {key: found[key] for key in before} == before
+    assert len(found) == 4 * 2 * 2 * 3
+
+
+def break_checkpoint(folder: Path, how: str) -> None:
+    import safetensors.torch as st
+
+    weights = folder / "model.safetensors"
+    if how == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-1000])
+        return
+    tensors = st.load_file(weights)
+    name = "model.layers.1.mlp.up_proj.weight"
+    if how == "shapes":
+        tensors[name] = tensors[name][:-1].contiguous()
+    elif how == "nan":
+        tensors[name][0, 0] = float("nan")
+    elif how == "missing":
+        del tensors[name]
+    st.save_file(tensors, weights, metadata={"format": "pt"})
+
+
+def test_broken_checkpoints_become_rows_and_the_others_finish(scan_study, series, tmp_path):
+    folder = tmp_path / "series"
+    shutil.copytree(series, folder)
+    broken = {"step15": "truncated", "step25": "shapes", "step35": "nan", "step45": "missing"}
+    for name, how in broken.items():
+        shutil.copytree(series / "step10", folder / name)
+        break_checkpoint(folder / name, how)
+    study = scan_study(
+        checkpoints={"spec": str(folder)}, measures=("knowledge_entropy",), num_actors=2
+    )
+    outcome, recorder = scan(study)
+    assert outcome.exit_code == 1
+    assert sorted(recorder.done) == ["step10", "step20", "step30", "step40"]
+    assert sorted(name for name, _ in outcome.failures) == sorted(broken)
+    rows = ScanFolder.open(study.output).entropy().to_pylist()
+    errors = {r["checkpoint"]: r["error"] for r in rows if r["status"] == "failed"}
+    assert sorted(errors) == sorted(broken)
+    assert all(error and "\n" not in error for error in errors.values())
+    assert "truncated" in errors["step15"]
+    assert "NaN" in errors["step35"]
+    assert read_manifest(study.output)["status"] == "failed"
+
+    # Mended, the same request does these four and ends well.
+    for name in broken:
+        shutil.rmtree(folder / name)
+        shutil.copytree(series / "step20", folder / name)
+    outcome, recorder = scan(study)
+    assert (outcome.exit_code, sorted(recorder.done), recorder.skipped) == (0, sorted(broken), 4)
+    rows = ScanFolder.open(study.output).entropy().to_pylist()
+    assert {r["status"] for r in rows} == {"ok"}
+    duplicates = {r["checkpoint"]: r["duplicate_of"] for r in rows}
+    assert duplicates["step25"] == "step15"
+    assert duplicates["step20"] == "step15"
+    assert duplicates["step10"] is None
+
+
+def scorer_pids():
+    return [
+        child.pid
+        for child in psutil.Process().children(recursive=True)
+        if "MapWorker" in " ".join(child.cmdline())
+    ]
+
+
+def test_a_killed_scorer_changes_no_result(scan_study, expected, tmp_path, series):
+    # Enough checkpoints that the kill falls into the middle.
+    folder = tmp_path / "series"
+    for number in range(12):
+        shutil.copytree(series / f"step{10 * (number % 4 + 1)}", folder / f"step{number}")
+    study = scan_study(
+        checkpoints={"spec": str(folder)}, measures=ALL_MEASURES, num_actors=2, batch_size=1
+    )
+    recorder = Recorder()
+    killed = []
+
+    def kill_once(ref):
+        if len(recorder.done) == 3 and not killed:
+            killed.extend(scorer_pids()[:1])
+            os.kill(killed[0], signal.SIGKILL)
+
+    recorder.on_checkpoint = kill_once
+    outcome, _ = scan(study, recorder)
+    assert killed
+    assert outcome.exit_code == 0
+    assert sorted(recorder.done) == sorted(f"step{n}" for n in range(12))
+    wanted = {
+        (f"step{n}", *key[1:]): value
+        for n in range(12)
+        for key, value in expected.items()
+        if key[0] == f"step{10 * (n % 4 + 1)}"
+    }
+    assert_same(values_of(study.output), wanted)
+
+
+def test_an_item_that_keeps_killing_its_actor_is_given_up(scan_study, series, token_ids):
+    """The scorer's own count of attempts, with a real monitor that has seen three of them."""
+    import pyarrow as pa
+    import ray
+
+    from ke_ray.engine.scorer import (
+        CheckpointScorer,
+        ScanMonitor,
+        ScorerSettings,
+        item_to_json,
+    )
+
+    setup = prepare_scan(scan_study(measures=("knowledge_entropy",)))
+    monitor = ray.remote(num_cpus=0)(ScanMonitor).remote()
+    corpus = setup.corpora["ids"]
+    scorer = CheckpointScorer(
+        ScorerSettings("float32", 8, 0.01, 0.1, None, None, None),
+        setup.refs,
+        {"ids": ray.put((corpus.input_ids, corpus.lengths))},
+        monitor,
+    )
+    item = plan.plan_items(setup.works, 1)[0]
+    batch = pa.table({"item": [item_to_json(item)]})
+    statuses = [scorer(batch)["status"].to_pylist() for _ in range(4)]
+    assert statuses == [["ok"], ["ok"], ["ok"], ["failed"]]
+    assert "3 times" in scorer(batch)["error"][0].as_py()
+
+
+def test_an_interrupt_keeps_what_is_finished(scan_study, series, expected):
+    study = scan_study(measures=("knowledge_entropy",), num_actors=1)
+    recorder = Recorder()
+
+    def interrupt(ref):
+        recorder.on_checkpoint = None
+        signal.raise_signal(signal.SIGINT)
+
+    recorder.on_checkpoint = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        scan(study, recorder)
+    assert read_manifest(study.output)["status"] == "interrupted"
+    finished = {key[0] for key in values_of(study.output)}
+    assert finished
+    _, again = scan(study)
+    assert again.skipped == len(finished)
+    assert set(again.done) == {"step10", "step20", "step30", "step40"} - finished
+    assert_same(
+        values_of(study.output),
+        {key: value for key, value in expected.items() if key[3] == "knowledge_entropy"},
+    )
+
+
+def test_mlflow_has_a_point_for_each_checkpoint(scan_study, tmp_path):
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    study = scan_study(
+        measures=("knowledge_entropy",), mlflow=TrackingSettings(uri=uri, experiment="scans")
+    )
+    outcome, _ = scan(study)
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(uri)
+    run = client.get_run(outcome.mlflow_run_id)
+    assert run.info.status == "FINISHED"
+    history = client.get_metric_history(outcome.mlflow_run_id, "knowledge_entropy/total_nats")
+    values = values_of(study.output)
+    assert {(point.step, point.value) for point in history} == {
+        (step, values[f"step{step}", "ids", None, "knowledge_entropy"][0])
+        for step in (10, 20, 30, 40)
+    }
+    assert run.data.params["num_instances"] == "70"
+    corpus_sha256 = prepare_scan(study).corpora["ids"].sha256
+    assert run.data.tags["data_sha256.ids"] == corpus_sha256
+    assert len(run.data.tags["weights_sha256.step10"]) == 64
+    assert run.inputs.dataset_inputs[0].dataset.name == "ids"
+
+
+def test_progress_counts_tokens_while_it_runs(scan_study):
+    seen = []
+
+    class Counter(Recorder):
+        def tokens(self, num_tokens):
+            seen.append(num_tokens)
+
+    threads_before = threading.active_count()
+    scan(scan_study(batch_size=1, num_actors=1), Counter())
+    assert seen == sorted(seen)
+    time.sleep(0.1)
+    assert threading.active_count() <= threads_before + 2
