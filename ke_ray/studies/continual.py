@@ -24,11 +24,20 @@ __all__ = [
     "HeldOutKeys",
     "InjectionKeys",
     "ProbeKeys",
+    "Starts",
     "TrainingCorpus",
 ]
 
 #: The names of ``ke_ray.evaluation.downstream.TASK_METRICS``, here without lm-eval.
 ALL_TASKS = ("sciq", "winogrande", "arc_easy", "piqa", "hellaswag", "openbookqa")
+
+
+class Starts(CheckpointSelection):
+    """Starting checkpoints: a selection, and of it a few from early to last."""
+
+    spread: int | None = Field(
+        None, ge=1, description="of what is left so many at even places, first and last included"
+    )
 
 
 class TrainingCorpus(Strict):
@@ -130,7 +139,7 @@ class ContinualStudy(TrainingKeys):
     """``ke-ray continual``: one training run for each starting checkpoint and seed."""
 
     kind: Literal["continual"] = "continual"
-    starts: CheckpointSelection
+    starts: Starts
     tokenizer: str | None = Field(None, description="file, folder or repo; null: the checkpoint's")
     eos_token_id: int | None = Field(None, ge=0, description="null: the model config's")
     corpus: TrainingCorpus

@@ -144,6 +144,9 @@ class Biographies(Strict):
     documents_per_person: int = Field(48, ge=1)
     num_new_people: int = Field(16, ge=2, description="facts to inject; none is in the corpus")
     num_once: int | None = Field(None, ge=0, description="of the new people; null: 6 of 13")
+    num_other_people: int = Field(
+        32, ge=1, description="in other_documents.jsonl.gz alone: a corpus to go on with"
+    )
     num_questions: int = Field(200, ge=4)
     seed: int = Field(0, ge=0)
 

@@ -158,7 +158,9 @@ def prepare_data(study: PretrainStudy) -> PretrainData:
 
 def _biographies(study: PretrainStudy) -> str:
     """Writes the generated world where it is not there yet; its documents."""
-    from ke_ray.data.biographies import write_biographies
+    import gzip
+
+    from ke_ray.data.biographies import iter_biographies, make_people, write_biographies
 
     world = storage.join(study.output, "world")
     keys = study.data.biographies
@@ -166,7 +168,13 @@ def _biographies(study: PretrainStudy) -> str:
         raise DataError("This study has neither data.source nor data.biographies.")
     done = storage.join(world, "world.json")
     if not storage.exists(done):  # written last: without it the files may be half there
-        files = write_biographies(world, **keys.model_dump())
+        files = write_biographies(world, **keys.model_dump(exclude={"num_other_people"}))
+        first = keys.num_people + keys.num_new_people
+        others = make_people(first + keys.num_other_people, seed=keys.seed)[first:]
+        documents = iter_biographies(others, keys.documents_per_person, seed=keys.seed + 1)
+        text = "".join(json.dumps(document, ensure_ascii=False) + "\n" for document in documents)
+        place = storage.join(world, "other_documents.jsonl.gz")
+        storage.write_atomic(place, gzip.compress(text.encode(), 6, mtime=0))
         storage.write_json(done, {"documents": files.documents, **keys.model_dump()})
     return storage.join(world, "documents.jsonl.gz")
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ke_ray.models.reference import CheckpointRef
 
 __all__ = [
+    "NOT_IDENTITY",
     "RunSpec",
     "base_row",
     "list_runs",
@@ -75,6 +76,9 @@ def list_runs(study: ContinualStudy) -> list[RunSpec]:
     refs = list_checkpoints(
         keys.spec, revisions=keys.revisions, steps=keys.steps, every=keys.every, limit=keys.limit
     )
+    if keys.spread is not None and keys.spread < len(refs):
+        last, gaps = len(refs) - 1, max(1, keys.spread - 1)
+        refs = [refs[last - round(i * last / gaps)] for i in range(keys.spread)][::-1]
     return [
         RunSpec(storage.slug(f"{ref.name}-seed{seed}"), ref, seed)
         for ref in refs
@@ -124,9 +128,12 @@ def base_row(study: ContinualStudy, spec: RunSpec) -> dict[str, Any]:
     }
 
 
-def write_failed(study: ContinualStudy, spec: RunSpec, error: str) -> None:
-    """Keep a failed run's row; the next command tries the run again."""
-    write_row(study, spec, {**base_row(study, spec), "status": "failed", "error": error})
+def write_failed(
+    study: ContinualStudy, spec: RunSpec, error: str, *, fit: str | None = None
+) -> None:
+    """Keep a failed run's row; the next command (another ``fit``) tries the run again."""
+    row = {**base_row(study, spec), "status": "failed", "error": error, "fit": fit}
+    write_row(study, spec, row)
 
 
 def write_row(study: ContinualStudy, spec: RunSpec, row: dict[str, Any]) -> None:
