@@ -140,15 +140,17 @@ def ceiling(scan: Result) -> Ceiling | None:
     return None
 
 
-def paired_change(scan: Result, measure: str, corpus: str) -> pd.DataFrame:
-    """Change of a total since the first checkpoint: [checkpoint, step, x, value, stderr].
+def paired_change(scan: Result, measure: str, corpus: str, base: str | None = None) -> pd.DataFrame:
+    """Change of a total since checkpoint ``base`` (default: the first one).
 
-    The error is that of the difference (NaN where the folder keeps no replicates of the two).
+    Columns [checkpoint, step, x, value, stderr]; the error is that of the difference (NaN where
+    the folder keeps no replicates of the two). Empty where ``base`` was not scored.
     """
     series = totals(scan, measure, corpus)
-    if series.empty:
-        return series
-    first = series.iloc[0]
+    origin = series if base is None else series[series["checkpoint"] == base]
+    if origin.empty:
+        return series.iloc[:0]
+    first = origin.iloc[0]
     replicates = scan.table("replicates")
     vectors: dict[str, np.ndarray] = {}
     if not replicates.empty:
@@ -166,13 +168,13 @@ def paired_change(scan: Result, measure: str, corpus: str) -> pd.DataFrame:
     for _, row in series.iterrows():
         change = row["value"] - first["value"]
         changes.append(change)
-        mine, base = vectors.get(row["checkpoint"]), vectors.get(first["checkpoint"])
+        mine, theirs = vectors.get(row["checkpoint"]), vectors.get(first["checkpoint"])
         if row["checkpoint"] == first["checkpoint"]:
             errors.append(0.0)
-        elif mine is None or base is None or not len(mine) == len(base) == len(sizes):
+        elif mine is None or theirs is None or not len(mine) == len(theirs) == len(sizes):
             errors.append(math.nan)
         else:
-            errors.append(float(jackknife.standard_error(change, mine - base, sizes)))
+            errors.append(float(jackknife.standard_error(change, mine - theirs, sizes)))
     return series.assign(value=changes, stderr=errors)
 
 

@@ -118,6 +118,12 @@ class Result:
     notes: tuple[str, ...] = field(default=())
 
     @property
+    def planned(self) -> int | None:
+        """Checkpoints that the study is about; None where the manifest does not list them."""
+        listed = self.manifest.get("checkpoints")
+        return len(listed) if isinstance(listed, list) else None
+
+    @property
     def command(self) -> str:
         """The command that made it, as one shell line; empty where the manifest has none."""
         command = self.manifest.get("command")
