@@ -33,11 +33,11 @@ def num_body_parameters(config: Any) -> int:
 
 
 def _first_config(refs: list[CheckpointRef]) -> Any:
-    from ke_ray.models.loading import load_config
+    from ke_ray.models.remote_config import read_config
 
     for ref in refs[:5]:
         try:
-            return load_config(ref)
+            return read_config(ref)
         except CheckpointError:
             continue
     return None

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["check_finite", "find_tokenizer", "load_config", "load_model", "local_folder", "quiet"]
+__all__ = ["check_finite", "config_from", "find_tokenizer", "load_config", "load_model", "local_folder", "quiet"]
 
 _CONFIG_LIMIT = 16 * 2**20  # bytes of a config.json
 _INT_LIMIT = 2**31
@@ -70,7 +70,7 @@ def load_config(checkpoint: CheckpointRef | str | Path) -> PreTrainedConfig:
         UnsupportedArchitectureError: ke_ray cannot score this architecture.
     """
     folder = local_folder(checkpoint)
-    return _read_config(folder, read_layout(folder))
+    return config_from(folder, read_layout(folder))
 
 
 def load_model(
@@ -96,7 +96,7 @@ def load_model(
 
     folder = local_folder(checkpoint)
     layout = read_layout(folder)
-    config = _read_config(folder, layout)
+    config = config_from(folder, layout)
     target, where = dtype or torch.float32, torch.device(device)
     with _explained(folder), quiet():
         weights = open_weights(folder, layout)
@@ -126,7 +126,13 @@ def check_finite(model: PreTrainedModel, where: str) -> None:
         )
 
 
-def _read_config(folder: Path, layout: Layout) -> PreTrainedConfig:
+def config_from(folder: Path, layout: Layout) -> PreTrainedConfig:
+    """The transformers configuration that a folder's config file describes; needs no weights.
+
+    Raises:
+        CheckpointError: malformed.
+        UnsupportedArchitectureError: ke_ray cannot score this architecture.
+    """
     from ke_ray.models.architectures import check_config
 
     if layout.format == "native":
