@@ -15,7 +15,12 @@ from ke_ray import storage
 from ke_ray.core.measures import MEASURE_VERSION
 from ke_ray.data.corpus import Corpus, build_corpus, source_kind
 from ke_ray.engine.plan import CheckpointWork, CorpusWork
-from ke_ray.errors import CheckpointError, DataError, ResultsError
+from ke_ray.errors import (
+    CheckpointError,
+    DataError,
+    ResultsError,
+    UnsupportedArchitectureError,
+)
 from ke_ray.models.catalog import list_checkpoints
 from ke_ray.models.reference import CheckpointRef
 from ke_ray.results import ScanFolder, new_manifest, read_manifest
@@ -221,15 +226,23 @@ def _build_corpora(study: ScanStudy, refs: Sequence[CheckpointRef]) -> dict[str,
 
 
 def _first_config(refs: Sequence[CheckpointRef]) -> tuple[Any, CheckpointRef | None]:
-    """The config of the first checkpoint that has a readable one (others become failed rows)."""
+    """The config of the first checkpoint that can be scored; others become failed rows.
+
+    Raises:
+        UnsupportedArchitectureError: there are configs, and none can be scored.
+    """
     from ke_ray.models.remote_config import read_config
 
+    refused: UnsupportedArchitectureError | None = None
     for ref in refs[:20]:
         try:
-            config = read_config(ref)
+            return read_config(ref), ref
+        except UnsupportedArchitectureError as error:
+            refused = refused or error
         except CheckpointError:
             continue
-        return config, ref
+    if refused is not None:
+        raise refused
     return None, None
 
 

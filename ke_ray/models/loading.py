@@ -31,7 +31,15 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["check_finite", "config_from", "find_tokenizer", "load_config", "load_model", "local_folder", "quiet"]
+__all__ = [
+    "check_finite",
+    "config_from",
+    "find_tokenizer",
+    "load_config",
+    "load_model",
+    "local_folder",
+    "quiet",
+]
 
 _CONFIG_LIMIT = 16 * 2**20  # bytes of a config.json
 _INT_LIMIT = 2**31
