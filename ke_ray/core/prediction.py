@@ -17,7 +17,8 @@ from torch import Tensor
 
 __all__ = ["next_token_entropy", "streamed_entropy"]
 
-_CHUNK_ELEMENTS = 2**24  # logits held at once: 64 MB in float32
+_CHUNK_CPU = 2**24  # logits held at once: 64 MB in float32
+_CHUNK_ACCELERATOR = 2**27
 _CACHE_ROWS = 32  # on a CPU: rows whose softmax stays near the core (measured, vocabulary 50k)
 
 
@@ -40,7 +41,9 @@ def next_token_entropy(logits: Tensor) -> Tensor:
         part = logits[start : start + rows]
         p = torch.softmax(part, dim=-1, out=buffer[: part.shape[0]])
         top = part.amax(dim=-1)
-        expected = torch.linalg.vecdot(p, part.clamp_min(torch.finfo(part.dtype).min))
+        expected = torch.linalg.vecdot(p, part)
+        if bool(expected.isnan().any()):  # 0 · −∞: an impossible token adds nothing
+            expected = torch.linalg.vecdot(p, part.clamp_min(torch.finfo(part.dtype).min))
         entropy[start : start + rows] = top.double() - p.amax(dim=-1).log() - expected
     return entropy.clamp_min_(0.0)
 
@@ -51,11 +54,13 @@ def streamed_entropy(hidden: Tensor, head: Callable[[Tensor], Tensor], vocabular
     Args:
         hidden: [tokens, d_model], after the final norm.
         head: maps [chunk, d_model] to logits [chunk, vocabulary], soft-capping and bias included.
-        vocabulary: number of logits, which fixes the chunk: at most 2²⁴ logits are held.
+        vocabulary: number of logits, which fixes the chunk: at most 2²⁴ logits are held
+            on a CPU, 2²⁷ on an accelerator (but at least 32 tokens).
 
     Returns:
         float64 [tokens], nats.
     """
-    chunk = max(32, min(4096, _CHUNK_ELEMENTS // vocabulary))
+    elements = _CHUNK_CPU if hidden.device.type == "cpu" else _CHUNK_ACCELERATOR
+    chunk = max(32, min(4096, elements // vocabulary))
     parts = [next_token_entropy(head(part)) for part in hidden.split(chunk)]
     return torch.cat(parts) if parts else hidden.new_empty(0, dtype=torch.float64)

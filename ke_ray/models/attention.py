@@ -68,6 +68,10 @@ def _bound(sink: Callable[[int, Tensor], None], layer: int) -> Callable[[Tensor]
     return report
 
 
+def _ignore(_entropy: Tensor) -> None:
+    pass
+
+
 def _register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -105,7 +109,9 @@ def _attend(
             f"attention entropy of {type(module).__name__} is not measured: its scores also depend "
             f"on {', '.join(refused) or 'dropout'}. Leave attention_entropy out of the measures."
         )
-    sink = getattr(module, _SINK)
+    sink = getattr(module, _SINK, None)
+    if sink is None:  # another model that shares the measured one's config
+        sink = _ignore
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     causal = bool(kwargs.get("is_causal", getattr(module, "is_causal", True)))
     shared = query.shape[1] // key.shape[1]

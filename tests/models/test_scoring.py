@@ -263,3 +263,16 @@ def test_nan_weights_show_in_the_sums(tiny_decoder):
         describe(model)[1].up_weight()[0, 0] = torch.nan
     ids, _ = instances(n=2)
     assert not score_model(model, ids).is_finite()
+
+
+def test_a_model_that_shares_the_config_still_runs_while_another_is_measured(tiny_decoder):
+    from transformers import AutoModelForCausalLM
+
+    from ke_ray.models.attention import measure_attention
+
+    model = tiny_decoder("olmo")
+    other = AutoModelForCausalLM.from_config(model.config).eval()
+    ids, _ = instances(n=2)
+    expected = other(ids).logits
+    with measure_attention(model, describe(model), lambda _layer, _entropy: None):
+        torch.testing.assert_close(other(ids).logits, expected)
