@@ -24,6 +24,7 @@ The YAML that names such data::
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -50,6 +51,8 @@ OLMO_SEED = 6198
 _TOKEN_BYTES = 2
 _ID_BYTES = 4
 _RANGES_AT_ONCE = 256
+_CONNECTIONS = 16
+_PAUSES_S = (0.0, 0.5, 2.0)  # before the first, second and third attempt
 
 
 @dataclass(frozen=True)
@@ -277,13 +280,25 @@ def _fetch(
     chosen = [ranges[index] for index in batch]
     if not chosen:
         return []
+    # Left alone, fsspec opens as many connections as there are ranges; servers stall or refuse.
+    options = {"batch_size": _CONNECTIONS} if filesystem.async_impl else {}
     with reading(chosen[0][0].url):
-        blocks = filesystem.cat_ranges(
-            [file.path for file, _, _ in chosen],
-            [start for _, start, _ in chosen],
-            [end for _, _, end in chosen],
-            on_error="raise",
-        )
+        for pause_s in _PAUSES_S:
+            time.sleep(pause_s)
+            try:
+                blocks = filesystem.cat_ranges(
+                    [file.path for file, _, _ in chosen],
+                    [start for _, start, _ in chosen],
+                    [end for _, _, end in chosen],
+                    on_error="raise",
+                    **options,
+                )
+                break
+            except (FileNotFoundError, PermissionError):
+                raise
+            except Exception:
+                if pause_s == _PAUSES_S[-1]:
+                    raise
     for (file, start, end), block in zip(chosen, blocks, strict=True):
         if len(block) != end - start:
             raise DataError(

@@ -155,6 +155,7 @@ class Served:
 
     url: str
     body_bytes: int = 0
+    failures_left: int = 0
     requests: list[str] = field(default_factory=list)
 
 
@@ -185,6 +186,9 @@ def serve(folder: Path, *, with_ranges: bool) -> Iterator[Served]:
                 start, end = int(asked[1]), min(int(asked[2]) + 1, whole)
                 data, status = data[start:end], 206
                 self_range = f"bytes {start}-{end - 1}/{whole}"
+            if with_body and served.failures_left:
+                served.failures_left -= 1
+                data, status, self_range = b"", 503, ""
             self.send_response(status)
             self.send_header("Content-Length", str(len(data)))
             if with_ranges:
@@ -256,6 +260,19 @@ def test_a_server_without_ranges_is_refused_after_one_file(
     with pytest.raises(DataError, match="does not serve ranges"):
         read_instances(source, num_instances=None)
     assert len(plain_server.requests) == 1
+
+
+def test_a_server_that_fails_twice_is_asked_again(
+    tmp_path: Path, range_server: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ke_ray.data.olmo_order._PAUSES_S", (0.0, 0.01, 0.02))
+    _, instances = make_parts(tmp_path)
+    source = make_source([f"{range_server.url}/part-0.npy"], instances=(4, 1, 3))
+    range_server.failures_left = 2
+    assert np.array_equal(read_instances(source, num_instances=None)[0], instances[[4, 1, 3]])
+    range_server.failures_left = 3
+    with pytest.raises(DataError, match="503"):
+        read_instances(source, num_instances=None)
 
 
 def test_a_missing_file_on_a_server_is_said(range_server: Served) -> None:
