@@ -207,7 +207,7 @@ def _attempt(
                 _tag(partial).unlink(missing_ok=True)
             size = have if resumed else 0
             with partial.open("ab" if resumed else "wb") as file:
-                while chunk := response.read(_CHUNK):
+                while chunk := response.read1(_CHUNK):
                     file.write(chunk)
                     size += len(chunk)
                     if should_stop is not None and should_stop():

@@ -1,0 +1,281 @@
+"""Listing: every kind of SPEC, selections, duplicates, and one clear error for each mistake."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ke_ray.errors import CheckpointSpecError, KeRayError
+from ke_ray.models.catalog import list_checkpoints
+from ke_ray.models.csv_list import parse_csv_list
+from ke_ray.models.duplicates import flag_duplicates, folder_fingerprint
+from ke_ray.models.reference import CheckpointRef
+
+
+def make(folder: Path, content: bytes = b"w", config: str = "config.json") -> Path:
+    folder.mkdir(parents=True)
+    (folder / config).write_text("{}")
+    (folder / "model.safetensors").write_bytes(content)
+    return folder
+
+
+@pytest.fixture
+def series(tmp_path: Path) -> Path:
+    for step in (0, 20, 3, 100):
+        make(tmp_path / "run" / f"step{step}", f"weights {step}".encode())
+    return tmp_path / "run"
+
+
+def steps(refs: list[CheckpointRef]) -> list[int | None]:
+    return [ref.step for ref in refs]
+
+
+def test_one_folder(series: Path, monkeypatch) -> None:
+    (ref,) = list_checkpoints(str(series / "step20"))
+    assert (ref.name, ref.step, ref.format, ref.is_local) == ("step20", 20, "hf", True)
+    assert ref.size_bytes == len("{}") + len("weights 20")
+    monkeypatch.chdir(series / "step20")
+    assert list_checkpoints(".")[0].name == "step20"
+    assert list_checkpoints(f"file://{series}/step20")[0].step == 20
+
+
+def test_folder_of_folders_in_step_order(series: Path) -> None:
+    make(series / "final", b"weights final")
+    make(series / ".step7.tmp", b"half written")
+    (series / "logs").mkdir()
+    (series / "logs" / "config.yaml").write_text("not a checkpoint")
+    refs = list_checkpoints(str(series))
+    assert steps(refs) == [0, 3, 20, 100, None]
+    assert [ref.name for ref in refs] == ["step0", "step3", "step20", "step100", "final"]
+
+
+def test_checkpoints_subfolder_of_a_run(series: Path, tmp_path: Path) -> None:
+    shutil.move(series, tmp_path / "other" / "checkpoints")
+    assert steps(list_checkpoints(str(tmp_path / "other"))) == [0, 3, 20, 100]
+
+
+def test_glob(series: Path) -> None:
+    assert steps(list_checkpoints(str(series / "step[0-9]"))) == [0, 3]
+    assert steps(list_checkpoints(f"{series.parent}/*/step*0")) == [0, 20, 100]
+
+
+def test_native_and_hf_folders_are_told_apart(tmp_path: Path) -> None:
+    make(tmp_path / "a" / "iter_0000010", b"1", "config.yaml")
+    make(tmp_path / "a" / "global_step20", b"2")
+    make(tmp_path / "a" / "checkpoint-30", b"3")
+    refs = list_checkpoints(str(tmp_path / "a"))
+    assert [(ref.step, ref.format) for ref in refs] == [(10, "native"), (20, "hf"), (30, "hf")]
+
+
+def test_broken_checkpoints_are_listed_not_passed_over(series: Path) -> None:
+    (series / "step20" / "model.safetensors").unlink()
+    (series / "step3" / "config.json").unlink()
+    assert steps(list_checkpoints(str(series))) == [0, 3, 20, 100]
+
+
+def test_selection(series: Path) -> None:
+    spec = str(series)
+    assert steps(list_checkpoints(spec, steps="3:20")) == [3, 20]
+    assert steps(list_checkpoints(spec, steps="3:")) == [3, 20, 100]
+    assert steps(list_checkpoints(spec, steps=":3")) == [0, 3]
+    assert steps(list_checkpoints(spec, steps="20")) == [20]
+    assert steps(list_checkpoints(spec, every=2)) == [0, 20]
+    assert steps(list_checkpoints(spec, every=2, steps="1:")) == [3, 100]
+    assert steps(list_checkpoints(spec, limit=2)) == [0, 3]
+    assert steps(list_checkpoints(spec, revisions="step*0")) == [0, 20, 100]
+
+
+def test_stages_keep_training_order(tmp_path: Path) -> None:
+    names = [
+        "stage2-ingredient2-step10-tokens1B",
+        "stage1-step900-tokens9B",
+        "stage2-ingredient1-step20-tokens2B",
+        "stage1-step1000-tokens10B",
+        "stage2-ingredient1-step10-tokens1B",
+    ]
+    for name in names:
+        make(tmp_path / name, name.encode())
+    ordered = [ref.name for ref in list_checkpoints(str(tmp_path))]
+    assert ordered == [names[1], names[3], names[4], names[2], names[0]]
+
+
+def test_names_are_unique_even_without_case(tmp_path: Path) -> None:
+    for run in ("a", "b"):
+        make(tmp_path / run / "step1", run.encode())
+    make(tmp_path / "c" / "STEP1", b"c")
+    refs = list_checkpoints(str(tmp_path / "*" / "*"))
+    assert sorted(ref.name for ref in refs) == ["a-step1", "b-step1", "c-STEP1"]
+    # A narrower selection of the same SPEC keeps the names, so that results are found again.
+    chosen = list_checkpoints(str(tmp_path / "*" / "*"), limit=1)
+    assert chosen[0].name == "a-step1"
+
+
+def test_published_lists_parse_whole(reference_data: Path) -> None:
+    folder = reference_data / "data" / "olmo_checkpoints"
+    for name, count, first, last in (
+        ("OLMo-1B.csv", 351, 1000, 738_020),
+        ("OLMo-7B.csv", 527, 5000, 558_223),
+    ):
+        refs = list_checkpoints(str(folder / name))
+        assert len(refs) == len({ref.name for ref in refs}) == count
+        assert (refs[0].step, refs[-1].step) == (first, last)
+        assert all(ref.format == "native" and not ref.is_local for ref in refs)
+        with (folder / name).open() as file:
+            rows = {int(row[0]): row[1] for row in list(csv.reader(file))[1:]}
+        assert {ref.step: ref.location for ref in refs} == rows
+    gap = list_checkpoints(str(folder / "OLMo-1B.csv"), steps="117850:330000")
+    assert [ref.step for ref in gap] == [117_850, 330_000]
+
+
+def test_csv_with_relative_paths_ingredients_and_no_header(series: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("ingredient,path,step\n2,run/step3,\n1,run/step20,7\n")
+    refs = list_checkpoints(str(tmp_path / "a.csv"))
+    assert [(ref.ingredient, ref.step) for ref in refs] == [(1, 7), (2, 3)]
+    assert refs[1].location == str(tmp_path / "run" / "step3")
+    assert refs[1].format == "hf"
+    (tmp_path / "b.csv").write_text("\ufeff5,https://host/x/step5-unsharded/\n\n6,hf://o/r@main\n")
+    rows = parse_csv_list((tmp_path / "b.csv").read_bytes(), base=".", where="b.csv")
+    assert [(row.step, row.location) for row in rows] == [
+        (5, "https://host/x/step5-unsharded/"),
+        (6, "hf://o/r@main"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"", "is empty"),
+        (b"step,url\n", "no rows"),
+        (b"name,weight\na,b\n", "line 1: expected a header"),
+        (b"step,url\n1,http://x/\ntwo,http://y/\n", "line 3: step 'two'"),
+        (b"step,url\n1,\n", "line 2: no folder or URL"),
+        (b"\xff\xfe\x00", "not a CSV text file"),
+        (b'step,url\n"1,http://x\n', "not a CSV text file"),
+    ],
+)
+def test_broken_lists_name_the_line(tmp_path: Path, text: bytes, message: str) -> None:
+    (tmp_path / "x.csv").write_bytes(text)
+    with pytest.raises(CheckpointSpecError, match=message):
+        list_checkpoints(str(tmp_path / "x.csv"))
+
+
+@pytest.mark.parametrize(
+    ("spec", "options", "message"),
+    [
+        ("", {}, "is empty"),
+        ("no-such-folder", {}, "There is no folder 'no-such-folder'"),
+        ("/no/such/folder", {}, "There is no folder"),
+        ("no-such.csv", {}, "There is no file"),
+        ("{run}/step3/config.json", {}, "is a file"),
+        ("{run}/nothing*", {}, "matches 0 paths"),
+        ("{run}/*/*.json", {}, "none of them a checkpoint"),
+        ("{empty}", {}, "holds no checkpoint"),
+        ("{run}", {"steps": "4:19"}, "it has steps 0 to 100"),
+        ("{run}", {"steps": "20:3"}, "is empty"),
+        ("{run}", {"steps": "a:b"}, "expected a range"),
+        ("{run}", {"steps": ":"}, "expected a range"),
+        ("{run}", {"every": 0}, "every=0"),
+        ("{run}", {"limit": -1}, "limit=-1"),
+        ("{run}", {"revisions": "step30"}, "No revision.*Did you mean 'step3'"),
+        ("hf://../../etc", {}, "not a Hub repository"),
+        ("nothing-of-this-kind://x/y", {}, "cannot be opened"),
+    ],
+)
+def test_mistakes_are_explained(series: Path, spec: str, options: dict, message: str) -> None:
+    (series.parent / "empty").mkdir()
+    spec = spec.format(run=series, empty=series.parent / "empty")
+    with pytest.raises(CheckpointSpecError, match=message) as caught:
+        list_checkpoints(spec, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_same_weights_are_flagged_with_the_earliest(series: Path) -> None:
+    shutil.copyfile(
+        series / "step3" / "model.safetensors", series / "step100" / "model.safetensors"
+    )
+    refs = list_checkpoints(str(series))
+    assert [ref.duplicate_of for ref in refs] == [None, None, None, "step3"]
+    assert refs[1].weights_fingerprint == refs[3].weights_fingerprint
+    assert [ref.duplicate_of for ref in list_checkpoints(str(series), steps="20:")] == [None, None]
+
+
+def test_files_that_differ_only_between_samples_are_told_apart(tmp_path: Path) -> None:
+    data = bytearray(8 * 2**20)
+    make(tmp_path / "step1", bytes(data))
+    data[300_000] = 1  # between the first two samples
+    make(tmp_path / "step2", bytes(data))
+    make(tmp_path / "step3", bytes(data))
+    refs = list_checkpoints(str(tmp_path))
+    assert len({ref.weights_fingerprint for ref in refs}) == 1
+    assert [ref.duplicate_of for ref in refs] == [None, None, "step2"]
+
+
+def test_a_changed_file_is_sampled_again(tmp_path: Path) -> None:
+    folder = make(tmp_path / "x", b"before")
+    first = folder_fingerprint(folder)
+    (folder / "model.safetensors").write_bytes(b"after!")
+    os.utime(folder / "model.safetensors", ns=(1, 1))
+    assert folder_fingerprint(folder) != first
+
+
+def test_fingerprints_given_by_a_source_are_compared_as_they_are() -> None:
+    refs = [
+        CheckpointRef(f"s{i}", "hf://o/r", "hub", weights_fingerprint=f"lfs-sha256:{i % 2}")
+        for i in range(4)
+    ]
+    assert [ref.duplicate_of for ref in flag_duplicates(refs)] == [None, None, "s0", "s1"]
+
+
+@settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    data=st.binary(max_size=200) | st.text('",\n\r\0 step,url/.:a1é', max_size=200).map(str.encode)
+)
+def test_any_bytes_give_rows_or_one_clear_error(data: bytes) -> None:
+    try:
+        rows = parse_csv_list(b"step,url\n" + data, base="/base", where="x.csv")
+    except KeRayError as error:
+        assert str(error)
+    else:
+        assert all(row.location for row in rows)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    rows=st.lists(
+        st.tuples(st.integers(0, 10**9), st.text("abc/ ,\"'é", min_size=1).filter(str.strip)),
+        min_size=1,
+        max_size=5,
+    )
+)
+def test_what_csv_writes_is_read_back(rows: list[tuple[int, str]]) -> None:
+    buffer = io.StringIO()
+    csv.writer(buffer).writerows([("Step", "URL"), *((s, f"http://h/{p}") for s, p in rows)])
+    read = parse_csv_list(buffer.getvalue().encode(), base=".", where="x.csv")
+    assert [(row.step, row.location) for row in read] == [
+        (s, f"http://h/{p}".strip()) for s, p in rows
+    ]
+
+
+@settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    spec=st.text(max_size=30).filter(lambda s: "://" not in s and "/" not in s)
+    | st.sampled_from(
+        ["[", "**", "~", "..\0", "x.csv", "hf://", "hf://a/b/c", "hf://@", "file://"]
+    ),
+    steps=st.none() | st.text(":0123456789 -", max_size=8),
+)
+def test_any_spec_gives_a_listing_or_one_clear_error(
+    tmp_path: Path, monkeypatch, spec, steps
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    try:
+        list_checkpoints(spec, steps=steps, endpoint="http://127.0.0.1:9")
+    except CheckpointSpecError as error:
+        assert str(error)
