@@ -1,7 +1,9 @@
 """A generated world of invented people: a corpus, questions about it, and new people to inject.
 
-Every person has six attributes (year and city of birth, university, profession, employer, hobby),
-drawn uniformly, so that a model without knowledge answers a four-choice question by chance (0.25).
+Every person has six attributes (year and city of birth, university, profession, employer, hobby).
+Values are dealt out evenly and wrong choices are values of other people, so that neither frequency
+nor length (rare words have more tokens) tells a right choice from a wrong one: a model without
+knowledge answers a four-choice question by chance (0.25).
 A document states all six of one person in a fresh choice of sentences and order. Surnames are
 unique; *new* people share values and sentences with the others but no surname, and never occur in
 the corpus: they are the facts to inject, in the JSON schema of Fictional Knowledge.
@@ -64,7 +66,7 @@ class Person:
 
 
 def make_people(num_people: int, *, seed: int) -> list[Person]:
-    """People with unique surnames and uniformly drawn attributes.
+    """People with unique surnames; each value of an attribute goes to as many as any other, ±1.
 
     Raises:
         DataError: none, or more than there are surnames.
@@ -75,12 +77,20 @@ def make_people(num_people: int, *, seed: int) -> list[Person]:
             f"{num_people} people were asked; there are surnames for 1 to {len(surnames)}."
         )
     generator = np.random.Generator(np.random.PCG64([seed, 1]))
+    dealt = {key: _deal(VALUES[key], num_people, generator) for key in ATTRIBUTES}
     people = []
-    for index in generator.permutation(len(surnames))[:num_people]:
+    for number, index in enumerate(generator.permutation(len(surnames))[:num_people]):
         first = FIRST_NAMES[generator.integers(len(FIRST_NAMES))]
-        values = {key: VALUES[key][generator.integers(len(VALUES[key]))] for key in ATTRIBUTES}
+        values = {key: dealt[key][number] for key in ATTRIBUTES}
         people.append(Person(f"{first} {surnames[index]}", values))
     return people
+
+
+def _deal(values: Sequence[str], count: int, generator: np.random.Generator) -> list[str]:
+    """``count`` values, from one shuffled pack after the other."""
+    packs = -(-count // len(values))
+    shuffled = [generator.permutation(len(values)) for _ in range(packs)]
+    return [values[index] for index in np.concatenate(shuffled)[:count]]
 
 
 def _sentence(template: str, person: Person, key: str, *, by_surname: bool = False) -> str:
@@ -174,17 +184,19 @@ def make_questions(
 ) -> list[dict[str, Any]]:
     """Four-choice questions about people of the corpus: ``context``, ``choices``, ``gold``.
 
-    A question is the beginning of a sentence; wrong choices are other values of the attribute,
-    drawn uniformly; the place of the right one is uniform too. At most one question for each
-    person and attribute.
+    A question is the beginning of a sentence; wrong choices are values that other people have
+    (any values, where there are too few people); the place of the right one is uniform. At most
+    one question for each person and attribute.
     """
+    held = {key: sorted({person.values[key] for person in people}) for key in ATTRIBUTES}
+    pools = {key: v if len(v) >= NUM_CHOICES else list(VALUES[key]) for key, v in held.items()}
     generator = np.random.Generator(np.random.PCG64([seed, 5]))
     pairs = generator.permutation(len(people) * len(ATTRIBUTES))[:num_questions]
     questions = []
     for pair in pairs:
         person, key = people[int(pair) // len(ATTRIBUTES)], ATTRIBUTES[int(pair) % len(ATTRIBUTES)]
         template = ENDINGS[key][generator.integers(len(ENDINGS[key]))]
-        others = [value for value in VALUES[key] if value != person.values[key]]
+        others = [value for value in pools[key] if value != person.values[key]]
         wrong = generator.permutation(len(others))[: NUM_CHOICES - 1]
         choices = [others[index] for index in wrong]
         gold = int(generator.integers(NUM_CHOICES))

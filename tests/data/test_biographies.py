@@ -124,15 +124,19 @@ def test_questions_have_one_right_answer_in_a_uniform_place(world: BiographyFile
 
 
 def test_a_blind_guesser_has_a_quarter() -> None:
-    """No choice can be told right by how often its value is right elsewhere."""
-    people = make_people(1000, seed=2)
+    """No choice can be told right by how often its value is right elsewhere.
+
+    Otherwise a tokenizer trained on the corpus gives right answers fewer tokens, and a model that
+    knows nothing prefers them.
+    """
+    people = make_people(500, seed=2)
     questions = make_questions(people, 3000, seed=2)
     seen = Counter(value for person in people for value in person.values.values())
-    right = sum(
-        max(range(4), key=lambda i: seen[q["choices"][i]]) == q["gold"]
-        for q in questions
-    )
-    assert right / len(questions) < 0.25 + 0.06  # frequent values are right a little more often
+    right = sum(max(range(4), key=lambda i: seen[q["choices"][i]]) == q["gold"] for q in questions)
+    assert abs(right / len(questions) - 0.25) < 0.03
+    for key in ATTRIBUTES:
+        counts = Counter(person.values[key] for person in people)
+        assert max(counts.values()) - min(counts.values()) <= 1
 
 
 def test_the_task_is_one_that_lm_eval_understands(world: BiographyFiles) -> None:
