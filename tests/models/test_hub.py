@@ -1,0 +1,329 @@
+"""The Hub, imitated by a real local server: revisions, hashes, rate limits, downloads, refusals."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import json
+import logging
+import shutil
+import socket
+import threading
+import time
+import urllib.parse
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from ke_ray.errors import CheckpointError, CheckpointSpecError
+from ke_ray.models.catalog import list_checkpoints
+from ke_ray.models.fingerprint import weights_sha256
+from ke_ray.models.loading import load_model
+from ke_ray.models.saving import save_model
+from ke_ray.models.store import Store
+from ke_ray.models.transfer import RetryPolicy
+
+QUICK = RetryPolicy(attempts=3, backoff_s=0.02, max_retry_after_s=1.0, timeout_s=2.0)
+TOKEN = "hf_planted_secret_0123456789"
+
+
+class FakeHub(http.server.ThreadingHTTPServer):
+    """``<root>/<org>/<repo>/<revision>/`` behind the few endpoints that ke_ray uses."""
+
+    daemon_threads = True
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.root = root
+        self.requests: list[str] = []
+        self.tokens: list[str | None] = []
+        self.refuse: list[tuple[str, int, dict[str, str]]] = []
+        self.lock = threading.Lock()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def commit(self, repo: str, revision: str) -> str:
+        return hashlib.sha1(f"{repo}@{revision}".encode()).hexdigest()
+
+    def folder(self, repo: str, commit: str) -> Path | None:
+        base = self.root / repo
+        for revision in base.iterdir() if base.is_dir() else ():
+            if commit in (revision.name, self.commit(repo, revision.name)):
+                return revision
+        return None
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    server: FakeHub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.answer()
+
+    def do_GET(self) -> None:
+        self.answer()
+
+    def send(self, status: int, data: bytes = b"", **headers: str) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data)
+
+    def answer(self) -> None:
+        path = urllib.parse.unquote(self.path.partition("?")[0]).strip("/")
+        with self.server.lock:
+            self.server.requests.append(f"{self.command} {path}")
+            self.server.tokens.append(self.headers.get("Authorization"))
+            refusals = [item for item in self.server.refuse if item[0] in path]
+            if refusals:
+                self.server.refuse.remove(refusals[0])
+        if refusals:
+            _, status, headers = refusals[0]
+            self.send(status, b"{}", **headers)
+        elif path.startswith("api/models/") and path.endswith("/refs"):
+            self.refs(path.removeprefix("api/models/").removesuffix("/refs"))
+        elif path.startswith("api/models/") and "/tree/" in path:
+            self.tree(*path.removeprefix("api/models/").split("/tree/"))
+        elif "/resolve/" in path:
+            repo, rest = path.split("/resolve/")
+            self.file(repo, *rest.split("/", 1))
+        else:
+            self.send(404)
+
+    def refs(self, repo: str) -> None:
+        base = self.server.root / repo
+        if not base.is_dir():
+            self.send(404, X_Error_Code="RepoNotFound")
+            return
+        branches = [
+            {"name": entry.name, "ref": "", "targetCommit": self.server.commit(repo, entry.name)}
+            for entry in sorted(base.iterdir(), reverse=True)
+        ]
+        answer = {"branches": branches, "tags": [], "converts": []}
+        self.send(200, json.dumps(answer).encode(), Content_Type="application/json")
+
+    def tree(self, repo: str, commit: str) -> None:
+        folder = self.server.folder(repo, commit)
+        if folder is None:
+            self.send(404, X_Error_Code="RevisionNotFound")
+            return
+        entries = []
+        for file in sorted(folder.iterdir()):
+            data = file.read_bytes()
+            entry = {"type": "file", "path": file.name, "size": len(data), "oid": "0" * 40}
+            if file.suffix in (".safetensors", ".bin"):
+                digest = hashlib.sha256(data).hexdigest()
+                entry["lfs"] = {"oid": digest, "size": len(data), "pointerSize": 134}
+            entries.append(entry)
+        # Two pages, as for a large repository.
+        second = "cursor=2" in self.path
+        page = entries[1:] if second else entries[:1]
+        link = f'<{self.server.url}{self.path}?cursor=2>; rel="next"'
+        headers = {} if second else {"Link": link}
+        self.send(200, json.dumps(page).encode(), **headers)
+
+    def file(self, repo: str, commit: str, name: str) -> None:
+        folder = self.server.folder(repo, commit)
+        if folder is None or not (folder / name).is_file():
+            self.send(404, X_Error_Code="EntryNotFound")
+            return
+        data = (folder / name).read_bytes()
+        digest = hashlib.sha256(data).hexdigest()
+        self.send(200, data, ETag=f'"{digest}"', X_Repo_Commit=commit)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, tiny_decoder, monkeypatch) -> Iterator[FakeHub]:
+    root = tmp_path / "hub"
+    repo = root / "org" / "series"
+    for step in (0, 1, 2, 1000):
+        save_model(tiny_decoder("llama", seed=step), repo / f"step{step}-tokens{step}B")
+    shutil.copytree(repo / "step1000-tokens1000B", repo / "main")
+    server = FakeHub(root)
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_revisions_with_a_step_are_the_series(hub: FakeHub) -> None:
+    refs = list_checkpoints("org/series")
+    assert [ref.step for ref in refs] == [0, 1, 2, 1000]
+    assert refs[3].pretraining_tokens == 10**12
+    assert refs[3].revision == "step1000-tokens1000B"
+    assert refs[3].commit == hub.commit("org/series", "step1000-tokens1000B")
+    folder = hub.root / "org" / "series" / "step1-tokens1B"
+    assert refs[1].size_bytes == sum(path.stat().st_size for path in folder.iterdir())
+    assert [ref.duplicate_of for ref in refs] == [None] * 4
+    assert not any("resolve" in request for request in hub.requests)
+    assert refs == list_checkpoints("hf://org/series")
+
+
+def test_selection_asks_only_for_what_is_selected(hub: FakeHub) -> None:
+    refs = list_checkpoints("org/series", steps="1:", every=2)
+    assert [ref.step for ref in refs] == [1, 1000]
+    assert sum("/tree/" in request for request in hub.requests) == 4  # two pages each
+    assert [ref.revision for ref in list_checkpoints("org/series@main")] == ["main"]
+    assert [ref.step for ref in list_checkpoints("org/series", revisions="step?-*")] == [0, 1, 2]
+
+
+def test_branches_with_the_weights_of_others_are_flagged_before_any_download(
+    hub: FakeHub,
+) -> None:
+    repo = hub.root / "org" / "series"
+    for wrong in ("step1-tokens1B", "step2-tokens2B"):
+        shutil.copyfile(
+            repo / "step1000-tokens1000B" / "model.safetensors", repo / wrong / "model.safetensors"
+        )
+    refs = list_checkpoints("org/series", revisions="*")
+    flagged = {ref.name: ref.duplicate_of for ref in refs}
+    original = "step1-tokens1B"
+    assert flagged == {
+        "step0-tokens0B": None,
+        "step1-tokens1B": None,
+        "step2-tokens2B": original,
+        "step1000-tokens1000B": original,
+        "main": original,
+    }
+    assert not any("resolve" in request for request in hub.requests)
+
+
+def test_fetched_files_are_those_of_the_listed_commit(hub: FakeHub, tmp_path: Path) -> None:
+    refs = list_checkpoints("org/series", steps="0:1")
+    with Store(tmp_path / "cache", policy=QUICK) as store:
+        assert store.bytes_to_fetch(refs).num_bytes == sum(ref.size_bytes or 0 for ref in refs)
+        for ref in refs:
+            folder = store.fetch(ref)
+            assert weights_sha256(folder) == weights_sha256(
+                hub.root / "org" / "series" / str(ref.revision)
+            )
+            load_model(folder)
+            names = {path.name for path in Path(folder).iterdir()}
+            assert names == {"config.json", "generation_config.json", "model.safetensors"}
+    asked = [request for request in hub.requests if "/resolve/" in request]
+    assert asked
+    assert all(any(f"/{ref.commit}/" in request for ref in refs) for request in asked)
+
+
+def test_pickles_are_not_fetched_beside_safetensors(hub: FakeHub, tmp_path: Path) -> None:
+    folder = hub.root / "org" / "series" / "step0-tokens0B"
+    (folder / "pytorch_model.bin").write_bytes(b"x" * 1000)
+    (folder / "optimizer.pt").write_bytes(b"x" * 1000)
+    (ref,) = list_checkpoints("org/series", steps="0")
+    with Store(tmp_path / "cache", policy=QUICK) as store:
+        assert "pytorch_model.bin" not in {p.name for p in Path(store.fetch(ref)).iterdir()}
+    assert not any("pytorch_model" in request or "optim" in request for request in hub.requests)
+
+
+def test_a_rate_limit_is_waited_out(hub: FakeHub, tmp_path: Path) -> None:
+    hub.refuse = [("/tree/", 429, {"Retry-After": "1"}), ("/refs", 503, {})]
+    start = time.monotonic()
+    assert len(list_checkpoints("org/series")) == 4
+    assert time.monotonic() - start >= 1.0
+    hub.refuse = [("resolve", 503, {}), ("resolve", 500, {})]
+    with Store(tmp_path / "cache", policy=QUICK) as store:
+        load_model(store.fetch(list_checkpoints("org/series", limit=1)[0]))
+
+
+def test_what_is_not_there_is_said(hub: FakeHub, tmp_path: Path) -> None:
+    with pytest.raises(
+        CheckpointSpecError, match=r"no folder 'org/none' here.*There is no 'org/no"
+    ):
+        list_checkpoints("org/none")
+    with pytest.raises(
+        CheckpointSpecError, match="no revision 'step1000-tokens1000'.*Did you mean"
+    ):
+        list_checkpoints("org/series@step1000-tokens1000")
+    with pytest.raises(CheckpointSpecError, match="No revision of 'org/series' matches 'step9"):
+        list_checkpoints("org/series", revisions="step9*")
+    hub.refuse = [("/refs", 401, {})]
+    with pytest.raises(CheckpointSpecError, match="set HF_TOKEN"):
+        list_checkpoints("hf://org/series")
+    hub.refuse = [("/refs", 403, {"X_Error_Code": "GatedRepo"})]
+    with pytest.raises(CheckpointSpecError, match="gated"):
+        list_checkpoints("hf://org/series")
+    refs = list_checkpoints("org/series")
+    shutil.rmtree(hub.root / "org" / "series" / "step2-tokens2B")
+    (hub.root / "org" / "series" / "step1-tokens1B" / "model.safetensors").unlink()
+    with Store(tmp_path / "cache", policy=QUICK) as store:
+        with pytest.raises(CheckpointError, match="no revision"):
+            store.fetch(refs[2])
+        with pytest.raises(CheckpointError, match="holds no config"):
+            store.fetch(refs[1])
+
+
+def test_a_revision_without_weights_is_a_broken_checkpoint_or_none(hub: FakeHub) -> None:
+    (hub.root / "org" / "series" / "step2-tokens2B" / "model.safetensors").unlink()
+    (hub.root / "org" / "series" / "main" / "model.safetensors").unlink()
+    assert [ref.step for ref in list_checkpoints("org/series", revisions="*")] == [0, 1, 2, 1000]
+    with pytest.raises(CheckpointSpecError, match="No chosen revision"):
+        list_checkpoints("org/series@main")
+
+
+def test_no_network_is_said_within_20_seconds() -> None:
+    def refused(spec: str, endpoint: str) -> float:
+        start = time.monotonic()
+        with pytest.raises(CheckpointSpecError, match="Cannot reach"):
+            list_checkpoints(spec, endpoint=endpoint)
+        return time.monotonic() - start
+
+    # A port where nobody listens, and a server that accepts and never answers.
+    with socket.create_server(("127.0.0.1", 0)) as silent, ThreadPoolExecutor() as pool:
+        mute = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        calls = [
+            pool.submit(refused, spec, endpoint)
+            for spec, endpoint in (
+                ("org/series", "http://127.0.0.1:9"),
+                ("org/series", mute),
+                (f"{mute}/step1-unsharded/", mute),
+            )
+        ]
+        assert max(call.result() for call in calls) < 20
+
+
+def test_offline_mode_is_named(hub: FakeHub, monkeypatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(CheckpointSpecError, match="HF_HUB_OFFLINE is set"):
+        list_checkpoints("org/series")
+
+
+def test_the_token_goes_into_the_header_and_nowhere_else(
+    hub: FakeHub, tmp_path: Path, caplog, capfd
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    refs = list_checkpoints("org/series", limit=1)
+    with Store(tmp_path / "cache", policy=QUICK) as store:
+        store.fetch(refs[0])
+    messages = [repr(refs)]
+    for refusal in (401, 404, 500):
+        hub.refuse = [("/refs", refusal, {})] * 4
+        with pytest.raises(CheckpointSpecError) as caught:
+            list_checkpoints("org/series")
+        messages.append(str(caught.value))
+    assert f"Bearer {TOKEN}" in hub.tokens
+    out, err = capfd.readouterr()
+    texts = [caplog.text, out, err, *messages]
+    texts += [
+        path.read_bytes().decode("latin-1")
+        for path in (tmp_path / "cache").rglob("*")
+        if path.is_file()
+    ]
+    assert not any(TOKEN in text for text in texts)
