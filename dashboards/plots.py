@@ -26,8 +26,10 @@ def to_plotly(chart: Chart | HeatMap, *, dark: bool = False) -> go.Figure:
         hovermode="closest",
         height=420,
     )
-    figure.update_xaxes(title_text=chart.x_title, automargin=True)
-    figure.update_yaxes(title_text=chart.y_title, automargin=True)
+    ink = "#d5d8dd" if dark else "#3c4450"
+    words = {"automargin": True, "tickfont_color": ink, "title_font_color": ink}
+    figure.update_xaxes(title_text=chart.x_title, **words)
+    figure.update_yaxes(title_text=chart.y_title, **words)
     return figure
 
 
