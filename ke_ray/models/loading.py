@@ -113,7 +113,7 @@ def load_model(
         first = target if where.type == "cpu" else stored or target
         model = _build(folder, layout, config, weights, first, attn_implementation)
         if where.type != "cpu":
-            _move(model, where, target)
+            move(model, where, target)
     model.eval().requires_grad_(False)
     check_finite(model, str(folder))
     return model
@@ -272,7 +272,8 @@ def _stored_dtype(weights: WeightFiles) -> torch.dtype | None:
     return floating.pop() if len(floating) == 1 else None
 
 
-def _move(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> None:
+def move(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> None:
+    """Parameters to ``device``, then to ``dtype`` there; buffers keep their dtype, ties hold."""
     done: set[int] = set()
     for parameter in model.parameters():
         if id(parameter) not in done:  # tied parameters once

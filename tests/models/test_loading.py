@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ke_ray.errors import CheckpointError, UnsupportedArchitectureError
-from ke_ray.models.loading import find_tokenizer, load_config, load_model
+from ke_ray.models.loading import find_tokenizer, load_config, load_model, move
 from ke_ray.models.reference import CheckpointRef
 from ke_ray.models.saving import save_model
 
@@ -285,3 +285,15 @@ def test_on_a_gpu_it_is_the_same_model(folder: Path, dtype: torch.dtype) -> None
         assert torch.equal(a.cpu(), b), name
     for (name, a), (_, b) in zip(there.named_buffers(), here.named_buffers(), strict=True):
         assert torch.equal(a.cpu(), b), name
+
+
+def test_moving_to_a_device_keeps_ties_and_values(folder: Path, tiny_decoder) -> None:
+    model = tiny_decoder("llama", tie_word_embeddings=True)
+    tables = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    values = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    move(model, torch.device("cpu"), torch.bfloat16)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, values[name].bfloat16())
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, tables[name])  # rotary tables stay float32
