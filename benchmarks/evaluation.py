@@ -1,6 +1,6 @@
 """Probes and downstream tasks against floors and peers, as ratios of CPU time.
 
-    python benchmarks/evaluation.py [--json] [--rounds 10] [--threads 2] [--limit 4]
+    python benchmarks/evaluation.py [--json] [--rounds 10] [--threads 2] [--limit 6]
 
 Shape: OLMo, 8 layers, d_model 512, d_mlp 2,048, 8 heads, vocabulary 50,304, random weights; the
 OLMo tokenizer. Texts come from the reference data ($KE_RAY_REFERENCE_DATA, default ../shared).
@@ -34,6 +34,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+# A waiting thread must not spin: its CPU time would count as work.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 from interleaved import Ratio, ratio, run_rounds
@@ -144,9 +147,8 @@ def computed_tokens(spans: Sequence[Span]) -> tuple[int, int]:
 class Recorder:
     """Keeps the token spans that our language model would score."""
 
-    def __init__(self, lm: Any) -> None:
+    def __init__(self) -> None:
         self.spans: list[Span] = []
-        self.lm = lm
 
     def __call__(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
         self.spans = [Span(context, target) for _, context, target in requests]
@@ -156,7 +158,7 @@ class Recorder:
 def ideal_ratio(model: Any, tokenizer: Any, requests: list[Any]) -> float:
     """Operations of HFLM (each distinct input once, LM head everywhere) over ours."""
     lm = wrap_model(model, tokenizer)
-    recorder = Recorder(lm)
+    recorder = Recorder()
     lm._loglikelihood_tokens = recorder
     lm.loglikelihood(requests)
     theirs = sum(len(ids) for ids in {(*s.context_ids, *s.target_ids[:-1]) for s in recorder.spans})
@@ -241,8 +243,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     parser.add_argument("--rounds", type=int, default=10, help="interleaved rounds")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
-    parser.add_argument("--limit", type=int, default=4, help="items of each task")
-    parser.add_argument("--paragraphs", type=int, default=6, help="paragraphs of 15 probes")
+    parser.add_argument("--limit", type=int, default=6, help="items of each task")
+    parser.add_argument("--paragraphs", type=int, default=4, help="paragraphs of 15 probes")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     logging.disable(logging.WARNING)

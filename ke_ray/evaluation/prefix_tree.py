@@ -133,28 +133,50 @@ def build_trees(spans: Sequence[Span], *, share: bool = True) -> list[PrefixTree
 
 
 def plan_batches(
-    trees: Sequence[PrefixTree], *, batch_tokens: int, batch_reads: int
+    trees: Sequence[PrefixTree], *, batch_tokens: int, batch_reads: int, batch_overhead: int = 32
 ) -> list[list[PrefixTree]]:
-    """Trees grouped by size, longest first, so that padding is little.
+    """Trees in batches of similar size, longest first, cut where that costs least.
+
+    A batch costs its nodes with padding, plus ``batch_overhead`` tokens (every pass reads all
+    weights). Of all ways to cut the trees, sorted by size, into runs, the cheapest is taken.
 
     Args:
         trees: chains and branched trees are kept apart: only the latter need a mask.
         batch_tokens: nodes of a batch at most, padding included (one tree always fits).
         batch_reads: hidden states that go through the LM head, at most (same).
+        batch_overhead: cost of a pass, in tokens.
     """
     batches: list[list[PrefixTree]] = []
     for is_chain in (True, False):
         group = [tree for tree in trees if tree.is_chain is is_chain]
         group.sort(key=lambda tree: -len(tree.tokens))
-        batch: list[PrefixTree] = []
-        for tree in group:
-            widest = len(batch[0].tokens) if batch else 0
-            full = (len(batch) + 1) * widest > batch_tokens
-            full |= sum(len(t.reads) for t in batch) + len(tree.reads) > batch_reads
-            if batch and full:
-                batches.append(batch)
-                batch = []
-            batch.append(tree)
-        if batch:
-            batches.append(batch)
+        for first, end in _cheapest_cuts(group, batch_tokens, batch_reads, batch_overhead):
+            batches.append(group[first:end])
     return batches
+
+
+def _cheapest_cuts(
+    trees: Sequence[PrefixTree], batch_tokens: int, batch_reads: int, batch_overhead: int
+) -> list[tuple[int, int]]:
+    """Runs [first, end) of trees sorted from the longest, by dynamic programming from the end."""
+    cost = [0] * (len(trees) + 1)
+    cut = [0] * len(trees)
+    for first in range(len(trees) - 1, -1, -1):
+        width = len(trees[first].tokens)
+        reads = 0
+        best = -1
+        for end in range(first + 1, len(trees) + 1):
+            reads += len(trees[end - 1].reads)
+            padded = (end - first) * width
+            if end > first + 1 and (padded > batch_tokens or reads > batch_reads):
+                break
+            candidate = padded + batch_overhead + cost[end]
+            if best < 0 or candidate <= best:
+                best, cut[first] = candidate, end
+        cost[first] = best
+    runs = []
+    first = 0
+    while first < len(trees):
+        runs.append((first, cut[first]))
+        first = cut[first]
+    return runs

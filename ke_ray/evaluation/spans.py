@@ -37,6 +37,8 @@ from ke_ray.models.architectures import supported_model_types
 __all__ = ["SpanScores", "score_spans"]
 
 _BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
+#: What a pass costs beyond its tokens (weights read once, kernels launched), in tokens.
+_BATCH_OVERHEAD = {"cpu": 32, "cuda": 4096}
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,7 @@ def score_spans(
         trees,
         batch_tokens=batch_tokens or _BATCH_TOKENS[kind],
         batch_reads=logit_rows(device, vocab_size),
+        batch_overhead=_BATCH_OVERHEAD[kind],
     )
     values: list[Tensor] = []
     firsts: list[Tensor] = []

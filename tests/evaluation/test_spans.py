@@ -214,3 +214,14 @@ def test_a_probe_longer_than_the_model_is_named(tiny_model: Build) -> None:
         score_probes(tiny_model("olmo"), [probe])
     with pytest.raises(DataError, match="no probes"):
         score_probes(tiny_model("olmo"), [])
+
+
+@pytest.mark.gpu
+def test_scores_on_a_gpu_equal_the_cpus(tiny_model: Build) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    model, spans = tiny_model("olmo"), make_spans()
+    expected = score_spans(model, spans)
+    scores = score_spans(model.cuda(), spans)
+    np.testing.assert_allclose(scores.token_logprobs, expected.token_logprobs, atol=1e-3)
+    assert (scores.is_greedy == expected.is_greedy).all()
