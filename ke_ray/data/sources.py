@@ -7,6 +7,7 @@ tensors inside the file. Files of a folder or a glob come in sorted order.
 from __future__ import annotations
 
 import io
+import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -140,7 +141,10 @@ def list_files(source: str, suffixes: Sequence[str] | None = None) -> list[Sourc
     with reading(source):
         # A file whose own name holds *, ? or [ is that file, not a pattern.
         if any(mark in path for mark in "*?[") and not filesystem.exists(path):
-            found = [name for name in sorted(filesystem.glob(path)) if filesystem.isfile(name)]
+            try:
+                found = [name for name in sorted(filesystem.glob(path)) if filesystem.isfile(name)]
+            except (ValueError, re.error) as error:
+                raise DataError(f"'{source}' is not a valid pattern: {error}.") from error
             if not found:
                 raise DataError(f"The pattern '{source}' matches no file.")
             return [as_source_file(name) for name in found]
