@@ -1,0 +1,166 @@
+"""The layers point one way, and imports are light: shown in fresh processes."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "ke_ray"
+
+
+def modules_after(statement: str) -> set[str]:
+    """Top-level packages that a statement imports in a fresh process."""
+    code = f"import sys\n{statement}\nprint(*sorted({{m.split('.')[0] for m in sys.modules}}))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stderr == "", "an import is not silent"
+    return set(result.stdout.split())
+
+
+def all_modules(*folders: str) -> list[str]:
+    names = []
+    for folder in folders:
+        for path in sorted((PACKAGE / folder).rglob("*.py")):
+            parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+            names.append(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
+    return names
+
+
+@pytest.mark.parametrize(
+    ("folders", "forbidden"),
+    [
+        (["core"], {"ray", "mlflow", "transformers", "datasets", "pydantic", "optuna", "lm_eval"}),
+        (["models"], {"ray", "mlflow", "pydantic", "optuna", "lm_eval", "datasets"}),
+        (["data"], {"ray", "mlflow", "torch", "optuna", "lm_eval"}),
+        (["training", "evaluation"], {"ray", "mlflow", "optuna", "lm_eval"}),
+        (["report"], {"ray", "mlflow", "torch", "transformers", "optuna", "lm_eval"}),
+        (["results", "studies"], {"ray", "mlflow", "torch", "transformers"}),
+        (["cli"], {"ray", "mlflow", "torch", "transformers", "pandas", "pyarrow", "matplotlib"}),
+    ],
+)
+def test_no_module_imports_what_its_layer_must_not(folders, forbidden):
+    statement = "\n".join(f"import {name}" for name in all_modules(*folders))
+    assert modules_after(statement) & forbidden == set()
+
+
+def test_the_package_itself_imports_nothing():
+    assert modules_after("import ke_ray") & {"torch", "numpy", "ray", "yaml", "pydantic"} == set()
+
+
+def imports_of(path: Path) -> set[str]:
+    """Every module that a file imports, inside functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module)
+    return found
+
+
+def files(*but: str) -> list[Path]:
+    return [
+        path
+        for path in sorted(PACKAGE.rglob("*.py"))
+        if path.relative_to(PACKAGE).parts[0] not in but
+    ]
+
+
+def test_only_the_engine_imports_ray_anywhere():
+    offenders = [
+        str(path)
+        for path in files("engine")
+        if any(name.split(".")[0] == "ray" for name in imports_of(path))
+    ]
+    assert offenders == []
+
+
+def test_only_tracking_imports_mlflow_anywhere():
+    offenders = [
+        str(path)
+        for path in files("tracking.py")
+        if any(name.split(".")[0] == "mlflow" for name in imports_of(path))
+    ]
+    assert offenders == []
+
+
+ORDER = {
+    "errors.py": 0,
+    "storage.py": 1,
+    "config.py": 1,
+    "studies": 2,
+    "results": 2,
+    "tracking.py": 3,
+    "core": 2,
+    "models": 3,
+    "data": 3,
+    "evaluation": 4,
+    "training": 5,
+    "report": 3,
+    "engine": 6,
+    "cli": 7,
+}
+
+
+def test_packages_import_only_what_lies_below_them():
+    offenders = []
+    for path in files():
+        own = path.relative_to(PACKAGE).parts[0]
+        if own not in ORDER:
+            continue
+        for name in imports_of(path):
+            parts = name.split(".")
+            if parts[0] != "ke_ray" or len(parts) < 2:
+                continue
+            other = next((k for k in (parts[1], f"{parts[1]}.py") if k in ORDER), None)
+            if other and other != own and ORDER[other] > ORDER[own]:
+                offenders.append(f"{path.relative_to(PACKAGE)} imports {name}")
+    assert offenders == []
+
+
+def test_core_and_models_need_neither_ray_nor_pydantic_to_score():
+    statement = """
+for name in ("ray", "pydantic", "mlflow", "optuna", "lm_eval"):
+    sys.modules[name] = None  # an import of it fails from here on
+import torch
+from transformers import OlmoConfig, OlmoForCausalLM
+from ke_ray.models.scoring import score_model
+model = OlmoForCausalLM(OlmoConfig(vocab_size=32, hidden_size=8, intermediate_size=16,
+    num_hidden_layers=1, num_attention_heads=2)).eval()
+evaluation = score_model(model, torch.randint(2, 32, (4, 8)))
+assert evaluation.row('knowledge_entropy').value > 0
+"""
+    assert "torch" in modules_after(statement)
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_what_a_module_says_it_exports_is_there(path):
+    tree = ast.parse(path.read_text())
+    exported = next(
+        (
+            ast.literal_eval(node.value)
+            for node in tree.body
+            if isinstance(node, ast.Assign)
+            and any(isinstance(t, ast.Name) and t.id == "__all__" for t in node.targets)
+        ),
+        (),
+    )
+    defined = {
+        name
+        for node in ast.walk(tree)
+        for name in (
+            [node.name]
+            if isinstance(node, ast.FunctionDef | ast.ClassDef)
+            else [node.id]
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+            else [alias.asname or alias.name for alias in node.names]
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            else []
+        )
+    }
+    assert set(exported) <= defined
