@@ -10,6 +10,7 @@ import pandas as pd
 from ke_ray.report import paper, runs
 from ke_ray.report.charts import Chart, Figure, Line, Mark, Panel
 from ke_ray.report.correlation import correlate
+from ke_ray.report.dynamics_figures import dynamics_figures
 from ke_ray.report.sources import Result
 
 __all__ = ["continual_figures", "x_title"]
@@ -31,6 +32,7 @@ def continual_figures(study: Result, prefix: str) -> tuple[list[Figure], list[st
         *_before_after(study, prefix, frame, missing),
         *_tasks(study, prefix, frame),
         *_training(study, prefix, frame, missing),
+        *dynamics_figures(study, prefix, frame, missing),
     ]
     return figures, missing
 
@@ -42,13 +44,11 @@ def x_title(frame: pd.DataFrame) -> str:
 
 
 def _figure(study: Result, prefix: str, name: str, **parts: object) -> Figure:
-    hashes = study.manifest.get("fingerprints") or study.manifest.get("identity")
-    listed = sorted(hashes.items()) if isinstance(hashes, dict) else []
     return Figure(
         id=f"{prefix}-{name}",
         command=study.command,
         source=study.path,
-        fingerprints=[(str(k), str(v)) for k, v in listed if isinstance(v, str | int | float)],
+        fingerprints=study.fingerprints,
         **parts,  # type: ignore[arg-type]
     )
 

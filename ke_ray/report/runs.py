@@ -25,6 +25,8 @@ __all__ = [
 RUN_COLUMNS: dict[str, tuple[str, str, float]] = {
     "acquisition": ("Acquisition A", "%", 100.0),
     "forgetting": ("Forgetting F", "%", 100.0),
+    "acquisition_vs_original": ("A against the original start", "%", 100.0),
+    "forgetting_vs_original": ("F against the original start", "%", 100.0),
     "probe_logprob_after": ("K after", "nats per target token", 1.0),
     "probe_logprob_before": ("K before", "nats per target token", 1.0),
     "downstream_after": ("P after", "% correct", 100.0),
@@ -32,6 +34,7 @@ RUN_COLUMNS: dict[str, tuple[str, str, float]] = {
     "perplexity_after": ("Held-out perplexity after", "", 1.0),
     "perplexity_before": ("Held-out perplexity before", "", 1.0),
     "knowledge_entropy_before_nats": ("Knowledge entropy before", "nats", 1.0),
+    "knowledge_entropy_predicted_nats": ("Knowledge entropy predicted", "nats", 1.0),
     "knowledge_entropy_after_nats": ("Knowledge entropy after", "nats", 1.0),
 }
 _VARIANT = ("resuscitation_ratio", "amplifying_factor", "control")

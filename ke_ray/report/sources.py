@@ -35,6 +35,7 @@ KINDS: dict[str, tuple[str, ...]] = {
         "injections",
         "downstream",
         "dynamics",
+        "retainability",
         "perplexity",
     ),
     "sweep": ("trials",),
@@ -122,6 +123,18 @@ class Result:
         """Checkpoints that the study is about; None where the manifest does not list them."""
         listed = self.manifest.get("checkpoints")
         return len(listed) if isinstance(listed, list) else None
+
+    @property
+    def fingerprints(self) -> list[tuple[str, str]]:
+        """(what, hash) of a study as its manifest tells them."""
+        found: list[tuple[str, str]] = []
+        for key in ("identity", "fingerprints"):
+            value = self.manifest.get(key)
+            if isinstance(value, str):
+                found.append((f"study {key}", value))
+            elif isinstance(value, dict):
+                found += [(str(k), str(v)) for k, v in value.items() if isinstance(v, str | int)]
+        return found
 
     @property
     def command(self) -> str:

@@ -16,8 +16,11 @@ __all__ = ["sweep_figures"]
 _SHOWN = (
     "acquisition",
     "forgetting",
+    "acquisition_vs_original",
+    "forgetting_vs_original",
     "probe_logprob_after",
     "downstream_after",
+    "knowledge_entropy_before_nats",
     "knowledge_entropy_after_nats",
 )
 
@@ -47,6 +50,7 @@ def _figure(study: Result, prefix: str, name: str, **parts: object) -> Figure:
         id=f"{prefix}-{name}",
         command=study.command,
         source=study.path,
+        fingerprints=study.fingerprints,
         **parts,  # type: ignore[arg-type]
     )
 
