@@ -21,6 +21,7 @@ from ke_ray.errors import CheckpointError, CheckpointSpecError
 from ke_ray.models.catalog import list_checkpoints
 from ke_ray.models.fingerprint import weights_sha256
 from ke_ray.models.loading import load_model
+from ke_ray.models.remote_config import read_config
 from ke_ray.models.saving import save_model
 from ke_ray.models.store import Store
 from ke_ray.models.transfer import RetryPolicy
@@ -218,6 +219,12 @@ def test_fetched_files_are_those_of_the_listed_commit(hub: FakeHub, tmp_path: Pa
     asked = [request for request in hub.requests if "/resolve/" in request]
     assert asked
     assert all(any(f"/{ref.commit}/" in request for ref in refs) for request in asked)
+
+
+def test_a_configuration_is_read_without_the_weights(hub: FakeHub) -> None:
+    config = read_config(list_checkpoints("org/series", limit=1)[0])
+    assert (config.model_type, config.hidden_size) == ("llama", 32)
+    assert not any(request.endswith("model.safetensors") for request in hub.requests)
 
 
 def test_pickles_are_not_fetched_beside_safetensors(hub: FakeHub, tmp_path: Path) -> None:

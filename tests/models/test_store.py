@@ -20,6 +20,7 @@ from ke_ray.errors import CheckpointError, CheckpointSpecError, StorageError
 from ke_ray.models.catalog import list_checkpoints
 from ke_ray.models.fingerprint import weights_sha256
 from ke_ray.models.reference import CheckpointRef
+from ke_ray.models.remote_config import read_config
 from ke_ray.models.saving import save_model
 from ke_ray.models.store import Store
 from ke_ray.models.transfer import RetryPolicy, redact
@@ -242,6 +243,12 @@ def test_a_base_url_is_a_spec(site: Site) -> None:
         list_checkpoints(f"{site.url}/nothing/")
     with pytest.raises(CheckpointSpecError, match="Cannot reach"):
         list_checkpoints("http://127.0.0.1:9/step1/")
+
+
+def test_a_configuration_is_read_without_the_weights(site: Site, tmp_path: Path) -> None:
+    config = read_config(refs_of(site, tmp_path)[1])
+    assert (config.model_type, config.intermediate_size) == ("olmo", 512)
+    assert site.count("GET", ".safetensors") == 0
 
 
 def test_local_checkpoints_pass_through(site: Site, tmp_path: Path) -> None:
