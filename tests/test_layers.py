@@ -131,7 +131,7 @@ import torch
 from transformers import OlmoConfig, OlmoForCausalLM
 from ke_ray.models.scoring import score_model
 model = OlmoForCausalLM(OlmoConfig(vocab_size=32, hidden_size=8, intermediate_size=16,
-    num_hidden_layers=1, num_attention_heads=2)).eval()
+    num_hidden_layers=1, num_attention_heads=2, eos_token_id=0)).eval()
 evaluation = score_model(model, torch.randint(2, 32, (4, 8)))
 assert evaluation.row('knowledge_entropy').value > 0
 """
