@@ -217,17 +217,31 @@ def load_tasks(
     try:
         # A group's members may override fields of registered tasks: here, the data.
         members = manager.load({"group": "ke_ray_downstream", "task": specs}) if specs else {}
-    except Exception as error:
-        if data_dir is None:
-            raise DataError(
-                f"The data of {', '.join(tasks)} cannot be loaded from the Hub "
-                f"({type(error).__name__}: {str(error)[:200]}); give a local folder instead."
-            ) from error
-        raise
-    loaded = dict(members.get("tasks", {})) | (manager.load(own)["tasks"] if own else {})
+        loaded = dict(members.get("tasks", {})) | (manager.load(own)["tasks"] if own else {})
+    except Exception as error:  # whatever the Hub, datasets or a prompt template stumbles over
+        source = "the Hub" if data_dir is None and not own_tasks else "the given files"
+        raise DataError(
+            f"The data of {', '.join(names)} cannot be loaded from {source} "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); give local files "
+            "with the columns of the original data."
+        ) from error
     for task in loaded.values():
         task.set_config(key="num_fewshot", value=0)
     return {name: loaded[name] for name in names}
+
+
+def _blame_an_item(tasks: Mapping[str, Any], limit: int | None, error: Exception) -> None:
+    """Raise a ``DataError`` if an item of the data is what cannot be asked."""
+    for name, task in tasks.items():
+        for number, doc in task.doc_iterator(limit=limit):
+            try:
+                task.doc_to_text(doc), task.doc_to_choice(doc), task.doc_to_target(doc)
+            except Exception as problem:
+                raise DataError(
+                    f"Item {number + 1} of the data of {name} cannot be asked "
+                    f"({type(problem).__name__}: {' '.join(str(problem).split())[:200]}); mend or "
+                    "remove it."
+                ) from error
 
 
 @contextmanager
@@ -287,7 +301,11 @@ def run_downstream(
             lm = wrap_model(model, tokenizer, batch_tokens=batch_tokens)
         else:
             lm = language_model(model, tokenizer)
-        output = evaluator.evaluate(lm, {"tasks": loaded}, limit=limit, bootstrap_iters=100)
+        try:
+            output = evaluator.evaluate(lm, {"tasks": loaded}, limit=limit, bootstrap_iters=100)
+        except Exception as error:
+            _blame_an_item(loaded, limit, error)
+            raise
     results = []
     for task in loaded:
         metric = TASK_METRICS.get(task, "acc")

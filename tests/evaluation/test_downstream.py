@@ -272,6 +272,39 @@ def test_the_item_at_fault_is_named(tmp_path: Path, line: str, message: str) -> 
         load_tasks([], own_tasks={"own": path})
 
 
+@pytest.mark.parametrize(
+    ("task", "row"),
+    [
+        ("sciq", {"support": 3}),
+        ("openbookqa", {"choices": "none"}),
+        ("arc_easy", {"answerKey": None}),
+        ("winogrande", {"sentence": "no gap"}),
+    ],
+)
+def test_local_rows_that_do_not_fit_their_task_are_one_message(
+    tmp_path: Path, folder: Path, task: str, row: dict[str, Any]
+) -> None:
+    first = (folder / task / "validation.jsonl").read_text().split("\n")[0]
+    (tmp_path / task).mkdir()
+    (tmp_path / task / "validation.jsonl").write_text(json.dumps(json.loads(first) | row))
+    with pytest.raises(DataError, match=f"data of {task} cannot be loaded") as caught:
+        load_tasks([task], data_dir=tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_later_item_that_cannot_be_asked_is_named(
+    model: Any, tokenizer: Any, tmp_path: Path, folder: Path
+) -> None:
+    lines = (folder / "winogrande" / "validation.jsonl").read_text().split("\n")[:3]
+    lines[1] = json.dumps(json.loads(lines[1]) | {"sentence": "no gap"})
+    (tmp_path / "winogrande").mkdir()
+    (tmp_path / "winogrande" / "validation.jsonl").write_text("\n".join(lines))
+    with pytest.raises(DataError, match="Item 2 of the data of winogrande cannot be asked"):
+        run_downstream(model, tokenizer, ["winogrande"], data_dir=tmp_path)
+    (result,) = run_downstream(model, tokenizer, ["winogrande"], data_dir=tmp_path, limit=1)
+    assert result.num_items == 1
+
+
 def test_wrong_names_and_folders_are_one_clear_message(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"'hellaswg' is not known. Did you mean 'hellaswag'\?"):
         load_tasks(["hellaswg"])
