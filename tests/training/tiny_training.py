@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import traceback
+from collections.abc import Callable
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,12 @@ def _context() -> ForkServerContext:
 
 def start_worker(**job: Any) -> ForkServerProcess:
     """A process that trains as :func:`main` says; what goes wrong is in ``<out>.txt``."""
-    process = _context().Process(target=_run, args=(job,), daemon=True)
+    return start_process(_run, job)
+
+
+def start_process(target: Callable[..., None], *args: Any) -> ForkServerProcess:
+    """A process forked from a server that has imported torch and transformers."""
+    process = _context().Process(target=target, args=args, daemon=True)
     process.start()
     return process
 
