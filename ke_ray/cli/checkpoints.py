@@ -58,9 +58,10 @@ def checkpoints(
     console = Console()
     console.print(table)
     duplicates = sum(ref.duplicate_of is not None for ref in refs)
-    known = sum(ref.size_bytes or 0 for ref in refs)
+    sizes = [ref.size_bytes for ref in refs if ref.size_bytes is not None]
     console.print(
-        f"{len(refs)} checkpoints, {known / 1e9:,.2f} GB"
+        f"{len(refs)} checkpoints, "
+        + (f"{sum(sizes) / 1e9:,.2f} GB" if len(sizes) == len(refs) else "sizes not known")
         + (f", {duplicates} with the weights of another" if duplicates else "")
     )
 

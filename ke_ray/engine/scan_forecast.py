@@ -43,6 +43,22 @@ def _first_config(refs: list[CheckpointRef]) -> Any:
     return None
 
 
+def _sizes(refs: list[CheckpointRef]) -> tuple[list[int], int]:
+    """Bytes of each checkpoint, and how many of them are guessed.
+
+    A list of URLs says no sizes. The checkpoints of a series are equally large, so one that is
+    asked for stands for the others: 351 requests would take minutes.
+    """
+    from ke_ray.models.fetching import size_to_fetch
+
+    known = [ref.size_bytes for ref in refs if ref.size_bytes is not None]
+    unknown = [ref for ref in refs if ref.size_bytes is None]
+    if not unknown:
+        return known, 0
+    asked = size_to_fetch(unknown[0])
+    return known + [asked] * len(unknown) if asked else known, len(unknown) - 1 if asked else 0
+
+
 def _measured_flops_per_s(dtype: str) -> float:
     """Matrix products per second on this machine, measured for a quarter of a second."""
     import torch
@@ -63,8 +79,7 @@ def forecast(study: ScanStudy) -> str:
     """The plan of a scan as text: the resolved study, then the figures behind it."""
     refs = select_checkpoints(study.checkpoints)
     fetched = [ref for ref in refs if not ref.is_local and not ref.duplicate_of]
-    sizes = [ref.size_bytes for ref in fetched]
-    known = [size for size in sizes if size is not None]
+    known, num_guessed = _sizes(fetched)
     num_tokens = study.num_instances * study.sequence_length * len(study.data) * len(refs)
     lines = [
         yaml.safe_dump(json.loads(study.model_dump_json(exclude_none=True)), sort_keys=False),
@@ -74,13 +89,18 @@ def forecast(study: ScanStudy) -> str:
     if not fetched:
         lines.append("bytes to fetch: 0 (all checkpoints are on this file system)")
     else:
-        unknown = len(sizes) - len(known)
-        note = f" and {unknown} checkpoints of unknown size" if unknown else ""
-        lines.append(f"bytes to fetch: {sum(known):,}{note}")
-        # Each scorer holds one checkpoint while the next arrives.
-        actors = study.num_actors or 1
-        peak = min(study.cache_bytes or 2**63, 2 * actors * max(known, default=0))
-        lines.append(f"peak disk per node with {actors} scorers: {peak:,} bytes")
+        unknown = len(fetched) - len(known)
+        guessed = f" ({num_guessed} sizes taken to be that of another)" if num_guessed else ""
+        if unknown:
+            lines.append(
+                f"bytes to fetch: not known for {unknown} checkpoints (no server answered)"
+            )
+        if known:
+            lines.append(f"bytes to fetch: {sum(known):,}{guessed}")
+            # Each scorer holds one checkpoint while the next arrives.
+            actors = study.num_actors or 1
+            peak = min(study.cache_bytes or 2**63, 2 * actors * max(known), sum(known))
+            lines.append(f"peak disk per node with {actors} scorers: {peak:,} bytes")
     config = _first_config(refs)
     if config is None:
         lines.append("hours: not known (no checkpoint's config could be read)")
