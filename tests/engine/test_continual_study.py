@@ -1,0 +1,158 @@
+"""A study of several runs: failures are rows, finished runs stay, tables are joined."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
+
+from tiny_studies import tiny_continual, tiny_pretrain
+
+from ke_ray.engine.continual import RunProgress, prepare_continual, run_continual_study
+from ke_ray.engine.session import ray_session
+from ke_ray.errors import CheckpointSpecError, ResultsError
+from ke_ray.storage import read_json, read_table
+from ke_ray.training.pretrain import run_pretrain
+
+
+@pytest.fixture(scope="module")
+def series(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny pretraining, and a checkpoint of it that is cut short."""
+    folder = tmp_path_factory.mktemp("series")
+    run_pretrain(tiny_pretrain(folder))
+    broken = folder / "checkpoints" / "step7"
+    shutil.copytree(folder / "checkpoints" / "step10", broken)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    return folder
+
+
+def test_a_broken_start_is_a_row_and_the_others_finish(tmp_path: Path, series: Path) -> None:
+    study = tiny_continual(tmp_path, series)
+    shown: list[RunProgress] = []
+    outcome = run_continual_study(study, shown.append)
+    assert [row["status"] for row in outcome.rows] == ["ok", "failed", "ok"]
+    assert outcome.exit_code == 1
+    assert outcome.failures[0][0] == "step7-seed0"
+    assert "step7" in outcome.failures[0][1]
+    assert {p.run for p in shown} == {"step5-seed0", "step10-seed0"}
+    assert shown[0].num_runs == 3
+    assert shown[0].next_injection == 3
+    runs = read_table(tmp_path / "runs.parquet").to_pylist()
+    assert [r["run"] for r in runs] == ["step5-seed0", "step7-seed0", "step10-seed0"]
+    assert runs[1]["acquisition"] is None
+    train = read_table(tmp_path / "train.parquet").to_pandas()
+    assert list(train.groupby("run").size()) == [6, 6]
+    assert read_json(tmp_path / "manifest.json")["status"] == "failed"
+
+    # The same command tries the failed run again, and only that.
+    kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "runs" / "step5-seed0").rglob("*.json")}
+    shown.clear()
+    again = run_continual_study(study, shown.append)
+    assert again.skipped == 2
+    assert again.exit_code == 1
+    assert shown == []
+    assert {p: p.stat().st_mtime_ns for p in kept} == kept
+
+    # A narrower selection is finished; a further seed adds what is missing.
+    narrow = tiny_continual(tmp_path, series, starts={"steps": "10:"}, seeds=(0, 1))
+    more = run_continual_study(narrow, shown.append)
+    assert more.skipped == 1
+    assert [row["run"] for row in more.rows] == ["step10-seed0", "step10-seed1"]
+    assert more.exit_code == 0
+    assert run_continual_study(narrow, shown.append).skipped == 2
+
+    with pytest.raises(ResultsError, match="another study: optimizer differ"):
+        run_continual_study(tiny_continual(tmp_path, series, optimizer={"learning_rate": 0.1}))
+
+
+def test_a_missing_tokenizer_stops_the_study_before_any_run(tmp_path: Path, series: Path) -> None:
+    copy = tmp_path / "series"
+    shutil.copytree(series, copy)
+    for file in (copy / "checkpoints").rglob("tokenizer*.json"):
+        file.unlink()
+    study = tiny_continual(tmp_path / "out", copy)
+    with pytest.raises(CheckpointSpecError, match=r"has no tokenizer\.json"):
+        run_continual_study(study)
+    assert not (tmp_path / "out" / "runs").exists()
+    assert len(prepare_continual(tiny_continual(tmp_path / "out", series))) == 3
+
+
+@pytest.fixture(scope="module")
+def ray_running() -> object:
+    with ray_session(num_cpus=2):
+        yield
+
+
+@pytest.mark.ray
+def test_on_ray_the_same_rows_come_out(tmp_path: Path, series: Path, ray_running: object) -> None:
+    inline = run_continual_study(tiny_continual(tmp_path / "inline", series))
+    study = tiny_continual(tmp_path / "ray", series, executor="ray", cpus_per_worker=1)
+    shown: list[RunProgress] = []
+    on_ray = run_continual_study(study, shown.append)
+    assert [row["status"] for row in on_ray.rows] == ["ok", "failed", "ok"]
+    for ours, theirs in zip(on_ray.rows, inline.rows, strict=True):
+        for name in ("acquisition", "forgetting", "knowledge_entropy_after_nats"):
+            if theirs.get(name) is None:
+                assert ours.get(name) is None
+            else:
+                assert ours[name] == pytest.approx(theirs[name], abs=1e-5)
+    assert shown
+    assert not (tmp_path / "ray" / "ray").exists()
+    two = tiny_continual(
+        tmp_path / "two",
+        series,
+        executor="ray",
+        num_workers=2,
+        micro_batch_size=2,
+        strategy="fsdp",
+        starts={"steps": "10:"},
+    )
+    sharded = run_continual_study(two)
+    assert sharded.exit_code == 0
+    assert sharded.rows[0]["acquisition"] == pytest.approx(inline.rows[2]["acquisition"], abs=1e-4)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_killed_driver_is_resumed_by_the_same_command(tmp_path: Path, series: Path) -> None:
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[3])\n"
+        "from pathlib import Path\n"
+        "from tiny_studies import tiny_continual\n"
+        "from ke_ray.engine.continual import run_continual_study\n"
+        "study = tiny_continual(Path(sys.argv[1]), Path(sys.argv[2]), executor='ray',\n"
+        "    cpus_per_worker=1, starts={'steps': '10:'}, seeds=(0, 1), save_every=2,\n"
+        "    micro_batch_size=1, epochs=20, injection={'every': 60})\n"
+        "print(run_continual_study(study).rows)\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path), str(series)]
+    command.append(str(Path(__file__).parents[1] / "training"))
+    with (tmp_path / "driver.log").open("w") as log:
+        driver = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        first, second = (tmp_path / "runs" / f"step10-seed{seed}" for seed in (0, 1))
+        deadline = time.monotonic() + 300
+        while not list(second.glob("state/step*/state.json")):
+            assert driver.poll() is None, (tmp_path / "driver.log").read_text()
+            assert time.monotonic() < deadline, (tmp_path / "driver.log").read_text()
+            time.sleep(0.1)
+        os.kill(driver.pid, signal.SIGKILL)
+        driver.wait()
+    done = (first / "run.json").stat().st_mtime_ns
+    assert not (second / "run.json").exists()
+    time.sleep(5)  # Ray's processes notice that their driver is gone
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert finished.returncode == 0, finished.stderr
+    assert (first / "run.json").stat().st_mtime_ns == done
+    rows = read_table(tmp_path / "runs.parquet").to_pylist()
+    assert [row["status"] for row in rows] == ["ok", "ok"]
+    steps = read_table(tmp_path / "train.parquet").to_pandas().groupby("run")["step"]
+    assert all(list(group) == list(range(1, 121)) for _, group in steps)
