@@ -67,7 +67,9 @@ def main() -> None:
     st.set_page_config(page_title="Knowledge entropy", layout="wide")
     options = _arguments()
     st.title("Knowledge entropy", anchor=False)
-    view = st.segmented_control("View", _VIEWS, default=_VIEWS[0], label_visibility="collapsed")
+    view = st.segmented_control(
+        "View", _VIEWS, default=_VIEWS[0], required=True, label_visibility="collapsed"
+    )
     results = _results(options.results)
     interval = _INTERVALS[
         st.sidebar.selectbox("Follow running work", list(_INTERVALS), key="every")

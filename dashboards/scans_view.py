@@ -34,7 +34,7 @@ def scan_menus(results: list[Result]) -> Menus:
     scans = [r for r in results if r.kind == "scan" and name_of(r) in chosen]
     held = list(dict.fromkeys(m for scan in scans for m in series.measures(scan)))
     corpora = list(dict.fromkeys(c for scan in scans for c in series.corpora(scan)))
-    n_layers = max((int(scan.manifest.get("n_layers") or 0) for scan in scans), default=0)
+    n_layers = max((series.num_layers(scan) for scan in scans), default=0)
     steps = sorted({float(x) for scan in scans for x in series.checkpoints(scan)["x"]})
     side = st.sidebar
     measure = side.selectbox(

@@ -148,7 +148,9 @@ def _scan(scan: Result, prefix: str) -> dict[str, Any]:
         if not any(figure.id.endswith("-distribution") for figure in figures):
             missing.append("Coefficient distributions: no coefficients/ files.")
         if series.ceiling(scan) is None:
-            missing.append("Ceiling of knowledge entropy: the manifest lacks n_layers or d_mlp.")
+            missing.append(
+                "Ceiling of knowledge entropy: neither manifest nor coefficients/ tell d_mlp."
+            )
     tables = [("Failed checkpoints", broken), ("Same weights under two names", copies)]
     return {"facts": facts, "figures": figures, "tables": tables, "missing": missing}
 

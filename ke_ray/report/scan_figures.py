@@ -113,10 +113,10 @@ def _over_steps(scan: Result, prefix: str, measure: str) -> Figure:
     elif measure != "next_token_entropy":
         caption += " Sum over layers."
     if measure == "top_k_mass":
-        share = scan.manifest.get("top_k_fraction")
-        caption += f" Largest {share:.3g} of a layer's memories." if share else ""
+        share = series.setting(scan, "top_k_fraction")
+        caption += f" Largest {100 * share:.3g} % of a layer's memories." if share else ""
     if measure == "dormant_share":
-        tau = scan.manifest.get("dormant_threshold")
+        tau = series.setting(scan, "dormant_threshold")
         caption += f" Share with C̄ ≤ τ · layer mean, τ = {tau:.3g}." if tau is not None else ""
     axis = f"{title.lower()} ({unit})" if unit else title.lower()
     choices = _log_choice(scan)
@@ -257,7 +257,7 @@ def _distributions(scan: Result, prefix: str) -> list[Figure]:
         for name, array in held.items()
     }
     n_layers = min(len(array) for array in shares.values())
-    tau = scan.manifest.get("dormant_threshold")
+    tau = series.setting(scan, "dormant_threshold")
     edges = np.linspace(-3.0, 2.0, 51)
     centres = (edges[1:] + edges[:-1]) / 2
     panels, lorenz = [], []

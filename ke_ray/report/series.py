@@ -27,7 +27,9 @@ __all__ = [
     "failed",
     "layer_matrix",
     "measures",
+    "num_layers",
     "paired_change",
+    "setting",
     "totals",
 ]
 
@@ -132,11 +134,38 @@ def failed(scan: Result) -> pd.DataFrame:
     return rows[["checkpoint", "step", "corpus", "error"]].drop_duplicates(ignore_index=True)
 
 
+def setting(scan: Result, name: str) -> float | None:
+    """A number that the manifest holds at its top, in its identity or in its configuration."""
+    for part in (scan.manifest, scan.manifest.get("identity"), scan.manifest.get("config")):
+        value = part.get(name) if isinstance(part, dict) else None
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return value
+    return None
+
+
+def num_layers(scan: Result) -> int:
+    """Layers of the model, from the manifest or from the rows."""
+    told = setting(scan, "n_layers")
+    if told:
+        return int(told)
+    layers = _good(scan)["layer"].dropna()
+    return int(layers.max()) + 1 if len(layers) else 0
+
+
 def ceiling(scan: Result) -> Ceiling | None:
-    """From the manifest's ``n_layers`` and ``d_mlp``; None where it does not say."""
-    n_layers, d_mlp = scan.manifest.get("n_layers"), scan.manifest.get("d_mlp")
-    if isinstance(n_layers, int) and isinstance(d_mlp, int) and n_layers > 0 and d_mlp > 1:
-        return Ceiling(n_layers, d_mlp)
+    """From the manifest, else from the rows and a coefficients file; None where neither tells."""
+    n_layers, d_mlp = num_layers(scan), setting(scan, "d_mlp")
+    if d_mlp is None:
+        folder = storage.join(scan.path, "coefficients")
+        kept = set(storage.list_dir(folder))
+        for name in checkpoints(scan)["checkpoint"]:
+            if f"{storage.slug(name)}.safetensors" in kept:
+                array = coefficients(scan, name)
+                if array is not None and array.ndim == 2:
+                    n_layers, d_mlp = array.shape
+                break
+    if n_layers > 0 and d_mlp is not None and d_mlp > 1:
+        return Ceiling(n_layers, int(d_mlp))
     return None
 
 

@@ -91,6 +91,8 @@ def test_two_checkpoints_are_compared(dashboard: Dashboard, open_page: Callable)
 
 def test_runs_and_trials_have_their_figures(dashboard: Dashboard, open_page: Callable) -> None:
     page = _ready(open_page(dashboard.url))
+    page.get_by_text("Checkpoints", exact=True).click()  # again: a choice is never taken back
+    assert page.locator(".js-plotly-plot").count() > 0
     page.get_by_text("Continual learning", exact=True).click()
     page.get_by_text("Acquisition A by starting stage").wait_for(timeout=_WAIT_MS)
     page.locator(".ytitle", has_text="Acquisition A (%)").first.wait_for(timeout=_WAIT_MS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -62,3 +63,18 @@ def test_coefficients_and_ceiling(scan_folder: Path) -> None:
     bound = series.ceiling(scan)
     assert bound is not None
     assert bound.nats == pytest.approx(4 * np.log(64))
+
+
+def test_the_ceiling_is_found_without_the_manifest(scan_folder: Path) -> None:
+    scan = find_results([scan_folder])[0]
+    bare = dataclasses.replace(scan, manifest={})
+    assert series.ceiling(bare) == series.ceiling(scan)
+    assert series.ceiling(dataclasses.replace(bare, path="/nowhere")) is None
+
+
+def test_settings_are_found_where_the_scan_keeps_them(scan_folder: Path) -> None:
+    scan = find_results([scan_folder])[0]
+    assert series.setting(scan, "dormant_threshold") == 0.1
+    nested = dataclasses.replace(scan, manifest={"identity": {"dormant_threshold": 0.2}})
+    assert series.setting(nested, "dormant_threshold") == 0.2
+    assert series.setting(nested, "absent") is None
