@@ -35,6 +35,9 @@ ALL_TASKS = ("sciq", "winogrande", "arc_easy", "piqa", "hellaswag", "openbookqa"
 class Starts(CheckpointSelection):
     """Starting checkpoints: a selection, and of it a few from early to last."""
 
+    nearest: tuple[int, ...] = Field(
+        (), description="of what is left the checkpoints nearest to these pretraining steps"
+    )
     spread: int | None = Field(
         None, ge=1, description="of what is left so many at even places, first and last included"
     )

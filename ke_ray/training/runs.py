@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ke_ray import storage
+from ke_ray.errors import CheckpointSpecError
 from ke_ray.studies.continual import ContinualStudy
 
 if TYPE_CHECKING:
@@ -76,6 +77,15 @@ def list_runs(study: ContinualStudy) -> list[RunSpec]:
     refs = list_checkpoints(
         keys.spec, revisions=keys.revisions, steps=keys.steps, every=keys.every, limit=keys.limit
     )
+    if keys.nearest:
+        known = [ref for ref in refs if ref.step is not None]
+        if not known:
+            raise CheckpointSpecError(
+                f"starts.nearest is given, but no checkpoint of '{keys.spec}' has a step in its "
+                "name; leave it out."
+            )
+        picked = {min(known, key=lambda r: abs((r.step or 0) - step)) for step in keys.nearest}
+        refs = [ref for ref in refs if ref in picked]
     if keys.spread is not None and keys.spread < len(refs):
         last, gaps = len(refs) - 1, max(1, keys.spread - 1)
         refs = [refs[last - round(i * last / gaps)] for i in range(keys.spread)][::-1]

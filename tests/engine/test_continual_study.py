@@ -17,7 +17,6 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 from tiny_studies import tiny_continual, tiny_pretrain
 
 from ke_ray.engine.continual import RunProgress, prepare_continual, run_continual_study
-from ke_ray.engine.session import ray_session
 from ke_ray.errors import CheckpointSpecError, ResultsError
 from ke_ray.storage import read_json, read_table
 from ke_ray.training.pretrain import run_pretrain
@@ -86,14 +85,8 @@ def test_a_missing_tokenizer_stops_the_study_before_any_run(tmp_path: Path, seri
     assert len(prepare_continual(tiny_continual(tmp_path / "out", series))) == 3
 
 
-@pytest.fixture(scope="module")
-def ray_running() -> object:
-    with ray_session(num_cpus=2):
-        yield
-
-
 @pytest.mark.ray
-def test_on_ray_the_same_rows_come_out(tmp_path: Path, series: Path, ray_running: object) -> None:
+def test_on_ray_the_same_rows_come_out(tmp_path: Path, series: Path, ray_cluster: None) -> None:
     inline = run_continual_study(tiny_continual(tmp_path / "inline", series))
     study = tiny_continual(tmp_path / "ray", series, executor="ray", cpus_per_worker=1)
     shown: list[RunProgress] = []

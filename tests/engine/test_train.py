@@ -17,19 +17,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 
 from tiny_studies import tiny_pretrain
 
-from ke_ray.engine.session import ray_session
 from ke_ray.engine.train import ProgressFile, absolute, run_pretrain_on_ray, worker_resources
 from ke_ray.errors import ConfigError, NonFiniteLossError, ResultsError
 from ke_ray.storage import read_table
 from ke_ray.studies.training import PretrainStudy
 from ke_ray.training.loop import Progress, StepRecord
 from ke_ray.training.pretrain import run_pretrain
-
-
-@pytest.fixture(scope="module")
-def ray_running() -> object:
-    with ray_session(num_cpus=2):
-        yield
 
 
 def alone(study: PretrainStudy) -> PretrainStudy:
@@ -68,7 +61,7 @@ def test_progress_reaches_the_reader_whole(tmp_path: Path) -> None:
 
 @pytest.mark.ray
 def test_a_killed_worker_is_replaced_and_the_weights_are_the_same(
-    tmp_path: Path, ray_running: object
+    tmp_path: Path, ray_cluster: None
 ) -> None:
     keys = {"num_steps": 120, "save_every": 10, "micro_batch_size": 1, "cpus_per_worker": 1}
     expected = alone(tiny_pretrain(tmp_path / "alone", **keys))
@@ -98,7 +91,7 @@ def test_a_killed_worker_is_replaced_and_the_weights_are_the_same(
 
 
 @pytest.mark.ray
-def test_two_workers_follow_one(tmp_path: Path, ray_running: object) -> None:
+def test_two_workers_follow_one(tmp_path: Path, ray_cluster: None) -> None:
     expected = alone(tiny_pretrain(tmp_path / "one"))
     study = tiny_pretrain(tmp_path / "two", num_workers=2, micro_batch_size=2)
     run_pretrain_on_ray(study)
@@ -106,7 +99,7 @@ def test_two_workers_follow_one(tmp_path: Path, ray_running: object) -> None:
 
 
 @pytest.mark.ray
-def test_errors_of_workers_arrive_as_they_were_raised(tmp_path: Path, ray_running: object) -> None:
+def test_errors_of_workers_arrive_as_they_were_raised(tmp_path: Path, ray_cluster: None) -> None:
     optimizer = {"learning_rate": 1e18, "max_grad_norm": None}
     study = tiny_pretrain(tmp_path, optimizer=optimizer, schedule={"warmup_steps": 0})
     with pytest.raises(NonFiniteLossError, match=r"at step \d+, batch"):

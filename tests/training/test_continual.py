@@ -204,6 +204,8 @@ def test_seeds_and_starts_span_the_runs(tmp_path: Path, series: Path) -> None:
         tmp_path, series, starts={"spec": str(series / "checkpoints"), "steps": None, "spread": 3}
     )
     assert [spec.ref.step for spec in list_runs(spread)] in ([0, 2, 10], [0, 5, 10])
+    near = tiny_continual(tmp_path, series, starts={"steps": None, "nearest": (1, 4, 99)})
+    assert [spec.ref.step for spec in list_runs(near)] in ([0, 5, 10], [2, 5, 10])
     last = tiny_continual(tmp_path, series, starts={"spread": 1})
     assert [spec.ref.step for spec in list_runs(last)] == [10]
 
