@@ -43,7 +43,7 @@ def scan_menus(results: list[Result]) -> Menus:
     shown = side.multiselect("Corpora", corpora, default=corpora)
     layers = side.multiselect("Layers (none: the whole model)", list(range(n_layers)))
     relative = side.toggle("Change since the first checkpoint")
-    log = side.toggle("Logarithmic steps")
+    log = side.toggle("Logarithmic steps (without step 0)")
     limits = None
     if not side.toggle("All checkpoints, also those to come", value=True) and len(steps) > 1:
         limits = side.select_slider(
@@ -114,7 +114,7 @@ def show_scans(results: list[Result], menus: Menus) -> None:
         done = len(series.checkpoints(scan))
         broken = series.failed(scan)["checkpoint"].nunique()
         planned = f" of {scan.planned}" if scan.planned else ""
-        tile.metric(name_of(scan), f"{done}{planned}", help="checkpoints scored")
+        tile.metric(f"{name_of(scan)}: checkpoints", f"{done}{planned}")
         if broken:
             tile.caption(f"{broken} failed")
     for scan in scans:

@@ -130,6 +130,8 @@ def start_dashboard(
         except BaseException:
             running.stop()
             raise
+    if host not in ("127.0.0.1", "localhost", "::1"):
+        say(f"Anybody who reaches {host} can read the results: there is no password.")
     say(f"results  {running.url}")
     say(f"MLflow   {running.mlflow_url or 'no tracking store found (--mlflow-uri names one)'}")
     return running

@@ -91,6 +91,7 @@ def _top_of_report(browser: Any, address: str, target: Path) -> Path:
 
 def _settle(page: Any) -> None:
     """Wait until Streamlit has drawn: no script runs and the figures have their lines."""
+    page.wait_for_timeout(500)  # a click has to start the script first
     page.locator("[data-testid=stApp][data-test-script-state=notRunning]").wait_for(
         timeout=_WAIT_MS
     )

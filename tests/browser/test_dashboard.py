@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import synthetic
+from PIL import Image
 
 from ke_ray.dashboard import Dashboard, start_dashboard
 from ke_ray.errors import UserError
@@ -179,6 +183,22 @@ def test_mlflow_stands_beside_and_runs_are_linked(
         href = page.get_by_role("link", name="Open MLflow").get_attribute("href")
         assert href.rstrip("/") == running.mlflow_url
         page.context.close()
+
+
+@pytest.mark.slow
+def test_the_screenshots_of_the_readme_are_made(
+    chromium: Any, demo_folder: Path, tmp_path: Path
+) -> None:
+    # In a process of its own, as a user runs it: one process holds one playwright.
+    command = [sys.executable, "-m", "ke_ray.report.screenshots", str(demo_folder)]
+    done = subprocess.run(
+        [*command, "--output", str(tmp_path)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    for name in ("report.png", "dashboard.png"):
+        pixels = np.asarray(Image.open(tmp_path / name).convert("RGB")).astype(int)
+        assert pixels.shape[1] == 1280
+        assert int((np.abs(pixels - [0, 114, 178]).max(-1) < 12).sum()) > 100
 
 
 def test_a_taken_port_is_said(tmp_path: Path) -> None:
