@@ -213,6 +213,34 @@ class Tracker:
         run.log_params({k: v for k, v in flatten(params or {}).items() if k not in known})
         return run
 
+    def find_run(self, key: str) -> str | None:
+        """The id of the run with this key, if there is one."""
+        if not self.enabled:
+            return None
+        digest = hashlib.sha256(key.encode()).hexdigest()[:32]
+        found = self.client.search_runs(
+            [self.experiment_id], filter_string=f"tags.`ke_ray.key` = '{digest}'", max_results=1
+        )
+        return str(found[0].info.run_id) if found else None
+
+    def close_children(self, parent_id: str | None, status: str = "KILLED") -> int:
+        """Close children of a run that are still RUNNING, once none of them can be.
+
+        Returns:
+            how many there were.
+        """
+        if not self.enabled or parent_id is None:
+            return 0
+        left = self.client.search_runs(
+            [self.experiment_id],
+            filter_string="attributes.status = 'RUNNING' and "
+            f"tags.`mlflow.parentRunId` = '{parent_id}'",
+            max_results=500,
+        )
+        for run in left:
+            self.client.set_terminated(run.info.run_id, status)
+        return len(left)
+
     def run(self, run_id: str | None) -> TrackedRun:
         """A run by its id, to add to it; one that does nothing where the id is None."""
         return TrackedRun(run_id, self if self.enabled else None, self._sender)

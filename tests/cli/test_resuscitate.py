@@ -38,7 +38,7 @@ def make_scan(folder, golden, values, name="golden"):
     manifest = new_manifest("scan", {}) | {"corpora": corpora, "status": "finished"}
     manifest["identity"] = {"corpora": {"text": "0" * 64}}
     storage.write_json(str(folder / "manifest.json"), manifest)
-    row = {field: None for field in ENTROPY_SCHEMA.names} | {
+    row = dict.fromkeys(ENTROPY_SCHEMA.names) | {
         "checkpoint": name,
         "corpus": "text",
         "measure": "knowledge_entropy",

@@ -1,0 +1,241 @@
+"""A sweep's tables: its trials, and its settings (points) with repeats aggregated.
+
+``trials.parquet`` has one row a trial: ``trial_id``, ``point``, ``status``, ``error``, the swept
+keys under their dotted names, and the columns of ``runs.parquet``. ``settings.parquet`` has one row
+a point and objective. Status is ``ok``, ``failed``, or ``stopped`` for a trial that a scheduler
+ended early (it has no A or F, only what its probes showed when it stopped).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ke_ray import storage
+from ke_ray.results.manifest import read_manifest
+from ke_ray.results.training_folder import TABLES
+
+if TYPE_CHECKING:
+    import pyarrow
+
+__all__ = [
+    "STOPPED_COLUMNS",
+    "objective_value",
+    "pareto_points",
+    "read_trials",
+    "settings_rows",
+    "settings_table",
+    "sweep_summary",
+    "trials_table",
+]
+
+#: What only a stopped trial has.
+STOPPED_COLUMNS = {"stopped_at_step": "int64", "acquisition_at_stop": "float64"}
+_OWN = {"trial_id": "string", "point": "int64", "status": "string", "error": "string"}
+
+
+def objective_value(row: Mapping[str, Any], metric: str) -> float | None:
+    """A metric of a trial's row; None where the trial did not report it.
+
+    ``…_vs_original`` of a start that was not resuscitated is the plain value: it is its own
+    original. ``knowledge_entropy_change_nats`` is after − before.
+    """
+    if metric == "knowledge_entropy_change_nats":
+        before = row.get("knowledge_entropy_before_nats")
+        after = row.get("knowledge_entropy_after_nats")
+        value = None if before is None or after is None else after - before
+    else:
+        value = row.get(metric)
+        if value is None and metric.endswith("_vs_original"):
+            resuscitated = row.get("amplifying_factor") is not None
+            value = None if resuscitated else row.get(metric.removesuffix("_vs_original"))
+    return value if value is not None and math.isfinite(value) else None
+
+
+def trials_table(rows: Sequence[Mapping[str, Any]], params: Sequence[str]) -> pyarrow.Table:
+    """The table of ``trials.parquet``.
+
+    Args:
+        rows: ``trial_id``, ``point``, ``params`` (dotted key → value) and the row of the run.
+        params: the swept keys, in order.
+    """
+    import pyarrow
+
+    named = [key for key in params if key not in TABLES["runs"]]
+    run_columns = {k: v for k, v in TABLES["runs"].items() if k not in _OWN and k != "run"}
+    own: dict[str, Any] = {name: getattr(pyarrow, kind)() for name, kind in _OWN.items()}
+    swept = {key: _type([row["params"].get(key) for row in rows]) for key in named}
+    columns = {**run_columns, "knowledge_entropy_change_nats": "float64", **STOPPED_COLUMNS}
+    rest = {name: getattr(pyarrow, kind)() for name, kind in columns.items()}
+    table = []
+    for row in rows:
+        values = {name: row.get(name) for name in (*own, *rest)}
+        values["knowledge_entropy_change_nats"] = objective_value(
+            row, "knowledge_entropy_change_nats"
+        )
+        for key in named:
+            value = row["params"].get(key)
+            values[key] = _text(value) if swept[key] == pyarrow.string() else value
+        table.append(values)
+    return pyarrow.Table.from_pylist(table, schema=pyarrow.schema({**own, **swept, **rest}))
+
+
+def _type(values: Sequence[Any]) -> Any:
+    import pyarrow
+
+    known = [value for value in values if value is not None]
+    if known and all(isinstance(value, bool) for value in known):
+        return pyarrow.bool_()
+    if known and all(isinstance(v, int | float) and not isinstance(v, bool) for v in known):
+        whole = all(isinstance(value, int) for value in known)
+        return pyarrow.int64() if whole else pyarrow.float64()
+    return pyarrow.string()
+
+
+def _text(value: Any) -> str | None:
+    return value if value is None or isinstance(value, str) else json.dumps(value)
+
+
+def settings_rows(
+    rows: Sequence[Mapping[str, Any]], objectives: Sequence[tuple[str, str]]
+) -> list[dict[str, Any]]:
+    """Every point's objectives: mean and interval over its finished trials (seeds).
+
+    The interval: the 95 % Student interval of the mean over seeds, which holds what differs
+    between them; with a single seed that trial's own bootstrap interval, where it has one.
+
+    Args:
+        rows: as for :func:`trials_table`.
+        objectives: (metric, direction).
+
+    Returns:
+        [point, params, metric, direction, value, low, high, num_ok, num_failed, on_front].
+    """
+    points: dict[int, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        points.setdefault(row["point"], []).append(row)
+    found = []
+    for number, trials in points.items():
+        for metric, direction in objectives:
+            ok = [trial for trial in trials if trial["status"] == "ok"]
+            known = [(objective_value(t, metric), t) for t in ok]
+            values = [value for value, _ in known if value is not None]
+            low, high = _interval(values, [t for v, t in known if v is not None], metric)
+            found.append(
+                {
+                    "point": number,
+                    "params": _without_seed(trials[0]["params"]),
+                    "metric": metric,
+                    "direction": direction,
+                    "value": sum(values) / len(values) if values else None,
+                    "low": low,
+                    "high": high,
+                    "num_ok": len(ok),
+                    "num_failed": sum(trial["status"] == "failed" for trial in trials),
+                }
+            )
+    front = pareto_points(found)
+    return [{**row, "on_front": row["point"] in front} for row in found]
+
+
+def _without_seed(params: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in params.items() if key != "seed"}
+
+
+def _interval(
+    values: Sequence[float], trials: Sequence[Mapping[str, Any]], metric: str
+) -> tuple[float | None, float | None]:
+    if not values:
+        return None, None
+    if len(values) == 1:
+        return trials[0].get(f"{metric}_low"), trials[0].get(f"{metric}_high")
+    from scipy import stats
+
+    mean = sum(values) / len(values)
+    spread = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
+    half = float(stats.t.ppf(0.975, len(values) - 1)) * spread / math.sqrt(len(values))
+    return mean - half, mean + half
+
+
+def pareto_points(settings: Sequence[Mapping[str, Any]]) -> set[int]:
+    """Points that no other beats in one objective without losing in another.
+
+    With one objective that is the best point. A point that lacks an objective is never on the
+    front.
+    """
+    scores: dict[int, list[float]] = {}
+    lacking = set()
+    for row in settings:
+        if row["value"] is None:
+            lacking.add(row["point"])
+            continue
+        sign = 1.0 if row["direction"] == "maximize" else -1.0
+        scores.setdefault(row["point"], []).append(sign * row["value"])
+    kept = {point: values for point, values in scores.items() if point not in lacking}
+
+    def beaten(values: list[float]) -> bool:
+        return any(
+            all(o >= v for o, v in zip(other, values, strict=True)) and other != values
+            for other in kept.values()
+        )
+
+    return {point for point, values in kept.items() if not beaten(values)}
+
+
+def settings_table(rows: Sequence[Mapping[str, Any]]) -> pyarrow.Table:
+    """The table of ``settings.parquet``; ``params`` as JSON."""
+    import pyarrow
+
+    kinds = {
+        "point": pyarrow.int64(),
+        "params": pyarrow.string(),
+        "metric": pyarrow.string(),
+        "direction": pyarrow.string(),
+        "value": pyarrow.float64(),
+        "low": pyarrow.float64(),
+        "high": pyarrow.float64(),
+        "num_ok": pyarrow.int64(),
+        "num_failed": pyarrow.int64(),
+        "on_front": pyarrow.bool_(),
+    }
+    told = [{**row, "params": json.dumps(row["params"])} for row in rows]
+    return pyarrow.Table.from_pylist(told, schema=pyarrow.schema(kinds))
+
+
+def read_trials(folder: str) -> list[dict[str, Any]]:
+    """The rows of ``trials.parquet``.
+
+    Raises:
+        ResultsError: no sweep there.
+    """
+    read_manifest(folder, "sweep")
+    path = storage.join(folder, "trials.parquet")
+    return storage.read_table(path).to_pylist() if storage.exists(path) else []
+
+
+def sweep_summary(folder: str) -> list[dict[str, Any]]:
+    """The ``sweep`` list of ``summary.json``: one entry a trial.
+
+    Returns:
+        [trial_id, params, seed, status, acquisition, forgetting, mlflow_run_id, error]; A and F
+        are fractions, None where a trial has none.
+
+    Raises:
+        ResultsError: no sweep there.
+    """
+    keys = read_manifest(folder, "sweep").get("parameters", [])
+    return [
+        {
+            "trial_id": row["trial_id"],
+            "params": {key: row.get(key) for key in keys},
+            "seed": row["seed"],
+            "status": row["status"],
+            "acquisition": row["acquisition"],
+            "forgetting": row["forgetting"],
+            "mlflow_run_id": row["mlflow_run_id"],
+            "error": row["error"],
+        }
+        for row in read_trials(folder)
+    ]

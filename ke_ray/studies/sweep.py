@@ -1,0 +1,374 @@
+"""A sweep study: one continual study, varied.
+
+A *point* is one choice of the swept keys, a *trial* a point with one seed. Points come from the
+list ``points`` (each replaces the named keys of the base study and is tried first) and from the
+search over ``space``. Seeds repeat every point; repeats are aggregated, never searched over.
+
+Keys are the dotted keys of the continual study (``resuscitation.factor``,
+``optimizer.learning_rate``, ``corpus.source``, …) and two more: ``checkpoint``, which of the base's
+starting checkpoints (name, pretraining step, ``first`` or ``last``), and ``seed``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, Field, field_validator, model_validator
+
+from ke_ray import storage
+from ke_ray.config import Strict, apply_overrides, parse_yaml, validate
+from ke_ray.errors import ConfigError, nearest
+from ke_ray.studies.continual import ContinualStudy
+from ke_ray.studies.parts import TrackingSettings
+
+__all__ = [
+    "OBJECTIVES",
+    "Asha",
+    "Axis",
+    "Objective",
+    "SweepStudy",
+    "load_sweep",
+    "set_keys",
+    "sweep_keys",
+]
+
+Direction = Literal["maximize", "minimize"]
+
+#: Column of ``runs.parquet`` → (its better direction, the group of the base study it needs).
+OBJECTIVES: Mapping[str, tuple[Direction, str]] = {
+    "acquisition": ("maximize", "injection"),
+    "acquisition_summed": ("maximize", "injection"),
+    "acquisition_vs_original": ("maximize", "injection"),
+    "probe_logprob_after": ("maximize", "injection"),
+    "forgetting": ("minimize", "downstream"),
+    "forgetting_vs_original": ("minimize", "downstream"),
+    "downstream_after": ("maximize", "downstream"),
+    "perplexity_after": ("minimize", "held_out"),
+    "knowledge_entropy_before_nats": ("maximize", "entropy"),
+    "knowledge_entropy_after_nats": ("maximize", "entropy"),
+    "knowledge_entropy_change_nats": ("maximize", "entropy"),
+}
+
+_OWN_KEYS = ("checkpoint", "seed")
+_MAX_GRID_INTEGERS = 1000
+#: Keys of a continual study that say where and how it runs, or that a sweep has itself.
+_NOT_SWEPT = frozenset(
+    {
+        *("activation_checkpointing", "cache_dir", "compile", "cpus_per_worker", "executor"),
+        *("keep_final", "kind", "log_every", "max_failures", "micro_batch_size", "mlflow", "name"),
+        *("num_workers", "output", "save_every", "seeds", "strategy", "use_gpu"),
+    }
+)
+
+
+class Axis(Strict):
+    """The values of one key: exactly one of the four; a plain list is a ``choice``."""
+
+    choice: tuple[Any, ...] | None = None
+    uniform: tuple[float, float] | None = Field(None, description="[low, high]")
+    loguniform: tuple[float, float] | None = Field(None, description="[low, high], low above 0")
+    integer: tuple[int, int] | None = Field(
+        None, alias="int", description="[low, high], both ends included"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _list_is_choice(cls, value: Any) -> Any:
+        return {"choice": value} if isinstance(value, list | tuple) else value
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Axis:
+        kinds = [name for name in ("choice", "uniform", "loguniform", "integer") if self._get(name)]
+        if self.choice is not None and not self.choice:
+            raise ValueError("choice has no values")
+        if len(kinds) != 1:
+            raise ValueError("give exactly one of choice, uniform, loguniform and int")
+        if self.choice is not None:
+            texts = [json.dumps(value, sort_keys=True) for value in self.choice]
+            if len(set(texts)) < len(texts):
+                raise ValueError(f"choice {list(self.choice)} holds a value twice")
+            return self
+        low, high = self._get(kinds[0])
+        if not low < high:
+            raise ValueError(f"{kinds[0]} [{low}, {high}] is empty; the low end comes first")
+        if self.loguniform is not None and low <= 0:
+            raise ValueError(f"loguniform [{low}, {high}] needs a low end above 0")
+        return self
+
+    def _get(self, name: str) -> Any:
+        return getattr(self, name)
+
+    def grid(self) -> tuple[Any, ...]:
+        """All values.
+
+        Raises:
+            ValueError: the axis is continuous, or too long.
+        """
+        if self.choice is not None:
+            return self.choice
+        if self.integer is not None:
+            low, high = self.integer
+            if high - low >= _MAX_GRID_INTEGERS:
+                raise ValueError(f"int [{low}, {high}] has more than {_MAX_GRID_INTEGERS} values")
+            return tuple(range(low, high + 1))
+        raise ValueError("a grid needs choice or int; uniform and loguniform go with random or tpe")
+
+    def ends(self) -> tuple[Any, ...]:
+        """Values that show whether the whole axis is valid: all choices, or both ends."""
+        if self.choice is not None:
+            return self.choice
+        ends: tuple[Any, ...] = self.uniform or self.loguniform or self.integer or ()
+        return ends
+
+
+class Objective(Strict):
+    """What is compared; the text alone stands for the metric with its usual direction."""
+
+    metric: str
+    direction: Direction
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        given = {"metric": value} if isinstance(value, str) else value
+        if isinstance(given, Mapping) and given.get("metric") in OBJECTIVES:
+            return {"direction": OBJECTIVES[given["metric"]][0], **given}
+        if isinstance(given, Mapping) and "metric" in given:
+            name = str(given["metric"])
+            raise ValueError(
+                f"unknown objective '{name}'.{nearest(name, OBJECTIVES)} Objectives: "
+                f"{', '.join(OBJECTIVES)}"
+            )
+        return given
+
+
+class Asha(Strict):
+    """Asynchronous successive halving on the acquisition that probes show while training.
+
+    A trial's time is the share of its steps, so that trials of different lengths compare.
+    """
+
+    name: Literal["asha"] = "asha"
+    grace: float = Field(0.25, gt=0, lt=1, description="share of a trial before it may be stopped")
+    reduction_factor: float = Field(2, gt=1, description="one of so many goes on at each rung")
+
+
+class SweepStudy(Strict):
+    """``ke-ray sweep``."""
+
+    kind: Literal["sweep"] = "sweep"
+    name: str | None = Field(None, description="MLflow run name; default: the output folder's name")
+    output: str
+    base: ContinualStudy = Field(description="the continual study: inline, or the path of its file")
+    checkpoint: str | int | None = Field(
+        None,
+        description="of the base's starts: name, step (the nearest), first or last; null: the one",
+    )
+    seeds: tuple[int, ...] | None = Field(
+        None, min_length=1, description="repeats of every point; null: the base's"
+    )
+    space: dict[str, Axis] = Field(default_factory=dict)
+    points: tuple[dict[str, Any], ...] = Field(
+        (), description="beside the search, tried first: key → value, on top of the base"
+    )
+    search: Literal["grid", "random", "tpe"] = "grid"
+    num_trials: int | None = Field(None, ge=1, description="points that random or tpe draw")
+    search_seed: int = Field(0, ge=0)
+    startup_trials: int = Field(10, ge=1, description="of tpe, drawn at random first")
+    objectives: tuple[Objective, ...] = Field(
+        (Objective(metric="acquisition", direction="maximize"),), min_length=1
+    )
+    scheduler: Asha | None = None
+    max_concurrent: int | None = Field(None, ge=1, description="null: what the cluster holds")
+    cpus_per_trial: int | None = Field(None, ge=1, description="null: an even share of all CPUs")
+    gpus_per_trial: float | None = Field(None, ge=0, description="null: one where there are any")
+    retries: int = Field(1, ge=0, description="of a trial that fails")
+    mlflow: TrackingSettings = TrackingSettings()
+
+    @field_validator("space", "points")
+    @classmethod
+    def _known_keys(cls, value: Any) -> Any:
+        known = sweep_keys()
+        for keys in [value] if isinstance(value, Mapping) else value:
+            for key in keys:
+                if key in known:
+                    continue
+                if key.split(".", 1)[0] in _NOT_SWEPT and key.split(".", 1)[0] != "seeds":
+                    raise ValueError(
+                        f"'{key}' cannot be swept: it does not change a trial's result"
+                    )
+                where = "seed" if key == "seeds" else None
+                hint = f" Did you mean '{where}'?" if where else nearest(key, known)
+                raise ValueError(
+                    f"unknown sweep key '{key}'.{hint} Keys are those of a continual study "
+                    f"(for example resuscitation.factor), {' and '.join(_OWN_KEYS)}"
+                )
+        return value
+
+    @field_validator("seeds")
+    @classmethod
+    def _seeds(cls, seeds: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if seeds is not None and (len(set(seeds)) < len(seeds) or min(seeds) < 0):
+            raise ValueError(f"seeds {list(seeds)} must be different and not negative")
+        return seeds
+
+    @model_validator(mode="after")
+    def _fits(self) -> SweepStudy:
+        if not self.space and not self.points:
+            raise ValueError("there is nothing to try; give space, points or both")
+        if self.search == "grid" and self.num_trials is not None:
+            raise ValueError("num_trials goes with search random or tpe; a grid has all its points")
+        if self.search != "grid" and self.space and self.num_trials is None:
+            raise ValueError(f"search {self.search} needs num_trials")
+        if self.search == "grid":
+            for key, axis in self.space.items():
+                try:
+                    axis.grid()
+                except ValueError as error:
+                    raise ValueError(f"space.{key}: {error}") from error
+        if self.search == "tpe":
+            _check_optuna(self.space)
+        metrics = [objective.metric for objective in self.objectives]
+        if len(set(metrics)) < len(metrics):
+            raise ValueError(f"objectives {', '.join(metrics)}: one stands there twice")
+        for metric in metrics:
+            group = OBJECTIVES[metric][1]
+            if not self._has(group):
+                raise ValueError(
+                    f"no trial would report the objective '{metric}': the base study has no "
+                    f"'{group}' group; add it, or choose another objective"
+                )
+        if "seed" in self.swept_keys and self.seeds is not None:
+            raise ValueError("sweep the key 'seed' or give seeds as repeats, not both")
+        if self.scheduler is not None:
+            self._check_scheduler()
+        return self
+
+    def _has(self, group: str) -> bool:
+        if getattr(self.base, group) is not None:
+            return True
+        swept = {key.split(".", 1)[0] for key in self.swept_keys}
+        return group in swept
+
+    def _check_scheduler(self) -> None:
+        if self.base.injection is None:
+            raise ValueError("asha compares what probes show while training; injection is missing")
+        if len(self.repeats) > 1:
+            raise ValueError(
+                "asha stops single trials, and the mean over what is left of a point's seeds would "
+                "be biased; give one seed, or no scheduler"
+            )
+        if self.search == "tpe" and len(self.objectives) > 1:
+            raise ValueError("asha sees one number; give one objective, or no scheduler")
+
+    @property
+    def swept_keys(self) -> tuple[str, ...]:
+        """All keys that trials differ in, in the order of the file."""
+        keys = [*self.space, *itertools.chain.from_iterable(self.points)]
+        return tuple(dict.fromkeys(keys))
+
+    @property
+    def repeats(self) -> tuple[int, ...]:
+        """Seeds of every point (that has none of its own)."""
+        return self.seeds if self.seeds is not None else self.base.seeds
+
+    def grid_points(self) -> list[dict[str, Any]]:
+        """The points of the space for ``search: grid``, the last key varying fastest."""
+        if not self.space:
+            return []
+        axes = [axis.grid() for axis in self.space.values()]
+        return [dict(zip(self.space, values, strict=True)) for values in itertools.product(*axes)]
+
+
+def _check_optuna(space: Mapping[str, Axis]) -> None:
+    for key, axis in space.items():
+        for value in axis.choice or ():
+            if value is not None and not isinstance(value, bool | int | float | str):
+                raise ValueError(
+                    f"space.{key}: Optuna takes numbers, texts, true, false and null as choices, "
+                    f"not {value!r}; sweep the keys of the group one by one, or put it under points"
+                )
+
+
+def sweep_keys() -> set[str]:
+    """Every key that may be swept."""
+    keys = set(_OWN_KEYS)
+    for name in ContinualStudy.model_fields:
+        if name not in _NOT_SWEPT:
+            keys |= _keys_below(ContinualStudy, name, "")
+    return keys
+
+
+def _keys_below(model: type[BaseModel], name: str, prefix: str) -> set[str]:
+    field = model.model_fields[name]
+    keys = {f"{prefix}{name}"}
+    for option in (field.annotation, *get_args(field.annotation)):
+        if isinstance(option, type) and issubclass(option, BaseModel):
+            for child in option.model_fields:
+                keys |= _keys_below(option, child, f"{prefix}{name}.")
+    return keys
+
+
+def load_sweep(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> SweepStudy:
+    """Read a sweep file.
+
+    ``base`` may be the path of a continual study, seen from the file's folder. ``changes`` (dotted
+    key → value) are set in the base, then ``overrides`` anywhere. Without a group ``mlflow`` the
+    base's holds.
+
+    Raises:
+        ConfigError: no such file, not YAML, unknown key, a space that the search cannot take, …
+    """
+    where = os.fspath(path)
+    values = _read(where, "sweep")
+    base = values.get("base")
+    if isinstance(base, str):
+        folder = where.rsplit("/", 1)[0] if "/" in where else "."
+        place = base if base.startswith("/") or "://" in base else storage.join(folder, base)
+        base = _read(place, "continual")
+    if not isinstance(base, Mapping):
+        raise ConfigError(
+            f"{where}: 'base' must be a continual study: its keys, or the path of its file."
+        )
+    changes = values.pop("changes", None) or {}
+    if not isinstance(changes, Mapping):
+        raise ConfigError(f"{where}: 'changes' holds {type(changes).__name__}, expected keys.")
+    values["base"] = set_keys(base, changes)
+    if "mlflow" not in values and "mlflow" in base:
+        values["mlflow"] = base["mlflow"]
+    values = apply_overrides(values, overrides)
+    if isinstance(values["base"], Mapping):  # results lie in the sweep's own folder
+        values["base"] = {**values["base"], "output": str(values.get("output"))}
+    return validate(SweepStudy, values, where)
+
+
+def _read(where: str, kind: str) -> dict[str, Any]:
+    try:
+        text = storage.read_text(where)
+    except FileNotFoundError as error:
+        raise ConfigError(f"There is no study file '{where}'.") from error
+    except (IsADirectoryError, UnicodeDecodeError, PermissionError) as error:
+        raise ConfigError(f"'{where}' cannot be read as a study file: {error}.") from error
+    values = parse_yaml(text, where)
+    if not isinstance(values, Mapping) or values.get("kind") != kind:
+        given = values.get("kind") if isinstance(values, Mapping) else type(values).__name__
+        raise ConfigError(f"{where} has kind {given!r}; expected a study with 'kind: {kind}'.")
+    return dict(values)
+
+
+def set_keys(values: Mapping[str, Any], keys: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` with each dotted key set; groups that are absent or null are made."""
+    result: dict[str, Any] = dict(values)
+    for key, value in keys.items():
+        *parents, last = key.split(".")
+        place = result
+        for parent in parents:
+            child = place.get(parent)
+            place[parent] = dict(child) if isinstance(child, Mapping) else {}
+            place = place[parent]
+        place[last] = value
+    return result
