@@ -84,6 +84,7 @@ class TrainingKeys(Strict):
     save_every: int | None = Field(
         None, ge=1, description="steps between training states; null: a tenth of the steps"
     )
+    keep_state: bool = Field(False, description="keep the last training state when finished")
     log_every: int | None = Field(
         None, ge=1, description="steps between looks at the loss; null: 1 on CPU, 10 on GPU"
     )

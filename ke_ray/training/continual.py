@@ -353,7 +353,8 @@ class _Run:
         ]
         write_tables(self.folder, records, self.spec.name)
         write_row(self.study, self.spec, row)
-        remove_states(self.states)
+        if not self.study.keep_state:
+            remove_states(self.states)
 
 
 def record_probes(state: TrainingState, step: int, found: Snapshot) -> None:

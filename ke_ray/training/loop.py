@@ -135,8 +135,8 @@ def train(
         data: the rows; row r of step s as :class:`BatchPlan` says.
         keys: batch sizes, optimizer, schedule, precision, …
         worker: this process among its fellows; default: alone, on the CPU.
-        state_uri: where training states are saved (every ``keys.state_interval`` steps) and
-            looked for: a run that was killed goes on from the newest.
+        state_uri: where training states are saved (every ``keys.state_interval`` steps and at
+            the end) and looked for: a run that was killed goes on from the newest.
         identity: fingerprint of the run, so that it does not go on from another one's state.
 
     Returns:
@@ -185,7 +185,7 @@ def train(
         pending.rates.append(rate)
 
         acts = hooks.after_step is not None and step in hooks.at_steps
-        saves = state_uri is not None and (step % interval == 0) and step < num_steps
+        saves = state_uri is not None and (step % interval == 0 or step == num_steps)
         if step % log_every == 0 or step == num_steps or acts or saves:
             _look(pending, state, keys, plan, worker, begun, rows.shape[1], first_row)
             if hooks.on_progress and worker.is_main:

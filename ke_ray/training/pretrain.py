@@ -48,6 +48,7 @@ NOT_IDENTITY = frozenset(
         "checkpoints",
         "compile",
         "cpus_per_worker",
+        "keep_state",
         "log_every",
         "max_failures",
         "micro_batch_size",
@@ -107,7 +108,8 @@ def is_finished(study: PretrainStudy) -> bool:
     if manifest.get("identity") != study_identity(study):
         before = manifest.get("config", {})
         now = study.model_dump(mode="json")
-        changed = [k for k in now if k not in NOT_IDENTITY and before.get(k) != now[k]]
+        ignored = NOT_IDENTITY - {"checkpoints"}
+        changed = [k for k in now if k not in ignored and before.get(k) != now[k]]
         raise ResultsError(
             f"'{study.output}' holds another pretraining: {', '.join(changed) or 'its keys'} "
             "differ. Give another output folder, or remove that one."
@@ -125,6 +127,7 @@ def prepare_data(study: PretrainStudy) -> PretrainData:
     from ke_ray.data.training_set import prepare_training_set
 
     data = study.data
+    _forget_other_data(study)
     source = data.source or _biographies(study)
     place = storage.join(study.output, "tokenizer")
     if storage.exists(storage.join(place, "tokenizer.json")):
@@ -154,6 +157,16 @@ def prepare_data(study: PretrainStudy) -> PretrainData:
     )
     rows.steps_per_epoch(study.global_batch_size)  # refuses a corpus below one batch
     return PretrainData(tokenizer, eos, vocab_size, rows)
+
+
+def _forget_other_data(study: PretrainStudy) -> None:
+    """Removes tokenizer and world that an attempt with other data keys left."""
+    note, keys = storage.join(study.output, "prepared.json"), study.data.model_dump(mode="json")
+    if storage.exists(note) and storage.read_json(note) == keys:
+        return
+    for name in ("tokenizer", "world"):
+        storage.remove(storage.join(study.output, name))
+    storage.write_json(note, keys)
 
 
 def _biographies(study: PretrainStudy) -> str:
@@ -288,7 +301,8 @@ def run_pretrain(
             "checkpoint_steps": list(study.checkpoint_steps),
         }
         write_manifest(study.output, manifest)
-        remove_states(states)
+        if not study.keep_state:
+            remove_states(states)
     barrier(worker)
     outcome = _finished_outcome(study)
     _log.info("pretrained in %.1f s", time.perf_counter() - started)

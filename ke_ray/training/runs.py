@@ -40,6 +40,7 @@ NOT_IDENTITY = frozenset(
         "cpus_per_worker",
         "executor",
         "keep_final",
+        "keep_state",
         "log_every",
         "max_failures",
         "micro_batch_size",

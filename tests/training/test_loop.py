@@ -85,7 +85,7 @@ def test_workers_change_nothing_beyond_rounding(
         np.testing.assert_allclose(together[name], expected, atol=2e-6, err_msg=name)
 
 
-def test_bfloat16_checkpointing_and_compiling_follow_the_plain_path() -> None:
+def test_bfloat16_and_checkpointing_follow_the_plain_path() -> None:
     def losses(**changes: object) -> list[float]:
         state = train(tiny_model(), tiny_rows(), tiny_keys(**changes), num_steps=5)
         return [row["loss"] for row in state.records["train"]]
@@ -175,3 +175,11 @@ def test_hooks_see_the_steps_they_asked_for_and_change_the_batch() -> None:
     )
     assert ours[:2] == plain[:2]
     assert ours[2] != plain[2]
+
+
+@pytest.mark.slow
+def test_compiled_layers_follow_the_plain_path() -> None:
+    plain = train(tiny_model(), tiny_rows(), tiny_keys(), num_steps=3)
+    compiled = train(tiny_model(), tiny_rows(), tiny_keys(compile=True), num_steps=3)
+    ours, theirs = ([row["loss"] for row in s.records["train"]] for s in (compiled, plain))
+    assert ours == pytest.approx(theirs, abs=1e-4)

@@ -100,6 +100,11 @@ def test_a_corpus_below_one_batch_is_refused_before_training(tmp_path: Path) -> 
     with pytest.raises(DataError, match="a batch of 512 rows was asked of"):
         run_pretrain(study)
     assert not (tmp_path / "checkpoints").exists()
+    # The same folder with other data starts from nothing: no tokenizer of the first attempt.
+    data = {"biographies": {"num_people": 5}, "vocab_size": 300}
+    run_pretrain(tiny_pretrain(tmp_path, data=data))
+    assert load_model(tmp_path / "checkpoints" / "step10").config.vocab_size == 320
+    assert 'num_people": 5' in (tmp_path / "world" / "world.json").read_text()
 
 
 @pytest.mark.parametrize(
