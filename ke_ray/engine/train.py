@@ -208,6 +208,7 @@ def fit(
     """
     place, name = absolute(folder), f"fit-{uuid.uuid4().hex[:12]}"
     storage.make_dirs(storage.join(place, name))
+    storage.remove(storage.join(place, "progress.json"))  # of a driver that was killed
     trainer = build_trainer(function, payload, keys, place, name)
     fatal = storage.join(place, name, "fatal.json")
     try:
