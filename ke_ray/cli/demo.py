@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,16 +15,15 @@ __all__ = ["demo"]
 
 
 class _Phases:
-    """Seconds of each phase, kept over reruns that skip it."""
+    """Seconds of each phase, start-up apart from work, kept over reruns that skip it."""
 
     def __init__(self, earlier: dict[str, float]) -> None:
         self.seconds = dict(earlier)
 
-    @contextmanager
-    def of(self, name: str) -> Iterator[None]:
-        started = time.monotonic()
-        yield
-        self.seconds[name] = round(time.monotonic() - started, 2)
+    def add(self, name: str, phases_s: dict[str, float], start: tuple[str, ...]) -> None:
+        """Sum a command's own phases into ``NAME_start`` and ``NAME``."""
+        self.seconds[f"{name}_start"] = round(sum(phases_s.get(k, 0.0) for k in start), 2)
+        self.seconds[name] = round(sum(v for k, v in phases_s.items() if k not in start), 2)
 
 
 def demo(
@@ -34,12 +31,14 @@ def demo(
 ) -> None:
     """Pretrain a small model, scan its checkpoints, and show what came out."""
     from ke_ray.cli.scan import execute_scan
-    from ke_ray.cli.train import execute_pretrain
+    from ke_ray.cli.train import execute_continual, execute_pretrain
     from ke_ray.config import load_study
+    from ke_ray.studies.continual import ContinualStudy
     from ke_ray.studies.scan import ScanStudy
     from ke_ray.studies.training import PretrainStudy
 
     storage.check_writable(folder)
+    world = f"{folder}/pretrain/world"
     summary_path = storage.join(folder, "summary.json")
     before = storage.read_json(summary_path) if storage.exists(summary_path) else {}
     phases = _Phases(before.get("phases_s", {}))
@@ -65,27 +64,46 @@ def demo(
         ScanStudy,
         [
             f"checkpoints.spec={folder}/pretrain/checkpoints",
-            f"data.biographies={folder}/pretrain/world/documents.jsonl.gz",
+            f"data.biographies={world}/documents.jsonl.gz",
             f"output={folder}/scan",
             *here,
         ],
     )
     scanned = execute_scan(scan_study)
     if scanned.scanned:
-        start = ("setup", "ray_start", "actor_start")
-        phases.seconds["scan_start"] = round(sum(scanned.phases_s.get(k, 0) for k in start), 2)
-        phases.seconds["scan"] = round(
-            sum(v for k, v in scanned.phases_s.items() if k not in start), 2
-        )
+        phases.add("scan", scanned.phases_s, ("setup", "ray_start"))
     summary["scan"] = scan_summary(f"{folder}/scan")
 
     storage.write_json(summary_path, summary)
+
+    _heading("3. Go on from an early, a middle and the last checkpoint with injected facts")
+    continual_study = load_study(
+        study_path("demo_continual"),
+        ContinualStudy,
+        [
+            f"starts.spec={folder}/pretrain/checkpoints",
+            f"corpus.source={world}/other_documents.jsonl.gz",
+            f"injection.paraphrase={world}/facts_paraphrase.json",
+            f"injection.once={world}/facts_once.json",
+            f"downstream.own_tasks.biographies={world}/questions.jsonl",
+            f"entropy.source={world}/documents.jsonl.gz",
+            f"output={folder}/continual",
+            *here,
+        ],
+    )
+    continued = execute_continual(continual_study)
+    if len(continued.rows) > continued.skipped:
+        start = ("check", "ray_start", "worker_start")
+        phases.add("continual", continued.phases_s, start)
+    summary["continual"] = continual_summary(continued.rows)
+    storage.write_json(summary_path, summary)
+
     _heading("Where to look")
     typer.echo(f"  numbers   {summary_path}")
     typer.echo(f"  picture   {folder}/scan/entropy.png")
     typer.echo(f"  tables    ke-ray results {folder}")
     typer.echo(f"  MLflow    mlflow ui --backend-store-uri sqlite:///{folder}/mlflow.db")
-    raise typer.Exit(scanned.exit_code)
+    raise typer.Exit(max(scanned.exit_code, continued.exit_code))
 
 
 def scan_summary(folder: str) -> list[dict[str, Any]]:
@@ -103,6 +121,25 @@ def scan_summary(folder: str) -> list[dict[str, Any]]:
         for row in ScanFolder.open(folder).entropy().to_pylist()
         if row["status"] != "ok" or (row["measure"] == "knowledge_entropy" and row["layer"] is None)
     ]
+
+
+def continual_summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One entry per starting checkpoint, fractions and nats, null where it failed."""
+    keys = (
+        "step",
+        "acquisition",
+        "acquisition_low",
+        "acquisition_high",
+        "forgetting",
+        "forgetting_low",
+        "forgetting_high",
+        "probe_logprob_before",
+        "probe_logprob_after",
+        "knowledge_entropy_before_nats",
+        "knowledge_entropy_after_nats",
+        "status",
+    )
+    return [{key: row.get(key) for key in keys} for row in rows]
 
 
 def study_path(name: str) -> str:

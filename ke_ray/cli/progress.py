@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -104,25 +104,23 @@ class ScanDisplay:
 
 
 class TrainingDisplay:
-    """Step, loss, learning rate, tokens/s and time left of a training run.
+    """Step, loss, learning rate, tokens/s, time left and next injection of training runs."""
 
-    Args:
-        what: names the run, for example ``pretrain`` or ``continual step400``.
-        next_injection: step → the next step that injects facts, or None.
-    """
-
-    def __init__(
-        self, what: str, next_injection: Callable[[int], int | None] | None = None
-    ) -> None:
-        self._what = what
-        self._next_injection = next_injection
+    def __init__(self, title: str) -> None:
+        self._title = title
         self._console = Console(stderr=True)
         self._bar: Progress | None = None
         self._printed = 0.0
 
-    def __call__(self, progress: TrainingProgress) -> None:
+    def title(self, title: str) -> None:
+        """Name the run that is shown from now on."""
+        if title != self._title:
+            self.stop()
+            self._title = title
+
+    def __call__(self, progress: TrainingProgress, next_injection: int | None = None) -> None:
         """Show one look at the loss."""
-        text = self._text(progress)
+        text = self._text(progress, next_injection)
         is_last = progress.record.step == progress.num_steps
         if self._console.is_terminal:
             if self._bar is None:
@@ -150,14 +148,11 @@ class TrainingDisplay:
             self._bar.stop()
             self._bar = None
 
-    def _text(self, progress: TrainingProgress) -> str:
+    def _text(self, progress: TrainingProgress, next_injection: int | None) -> str:
         record = progress.record
         text = (
-            f"{self._what}: step {record.step}/{progress.num_steps}, loss {record.loss:.3f}, "
+            f"{self._title}: step {record.step}/{progress.num_steps}, loss {record.loss:.3f}, "
             f"lr {record.learning_rate:.2e}, {record.tokens_per_s:,.0f} tokens/s, "
             f"{duration(progress.time_left_s)} left"
         )
-        if self._next_injection is not None:
-            step = self._next_injection(record.step)
-            text += ", no injection left" if step is None else f", next injection at step {step}"
-        return text
+        return text if next_injection is None else f"{text}, next injection at {next_injection}"

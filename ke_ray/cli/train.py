@@ -8,11 +8,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import yaml
 
-from ke_ray.cli.options import DryRun, MlflowUri, NoMlflow, Output, Set, read_study
+from ke_ray.cli.options import (
+    DryRun,
+    MlflowUri,
+    NoMlflow,
+    Output,
+    Resuscitate,
+    Set,
+    parse_resuscitate,
+    read_study,
+)
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
+    from ke_ray.engine.continual import ContinualOutcome
+    from ke_ray.studies.continual import ContinualStudy
     from ke_ray.studies.training import PretrainStudy
     from ke_ray.training.pretrain import PretrainOutcome
 
@@ -67,6 +78,61 @@ def execute_pretrain(study: PretrainStudy) -> PretrainOutcome:
     return outcome
 
 
+def continual(
+    study: Study,
+    output: Output = None,
+    resuscitate: Resuscitate = None,
+    mlflow_uri: MlflowUri = None,
+    no_mlflow: NoMlflow = False,
+    overrides: Set = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Train on from checkpoints while facts are injected; measure acquisition and forgetting."""
+    from ke_ray.studies.continual import ContinualStudy
+
+    options = given(output, mlflow_uri, no_mlflow)
+    if resuscitate:
+        options["resuscitation"] = parse_resuscitate(resuscitate)
+    loaded = read_study(study, ContinualStudy, options, overrides, "ke-ray continual")
+    if dry_run:
+        from ke_ray.training.runs import list_runs
+
+        specs = list_runs(loaded)
+        print(plan_text(loaded))
+        print(f"runs: {len(specs)}")
+        for spec in specs:
+            print(f"  {spec.name}")
+        return
+    raise typer.Exit(execute_continual(loaded).exit_code)
+
+
+def execute_continual(study: ContinualStudy) -> ContinualOutcome:
+    """Run a continual-learning study with progress on the terminal, and print its table."""
+    from ke_ray.cli.progress import TrainingDisplay
+    from ke_ray.cli.scan import print_results
+    from ke_ray.engine.continual import RunProgress, run_continual_study
+
+    display = TrainingDisplay("continual")
+
+    def show(state: RunProgress) -> None:
+        display.title(f"{state.run} ({state.number}/{state.num_runs})")
+        display(state.progress, state.next_injection)
+
+    try:
+        outcome = run_continual_study(study, show)
+    finally:
+        display.stop()
+    print_results(study.output)
+    for name, error in outcome.failures:
+        typer.echo(f"failed: {name}: {error}", err=True)
+    done = len(outcome.rows) - len(outcome.failures) - outcome.skipped
+    typer.echo(
+        f"{done} runs done, {len(outcome.failures)} failed, {outcome.skipped} skipped "
+        f"(finished before). Results: {study.output}"
+    )
+    return outcome
+
+
 def given(output: str | None, mlflow_uri: str | None, no_mlflow: bool) -> dict[str, Any]:
     """The options that all training commands have, by dotted study key."""
     return {
@@ -84,3 +150,4 @@ def plan_text(study: BaseModel) -> str:
 def register(app: typer.Typer) -> None:
     """Add this module's commands."""
     app.command()(pretrain)
+    app.command()(continual)

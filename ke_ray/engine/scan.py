@@ -296,7 +296,7 @@ def _score(setup: ScanSetup, run: TrackedRun, progress: ScanProgress, outcome: S
         threads=int(per_actor.get("num_cpus", 1)) if "num_gpus" not in per_actor else None,
         cache_dir=study.cache_dir,
         cache_bytes=study.cache_bytes,
-        resuscitation=study.resuscitate.model_dump() if study.resuscitate else None,
+        resuscitation=study.resuscitation.model_dump() if study.resuscitation else None,
     )
     monitor = ray.remote(num_cpus=0, max_restarts=0)(ScanMonitor).remote()
     arrays = {

@@ -86,7 +86,7 @@ def prepare_scan(study: ScanStudy) -> ScanSetup:
         "dtype": study.dtype,
         "top_k_fraction": study.top_k_fraction,
         "dormant_threshold": study.dormant_threshold,
-        "resuscitate": study.resuscitate.model_dump() if study.resuscitate else None,
+        "resuscitation": study.resuscitation.model_dump() if study.resuscitation else None,
         "corpora": {name: corpus.sha256 for name, corpus in corpora.items()},
     }
     folder, known = _open_output(study, identity, corpora)

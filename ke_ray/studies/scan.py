@@ -46,7 +46,7 @@ class ScanStudy(Strict):
     num_actors: int | None = Field(None, ge=1, description="default: one per GPU, else per CPU")
     cache_dir: str | None = Field(None, description="where fetched checkpoints lie while in use")
     cache_bytes: int | None = Field(None, ge=1, description="disk budget of the cache per node")
-    resuscitate: Resuscitation | None = None
+    resuscitation: Resuscitation | None = None
     output: str = Field(description="folder or URI for the results")
     mlflow: TrackingSettings = TrackingSettings()
 

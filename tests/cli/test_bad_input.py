@@ -155,8 +155,8 @@ def test_more_instances_than_the_corpus_has(refused, checkpoint, ids, tmp_path):
         (["--set", "batch_size"], "KEY=VALUE"),
         (["--measures", "knowlege_entropy"], "Did you mean 'knowledge_entropy'"),
         (["--dtype", "int8"], "dtype"),
-        (["--resuscitate", "ratio=2,factor=1"], "resuscitate.ratio"),
-        (["--resuscitate", "ratio=0.5,factor=0"], "resuscitate.factor"),
+        (["--resuscitate", "ratio=2,factor=1"], "resuscitation.ratio"),
+        (["--resuscitate", "ratio=0.5,factor=0"], "resuscitation.factor"),
     ],
 )
 def test_wrong_options(refused, checkpoint, ids, tmp_path, arguments, expected):
@@ -177,7 +177,7 @@ def test_an_output_of_another_identity(refused, ke_ray, checkpoint, ids, tmp_pat
         "dtype": "float32",
         "top_k_fraction": 0.01,
         "dormant_threshold": 0.1,
-        "resuscitate": None,
+        "resuscitation": None,
         "corpora": {"x": "0" * 64},
     }
     out = tmp_path / "out"

@@ -1,0 +1,167 @@
+"""MLflow runs continue, end truthfully and survive a server that goes away."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from ke_ray.errors import StorageError
+from ke_ray.studies.parts import TrackingSettings
+from ke_ray.tracking import Tracker, flatten
+
+
+def settings(uri, **keys):
+    return TrackingSettings(uri=str(uri), experiment="tests", **keys)
+
+
+@pytest.fixture
+def sqlite_uri(tmp_path):
+    return f"sqlite:///{tmp_path}/store/mlflow.db"
+
+
+def test_parameters_are_flat_and_dotted():
+    assert flatten({"a": {"b": {"c": 1}, "d": None}, "e": [1]}) == {"a.b.c": 1, "e": [1]}
+
+
+def test_a_run_is_found_again_by_its_key(sqlite_uri):
+    with Tracker(settings(sqlite_uri)) as tracker:
+        first = tracker.start_run("one", key='it\'s/a "key"', kind="scan", params={"a": {"b": 1}})
+        first.log_metrics({"x": 1.0, "bad": float("nan")}, step=3)
+        first.finish()
+    with Tracker(settings(sqlite_uri)) as tracker:
+        again = tracker.start_run("one", key='it\'s/a "key"', kind="scan", params={"a": {"b": 1}})
+        other = tracker.start_run("two", key="other", kind="scan", parent_id=again.run_id)
+        again.log_metrics({"x": 2.0}, step=4)
+        other.finish("FAILED")
+        again.finish()
+        tracker.close()
+        assert again.run_id == first.run_id != other.run_id
+        client = tracker.client
+        points = [(m.step, m.value) for m in client.get_metric_history(again.run_id, "x")]
+        assert points == [(3, 1.0), (4, 2.0)]
+        run = client.get_run(again.run_id)
+        assert run.info.status == "FINISHED"
+        assert run.data.params == {"a.b": "1"}
+        assert "bad" not in run.data.metrics
+        child = client.get_run(other.run_id)
+        assert child.info.status == "FAILED"
+        assert child.data.tags["mlflow.parentRunId"] == again.run_id
+
+
+def test_a_killed_process_leaves_no_run_that_says_running(sqlite_uri):
+    code = f"""
+import time
+from ke_ray.studies.parts import TrackingSettings
+from ke_ray.tracking import Tracker
+tracker = Tracker(TrackingSettings(uri={sqlite_uri!r}, experiment="tests"))
+run = tracker.start_run("dies", key="dies", kind="scan")
+run.flush()
+print(run.run_id, flush=True)
+time.sleep(60)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    run_id = process.stdout.readline().strip()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    with Tracker(settings(sqlite_uri)) as tracker:
+        assert tracker.client.get_run(run_id).info.status == "KILLED"
+
+
+def test_secrets_are_not_logged(sqlite_uri):
+    secret = "hf_abcdefghijklmnop"
+    with Tracker(settings(sqlite_uri, tags={"note": f"token={secret}"})) as tracker:
+        run = tracker.start_run(
+            "x", key="x", kind="scan", params={"source": f"https://me:{secret}@host/data"}
+        )
+        run.log_dataset("d", "0" * 64, f"https://host/?token={secret}", "scan")
+        run.finish()
+    database = Path(sqlite_uri.removeprefix("sqlite:///"))
+    assert secret.encode() not in database.read_bytes()
+
+
+def test_a_store_that_is_not_there_says_what_to_do(monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    with pytest.raises(StorageError, match="cannot be used.*MLFLOW_TRACKING_URI.*--no-mlflow"):
+        Tracker(settings(f"http://127.0.0.1:{port}"))
+
+
+def test_switched_off_it_does_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with Tracker(TrackingSettings(enabled=False)) as tracker:
+        run = tracker.start_run("x", key="x", kind="scan")
+        run.log_metrics({"a": 1.0})
+        run.finish()
+    assert run.run_id is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def start_server(folder: Path, port: int) -> subprocess.Popen:
+    """A real ``mlflow server`` on loopback, healthy when this returns."""
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"),
+            *("--port", str(port), "--workers", "1"),
+            *("--backend-store-uri", f"sqlite:///{folder}/server.db"),
+            *("--artifacts-destination", str(folder / "artifacts")),
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"},
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 180
+    while time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
+                return process
+        except OSError:
+            assert process.poll() is None, "mlflow server ended"
+            time.sleep(0.3)
+    stop_server(process)
+    raise AssertionError("mlflow server did not become healthy")
+
+
+def stop_server(process: subprocess.Popen) -> None:
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.slow
+def test_a_real_server_that_is_gone_for_a_while_loses_nothing(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    server = start_server(tmp_path, port)
+    try:
+        tracker = Tracker(settings(f"http://127.0.0.1:{port}"))
+        run = tracker.start_run("survivor", key="survivor", kind="scan", params={"a": 1})
+        run.log_metrics({"x": 0.0}, step=0)
+        run.flush()
+        stop_server(server)
+        for step in range(1, 6):
+            started = time.monotonic()
+            run.log_metrics({"x": float(step)}, step=step)
+            assert time.monotonic() - started < 1, "logging waited for the server"
+        (tmp_path / "table.csv").write_text("a,b\n1,2\n")
+        run.log_artifact(tmp_path / "table.csv")
+        time.sleep(3)
+        server = start_server(tmp_path, port)
+        run.finish()
+        assert tracker.close() == []
+        history = tracker.client.get_metric_history(run.run_id, "x")
+        assert [(m.step, m.value) for m in history] == [(s, float(s)) for s in range(6)]
+        assert [a.path for a in tracker.client.list_artifacts(run.run_id)] == ["table.csv"]
+        assert tracker.client.get_run(run.run_id).info.status == "FINISHED"
+    finally:
+        stop_server(server)
