@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ke_ray import storage
+from ke_ray.errors import ConfigError
 
 __all__ = ["demo"]
 
@@ -143,11 +143,18 @@ def continual_summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def study_path(name: str) -> str:
-    """A study that ships with the project: in ``sweeps/`` of a checkout, else in the package."""
-    checkout = Path(__file__).parents[2] / "sweeps" / f"{name}.yaml"
-    if checkout.is_file():
-        return str(checkout)
-    return str(resources.files("ke_ray") / "sweeps" / f"{name}.yaml")
+    """A study that ships with the project, in ``sweeps/`` of the checkout.
+
+    Raises:
+        ConfigError: ke_ray was installed without its checkout.
+    """
+    path = Path(__file__).parents[2] / "sweeps" / f"{name}.yaml"
+    if not path.is_file():
+        raise ConfigError(
+            f"There is no '{path}': the demo needs a checkout of the project. Clone it and install "
+            "with 'make install' or 'pip install -e .'."
+        )
+    return str(path)
 
 
 def _heading(text: str) -> None:

@@ -90,8 +90,10 @@ class ScanDisplay:
             # The rate leaves out start-up: it counts from the first tokens that were reported.
             rate = (self._scored - before) / elapsed_s if elapsed_s > 0.5 else 0.0
             if rate > 0:
+                text += f", {rate:,.0f} tokens/s"
+            if rate > 0 and left:
                 seconds_left = max(self._num_tokens - self._scored, 0) / rate
-                text += f", {rate:,.0f} tokens/s, {duration(seconds_left)} left"
+                text += f", {duration(seconds_left)} left"
         return text
 
     def _show(self) -> None:
