@@ -98,9 +98,15 @@ def demo(
     summary["continual"] = continual_summary(continued.rows)
     storage.write_json(summary_path, summary)
 
+    from ke_ray.report import build_report
+
+    report = build_report([folder], storage.join(folder, "report.html"))
+
     _heading("Where to look")
     typer.echo(f"  numbers   {summary_path}")
     typer.echo(f"  picture   {folder}/scan/entropy.png")
+    typer.echo(f"  report    {report}")
+    typer.echo(f"  explore   ke-ray dashboard {folder}")
     typer.echo(f"  tables    ke-ray results {folder}")
     typer.echo(f"  MLflow    mlflow ui --backend-store-uri sqlite:///{folder}/mlflow.db")
     raise typer.Exit(max(scanned.exit_code, continued.exit_code))

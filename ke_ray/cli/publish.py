@@ -1,8 +1,9 @@
-"""What a command leaves beside its results for people: the picture and the MLflow artifacts."""
+"""What a command leaves beside its results for people: picture, report, MLflow artifacts."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,15 +11,16 @@ from ke_ray import storage
 from ke_ray.errors import KeRayError
 
 if TYPE_CHECKING:
+    from ke_ray.studies.parts import TrackingSettings
     from ke_ray.tracking import TrackedRun
 
-__all__ = ["publish_scan"]
+__all__ = ["publish_report", "publish_scan"]
 
 log = logging.getLogger(__name__)
 
 
 def publish_scan(output: str, run: TrackedRun) -> None:
-    """Draw ``entropy.png`` into the folder; log it, the table and the manifest to MLflow.
+    """Leave ``entropy.png`` and ``report.html``; log them, the table and the manifest to MLflow.
 
     A scan whose checkpoints all failed has nothing to draw; that is no error here.
     """
@@ -26,12 +28,35 @@ def publish_scan(output: str, run: TrackedRun) -> None:
     from ke_ray.report.terminal import headline_rows, rows_as_csv
 
     run.log_text(rows_as_csv(headline_rows([output])), "headline.csv")
+    names = ["entropy.parquet", "manifest.json"]
     try:
-        image = picture(output, storage.join(output, "entropy.png"))
+        picture(output, storage.join(output, "entropy.png"))
+        names.append("entropy.png")
     except KeRayError as error:
         log.info("no picture: %s", error)
-        image = None
-    for name in ("entropy.parquet", "manifest.json", *(["entropy.png"] if image else [])):
-        if storage.is_local(output):
+    names.append(_write_report(output))
+    if storage.is_local(output):
+        for name in names:
             run.log_artifact(Path(storage.local_path(output), name))
     run.flush()
+
+
+def publish_report(output: str, settings: TrackingSettings, run_ids: Iterable[str | None]) -> None:
+    """Leave ``report.html`` in a result folder and log it to MLflow runs."""
+    from ke_ray.tracking import Tracker
+
+    name = _write_report(output)
+    known = sorted({run_id for run_id in run_ids if run_id})
+    if not (known and settings.enabled and storage.is_local(output)):
+        return
+    with Tracker(settings) as tracker:
+        for run_id in known:
+            tracker.run(run_id).log_artifact(Path(storage.local_path(output), name))
+
+
+def _write_report(output: str) -> str:
+    from ke_ray.report import build_report
+
+    name = "report.html"
+    build_report([output], storage.join(output, name))
+    return name

@@ -109,6 +109,7 @@ def continual(
 def execute_continual(study: ContinualStudy) -> ContinualOutcome:
     """Run a continual-learning study with progress on the terminal, and print its table."""
     from ke_ray.cli.progress import TrainingDisplay
+    from ke_ray.cli.publish import publish_report
     from ke_ray.cli.scan import print_results
     from ke_ray.engine.continual import RunProgress, run_continual_study
 
@@ -122,6 +123,9 @@ def execute_continual(study: ContinualStudy) -> ContinualOutcome:
         outcome = run_continual_study(study, show)
     finally:
         display.stop()
+    if len(outcome.rows) > outcome.skipped:
+        ids = [row.get("mlflow_run_id") for row in outcome.rows]
+        publish_report(study.output, study.mlflow, ids)
     print_results(study.output)
     for name, error in outcome.failures:
         typer.echo(f"failed: {name}: {error}", err=True)

@@ -1,0 +1,178 @@
+"""``ke-ray sweep``."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from ke_ray.cli.options import DryRun, MlflowUri, NoMlflow, Output, Set
+from ke_ray.cli.progress import duration
+from ke_ray.cli.train import Study
+
+if TYPE_CHECKING:
+    from ke_ray.engine.sweep import SweepOutcome
+    from ke_ray.studies.sweep import SweepStudy
+
+__all__ = ["SweepDisplay", "execute_sweep", "settings_lines", "sweep"]
+
+_MAX_LINES = 40
+
+
+class SweepDisplay:
+    """One line whenever a trial ends: counts, and the time left once one is known."""
+
+    def __init__(self) -> None:
+        self._counts = {"ok": 0, "failed": 0, "stopped": 0}
+        self._total = self._concurrency = 0
+        self._began: dict[str, float] = {}
+        self._took_s: list[float] = []
+
+    def start(self, *, num_trials: int, num_skipped: int, concurrency: int) -> None:
+        """See ``ke_ray.engine.sweep.SweepProgress``."""
+        self._total, self._concurrency = num_trials, concurrency
+        if num_skipped:
+            print(f"{num_skipped} trials are finished already and skipped.", file=sys.stderr)
+        print(f"sweep: {num_trials} trials, {concurrency} at a time", file=sys.stderr, flush=True)
+
+    def begun(self, trial_id: str) -> None:
+        """See ``ke_ray.engine.sweep.SweepProgress``."""
+        self._began[trial_id] = time.monotonic()
+
+    def ended(self, trial_id: str, row: Mapping[str, Any]) -> None:
+        """See ``ke_ray.engine.sweep.SweepProgress``."""
+        self._counts[row["status"]] += 1
+        began = self._began.pop(trial_id, None)
+        if began is not None:
+            self._took_s.append(time.monotonic() - began)
+        print(self._text(trial_id, row), file=sys.stderr, flush=True)
+
+    def stop(self) -> None:
+        """See ``ke_ray.engine.sweep.SweepProgress``."""
+
+    def _text(self, trial_id: str, row: Mapping[str, Any]) -> str:
+        done = sum(self._counts.values())
+        left = self._total - done
+        text = f"sweep: {done}/{self._total} ended, {self._counts['failed']} failed"
+        if self._counts["stopped"]:
+            text += f", {self._counts['stopped']} stopped early"
+        if left and self._took_s:
+            mean_s = sum(self._took_s) / len(self._took_s)
+            text += f", about {duration(mean_s * left / max(1, self._concurrency))} left"
+        return f"{text}; {trial_id}: {_result(row)}"
+
+
+def _result(row: Mapping[str, Any]) -> str:
+    if row["status"] != "ok":
+        return f"{row['status']}: {row['error']}"
+    parts = [
+        f"{name} {100 * row[column]:+.1f} %"
+        for name, column in (("A", "acquisition"), ("F", "forgetting"))
+        if row.get(column) is not None
+    ]
+    return ", ".join(parts) or "ok"
+
+
+def sweep(
+    study: Study,
+    output: Output = None,
+    mlflow_uri: MlflowUri = None,
+    no_mlflow: NoMlflow = False,
+    overrides: Set = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Vary a continual-learning study (grid, random or Optuna), and compare what comes of it."""
+    from ke_ray.studies.sweep import load_sweep
+
+    options = [f"output={output}"] if output else []
+    options += [f"mlflow.uri={mlflow_uri}"] if mlflow_uri else []
+    options += ["mlflow.enabled=false"] if no_mlflow else []
+    loaded = load_sweep(study, [*options, *(overrides or [])])
+    if dry_run:
+        from ke_ray.engine.sweep_forecast import forecast
+
+        print(forecast(loaded))
+        return
+    outcome = execute_sweep(loaded)
+    raise typer.Exit(outcome.exit_code)
+
+
+def execute_sweep(study: SweepStudy) -> SweepOutcome:
+    """Run a sweep with progress on the terminal; publish and print what came of it."""
+    from ke_ray.cli.publish_sweep import publish_sweep
+    from ke_ray.engine.sweep import run_sweep
+    from ke_ray.engine.sweep_plan import prepare_sweep
+    from ke_ray.tracking import Tracker
+
+    plan = prepare_sweep(study)
+    with Tracker(study.mlflow) as tracker:
+        outcome = run_sweep(plan, tracker, SweepDisplay())
+        if outcome.rows:
+            publish_sweep(study.output, tracker.run(outcome.mlflow_run_id))
+    for line in settings_lines(study.output):
+        typer.echo(line)
+    for name, error in outcome.failures:
+        typer.echo(f"failed: {name}: {error}", err=True)
+    for metric in outcome.missing:
+        typer.echo(f"objective '{metric}': no trial reported it", err=True)
+    ok = sum(row["status"] == "ok" for row in outcome.rows)
+    stopped = sum(row["status"] == "stopped" for row in outcome.rows)
+    typer.echo(
+        f"{ok} trials ok ({outcome.skipped} finished before), "
+        + (f"{stopped} stopped early, " if stopped else "")
+        + f"{len(outcome.failures)} failed. Results: {study.output}"
+    )
+    return outcome
+
+
+def settings_lines(folder: str) -> list[str]:
+    """The settings of a sweep as a table, repeats aggregated: best first in the first objective.
+
+    Values in the units of the table (A and F as fractions), with 95 % intervals where there are.
+    """
+    import json
+
+    from ke_ray import storage
+
+    path = storage.join(folder, "settings.parquet")
+    rows = storage.read_table(path).to_pylist() if storage.exists(path) else []
+    if not rows:
+        return []
+    metrics = list(dict.fromkeys(row["metric"] for row in rows))
+    points: dict[int, dict[str, Any]] = {}
+    for row in rows:
+        points.setdefault(row["point"], {})[row["metric"]] = row
+    sign = -1 if rows[0]["direction"] == "maximize" else 1
+
+    def order(point: dict[str, Any]) -> tuple[bool, float]:
+        value = point[metrics[0]]["value"]
+        return value is None, sign * (value or 0.0)
+
+    lines = ["  ".join([f"{m + ' (95 %)':<34}" for m in metrics] + ["ok", "setting"])]
+    for point in sorted(points.values(), key=order)[:_MAX_LINES]:
+        first = point[metrics[0]]
+        text = " ".join(f"{k}={v}" for k, v in json.loads(first["params"]).items())
+        cells = [f"{_cell(point[m]):<34}" for m in metrics]
+        mark = " *" if first["on_front"] else ""
+        lines.append("  ".join([*cells, f"{first['num_ok']:>2}", text + mark]))
+    if len(points) > _MAX_LINES:
+        lines.append(f"… and {len(points) - _MAX_LINES} more in {path}")
+    lines.append("* on the Pareto front" if len(metrics) > 1 else "* the best")
+    return lines
+
+
+def _cell(row: Mapping[str, Any]) -> str:
+    if row["value"] is None:
+        return "–"
+    text = f"{row['value']:.4f}"
+    if row["low"] is not None and row["high"] is not None:
+        text += f" [{row['low']:.4f}, {row['high']:.4f}]"
+    return text
+
+
+def register(app: typer.Typer) -> None:
+    """Add this module's commands."""
+    app.command()(sweep)
