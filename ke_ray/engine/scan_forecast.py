@@ -13,7 +13,7 @@ from ke_ray.errors import CheckpointError
 from ke_ray.models.reference import CheckpointRef
 from ke_ray.studies.scan import ScanStudy
 
-__all__ = ["forecast", "num_body_parameters"]
+__all__ = ["forecast", "measured_flops_per_s", "num_body_parameters"]
 
 _FETCH_BYTES_PER_S = 100e6
 
@@ -59,7 +59,7 @@ def _sizes(refs: list[CheckpointRef]) -> tuple[list[int], int]:
     return known + [asked] * len(unknown) if asked else known, len(unknown) - 1 if asked else 0
 
 
-def _measured_flops_per_s(dtype: str) -> float:
+def measured_flops_per_s(dtype: str) -> float:
     """Matrix products per second on this machine, measured for a quarter of a second."""
     import torch
 
@@ -97,15 +97,15 @@ def forecast(study: ScanStudy) -> str:
             )
         if known:
             lines.append(f"bytes to fetch: {sum(known):,}{guessed}")
-            # Each scorer holds one checkpoint while the next arrives.
-            actors = study.num_actors or 1
-            peak = min(study.cache_bytes or 2**63, 2 * actors * max(known), sum(known))
-            lines.append(f"peak disk per node with {actors} scorers: {peak:,} bytes")
+            # Fetched checkpoints stay until the budget asks for their room.
+            peak = min(study.cache_bytes or sum(known), sum(known))
+            hint = "" if study.cache_bytes else " (all of them; --cache-bytes bounds it)"
+            lines.append(f"peak disk per node: {peak:,} bytes{hint}")
     config = _first_config(refs)
     if config is None:
         lines.append("hours: not known (no checkpoint's config could be read)")
     else:
-        flops_per_s = _measured_flops_per_s(study.dtype)
+        flops_per_s = measured_flops_per_s(study.dtype)
         score_s = 2 * num_body_parameters(config) * num_tokens / (0.6 * flops_per_s)
         fetch_s = sum(known) / _FETCH_BYTES_PER_S
         lines.append(

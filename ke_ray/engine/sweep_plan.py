@@ -34,6 +34,7 @@ __all__ = [
     "Trial",
     "draw_axis",
     "fixed_points",
+    "identity_keys",
     "prepare_sweep",
     "sweep_identity",
     "value_at",
@@ -285,10 +286,11 @@ def draw_axis(axis: Axis, generator: np.random.Generator) -> Any:
 
 def sweep_identity(study: SweepStudy) -> str:
     """Hex sha256 of the keys that change which trials there are or what comes of them."""
-    return hashlib.sha256(json.dumps(_identity(study), sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(identity_keys(study), sort_keys=True).encode()).hexdigest()
 
 
-def _identity(study: SweepStudy) -> dict[str, Any]:
+def identity_keys(study: SweepStudy) -> dict[str, Any]:
+    """The keys that change which trials there are or what comes of them."""
     keys = study.model_dump(mode="json", by_alias=True, exclude=set(_NOT_IDENTITY))
     base = keys.pop("base")
     kept = {k: v for k, v in base.items() if k not in NOT_IDENTITY or k in ("starts", "seeds")}
@@ -322,7 +324,7 @@ def _known_points(study: SweepStudy, identity: str) -> list[Point]:
         return []
     manifest = read_manifest(study.output, "sweep")
     if manifest.get("identity") != identity:
-        changed = _changes(manifest.get("identity_keys", {}), _identity(study))
+        changed = _changes(manifest.get("identity_keys", {}), identity_keys(study))
         raise ResultsError(
             f"'{study.output}' holds another sweep: {changed}. Finished trials of one sweep cannot "
             "go on as another; give a new name with --output (or put the file back)."

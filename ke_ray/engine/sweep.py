@@ -1,0 +1,420 @@
+"""A sweep on Ray Tune: trials side by side, each a continual-learning run.
+
+Tune schedules: it starts actors within the resources, uses them again, replaces those that die,
+and (with ASHA) stops trials. It keeps nothing: the ledger does (``sweep_plan``), so that the same
+command after any kind of end goes on with what is missing, on another cluster too. Each trial
+writes its own MLflow run, a child of the sweep's.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from ke_ray import storage
+from ke_ray.engine.session import ray_session
+from ke_ray.engine.sweep_plan import SweepPlan, Trial, identity_keys
+from ke_ray.engine.sweep_resources import TrialResources, trial_resources
+from ke_ray.engine.sweep_trial import TIME, VALUE, config_of_trial, run_trial
+from ke_ray.errors import ResultsError
+from ke_ray.results.manifest import new_manifest, read_manifest, write_manifest
+from ke_ray.results.sweep_folder import (
+    objective_value,
+    settings_rows,
+    settings_table,
+    trials_table,
+)
+from ke_ray.tracking import TrackedRun, Tracker
+from ke_ray.training.runs import base_row, write_failed, write_row
+
+__all__ = ["SweepOutcome", "SweepProgress", "build_tuner", "collect_sweep", "run_sweep"]
+
+log = logging.getLogger(__name__)
+
+_ENVIRONMENT = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no csv, json and TensorBoard files of each trial
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is an exception here, as SIGTERM is
+    "TUNE_GLOBAL_CHECKPOINT_S": "100000",  # Tune's own state is not used
+    "TUNE_WARN_THRESHOLD_S": "60",
+    "TUNE_MAX_PENDING_TRIALS_PG": "1",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+}
+
+
+class SweepProgress(Protocol):
+    """What a live display is told, on the driver."""
+
+    def start(self, *, num_trials: int, num_skipped: int, concurrency: int) -> None:
+        """Trials to run, trials found finished, and how many run at once."""
+
+    def begun(self, trial_id: str) -> None:
+        """A trial was given to an actor."""
+
+    def ended(self, trial_id: str, row: Mapping[str, Any]) -> None:
+        """A trial has its row."""
+
+    def stop(self) -> None:
+        """The sweep has ended."""
+
+
+@dataclass
+class SweepOutcome:
+    """What came of a sweep.
+
+    Attributes:
+        rows: one a trial: ``trial_id``, ``point``, ``params`` and the columns of ``runs.parquet``.
+        skipped: trials found finished.
+        missing: objectives that no trial reported.
+        phases_s: seconds of Ray's start, until the first trial began its work, of the trials.
+    """
+
+    output: str
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    skipped: int = 0
+    missing: list[str] = field(default_factory=list)
+    phases_s: dict[str, float] = field(default_factory=dict)
+    mlflow_run_id: str | None = None
+
+    @property
+    def failures(self) -> list[tuple[str, str]]:
+        """(trial, error) of the trials that failed."""
+        return [(r["trial_id"], r["error"]) for r in self.rows if r["status"] == "failed"]
+
+    @property
+    def exit_code(self) -> int:
+        """1 where a trial failed or an objective was never reported."""
+        return 1 if self.failures or self.missing else 0
+
+
+def run_sweep(
+    plan: SweepPlan, tracker: Tracker, progress: SweepProgress | None = None
+) -> SweepOutcome:
+    """Run the trials of a sweep that are missing, and write its tables.
+
+    Args:
+        plan: from ``prepare_sweep``.
+        tracker: open; its store gets the sweep's run and the trials' runs.
+
+    Raises:
+        UserError: the cluster cannot hold a trial; another command runs this sweep.
+        KeyboardInterrupt: after statuses and tables were made truthful.
+    """
+    study = plan.study
+    outcome = SweepOutcome(study.output, skipped=sum(t.is_done for t in plan.trials))
+    pending = plan.num_trials - outcome.skipped
+    run = _Run(plan, tracker, progress)
+    with ExitStack() as held:
+        session = held.enter_context(ExitStack())
+        if pending:
+            started = time.perf_counter()
+            for name, value in _ENVIRONMENT.items():
+                os.environ.setdefault(name, value)
+            session.enter_context(ray_session())
+            run.resources = trial_resources(study, _nodes(), pending)
+            outcome.phases_s["ray_start"] = time.perf_counter() - started
+        held.enter_context(_alone(study.output))
+        parent = run.parent = tracker.start_run(
+            study.name or study.output.rstrip("/").rsplit("/", 1)[-1],
+            key=f"sweep {os.path.abspath(study.output)}",
+            kind="sweep",
+            params=study.model_dump(mode="json", by_alias=True, exclude={"mlflow"}),
+        )
+        outcome.mlflow_run_id, status = parent.run_id, "FAILED"
+        try:
+            if pending:
+                tracker.close_children(parent.run_id)  # of a command that was killed
+                run.go(pending, outcome)
+            status = "FINISHED"
+        except KeyboardInterrupt:
+            status = "KILLED"
+            raise
+        finally:
+            session.close()  # no trial runs from here on
+            tracker.close_children(parent.run_id)
+            collect_sweep(plan, outcome, "interrupted" if status == "KILLED" else None)
+            if progress is not None:
+                progress.stop()
+            status = "FAILED" if status == "FINISHED" and outcome.exit_code else status
+            _log_parent(parent, outcome)
+            parent.finish(status)
+            parent.flush()
+    return outcome
+
+
+def _nodes() -> list[dict[str, float]]:
+    import ray
+
+    return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+
+
+class _Run:
+    """State of one command: what its trials get, and what becomes of each."""
+
+    def __init__(
+        self,
+        plan: SweepPlan,
+        tracker: Tracker,
+        progress: SweepProgress | None,
+    ) -> None:
+        self.plan, self.tracker, self.progress = plan, tracker, progress
+        self.parent = tracker.run(None)
+        self.command = uuid.uuid4().hex[:12]
+        self.settings: dict[str, Any] = {}
+        self.resources: TrialResources | None = None
+
+    def go(self, pending: int, outcome: SweepOutcome) -> None:
+        """Run the trials that are missing."""
+        study, resources = self.plan.study, self.resources
+        assert resources is not None
+        self._write_start()
+        if self.progress is not None:
+            self.progress.start(
+                num_trials=pending,
+                num_skipped=outcome.skipped,
+                concurrency=resources.concurrency,
+            )
+        self.settings = {
+            "cwd": os.getcwd(),
+            "threads": resources.cpus,
+            "device": "cuda" if resources.gpus else "cpu",
+            "retries": study.retries,
+            "command": self.command,
+            "parent_id": self.parent.run_id,
+            "watch": study.scheduler is not None,
+        }
+        began = time.perf_counter()
+        with _scratch(study.output) as scratch:
+            build_tuner(self, scratch, pending).fit()
+        outcome.phases_s["trials"] = time.perf_counter() - began
+
+    def _write_start(self) -> None:
+        """The manifest, which says whose folder this is, and the points so far."""
+        study, path = self.plan.study, self.plan.study.output
+        storage.check_writable(path)
+        manifest = new_manifest("sweep", study.model_dump(mode="json", by_alias=True))
+        if storage.exists(storage.join(path, "manifest.json")):
+            manifest["created_at"] = read_manifest(path, "sweep")["created_at"]
+        manifest |= {
+            "identity": self.plan.identity,
+            "identity_keys": identity_keys(study),
+            "parameters": list(study.swept_keys),
+            "search": study.search,
+            "objectives": [objective.model_dump() for objective in study.objectives],
+            "num_trials": self.plan.num_trials,
+        }
+        write_manifest(path, manifest)
+        self.plan.save_points()
+
+    def config(self, trial: Trial) -> dict[str, Any]:
+        """What an actor gets of a trial."""
+        if self.progress is not None:
+            self.progress.begun(trial.trial_id)
+        config = config_of_trial(trial, self.settings)
+        config["study"]["mlflow"] = self._mlflow()
+        resources = self.resources
+        if trial.study.num_workers > 1 and resources is not None:
+            # Else each trial would take all of the cluster's CPUs for its workers.
+            config["study"]["cpus_per_worker"] = resources.cpus
+            config["study"]["use_gpu"] = bool(resources.gpus)
+        return config
+
+    def _mlflow(self) -> dict[str, Any]:
+        settings = self.plan.study.mlflow
+        if not self.tracker.enabled:
+            return {"enabled": False}
+        from_environment = settings.uri is None and "MLFLOW_TRACKING_URI" in os.environ
+        return {
+            **settings.model_dump(mode="json"),
+            "uri": None if from_environment else self.tracker.uri,
+            "experiment": self.tracker.experiment,
+        }
+
+    def settle(self, trial: Trial, result: Mapping[str, Any], error: bool) -> None:
+        """A trial has ended: complete its row, and log what the sweep adds to its run."""
+        row = trial.row()
+        stale = row is not None and row["status"] == "failed" and row.get("fit") != self.command
+        if row is None or stale:
+            if error:
+                text = f"The trial's process died {self.plan.study.retries + 1} times."
+                write_failed(trial.study, trial.spec, text, fit=self.command)
+            else:
+                _write_stopped(trial, result)
+            row = trial.row()
+        assert row is not None
+        self._log_child(trial, row)
+        if self.progress is not None:
+            self.progress.ended(trial.trial_id, row)
+        trials = sweep_rows(self.plan)
+        table = trials_table(trials, self.plan.study.swept_keys)
+        storage.write_table(storage.join(self.plan.study.output, "trials.parquet"), table)
+
+    def _log_child(self, trial: Trial, row: Mapping[str, Any]) -> None:
+        run_id = row.get("mlflow_run_id")
+        if run_id is None:
+            return
+        named = {f"objective/{o.metric}": o.metric for o in self.plan.study.objectives}
+        named |= {
+            f"result/{metric}": metric
+            for metric in (
+                *("acquisition_vs_original", "forgetting_vs_original"),
+                *("probe_logprob_after", "downstream_after", "knowledge_entropy_change_nats"),
+                *("knowledge_entropy_before_nats", "knowledge_entropy_after_nats"),
+            )
+        }
+        found = {name: objective_value(row, metric) for name, metric in named.items()}
+        run = self.tracker.run(run_id)
+        run.log_metrics({k: v for k, v in found.items() if v is not None}, row["num_steps"] or 0)
+        run.set_tags({"ke_ray.trial": trial.trial_id, "ke_ray.point": str(trial.point.number)})
+
+
+def _write_stopped(trial: Trial, result: Mapping[str, Any]) -> None:
+    step, share = result.get("step"), result.get(TIME)
+    where = "before its first probes" if share is None else f"after {share:.0f} % of its steps"
+    row = {
+        **base_row(trial.study, trial.spec),
+        "status": "stopped",
+        "error": f"Stopped by the scheduler {where}.",
+        "stopped_at_step": step,
+        "acquisition_at_stop": result.get(VALUE),
+    }
+    write_row(trial.study, trial.spec, row)
+
+
+def build_tuner(run: _Run, scratch: str, pending: int) -> Any:
+    """Ray Tune's tuner over what is missing; nothing starts before ``fit``."""
+    from ray import tune
+    from ray.tune.schedulers import AsyncHyperBandScheduler
+
+    from ke_ray.engine.sweep_search import LedgerSearcher
+
+    study, resources = run.plan.study, run.resources
+    assert resources is not None
+    scheduler = None
+    if study.scheduler is not None:
+        scheduler = AsyncHyperBandScheduler(
+            time_attr=TIME,
+            metric=VALUE,
+            mode="max",
+            max_t=100.0,
+            grace_period=100.0 * study.scheduler.grace,
+            reduction_factor=study.scheduler.reduction_factor,
+            stop_last_trials=False,  # what is measured after the last step is still to come
+        )
+    environment = {k: v for k, v in os.environ.items() if k.startswith("MLFLOW_")}
+    if study.base.num_workers == 1:
+        asked: dict[str, float] = {"cpu": resources.cpus}
+        if resources.gpus:
+            asked["gpu"] = resources.gpus
+    else:
+        # The actor only waits for its workers. It needs something of Ray's, or Tune refuses it,
+        # and no CPU, or it would hold what they wait for: a byte of memory, which every node has.
+        asked = {"cpu": 0, "memory": 1}
+    return tune.Tuner(
+        tune.with_resources(tune.with_parameters(run_trial, environment=environment), asked),
+        tune_config=tune.TuneConfig(
+            search_alg=LedgerSearcher(run.plan, run.config, run.settle),
+            scheduler=scheduler,
+            num_samples=pending,
+            max_concurrent_trials=resources.concurrency,
+            reuse_actors=True,
+        ),
+        run_config=tune.RunConfig(
+            name=f"sweep-{run.command}",
+            storage_path=scratch,
+            failure_config=tune.FailureConfig(max_failures=study.retries),
+            verbose=0,
+        ),
+    )
+
+
+def sweep_rows(plan: SweepPlan) -> list[dict[str, Any]]:
+    """The rows of all trials that have ended, by point and seed."""
+    found = []
+    for trial in plan.trials:
+        row = trial.row()
+        if row is not None:
+            own = {"trial_id": trial.trial_id, "point": trial.point.number, "params": trial.params}
+            found.append({**row, **own})
+    return found
+
+
+def collect_sweep(plan: SweepPlan, outcome: SweepOutcome, status: str | None = None) -> None:
+    """Write ``trials.parquet``, ``settings.parquet`` and the manifest; fill in the outcome."""
+    study = plan.study
+    if not storage.exists(storage.join(study.output, "manifest.json")):
+        return  # refused before it began
+    outcome.rows = sweep_rows(plan)
+    objectives = [(o.metric, str(o.direction)) for o in study.objectives]
+    settings = settings_rows(outcome.rows, objectives)
+    table = trials_table(outcome.rows, study.swept_keys)
+    storage.write_table(storage.join(study.output, "trials.parquet"), table)
+    storage.write_table(storage.join(study.output, "settings.parquet"), settings_table(settings))
+    ok = [row for row in outcome.rows if row["status"] == "ok"]
+    outcome.missing = [
+        metric
+        for metric, _ in objectives
+        if ok and all(objective_value(row, metric) is None for row in ok)
+    ]
+    manifest = read_manifest(study.output, "sweep")
+    manifest |= {
+        "status": status or ("failed" if outcome.exit_code else "finished"),
+        "num_failed": len(outcome.failures),
+        "num_trials": plan.num_trials,
+        "phases_s": outcome.phases_s,
+    }
+    write_manifest(study.output, manifest)
+
+
+def _log_parent(parent: TrackedRun, outcome: SweepOutcome) -> None:
+    counts = {
+        f"trials/{status}": float(sum(row["status"] == status for row in outcome.rows))
+        for status in ("ok", "failed", "stopped")
+    }
+    parent.log_metrics(counts)
+
+
+@contextmanager
+def _scratch(output: str) -> Iterator[str]:
+    """A folder for what Tune insists on writing."""
+    if storage.is_local(output):
+        place = Path(storage.local_path(output)).absolute() / "ray"
+        place.mkdir(parents=True, exist_ok=True)
+    else:
+        place = Path(tempfile.mkdtemp(prefix="ke_ray-sweep-"))
+    try:
+        yield str(place)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+@contextmanager
+def _alone(output: str) -> Iterator[None]:
+    """One command at a time in a folder (where it is local).
+
+    Raises:
+        ResultsError: another one is at work there.
+    """
+    with ExitStack() as stack:
+        if storage.is_local(output):
+            from filelock import FileLock, Timeout
+
+            storage.check_writable(output)
+            lock = FileLock(str(storage.local_path(output) / ".lock"))
+            try:
+                stack.enter_context(lock.acquire(timeout=0))
+            except Timeout as error:
+                raise ResultsError(
+                    f"Another ke-ray sweep is at work in '{output}'; wait for it, or give another "
+                    "output."
+                ) from error
+        yield
