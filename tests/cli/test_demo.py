@@ -1,0 +1,76 @@
+"""``ke-ray demo`` as a newcomer runs it, and once more."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
+
+CHECKOUT = Path(__file__).parents[2]
+
+
+def run_demo(folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = {
+        k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "OMP_NUM_THREADS")
+    }
+    return subprocess.run(
+        [sys.executable, "-m", "ke_ray", "demo", "--folder", str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=CHECKOUT,
+        env=environment,
+    )
+
+
+def test_the_demo_runs_whole_and_then_skips_what_is_done(tmp_path):
+    folder = tmp_path / "demo"
+    first = run_demo(folder)
+    assert first.returncode == 0, first.stderr
+    assert "Traceback" not in first.stderr
+    summary = json.loads((folder / "summary.json").read_text())
+
+    scan = summary["scan"]
+    assert len(scan) >= 8
+    assert [entry["step"] for entry in scan] == sorted({entry["step"] for entry in scan})
+    ceiling = 4 * math.log(384)
+    assert all(0 < entry["knowledge_entropy_nats"] < ceiling for entry in scan)
+
+    continual = summary["continual"]
+    steps = [entry["step"] for entry in continual]
+    assert (len(steps), steps[-1]) == (3, scan[-1]["step"])
+    for entry in continual:
+        assert entry["acquisition_low"] <= entry["acquisition"] <= entry["acquisition_high"]
+        assert entry["forgetting_low"] <= entry["forgetting"] <= entry["forgetting_high"]
+        # Facts that are injected become likelier, from any start.
+        assert entry["probe_logprob_after"] > entry["probe_logprob_before"]
+        before, after = entry["probe_logprob_before"], entry["probe_logprob_after"]
+        assert entry["acquisition"] == pytest.approx((after - before) / abs(before))
+
+    phases = summary["phases_s"]
+    assert {"pretrain", "pretrain_start", "scan", "scan_start", "continual"} <= phases.keys()
+    assert (folder / "scan" / "entropy.png").stat().st_size > 10_000
+    assert b"<svg" in (folder / "report.html").read_bytes()
+
+    again = run_demo(folder)
+    assert again.returncode == 0, again.stderr
+    assert "Pretraining is finished already and skipped" in again.stdout
+    assert f"{len(scan)} skipped" in again.stdout
+    assert "3 skipped" in again.stdout
+    assert json.loads((folder / "summary.json").read_text()) == summary
+
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    experiment = client.get_experiment_by_name("ke_ray demo")
+    runs = client.search_runs([experiment.experiment_id])
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    kinds = [run.data.tags["ke_ray.kind"] for run in runs]
+    assert kinds.count("scan") == kinds.count("pretrain") == 1
