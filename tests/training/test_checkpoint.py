@@ -89,6 +89,7 @@ def test_states_go_to_any_store_and_old_ones_are_removed() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_sharded_workers_resume_where_they_were(tmp_path: Path) -> None:
     keys = {"num_workers": 2, "strategy": "fsdp", "save_every": 4}
     uri = str(tmp_path / "states")

@@ -72,7 +72,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
     [
         (2, {"num_workers": 2}),
         (2, {"num_workers": 2, "micro_batch_size": 2, "strategy": "fsdp"}),
-        (4, {"num_workers": 4, "micro_batch_size": 1}),
+        pytest.param(4, {"num_workers": 4, "micro_batch_size": 1}, marks=pytest.mark.slow),
     ],
     ids=["ddp2", "fsdp2", "ddp4"],
 )
