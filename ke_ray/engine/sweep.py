@@ -10,21 +10,19 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
-import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 from ke_ray import storage
 from ke_ray.engine.session import ray_session
 from ke_ray.engine.sweep_plan import SweepPlan, Trial, identity_keys
 from ke_ray.engine.sweep_resources import TrialResources, trial_resources
-from ke_ray.engine.sweep_trial import TIME, VALUE, config_of_trial, run_trial
+from ke_ray.engine.sweep_trial import TIME, VALUE, config_of_trial
+from ke_ray.engine.sweep_tune import ENVIRONMENT, build_tuner, scratch
 from ke_ray.errors import ResultsError
 from ke_ray.results.manifest import new_manifest, read_manifest, write_manifest
 from ke_ray.results.sweep_folder import (
@@ -36,19 +34,9 @@ from ke_ray.results.sweep_folder import (
 from ke_ray.tracking import TrackedRun, Tracker
 from ke_ray.training.runs import base_row, write_failed, write_row
 
-__all__ = ["SweepOutcome", "SweepProgress", "build_tuner", "collect_sweep", "run_sweep"]
+__all__ = ["SweepOutcome", "SweepProgress", "collect_sweep", "run_sweep"]
 
 log = logging.getLogger(__name__)
-
-_ENVIRONMENT = {
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no csv, json and TensorBoard files of each trial
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is an exception here, as SIGTERM is
-    "TUNE_GLOBAL_CHECKPOINT_S": "100000",  # Tune's own state is not used
-    "TUNE_WARN_THRESHOLD_S": "60",
-    "TUNE_MAX_PENDING_TRIALS_PG": "1",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "RAY_AIR_NEW_OUTPUT": "0",
-}
 
 
 class SweepProgress(Protocol):
@@ -117,7 +105,7 @@ def run_sweep(
         session = held.enter_context(ExitStack())
         if pending:
             started = time.perf_counter()
-            for name, value in _ENVIRONMENT.items():
+            for name, value in ENVIRONMENT.items():
                 os.environ.setdefault(name, value)
             session.enter_context(ray_session())
             run.resources = trial_resources(study, _nodes(), pending)
@@ -192,9 +180,12 @@ class _Run:
             "parent_id": self.parent.run_id,
             "watch": study.scheduler is not None,
         }
+        from ke_ray.engine.sweep_search import LedgerSearcher
+
         began = time.perf_counter()
-        with _scratch(study.output) as scratch:
-            build_tuner(self, scratch, pending).fit()
+        searcher = LedgerSearcher(self.plan, self.config, self.settle)
+        with scratch(study.output) as place:
+            build_tuner(study, searcher, resources, place, pending, self.command).fit()
         outcome.phases_s["trials"] = time.perf_counter() - began
 
     def _write_start(self) -> None:
@@ -290,53 +281,6 @@ def _write_stopped(trial: Trial, result: Mapping[str, Any]) -> None:
     write_row(trial.study, trial.spec, row)
 
 
-def build_tuner(run: _Run, scratch: str, pending: int) -> Any:
-    """Ray Tune's tuner over what is missing; nothing starts before ``fit``."""
-    from ray import tune
-    from ray.tune.schedulers import AsyncHyperBandScheduler
-
-    from ke_ray.engine.sweep_search import LedgerSearcher
-
-    study, resources = run.plan.study, run.resources
-    assert resources is not None
-    scheduler = None
-    if study.scheduler is not None:
-        scheduler = AsyncHyperBandScheduler(
-            time_attr=TIME,
-            metric=VALUE,
-            mode="max",
-            max_t=100.0,
-            grace_period=100.0 * study.scheduler.grace,
-            reduction_factor=study.scheduler.reduction_factor,
-            stop_last_trials=False,  # what is measured after the last step is still to come
-        )
-    environment = {k: v for k, v in os.environ.items() if k.startswith("MLFLOW_")}
-    if study.base.num_workers == 1:
-        asked: dict[str, float] = {"cpu": resources.cpus}
-        if resources.gpus:
-            asked["gpu"] = resources.gpus
-    else:
-        # The actor only waits for its workers. It needs something of Ray's, or Tune refuses it,
-        # and no CPU, or it would hold what they wait for: a byte of memory, which every node has.
-        asked = {"cpu": 0, "memory": 1}
-    return tune.Tuner(
-        tune.with_resources(tune.with_parameters(run_trial, environment=environment), asked),
-        tune_config=tune.TuneConfig(
-            search_alg=LedgerSearcher(run.plan, run.config, run.settle),
-            scheduler=scheduler,
-            num_samples=pending,
-            max_concurrent_trials=resources.concurrency,
-            reuse_actors=True,
-        ),
-        run_config=tune.RunConfig(
-            name=f"sweep-{run.command}",
-            storage_path=scratch,
-            failure_config=tune.FailureConfig(max_failures=study.retries),
-            verbose=0,
-        ),
-    )
-
-
 def sweep_rows(plan: SweepPlan) -> list[dict[str, Any]]:
     """The rows of all trials that have ended, by point and seed."""
     found = []
@@ -381,20 +325,6 @@ def _log_parent(parent: TrackedRun, outcome: SweepOutcome) -> None:
         for status in ("ok", "failed", "stopped")
     }
     parent.log_metrics(counts)
-
-
-@contextmanager
-def _scratch(output: str) -> Iterator[str]:
-    """A folder for what Tune insists on writing."""
-    if storage.is_local(output):
-        place = Path(storage.local_path(output)).absolute() / "ray"
-        place.mkdir(parents=True, exist_ok=True)
-    else:
-        place = Path(tempfile.mkdtemp(prefix="ke_ray-sweep-"))
-    try:
-        yield str(place)
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
 
 
 @contextmanager

@@ -1,0 +1,304 @@
+"""Sweeps on real Ray: trials, failures, retries, early stopping, what MLflow holds."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
+
+from tiny_studies import tiny_pretrain
+from tiny_sweep import tiny_sweep
+
+from ke_ray.engine.sweep import SweepOutcome, run_sweep
+from ke_ray.engine.sweep_plan import prepare_sweep
+from ke_ray.errors import ConfigError, ResultsError
+from ke_ray.storage import read_json, read_table
+from ke_ray.studies.sweep import SweepStudy
+from ke_ray.tracking import Tracker
+from ke_ray.training.continual import run_continual
+from ke_ray.training.pretrain import run_pretrain
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def series(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("series")
+    run_pretrain(tiny_pretrain(folder))
+    return folder
+
+
+def sweep(study: SweepStudy) -> SweepOutcome:
+    plan = prepare_sweep(study)
+    with Tracker(study.mlflow) as tracker:
+        return run_sweep(plan, tracker)
+
+
+def mlflow_runs(uri: str) -> dict[str, Any]:
+    """Every run of the store by its name."""
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(uri)
+    experiments = [e.experiment_id for e in client.search_experiments()]
+    found = client.search_runs(experiments, max_results=200)
+    names = [run.info.run_name for run in found]
+    assert len(set(names)) == len(names), names
+    return {run.info.run_name: run for run in found}
+
+
+def test_trials_are_the_runs_of_the_continual_study(
+    tmp_path: Path, series: Path, ray_cluster: None
+) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    study = tiny_sweep(tmp_path / "sweep", series, mlflow={"uri": uri, "tags": {"by": "test"}})
+    outcome = sweep(study)
+    assert outcome.exit_code == 0, outcome.failures
+    assert [row["status"] for row in outcome.rows] == ["ok"] * 3
+    # The same numbers as without Ray, in this process.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for trial, row in zip(prepare_sweep(study).trials, outcome.rows, strict=True):
+            keys = {"output": str(tmp_path / "alone"), "mlflow": {"enabled": False}}
+            alone = trial.study.model_copy(update=keys)
+            alone = type(alone).model_validate({**alone.model_dump(), **keys})
+            expected = run_continual(alone, trial.spec)
+            for name in ("acquisition", "forgetting", "knowledge_entropy_after_nats"):
+                assert row[name] == pytest.approx(expected[name], rel=1e-5), name
+    finally:
+        torch.set_num_threads(threads)
+
+    table = read_table(tmp_path / "sweep" / "trials.parquet").to_pandas()
+    assert table["resuscitation.factor"].isna().tolist() == [True, False, False]
+    assert table["amplifying_factor"].tolist()[1:] == [0.5, 2.0]
+    assert read_json(tmp_path / "sweep" / "manifest.json")["status"] == "finished"
+    assert not (tmp_path / "sweep" / "ray").exists()
+
+    runs = mlflow_runs(uri)
+    parent = runs.pop("sweep")
+    assert (parent.info.status, parent.data.tags["ke_ray.kind"]) == ("FINISHED", "sweep")
+    assert parent.data.metrics["trials/ok"] == 3
+    assert set(runs) == {row["trial_id"] for row in outcome.rows}
+    for row in outcome.rows:
+        child = runs[row["trial_id"]]
+        assert child.info.run_id == row["mlflow_run_id"]
+        assert child.info.status == "FINISHED"
+        assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
+        assert child.data.tags["by"] == "test"
+        metrics = child.data.metrics
+        assert metrics["objective/acquisition"] == pytest.approx(row["acquisition"])
+        assert metrics["objective/forgetting"] == pytest.approx(row["forgetting"])
+        assert metrics["result/forgetting_vs_original"] is not None
+        change = row["knowledge_entropy_after_nats"] - row["knowledge_entropy_before_nats"]
+        assert metrics["result/knowledge_entropy_change_nats"] == pytest.approx(change)
+        assert child.data.params["optimizer.learning_rate"] == "0.005"
+        factor = row["params"]["resuscitation.factor"]
+        assert child.data.params.get("resuscitation.factor") == (factor and str(float(factor)))
+
+    # All is done: nothing runs, nothing is written anew.
+    files = sorted((tmp_path / "sweep" / "runs").rglob("run.json"))
+    before = [path.stat().st_mtime_ns for path in files]
+    again = sweep(study)
+    assert (again.skipped, again.exit_code) == (3, 0)
+    assert [path.stat().st_mtime_ns for path in files] == before
+    assert set(mlflow_runs(uri)) == {"sweep", *runs}
+
+
+def test_a_failing_trial_is_retried_then_a_row_and_the_others_finish(
+    tmp_path: Path, series: Path, ray_cluster: None
+) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    study = tiny_sweep(
+        tmp_path / "sweep",
+        series,
+        base={"optimizer": {"max_grad_norm": None}, "schedule": {"warmup_steps": 0}},
+        space={"optimizer.learning_rate": [1e-3, 1e18, 2e-3]},
+        points=[],
+        retries=2,
+        mlflow={"uri": uri},
+    )
+    outcome = sweep(study)
+    assert [row["status"] for row in outcome.rows] == ["ok", "failed", "ok"]
+    assert outcome.exit_code == 1
+    ((name, error),) = outcome.failures
+    assert "1e+18" in name
+    assert "not finite" in error or "infinite" in error or "NaN" in error
+    attempts = read_json(tmp_path / "sweep" / "runs" / name / "attempts.json")
+    assert attempts["count"] == 3
+    runs = mlflow_runs(uri)
+    assert runs[name].info.status == "FAILED"
+    assert runs["sweep"].info.status == "FAILED"
+    manifest = read_json(tmp_path / "sweep" / "manifest.json")
+    assert (manifest["status"], manifest["num_failed"]) == ("failed", 1)
+    # The next command tries the failed trial again, and only that one.
+    again = sweep(study)
+    assert again.skipped == 2
+    assert mlflow_runs(uri).keys() == runs.keys(), "the retried trial continues its run"
+
+
+def own_trial_processes() -> list[psutil.Process]:
+    """Actors of trials among this process' descendants."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if any("run_trial" in part or "ImplicitFunc" in part for part in process.cmdline()[:1]):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def kill_trial_when(ready: Callable[[], bool], killed: list[int]) -> threading.Thread:
+    """SIGKILL the trials' actors as soon as ``ready``."""
+
+    def watch() -> None:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            if ready():
+                for process in own_trial_processes():
+                    os.kill(process.pid, signal.SIGKILL)
+                    killed.append(process.pid)
+                return
+            time.sleep(0.05)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_a_killed_trial_goes_on_and_continues_its_mlflow_run(
+    tmp_path: Path, series: Path, ray_cluster: None
+) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    study = tiny_sweep(
+        tmp_path / "sweep",
+        series,
+        base={"epochs": 30, "save_every": 5},
+        space=None,
+        mlflow={"uri": uri},
+    )
+    name = prepare_sweep(study).trials[0].trial_id
+    state = tmp_path / "sweep" / "runs" / name / "state"
+    killed: list[int] = []
+    watcher = kill_trial_when(lambda: state.is_dir() and any(state.iterdir()), killed)
+    outcome = sweep(study)
+    watcher.join()
+    assert killed, "the trial was over before it could be killed"
+    assert [row["status"] for row in outcome.rows] == ["ok"]
+    assert read_json(state.parent / "attempts.json")["count"] == 2
+    train = read_table(state.parent / "train.parquet").to_pandas()
+    assert train["step"].tolist() == list(range(1, 181)), "every step once"
+    runs = mlflow_runs(uri)
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    assert len(runs) == 2
+
+
+def test_asha_stops_the_worse_half_early(tmp_path: Path, series: Path, ray_cluster: None) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    study = tiny_sweep(
+        tmp_path / "sweep",
+        series,
+        base={"probes": {"every": 2, "around_injections": False}, "resuscitation": None},
+        space={"optimizer.learning_rate": [1e-2, 1e-7, 2e-7, 3e-7]},
+        points=[],
+        objectives=["acquisition"],
+        scheduler={"name": "asha", "grace": 0.3},
+        max_concurrent=1,
+        mlflow={"uri": uri},
+    )
+    outcome = sweep(study)
+    assert outcome.exit_code == 0, outcome.failures
+    by_rate = {row["params"]["optimizer.learning_rate"]: row for row in outcome.rows}
+    assert by_rate[1e-2]["status"] == "ok"
+    stopped = [row for row in outcome.rows if row["status"] == "stopped"]
+    assert stopped
+    runs = mlflow_runs(uri)
+    for row in stopped:
+        assert row["stopped_at_step"] in (2, 4)
+        assert row["acquisition_at_stop"] < by_rate[1e-2]["acquisition"]
+        run = runs[row["trial_id"]]
+        assert run.info.status == "FINISHED"
+        assert run.data.tags["ke_ray.stopped_early"] == "asha"
+    assert sweep(study).skipped == 4
+
+
+def test_tpe_with_two_objectives(tmp_path: Path, series: Path, ray_cluster: None) -> None:
+    study = tiny_sweep(
+        tmp_path / "sweep",
+        series,
+        space={"optimizer.learning_rate": {"loguniform": [1e-4, 1e-2]}},
+        search="tpe",
+        num_trials=4,
+        startup_trials=2,
+    )
+    outcome = sweep(study)
+    assert outcome.exit_code == 0, outcome.failures
+    assert len(outcome.rows) == 5
+    rates = [row["params"]["optimizer.learning_rate"] for row in outcome.rows[1:]]
+    assert len(set(rates)) == 4
+    assert all(1e-4 <= rate <= 1e-2 for rate in rates)
+    assert len(read_json(tmp_path / "sweep" / "points.json")) == 5
+
+
+def test_asking_for_more_than_there_is_ends_at_once(
+    tmp_path: Path, series: Path, ray_cluster: None
+) -> None:
+    for changes in ({"cpus_per_trial": 3}, {"base": {"num_workers": 8}}):
+        study = tiny_sweep(tmp_path / "sweep", series, **changes)
+        with pytest.raises(ConfigError, match="more than the cluster's nodes have"):
+            sweep(study)
+        assert not (tmp_path / "sweep" / "manifest.json").exists()
+
+
+def test_a_second_command_in_the_same_folder_is_refused(
+    tmp_path: Path, series: Path, ray_cluster: None
+) -> None:
+    from filelock import FileLock
+
+    study = tiny_sweep(tmp_path / "sweep", series)
+    (tmp_path / "sweep").mkdir()
+    with FileLock(str(tmp_path / "sweep" / ".lock")), pytest.raises(ResultsError, match="at work"):
+        sweep(study)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheduler", [None, {"name": "asha"}])
+def test_two_workers_give_the_weights_of_one(
+    tmp_path: Path, series: Path, ray_cluster: None, scheduler: dict[str, str] | None
+) -> None:
+    from safetensors.torch import load_file
+
+    weights, rows = [], []
+    for workers in (1, 2):
+        study = tiny_sweep(
+            tmp_path / f"workers{workers}",
+            series,
+            base={"num_workers": workers, "keep_final": True, "micro_batch_size": 4},
+            space={"resuscitation.factor": [2]},
+            scheduler=scheduler,
+            objectives=["acquisition"],
+        )
+        outcome = sweep(study)
+        assert outcome.exit_code == 0, outcome.failures
+        rows.append(outcome.rows)
+        names = [row["trial_id"] for row in outcome.rows]
+        folder = tmp_path / f"workers{workers}" / "runs"
+        weights.append([load_file(folder / n / "final" / "model.safetensors") for n in names])
+    assert len(rows[0]) == len(rows[1]) == 2
+    for one, two in zip(*weights, strict=True):
+        for name, tensor in one.items():
+            torch.testing.assert_close(tensor, two[name], rtol=2e-4, atol=2e-6)
+    for one, two in zip(*rows, strict=True):
+        assert one["acquisition"] == pytest.approx(two["acquisition"], rel=1e-3)
