@@ -27,8 +27,10 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Two processes of one thread each: the tests are many and small.
 test-fast: install
-	$(BIN)/python -m pytest -m "not ray and not slow and not browser and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile \
+		-m "not ray and not slow and not browser and not gpu"
 
 test-ray: install
 	$(BIN)/python -m pytest -m "ray and not slow"
