@@ -1,0 +1,193 @@
+"""A job file: one command line as a Ray job, and what travels with it to the cluster.
+
+Paths in the file are relative to the file. Secrets never travel: a submission is stored by the
+cluster and shown by its dashboard, so a file that holds one is refused. Nodes get ``HF_TOKEN`` and
+the like from their own environment (``docs/cluster.md``).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from ke_ray import storage
+from ke_ray.config import Strict, load_study, parse_yaml
+from ke_ray.errors import ConfigError
+
+__all__ = ["JobStudy", "is_secret_name", "load_job", "refuse_secrets", "runtime_env_of"]
+
+_SECRET_WORDS = frozenset(
+    {"TOKEN", "PASSWORD", "PASSWD", "PASSPHRASE", "SECRET", "CREDENTIAL", "CREDENTIALS", "APIKEY"}
+)
+_SECRET_PARTS = ("PASSWORD", "SECRET", "API_KEY", "ACCESS_KEY", "PRIVATE_KEY", "AUTH_KEY")
+_URL_WITH_USER = re.compile(r"://(?!git@)[^/\s@'\"]+@")
+_ASSIGNMENT = re.compile(
+    r"""(?:--([A-Za-z][\w-]*)[=\s]\s*|(?<![\w.-])([A-Za-z_]\w*)=)['"]?([^\s'"]+)"""
+)
+_SHORTEST_SECRET = 6
+
+
+class JobStudy(Strict):
+    """``ke-ray submit``: a command line, its resources, and what to do when it fails."""
+
+    kind: Literal["job"] = "job"
+    name: str = Field("ke-ray", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,60}$")
+    entrypoint: str = Field(min_length=1, description="shell command, run in the working folder")
+    entrypoint_num_cpus: float = Field(0, ge=0, description="cores of the command itself")
+    entrypoint_num_gpus: float = Field(0, ge=0, description="GPUs of the command itself")
+    env: dict[str, str] = Field(default_factory=dict, description="never a secret")
+    working_dir: str | None = Field(None, description="folder that is uploaded, or a URI of a zip")
+    runtime_env: str | None = Field(None, description="YAML file of a Ray runtime environment")
+    timeout_s: float | None = Field(None, gt=0, description="per attempt, from its submission on")
+    retries: int = Field(0, ge=0, le=100, description="attempts after the first")
+    metadata: dict[str, str] = Field(default_factory=dict, description="shown by the dashboard")
+
+    @field_validator("env", "metadata", mode="before")
+    @classmethod
+    def _texts(cls, values: Any) -> Any:
+        # `OMP_NUM_THREADS: 1` means the text. `yes` means nothing, and stays refused.
+        if not isinstance(values, Mapping):
+            return values
+        return {
+            key: str(v) if isinstance(v, int | float) and not isinstance(v, bool) else v
+            for key, v in values.items()
+        }
+
+
+def is_secret_name(name: str) -> bool:
+    """Whether a variable of this name holds a secret (``HF_TOKEN``, ``MLFLOW_TRACKING_PASSWORD``).
+
+    ``TOKENIZERS_PARALLELISM`` does not, ``RAY_AUTH_TOKEN_PATH`` names a file, and ``eos_token_id``
+    is a number.
+    """
+    upper = name.upper().replace("-", "_")
+    if upper.endswith(("_PATH", "_FILE")):
+        return False
+    if any(part in upper for part in _SECRET_PARTS):
+        return True
+    words = upper.split("_")
+    return words[-1] not in ("ID", "IDS") and not _SECRET_WORDS.isdisjoint(words)
+
+
+def load_job(path: str, overrides: list[str], environ: Mapping[str, str]) -> JobStudy:
+    """Read a job file.
+
+    Args:
+        path: a YAML file with ``kind: job``.
+        overrides: ``KEY=VALUE`` texts.
+        environ: the submitter's environment; the values of its secrets must not be in the job.
+
+    Returns:
+        The job; its ``working_dir`` and ``runtime_env`` no longer depend on where the file lies.
+
+    Raises:
+        ConfigError: not a valid job, or one that holds a secret.
+    """
+    job = load_study(path, JobStudy, overrides)
+    refuse_secrets(job.model_dump(), path, environ)
+    folder = path.rsplit("/", 1)[0] if "/" in path else "."
+    return job.model_copy(
+        update={
+            key: _beside(folder, value)
+            for key in ("working_dir", "runtime_env")
+            if (value := getattr(job, key)) is not None
+        }
+    )
+
+
+def _beside(folder: str, path: str) -> str:
+    if path.startswith("/") or "://" in path:
+        return path
+    # Not storage.join, which refuses "..": a job file may well lie in a folder of the project.
+    return path if folder == "." else f"{folder}/{path}"
+
+
+def runtime_env_of(job: JobStudy, environ: Mapping[str, str]) -> dict[str, Any]:
+    """The Ray runtime environment of a job: its file, with ``env`` and ``working_dir`` on top.
+
+    Args:
+        job: from ``load_job``.
+        environ: the submitter's environment; see ``load_job``.
+
+    Raises:
+        ConfigError: no such file or folder, no mapping, or a secret in it.
+    """
+    result: dict[str, Any] = {}
+    if job.runtime_env is not None:
+        try:
+            text = storage.read_text(job.runtime_env)
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"The job's runtime_env '{job.runtime_env}' cannot be read: {error}. Paths in a "
+                "job file are relative to the file."
+            ) from error
+        values = parse_yaml(text, job.runtime_env)
+        if not isinstance(values, Mapping):
+            raise ConfigError(
+                f"{job.runtime_env} holds {type(values).__name__}, expected a mapping of keys."
+            )
+        result = dict(values)
+        env_vars = result.get("env_vars") or {}
+        if not isinstance(env_vars, Mapping):
+            raise ConfigError(f"{job.runtime_env}: 'env_vars' must be a mapping of texts.")
+        refuse_secrets(result, job.runtime_env, environ)
+    if job.env:
+        result["env_vars"] = {**(result.get("env_vars") or {}), **job.env}
+    if job.working_dir is not None:
+        if storage.is_local(job.working_dir) and not storage.exists(job.working_dir):
+            raise ConfigError(
+                f"The job's working_dir '{job.working_dir}' does not exist. Paths in a job file "
+                "are relative to the file."
+            )
+        result["working_dir"] = job.working_dir
+    if "working_dir" not in result:
+        # Without a folder there is nothing to leave out, and Ray warns about it.
+        result.pop("excludes", None)
+    return result
+
+
+def refuse_secrets(values: Mapping[str, Any], where: str, environ: Mapping[str, str]) -> None:
+    """Refuse anything that would carry a secret to the cluster. The message never shows it.
+
+    Args:
+        values: keys of a job or of a runtime environment.
+        where: the file, for the message.
+        environ: the submitter's environment; none of its secrets' values may occur.
+
+    Raises:
+        ConfigError: a variable with a secret's name, such an assignment in a text, a URL with user
+            name and password, or the value of one of the submitter's own secrets.
+    """
+    advice = (
+        "Submissions are stored by the cluster and shown by its dashboard; set it in the "
+        "environment of the nodes instead (docs/cluster.md)."
+    )
+    for key, value in _leaves(values):
+        if value and is_secret_name(key):
+            raise ConfigError(f"{where}: '{key}' looks like a secret. {advice}")
+        for option, variable, given in _ASSIGNMENT.findall(value):
+            name = option or variable
+            if is_secret_name(name) and not given.startswith("$"):
+                raise ConfigError(f"{where}: the text of '{key}' sets '{name}'. {advice}")
+        if _URL_WITH_USER.search(value):
+            raise ConfigError(f"{where}: '{key}' holds a URL with a user name in it. {advice}")
+    text = json.dumps(values, ensure_ascii=False, default=str)
+    for name, secret in environ.items():
+        if is_secret_name(name) and len(secret) >= _SHORTEST_SECRET and secret in text:
+            raise ConfigError(f"{where} holds the value of your variable {name}. {advice}")
+
+
+def _leaves(values: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Every text in nested values, with the nearest key above it."""
+    if isinstance(values, Mapping):
+        for name, value in values.items():
+            yield from _leaves(value, str(name))
+    elif isinstance(values, list | tuple):
+        for value in values:
+            yield from _leaves(value, key)
+    elif isinstance(values, str):
+        yield key, values

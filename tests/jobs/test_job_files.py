@@ -1,0 +1,186 @@
+"""Job files: the shipped ones name commands that exist, and none carries a secret."""
+
+from __future__ import annotations
+
+import shlex
+import zipfile
+from pathlib import Path
+from string import Template
+
+import pytest
+import typer
+import yaml
+
+from ke_ray.cli import app
+from ke_ray.config import load_study
+from ke_ray.errors import ConfigError
+from ke_ray.studies.continual import ContinualStudy
+from ke_ray.studies.jobs import is_secret_name, load_job, runtime_env_of
+from ke_ray.studies.scan import ScanStudy
+from ke_ray.studies.sweep import load_sweep
+from ke_ray.studies.training import PretrainStudy
+
+ROOT = Path(__file__).parents[2]
+JOBS = sorted(
+    path for path in (ROOT / "jobs").glob("*.yaml") if path.read_text().count("\nkind: job\n")
+)
+PLANTED = "hf_planted0secret1value2"
+
+
+def write(folder: Path, **keys) -> str:
+    path = folder / "job.yaml"
+    path.write_text(yaml.safe_dump({"kind": "job", "entrypoint": "true", **keys}))
+    return str(path)
+
+
+def entry_of(path: Path) -> tuple[str, dict[str, str]]:
+    """The command line of a job or of a RayJob, and its variables."""
+    if path.stem.startswith("kuberay"):
+        return yaml.safe_load(path.read_text())["spec"]["entrypoint"], {}
+    job = load_job(str(path), [], {})
+    return job.entrypoint, job.env
+
+
+def test_there_is_a_job_for_each_kind_of_study():
+    assert {path.stem for path in JOBS} == {"scan", "pretrain", "continual", "sweep"}
+
+
+@pytest.mark.parametrize(
+    "path", [*JOBS, *sorted((ROOT / "jobs").glob("kuberay-*.yaml"))], ids=lambda path: path.stem
+)
+def test_the_command_line_is_one_that_ke_ray_takes(path):
+    entry, variables = entry_of(path)
+    expanded = Template(entry).substitute(variables)  # KeyError: a variable that nobody sets
+    *python, name, study = shlex.split(expanded)[:5]
+    assert python == ["python", "-m", "ke_ray"]
+    command = typer.main.get_command(app).commands[name]
+    context = command.make_context(name, shlex.split(expanded)[4:])
+    file = ROOT / study.removeprefix("/opt/ke_ray/")
+    overrides = list(context.params["overrides"] or [])
+    if name == "sweep":
+        load_sweep(str(file), overrides)
+    else:
+        kinds = {"scan": ScanStudy, "pretrain": PretrainStudy, "continual": ContinualStudy}
+        load_study(str(file), kinds[name], overrides)
+    assert context.params["output"].startswith("/mnt/ke_ray/"), "results must outlive the job"
+
+
+@pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
+def test_a_shipped_job_is_found_from_any_folder(path, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    job = load_job(str(path), [], {})
+    runtime_env = runtime_env_of(job, {})
+    assert Path(runtime_env["working_dir"]).resolve() == ROOT
+    assert runtime_env["env_vars"]["KE_RAY_RUNS"] == "/mnt/ke_ray/runs"
+    assert runtime_env["env_vars"]["MLFLOW_DISABLE_TELEMETRY"] == "true"
+    assert not any(is_secret_name(name) for name in runtime_env["env_vars"])
+
+
+def test_code_and_studies_travel_and_nothing_else(tmp_path):
+    from ray._private.runtime_env.packaging import create_package
+
+    travels = [
+        "ke_ray/__init__.py",
+        "ke_ray/data/corpus.py",
+        "ke_ray/report/runs.py",
+        "ke_ray/report/assets/report.css",
+        "ke_ray/evaluation/tasks/multiple_choice.yaml",
+        "sweeps/olmo_1b.yaml",
+        "constraints.txt",
+    ]
+    stays = [
+        *(".git/config", ".venv/bin/python", "runs/demo/mlflow.db", "data/pubmed/a.jsonl.gz"),
+        *("ke_ray/__pycache__/a.pyc", "model.safetensors", "deep/er/model.safetensors", "x.npy"),
+        *("mlruns/0/meta.yaml", "mlflow.db", ".env", ".env.local", "id.pem", "auth_token"),
+        *("tests/test_config.py", ".mypy_cache/x", ".hypothesis/x", "coefficients.pt"),
+    ]
+    tree = tmp_path / "tree"
+    for name in travels + stays:
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).write_text("x")
+    excludes = yaml.safe_load((ROOT / "jobs" / "runtime_env.yaml").read_text())["excludes"]
+    package = tmp_path / "package.zip"
+    create_package(str(tree), package, include_gitignore=True, excludes=excludes)
+    with zipfile.ZipFile(package) as archive:
+        names = {name for name in archive.namelist() if not name.endswith("/")}
+    assert names == set(travels)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_secret"),
+    [
+        ("HF_TOKEN", True),
+        ("RAY_AUTH_TOKEN", True),
+        ("MLFLOW_TRACKING_PASSWORD", True),
+        ("AWS_SECRET_ACCESS_KEY", True),
+        ("AWS_ACCESS_KEY_ID", True),
+        ("OPENAI_API_KEY", True),
+        ("client-secret", True),
+        ("TOKENIZERS_PARALLELISM", False),
+        ("RAY_AUTH_TOKEN_PATH", False),
+        ("eos_token_id", False),
+        ("num_tokens", False),
+        ("KE_RAY_RUNS", False),
+    ],
+)
+def test_what_a_secrets_name_is(name, is_secret):
+    assert is_secret_name(name) is is_secret
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"env": {"HF_TOKEN": PLANTED}},
+        {"env": {"MY_DB_PASSWORD": PLANTED}},
+        {"env": {"HARMLESS": PLANTED}},
+        {"entrypoint": f"HF_TOKEN={PLANTED} python -m ke_ray scan x"},
+        {"entrypoint": "tool --api-key 12345678"},
+        {"entrypoint": f"echo {PLANTED}"},
+        {"metadata": {"note": f"with {PLANTED}"}},
+        {"env": {"MLFLOW_TRACKING_URI": "http://me:pw@mlflow:5000"}},
+        {"working_dir": "https://x-access:abc@example.com/code.zip"},
+    ],
+)
+def test_a_job_with_a_secret_is_refused_without_showing_it(tmp_path, keys):
+    with pytest.raises(ConfigError, match=r"environment of the nodes") as refused:
+        load_job(write(tmp_path, **keys), [], {"HF_TOKEN": PLANTED})
+    assert PLANTED not in str(refused.value)
+
+
+def test_a_secret_in_an_override_or_in_the_runtime_env_is_refused_too(tmp_path):
+    path = write(tmp_path, runtime_env="env.yaml")
+    with pytest.raises(ConfigError, match="HF_TOKEN"):
+        load_job(path, [f"env.HF_TOKEN={PLANTED}"], {})
+    (tmp_path / "env.yaml").write_text("pip: [--extra-index-url=https://me:pw@host/simple]\n")
+    with pytest.raises(ConfigError, match="'pip' holds a URL with a user name"):
+        runtime_env_of(load_job(path, [], {}), {})
+    (tmp_path / "env.yaml").write_text("env_vars: {WANDB_API_KEY: abc}\n")
+    with pytest.raises(ConfigError, match="WANDB_API_KEY"):
+        runtime_env_of(load_job(path, [], {}), {})
+
+
+def test_what_is_no_secret_is_taken(tmp_path):
+    keys = {
+        "entrypoint": "ke-ray scan hf --tokenizer x --eos-token-id 0 --set a.num_tokens=3",
+        "env": {"RAY_AUTH_TOKEN_PATH": "/etc/token", "OMP_NUM_THREADS": 2, "URL": "http://h:1/a@b"},
+    }
+    job = load_job(write(tmp_path, **keys), [], {"HF_TOKEN": PLANTED, "PASSWORD": ""})
+    assert job.env["OMP_NUM_THREADS"] == "2"
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"entrypont": "x"}, "Did you mean 'entrypoint'"),
+        ({"kind": "scan"}, "takes a study with 'kind: job'"),
+        ({"name": "../up"}, "'name'"),
+        ({"env": {"A": True}}, "env.A"),
+        ({"retries": -1}, "'retries'"),
+        ({"timeout_s": 0}, "'timeout_s'"),
+        ({"runtime_env": "absent.yaml"}, "relative to the file"),
+        ({"working_dir": "absent"}, "relative to the file"),
+    ],
+)
+def test_a_wrong_job_file_is_one_clear_message(tmp_path, keys, message):
+    with pytest.raises(ConfigError, match=message):
+        runtime_env_of(load_job(write(tmp_path, **keys), [], {}), {})
