@@ -13,12 +13,13 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import pyarrow as pa
 
+from ke_ray import storage
 from ke_ray.engine.plan import CheckpointWork, plan_items
 from ke_ray.engine.scan_setup import ScanSetup
 from ke_ray.engine.scorer import (
@@ -29,7 +30,12 @@ from ke_ray.engine.scorer import (
     item_to_json,
     sums_from_bytes,
 )
-from ke_ray.engine.session import cluster_resources, ray_session, worker_env
+from ke_ray.engine.session import (
+    cluster_resources,
+    most_cpus_of_a_node,
+    ray_session,
+    worker_env,
+)
 from ke_ray.errors import KeRayError, StorageError
 from ke_ray.models.reference import CheckpointRef
 from ke_ray.results.scan_folder import REPLICATES_SCHEMA
@@ -40,6 +46,7 @@ __all__ = ["ScanOutcome", "ScanProgress", "run_scan"]
 log = logging.getLogger(__name__)
 
 _FOLD_EVERY_S = 15.0
+_FOLD_SHARE = 0.05  # of the driver's time, at most
 
 
 class ScanProgress(Protocol):
@@ -117,7 +124,7 @@ class _Collector:
         self._progress = progress
         self._outcome = outcome
         self._pending = {work.index: _Pending(work) for work in setup.works}
-        self._folded = time.monotonic()
+        self._fold_after = time.monotonic() + _FOLD_EVERY_S
 
     def add(self, output: dict[str, Any]) -> None:
         """Take one row of ``OUTPUT_SCHEMA``."""
@@ -218,10 +225,11 @@ class _Collector:
         )
         log_scan_metrics(self._run, pending.rows, index, self._setup.study.data)
         self._progress.checkpoint(ref, pending.rows)
-        # Folding re-reads the tables, so it happens by time, not for each checkpoint.
-        if time.monotonic() - self._folded > _FOLD_EVERY_S:
+        # Folding reads and writes all tables again, which takes ever longer in a long series.
+        if (started := time.monotonic()) > self._fold_after:
             folder.consolidate()
-            self._folded = time.monotonic()
+            ended = time.monotonic()
+            self._fold_after = ended + max(_FOLD_EVERY_S, (ended - started) / _FOLD_SHARE)
 
 
 def run_scan(setup: ScanSetup, progress: ScanProgress, tracker: Tracker) -> ScanOutcome:
@@ -242,7 +250,9 @@ def run_scan(setup: ScanSetup, progress: ScanProgress, tracker: Tracker) -> Scan
     outcome = ScanOutcome(study.output, skipped=setup.num_skipped)
     outcome.phases_s["setup"] = setup.duration_s
     folder.manifest.update(status="running")
-    folder.consolidate()
+    if setup.changed:
+        log.warning("Other weights than before, scanned anew: %s", ", ".join(setup.changed))
+    folder.consolidate(without=setup.changed)
     run = _start_run(setup, tracker)
     outcome.mlflow_run_id = run.run_id
     num_tokens = sum(work.num_tokens for work in setup.works)
@@ -294,7 +304,7 @@ def _score(setup: ScanSetup, run: TrackedRun, progress: ScanProgress, outcome: S
         top_k_fraction=study.top_k_fraction,
         dormant_threshold=study.dormant_threshold,
         threads=int(per_actor.get("num_cpus", 1)) if "num_gpus" not in per_actor else None,
-        cache_dir=study.cache_dir,
+        cache_dir=_absolute(study.cache_dir) if study.cache_dir else None,
         cache_bytes=study.cache_bytes,
         resuscitation=study.resuscitation.model_dump() if study.resuscitation else None,
     )
@@ -313,7 +323,11 @@ def _score(setup: ScanSetup, run: TrackedRun, progress: ScanProgress, outcome: S
         CheckpointScorer,
         fn_constructor_kwargs={
             "settings": settings,
-            "checkpoints": setup.refs,
+            # A cluster that was joined runs its workers in a folder of its own.
+            "checkpoints": [
+                replace(ref, location=_absolute(ref.location)) if ref.is_local else ref
+                for ref in setup.refs
+            ],
             "corpora": arrays,
             "monitor": monitor,
         },
@@ -340,6 +354,8 @@ def _score(setup: ScanSetup, run: TrackedRun, progress: ScanProgress, outcome: S
             reason = str(error).strip().splitlines()[-1] if str(error).strip() else repr(error)
             log.exception("Ray ended the scan")
             collector.give_up(f"Ray ended the scan before this checkpoint was scored: {reason}")
+        else:
+            collector.give_up("Ray returned only a part of this checkpoint's results; run again.")
 
 
 def _actors(setup: ScanSetup) -> tuple[int, dict[str, float]]:
@@ -359,7 +375,8 @@ def _actors(setup: ScanSetup) -> tuple[int, dict[str, float]]:
         if largest:
             num_actors = max(1, min(num_actors, int(resources.get("memory", 0) / (2.5 * largest))))
         num_actors = min(num_actors, max(1, len(setup.works)))
-    return num_actors, {"num_cpus": max(1, num_cpus // num_actors)}
+    # An actor lives on one node: more cores than the largest has would never be granted.
+    return num_actors, {"num_cpus": max(1, min(num_cpus // num_actors, most_cpus_of_a_node()))}
 
 
 @contextmanager
@@ -383,6 +400,8 @@ def _ticking(monitor: Any, progress: ScanProgress) -> Iterator[None]:
     finally:
         stopped.set()
         thread.join(timeout=10)
+    with suppress(ray.exceptions.RayError):
+        progress.tokens(ray.get(monitor.tokens.remote(), timeout=5))
 
 
 def _from_ipc(payload: bytes) -> pa.Table:
@@ -390,12 +409,18 @@ def _from_ipc(payload: bytes) -> pa.Table:
         return reader.read_all()
 
 
+def _absolute(uri: str) -> str:
+    """A local path as any process of the node finds it; other URIs as they are."""
+    return str(storage.local_path(uri).absolute()) if storage.is_local(uri) else uri
+
+
 def _start_run(setup: ScanSetup, tracker: Tracker) -> TrackedRun:
     study = setup.study
     name = study.name or study.output.rstrip("/").rsplit("/", 1)[-1]
     run = tracker.start_run(
         name,
-        key=f"scan:{study.output}",
+        # Absolute: one tracking server may serve many working folders with a runs/scan each.
+        key=f"scan:{_absolute(study.output)}",
         kind="scan",
         params=study.model_dump(exclude={"mlflow", "output"}),
         tags={"ke_ray.output": study.output}

@@ -44,6 +44,7 @@ class ScanSetup:
         folder: the output folder with its manifest (not yet written).
         works: what is missing, one entry per checkpoint that is not finished.
         num_skipped: checkpoints that were finished already.
+        changed: checkpoints whose results in the folder are of other weights, in order.
         duration_s: how long the set-up took.
     """
 
@@ -55,6 +56,7 @@ class ScanSetup:
     num_skipped: int
     duration_s: float
     known: dict[str, dict[str, Any]] = field(default_factory=dict)
+    changed: list[str] = field(default_factory=list)
 
     def checkpoint_entries(self) -> list[dict[str, Any]]:
         """The manifest's list: checkpoints of earlier runs into this folder, and these."""
@@ -92,13 +94,15 @@ def prepare_scan(study: ScanStudy) -> ScanSetup:
     folder, known = _open_output(study, identity, corpora)
     finished = folder.finished() if known is not None else {}
     known = known or {}
-    _check_same_series(study.output, known, refs, finished)
+    changed = _changed_weights(study.output, known, refs)
+    finished = {key: there for key, there in finished.items() if key[0] not in changed}
     works = []
     for index, ref in enumerate(refs):
         missing = tuple(_missing(study, ref, corpora.values(), finished))
         if missing:
             works.append(CheckpointWork(index, missing))
     setup = ScanSetup(study, refs, corpora, folder, works, len(refs) - len(works), 0.0, known)
+    setup.changed = changed
     folder.manifest["checkpoints"] = setup.checkpoint_entries()
     storage.check_writable(study.output)
     setup.duration_s = time.monotonic() - started
@@ -140,17 +144,16 @@ def _open_output(
     return ScanFolder(study.output, manifest), known
 
 
-def _check_same_series(
-    output: str,
-    known: dict[str, dict[str, Any]],
-    refs: Sequence[CheckpointRef],
-    finished: dict[tuple[str, str], set[str]],
-) -> None:
+def _changed_weights(
+    output: str, known: dict[str, dict[str, Any]], refs: Sequence[CheckpointRef]
+) -> list[str]:
     """Compare checkpoints with those of the same name in the folder.
 
-    Same weight files: finished work stands. Other files at the same place: it is done again.
-    Another place and not the same files: refused.
+    Same weight files, or files at the same place that cannot be compared: finished work stands.
+    Other files at the same place: returned, to be done again from scratch. Another place and not
+    the same files: refused.
     """
+    changed = []
     for ref in refs:
         entry = known.get(ref.name)
         if entry is None:
@@ -164,9 +167,9 @@ def _check_same_series(
                 f"this scan has one of that name from {ref.label}: other weights under one name. "
                 "Choose another output folder."
             )
-        if before != given:
-            for key in [key for key in finished if key[0] == ref.name]:
-                del finished[key]
+        if before is not None and given is not None:
+            changed.append(ref.name)
+    return changed
 
 
 def _entry(ref: CheckpointRef) -> dict[str, Any]:

@@ -202,6 +202,8 @@ class CheckpointScorer:
                 report = self._reporter(item.index)
                 sums = [self._sum(loaded.model, ref, stretch, report) for stretch in item.stretches]
                 ended = time.monotonic()
+            scored = sum(part.total_tokens for part in sums)
+            self._monitor.report.remote(item.index, scored)
             for stretch, part in zip(item.stretches, sums, strict=True):
                 outputs.append(self._output(item, ref, stretch, part))
             sha256 = loaded.sha256.result()
@@ -474,7 +476,7 @@ def _failed(item: WorkItem, message: str) -> pa.Table:
         "item": item.index,
         "checkpoint": item.checkpoint,
         "status": "failed",
-        "error": redact(message),
+        "error": redact(" ".join(message.split())),
     }
     return _table([{**failure, "corpus": stretch.work.corpus} for stretch in item.stretches])
 

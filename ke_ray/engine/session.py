@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from ke_ray.errors import UserError
 
-__all__ = ["cluster_resources", "num_nodes", "ray_session", "worker_env"]
+__all__ = ["cluster_resources", "most_cpus_of_a_node", "num_nodes", "ray_session", "worker_env"]
 
 _OBJECT_STORE_BYTES = 512 << 20
 
@@ -98,7 +100,7 @@ def ray_session(
     else:
         settings["address"] = address
     try:
-        with _held_stderr():
+        with _held_stderr(), _kept_sigterm():
             ray.init(**settings)
     except (ConnectionError, RuntimeError) as error:
         if not address:
@@ -111,6 +113,20 @@ def ray_session(
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _kept_sigterm() -> Iterator[None]:
+    """Keep the program's own answer to SIGTERM, which Ray replaces by an exit of its own.
+
+    Ray's stays where the program has none. Handlers belong to the main thread.
+    """
+    own = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if callable(own) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, own)
 
 
 @contextmanager
@@ -141,6 +157,14 @@ def cluster_resources() -> dict[str, float]:
     import ray
 
     return dict(ray.cluster_resources())
+
+
+def most_cpus_of_a_node() -> int:
+    """CPUs of the largest node that is alive; what one actor can have at most."""
+    import ray
+
+    nodes = (node["Resources"] for node in ray.nodes() if node["Alive"])
+    return max((int(resources.get("CPU", 0)) for resources in nodes), default=0)
 
 
 def num_nodes() -> int:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from ke_ray import storage
@@ -14,12 +15,18 @@ from ke_ray.results.scan_folder import ScanFolder, check_identity
 
 __all__ = ["merge_scans"]
 
+Row = dict[str, Any]
+
 
 def merge_scans(uris: Sequence[str], output: str) -> ScanFolder:
     """Join compatible scan folders into a new one.
 
+    What several folders hold is taken from the first. A failure stays only where no folder has
+    the values that its folder was asked for.
+
     Raises:
-        ResultsError: an identity differs, or ``output`` already holds results.
+        ResultsError: an identity differs, one name stands for different weights, or ``output``
+            already holds results. Nothing is written then.
     """
     folders = [ScanFolder.open(uri) for uri in uris]
     if storage.exists(storage.join(output, "manifest.json")):
@@ -27,49 +34,116 @@ def merge_scans(uris: Sequence[str], output: str) -> ScanFolder:
     first = folders[0]
     identity = {**first.manifest["identity"], "corpora": {}}
     corpora: dict[str, Any] = {}
-    checkpoints: dict[str, Any] = {}
     for folder in folders:
         check_identity(folder.uri, identity, folder.manifest["identity"])
         identity["corpora"] |= folder.manifest["identity"]["corpora"]
         corpora |= folder.manifest["corpora"]
-        for entry in folder.manifest.get("checkpoints", []):
-            known = checkpoints.setdefault(entry["name"], entry)
-            if known["location"] != entry["location"] or known["revision"] != entry["revision"]:
-                raise ResultsError(
-                    f"'{folder.uri}' and an earlier folder both have a checkpoint "
-                    f"'{entry['name']}', from {entry['location']} and {known['location']}: they "
-                    "cannot be told apart. Merge folders of one series."
-                )
+    tables = [folder.entropy().to_pylist() for folder in folders]
+    checkpoints = _same_checkpoints(folders, tables)
     manifest = {
         **first.manifest,
         "identity": identity,
         "corpora": corpora,
         "checkpoints": list(checkpoints.values()),
-        "measures": sorted({m for f in folders for m in f.manifest["measures"]}),
+        "measures": list(dict.fromkeys(m for f in folders for m in f.manifest["measures"])),
         "merged_from": list(uris),
     }
     merged = ScanFolder(output, manifest)
     storage.make_dirs(output)
-    for folder in folders:
-        rows = folder.entropy().to_pylist()
-        replicates = folder.replicates()
-        for name in dict.fromkeys(row["checkpoint"] for row in rows):
-            own = [row for row in rows if row["checkpoint"] == name]
-            mask = pc.equal(replicates["checkpoint"], name)
-            merged.write_part(
-                name, own, replicates.filter(mask), _coefficients_of(folder, name, own)
-            )
+    replicates = [folder.replicates() for folder in folders]
+    failed = False
+    by_name = [_by_checkpoint(rows) for rows in tables]
+    for name in dict.fromkeys(name for groups in by_name for name in groups):
+        chosen = _choose(folders, [groups.get(name, []) for groups in by_name])
+        failed |= any(row["status"] != "ok" for rows in chosen for row in rows)
+        merged.write_part(
+            name,
+            [row for rows in chosen for row in rows],
+            pa.concat_tables(
+                _of_rows(table, name, rows) for table, rows in zip(replicates, chosen, strict=True)
+            ),
+            _coefficients(name, folders, chosen),
+        )
     merged.consolidate(final=True)
+    if failed:
+        merged.manifest["status"] = "failed"
+        merged.write_manifest()
     return merged
 
 
-def _coefficients_of(
-    folder: ScanFolder, checkpoint: str, rows: Iterable[Mapping[str, Any]]
+def _same_checkpoints(
+    folders: Sequence[ScanFolder], tables: Sequence[Sequence[Row]]
+) -> dict[str, Row]:
+    """Manifest entries by name; one name must mean the same weights in all folders."""
+    entries: dict[str, Row] = {}
+    weights: dict[str, str] = {}
+    for folder, rows in zip(folders, tables, strict=True):
+        own = {row["checkpoint"]: row["weights_sha256"] for row in rows if row["weights_sha256"]}
+        for entry in folder.manifest.get("checkpoints", []):
+            name = entry["name"]
+            known = entries.setdefault(name, entry)
+            if name in own and name in weights:
+                same, what = own[name] == weights[name], "weights_sha256 differs"
+            else:
+                same = (known["location"], known["revision"]) == (
+                    entry["location"],
+                    entry["revision"],
+                )
+                what = f"from {entry['location']} and {known['location']}"
+            if not same:
+                raise ResultsError(
+                    f"'{folder.uri}' and an earlier folder both have a checkpoint '{name}' "
+                    f"({what}): they cannot be told apart. Merge folders of one series."
+                )
+        weights = own | weights
+    return entries
+
+
+def _by_checkpoint(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row["checkpoint"], []).append(row)
+    return groups
+
+
+def _choose(folders: Sequence[ScanFolder], tables: Sequence[Sequence[Row]]) -> list[list[Row]]:
+    """The rows of one checkpoint to take from each folder; no measure from two of them."""
+    taken: set[tuple[str, str]] = set()
+    chosen: list[list[Row]] = []
+    for rows in tables:
+        own = [
+            row
+            for row in rows
+            if row["status"] == "ok" and (row["corpus"], row["measure"]) not in taken
+        ]
+        taken |= {(row["corpus"], row["measure"]) for row in own}
+        chosen.append(own)
+    for folder, rows, own in zip(folders, tables, chosen, strict=True):
+        own += [
+            row
+            for row in rows
+            if row["status"] != "ok"
+            and any((row["corpus"], m) not in taken for m in folder.manifest["measures"])
+        ]
+    return chosen
+
+
+def _of_rows(replicates: pa.Table, name: str, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """The leave-one-out values that belong to ``rows`` of checkpoint ``name``."""
+    keys = {(row["corpus"], row["measure"]) for row in rows}
+    own = replicates.filter(pc.equal(replicates["checkpoint"], name))
+    columns = (own[key].to_pylist() for key in ("corpus", "measure"))
+    mask = [key in keys for key in zip(*columns, strict=True)]
+    return own.filter(pa.array(mask, pa.bool_()))
+
+
+def _coefficients(
+    name: str, folders: Sequence[ScanFolder], chosen: Sequence[Sequence[Row]]
 ) -> dict[str, np.ndarray]:
-    there = set(folder.list_coefficients())
-    corpora = {row["corpus"] for row in rows if row["corpus"]}
-    return {
-        corpus: folder.mean_coefficients(checkpoint, corpus)
-        for corpus in sorted(corpora)
-        if folder.coefficients_name(checkpoint, corpus) in there
-    }
+    found: dict[str, np.ndarray] = {}
+    for folder, rows in zip(folders, chosen, strict=True):
+        there = set(folder.list_coefficients())
+        for corpus in sorted({row["corpus"] for row in rows if row["status"] == "ok"}):
+            if corpus not in found and folder.coefficients_name(name, corpus) in there:
+                found[corpus] = folder.mean_coefficients(name, corpus)
+    return found

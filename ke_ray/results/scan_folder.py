@@ -17,11 +17,12 @@ of the same key, and a row with a value replaces a failure.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from ke_ray import storage
 from ke_ray.errors import ResultsError
@@ -221,19 +222,35 @@ class ScanFolder:
             storage.write_table(f"{stem}.replicates.parquet", replicates)
         storage.write_table(f"{stem}.entropy.parquet", _to_table(rows))
 
-    def consolidate(self, *, final: bool = False) -> None:
+    def consolidate(self, *, final: bool = False, without: Collection[str] = ()) -> None:
         """Fold the parts into the tables and remove them; ``final`` also closes the manifest.
 
         Killed between the two, the parts are folded once more, which changes nothing.
+
+        Args:
+            final: the scan is over.
+            without: checkpoints whose results of all corpora and measures are dropped, because
+                their weights are others now. The manifest, which says so, is written last.
         """
         parts = storage.join(self.uri, "parts")
         folded = storage.list_dir(parts)
-        if folded or not storage.exists(storage.join(self.uri, "entropy.parquet")):
-            entropy, replicates = self.entropy(), self.replicates()
+        if folded or without or not storage.exists(storage.join(self.uri, "entropy.parquet")):
+            entropy, replicates = (
+                table.filter(
+                    pc.invert(pc.is_in(table["checkpoint"], pa.array(without, pa.string())))
+                )
+                if without
+                else table
+                for table in (self.entropy(), self.replicates())
+            )
             storage.write_table(storage.join(self.uri, "replicates.parquet"), replicates)
             storage.write_table(storage.join(self.uri, "entropy.parquet"), entropy)
             for name in folded:
                 storage.remove(storage.join(parts, name))
+        for checkpoint in without:
+            for corpus in self.manifest["identity"]["corpora"]:
+                name = self.coefficients_name(checkpoint, corpus)
+                storage.remove(storage.join(self.uri, "coefficients", name))
         if final:
             storage.remove(parts)
             self.manifest["status"] = "finished"

@@ -214,6 +214,42 @@ def test_broken_checkpoints_become_rows_and_the_others_finish(scan_study, series
     assert duplicates["step10"] is None
 
 
+def test_other_weights_under_one_name_are_scored_from_scratch(
+    scan_study, series, expected, tmp_path
+):
+    folder = tmp_path / "series"
+    for name in ("step10", "step20"):
+        shutil.copytree(series / name, folder / name)
+    spec = {"spec": str(folder)}
+    both, one = ("knowledge_entropy", "gini"), ("knowledge_entropy",)
+    scan(scan_study(checkpoints=spec, measures=both))
+    shutil.rmtree(folder / "step10")
+    shutil.copytree(series / "step30", folder / "step10")
+    study = scan_study(checkpoints=spec, measures=one)
+    # Killed right after it began: what it has written by then must not make old values current.
+    setup = prepare_scan(study)
+    assert setup.changed == ["step10"]
+    setup.folder.consolidate(without=setup.changed)
+    assert {key[0] for key in values_of(study.output)} == {"step20"}
+    _, again = scan(study)
+    assert (again.done, again.skipped) == (["step10"], 1)
+    scan(scan_study(checkpoints=spec, measures=both))
+    names = {"step10": "step30", "step20": "step20"}
+    wanted = {
+        (name, *key[1:]): value
+        for name, source in names.items()
+        for key, value in expected.items()
+        if key[0] == source and key[3] in both
+    }
+    assert_same(values_of(study.output), wanted)
+
+    # Weights that are gone cannot be compared: what was measured stands.
+    (folder / "step20" / "model.safetensors").unlink()
+    outcome, _ = scan(scan_study(checkpoints=spec, measures=(*both, "top_k_mass")))
+    assert [name for name, _ in outcome.failures] == ["step20"]
+    assert values_of(study.output).keys() > wanted.keys()
+
+
 def scorer_pids():
     return [
         child.pid
@@ -337,5 +373,6 @@ def test_progress_counts_tokens_while_it_runs(scan_study):
     threads_before = threading.active_count()
     scan(scan_study(batch_size=1, num_actors=1), Counter())
     assert seen == sorted(seen)
+    assert seen[-1] == 4 * 70 * 24
     time.sleep(0.1)
     assert threading.active_count() <= threads_before + 2

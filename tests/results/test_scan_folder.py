@@ -195,7 +195,7 @@ def test_merge_refuses_one_name_for_two_checkpoints(tmp_path):
     for name in ("one", "two"):
         folder = make_folder(tmp_path / name, checkpoints=["a"])
         folder.manifest["checkpoints"][0]["location"] = f"/elsewhere/{name}"
-        folder.write_part("a", [row("a", 1)])
+        folder.write_part("a", [row("a", 1, sha=name)])
         folder.consolidate(final=True)
     with pytest.raises(ResultsError, match="cannot be told apart"):
         merge_scans([str(tmp_path / "one"), str(tmp_path / "two")], str(tmp_path / "all"))
@@ -247,3 +247,55 @@ def test_a_writer_killed_at_any_moment_leaves_whole_files(tmp_path):
             counts[r["checkpoint"]] = counts.get(r["checkpoint"], 0) + 1
         assert counts
         assert set(counts.values()) == {50}
+
+
+def test_results_of_other_weights_are_dropped_whole(tmp_path):
+    folder = make_folder(tmp_path, corpora=("dolma", "c4"), checkpoints=["a", "b"])
+    for name, step in (("a", 10), ("b", 20)):
+        rows = [row(name, step), row(name, step, corpus="c4"), row(name, step, measure="gini")]
+        arrays = {"dolma": np.ones((1, 3)), "c4": np.ones((1, 3))}
+        folder.write_part(name, rows, replicates(name, step, [1.0, 2.0]), arrays)
+    folder.consolidate(without=["a"])
+    again = ScanFolder.open(str(tmp_path))
+    assert set(again.finished()) == {("b", "dolma"), ("b", "c4")}
+    assert set(again.replicates()["checkpoint"].to_pylist()) == {"b"}
+    assert again.list_coefficients() == ["b.safetensors", "b@c4.safetensors"]
+
+
+def merged_pair(tmp_path, first, second, locations=("/c", "/c")):
+    """Merge two folders of a checkpoint ``a``; each argument is (rows, replicates or None)."""
+    uris = []
+    for name, (rows, values), location in zip("xy", (first, second), locations, strict=True):
+        folder = make_folder(tmp_path / name, checkpoints=["a"])
+        folder.manifest["checkpoints"][0]["location"] = location
+        folder.write_part("a", rows, values)
+        folder.consolidate(final=True)
+        uris.append(folder.uri)
+    return merge_scans(uris, str(tmp_path / "all"))
+
+
+@pytest.mark.parametrize("failed_first", [True, False])
+def test_merge_lets_values_end_a_failure_in_either_order(tmp_path, failed_first):
+    pair = [([row("a", 1, value=3.0)], replicates("a", 1, [1.0, 2.0])), ([failure("a", 1)], None)]
+    merged = merged_pair(tmp_path, *(pair[::-1] if failed_first else pair))
+    assert values_of(merged) == {("a", "dolma", None, "ok"): 3.0}
+    assert read_manifest(merged.uri)["status"] == "finished"
+
+
+def test_merge_takes_what_both_have_once(tmp_path):
+    both = ([row("a", 1)], replicates("a", 1, [1.0, 2.0]))
+    merged = merged_pair(tmp_path, both, both, locations=("/here", "/moved"))
+    assert len(merged.entropy()) == 1
+    assert merged.replicates().num_rows == 2
+
+
+def test_merge_keeps_a_failure_that_nothing_mends(tmp_path):
+    merged = merged_pair(tmp_path, ([failure("a", 1)], None), ([failure("a", 1)], None))
+    assert values_of(merged) == {("a", "dolma", None, "failed"): None}
+    assert read_manifest(merged.uri)["status"] == "failed"
+
+
+def test_merge_refuses_other_weights_at_one_place(tmp_path):
+    with pytest.raises(ResultsError, match="weights_sha256 differs"):
+        merged_pair(tmp_path, ([row("a", 1)], None), ([row("a", 1, sha="other")], None))
+    assert not (tmp_path / "all").exists()
