@@ -15,7 +15,7 @@ import pytest
 
 from ke_ray.errors import StorageError
 from ke_ray.studies.parts import TrackingSettings
-from ke_ray.tracking import Tracker, flatten
+from ke_ray.tracking import Tracker, _Sender, flatten
 
 
 def settings(uri, **keys):
@@ -95,6 +95,34 @@ def test_a_store_that_is_not_there_says_what_to_do(monkeypatch):
         port = server.getsockname()[1]
     with pytest.raises(StorageError, match="cannot be used.*MLFLOW_TRACKING_URI.*--no-mlflow"):
         Tracker(settings(f"http://127.0.0.1:{port}"))
+
+
+def test_a_store_that_stays_away_is_given_up_once_not_for_each_write():
+    attempts = []
+
+    def write():
+        attempts.append(time.monotonic())
+        raise ConnectionError("nobody there")
+
+    sender = _Sender(give_up_after_s=0.5, silent_s=3600.0)
+    sender.start()
+    for number in range(1000):
+        sender.put(f"write {number}", write)
+    sender.stop()
+    assert len(sender.lost) == 1000
+    assert 2 <= len(attempts) < 10  # all of the first write
+
+
+def test_a_refused_write_is_lost_alone(sqlite_uri, tmp_path):
+    with Tracker(settings(sqlite_uri)) as tracker:
+        run = tracker.start_run("x", key="x", kind="scan")
+        run.log_artifact(tmp_path / "no such file")
+        run.log_metrics({"not a valid name: *?": 1.0})
+        run.log_metrics({"x": 2.0}, step=1)
+        run.finish()
+        assert len(tracker.close()) == 2
+        found = tracker.client.get_run(run.run_id)
+        assert (found.data.metrics, found.info.status) == ({"x": 2.0}, "FINISHED")
 
 
 def test_switched_off_it_does_nothing(tmp_path, monkeypatch):

@@ -60,7 +60,7 @@ def list_checkpoints(
         steps: range ``a:b``, both ends included; ``a:``, ``:b`` and ``a`` work too. Checkpoints
             without a step fall outside every range.
         every: keep every n-th of what is left, starting with the first.
-        limit: keep at most so many.
+        limit: keep at most so many, evenly spaced, the first and the last among them.
         endpoint: of the Hub; ``HF_ENDPOINT`` or huggingface.co by default.
 
     Raises:
@@ -86,8 +86,16 @@ def list_checkpoints(
             raise CheckpointSpecError(
                 f"No checkpoint of '{spec}' lies in steps {steps}; it has {span}."
             )
-    chosen = sorted(chosen, key=order_key)[:: every or 1][:limit]
+    chosen = _evenly(sorted(chosen, key=order_key)[:: every or 1], limit)
     return flag_duplicates(_inspect_hub(chosen, endpoint))
+
+
+def _evenly(refs: list[CheckpointRef], limit: int | None) -> list[CheckpointRef]:
+    if limit is None or len(refs) <= limit:
+        return refs
+    if limit == 1:
+        return refs[:1]
+    return [refs[round(i * (len(refs) - 1) / (limit - 1))] for i in range(limit)]
 
 
 def _find(spec: str, revisions: str | None, endpoint: str | None) -> list[CheckpointRef]:

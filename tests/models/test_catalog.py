@@ -88,7 +88,10 @@ def test_selection(series: Path) -> None:
     assert steps(list_checkpoints(spec, steps="20")) == [20]
     assert steps(list_checkpoints(spec, every=2)) == [0, 20]
     assert steps(list_checkpoints(spec, every=2, steps="1:")) == [3, 100]
-    assert steps(list_checkpoints(spec, limit=2)) == [0, 3]
+    assert steps(list_checkpoints(spec, limit=1)) == [0]
+    assert steps(list_checkpoints(spec, limit=2)) == [0, 100]
+    assert steps(list_checkpoints(spec, limit=3)) == [0, 20, 100]
+    assert steps(list_checkpoints(spec, limit=9)) == [0, 3, 20, 100]
     assert steps(list_checkpoints(spec, revisions="step*0")) == [0, 20, 100]
 
 
