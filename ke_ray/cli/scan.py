@@ -19,6 +19,7 @@ from ke_ray.cli.options import (
     parse_resuscitate,
     read_study,
 )
+from ke_ray.errors import ConfigError
 
 if TYPE_CHECKING:
     from ke_ray.engine.scan import ScanOutcome
@@ -58,7 +59,6 @@ def scan(
     dry_run: DryRun = False,
 ) -> None:
     """Score knowledge entropy and its kin for every checkpoint of SPEC."""
-    from ke_ray.data.corpus import parse_data_option
     from ke_ray.studies.scan import ScanStudy
 
     file = checkpoints if is_study_file(checkpoints) else None
@@ -68,7 +68,7 @@ def scan(
         "checkpoints.steps": steps,
         "checkpoints.every": every,
         "checkpoints.limit": limit,
-        "data": dict(parse_data_option(option) for option in data) if data else None,
+        "data": _corpora(data) if data else None,
         "num_instances": num_instances,
         "sequence_length": sequence_length,
         "tokenizer": tokenizer,
@@ -92,6 +92,20 @@ def scan(
         return
     outcome = execute_scan(study)
     raise typer.Exit(outcome.exit_code)
+
+
+def _corpora(options: list[str]) -> dict[str, str]:
+    from ke_ray.data.corpus import parse_data_option
+
+    corpora: dict[str, str] = {}
+    for name, source in map(parse_data_option, options):
+        if name in corpora:
+            raise ConfigError(
+                f"--data names '{name}' twice, for '{corpora[name]}' and '{source}'; give each "
+                "corpus a name of its own: NAME=SOURCE."
+            )
+        corpora[name] = source
+    return corpora
 
 
 def execute_scan(study: ScanStudy) -> ScanOutcome:

@@ -11,6 +11,7 @@ import yaml
 from ke_ray.engine.scan_setup import select_checkpoints
 from ke_ray.errors import CheckpointError
 from ke_ray.models.reference import CheckpointRef
+from ke_ray.models.store import Store
 from ke_ray.studies.scan import ScanStudy
 
 __all__ = ["forecast", "measured_flops_per_s", "num_body_parameters"]
@@ -78,7 +79,8 @@ def measured_flops_per_s(dtype: str) -> float:
 def forecast(study: ScanStudy) -> str:
     """The plan of a scan as text: the resolved study, then the figures behind it."""
     refs = select_checkpoints(study.checkpoints)
-    fetched = [ref for ref in refs if not ref.is_local and not ref.duplicate_of]
+    store = Store(study.cache_dir)
+    fetched = [ref for ref in refs if not store.is_cached(ref)]
     known, num_guessed = _sizes(fetched)
     num_tokens = study.num_instances * study.sequence_length * len(study.data) * len(refs)
     lines = [

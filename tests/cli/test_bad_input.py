@@ -163,6 +163,11 @@ def test_wrong_options(refused, checkpoint, ids, tmp_path, arguments, expected):
     refused(*scan_arguments(checkpoint, ids, tmp_path), *arguments, expected=expected)
 
 
+def test_two_corpora_of_one_name(refused, checkpoint, ids, tmp_path):
+    arguments = scan_arguments(checkpoint, ids, tmp_path)
+    refused(*arguments, "--data", tmp_path / "x.npy", expected="names 'x' twice")
+
+
 def test_missing_options_are_named(ke_ray, checkpoint):
     result = ke_ray("scan", checkpoint)
     assert result.code == 2
