@@ -13,7 +13,7 @@ from types import FrameType
 
 import typer
 
-from ke_ray.cli import checkpoints, demo, resuscitate, scan, sweep, train, view
+from ke_ray.cli import checkpoints, demo, resuscitate, scan, submit, sweep, train, view
 from ke_ray.errors import KeRayError
 
 __all__ = ["app", "main"]
@@ -26,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for module in (demo, checkpoints, train, scan, resuscitate, sweep, view):
+for module in (demo, checkpoints, train, scan, resuscitate, sweep, submit, view):
     module.register(app)
 
 

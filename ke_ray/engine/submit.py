@@ -1,0 +1,355 @@
+"""Submitting a job to a cluster's job server and following it to its end.
+
+The job is the cluster's from its submission on: when this process ends, the job goes on. What the
+follower adds is the log, the exit code, the time limit and the retries.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ke_ray.errors import KeRayError, UserError
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
+    from ke_ray.studies.jobs import JobStudy
+
+__all__ = ["JobResult", "JobServer", "exit_code_of", "new_submission_id", "run_job"]
+
+log = logging.getLogger(__name__)
+
+_REQUEST_TIMEOUT_S = 120.0
+_ANSWER_TIMEOUT_S = 15.0
+_LOOK_EVERY_S = 10.0
+_LOST_AFTER_S = 60.0
+_STOPPED_AFTER_S = 30.0
+_TIMED_OUT = 124  # as of timeout(1)
+_INTERRUPTED = 130
+_BAD_INPUT = 2  # no retry makes it better
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """How a job ended.
+
+    Attributes:
+        status: ``SUCCEEDED``, ``FAILED``, ``STOPPED`` or ``TIMED_OUT``.
+        exit_code: the job's own; 1 where it failed without one, 124 where its time was up, 130
+            where it was stopped.
+        message: what the cluster says about it.
+    """
+
+    submission_id: str
+    status: str
+    exit_code: int
+    message: str
+
+
+def exit_code_of(status: str, driver_exit_code: int | None) -> int:
+    """The exit code to end with, from what the job server says of a job that is over.
+
+    A process that a signal ended has a negative code there; shells say 128 + signal.
+    """
+    if status == "SUCCEEDED":
+        return 0
+    if status == "STOPPED":
+        return _INTERRUPTED
+    if not driver_exit_code:
+        return 1
+    return driver_exit_code if driver_exit_code > 0 else 128 - driver_exit_code
+
+
+def new_submission_id(name: str) -> str:
+    """A submission id that no other job has: name, time (UTC), 32 random bits."""
+    return f"{name}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(4)}"
+
+
+class _Log:
+    """Passes a log on once, however often it is read again from its beginning."""
+
+    def __init__(self, write: Callable[[str], None]) -> None:
+        self._write = write
+        self._position = self._written = 0
+
+    def rewind(self) -> None:
+        self._position = 0
+
+    def add(self, text: str) -> None:
+        new = text[max(0, self._written - self._position) :]
+        self._position += len(text)
+        self._written = max(self._written, self._position)
+        if new:
+            self._write(new)
+
+
+class JobServer:
+    """The job server of a cluster: submit, follow, stop.
+
+    Args:
+        address: its HTTP address, ``http://127.0.0.1:8265``. It wins over ``RAY_ADDRESS``.
+
+    Raises:
+        UserError: not such an address, nothing answers there, or it wants a token.
+    """
+
+    def __init__(self, address: str) -> None:
+        self.address = address.rstrip("/")
+        if not self.address.startswith(("http://", "https://")):
+            raise UserError(
+                f"'{address}' is not a job server's address; give that of the dashboard, such as "
+                "http://127.0.0.1:8265."
+            )
+        _prepare_token(os.environ)
+        self._reach()
+        self._client = self._connect()
+
+    def submit(self, job: JobStudy, runtime_env: Mapping[str, Any], submission_id: str) -> None:
+        """Upload the working folder and submit.
+
+        Raises:
+            UserError: the runtime environment is not valid, or the server refuses the job.
+        """
+        with self._explained():
+            try:
+                self._client.submit_job(
+                    entrypoint=job.entrypoint,
+                    submission_id=submission_id,
+                    runtime_env=dict(runtime_env),
+                    metadata=dict(job.metadata),
+                    entrypoint_num_cpus=job.entrypoint_num_cpus or None,
+                    entrypoint_num_gpus=job.entrypoint_num_gpus or None,
+                )
+            except (ValueError, TypeError, RuntimeError) as error:
+                raise UserError(
+                    f"The job cannot be submitted to {self.address}: {_first_line(error)}"
+                ) from error
+
+    def stop(self, submission_id: str) -> bool:
+        """Ask a job to end (SIGTERM, then SIGKILL); whether it was running."""
+        with self._explained():
+            try:
+                return bool(self._client.stop_job(submission_id))
+            except (OSError, RuntimeError) as error:
+                raise KeRayError(
+                    f"Job {submission_id} could not be stopped: {_first_line(error)}"
+                ) from error
+
+    def result(self, submission_id: str) -> JobResult | None:
+        """How a job ended; None while it has not."""
+        details = self._client.get_job_info(submission_id)
+        status = str(details.status.value)
+        if not details.status.is_terminal():
+            return None
+        code = exit_code_of(status, details.driver_exit_code)
+        return JobResult(submission_id, status, code, (details.message or "").strip())
+
+    def follow(
+        self, submission_id: str, write: Callable[[str], None], timeout_s: float | None = None
+    ) -> JobResult:
+        """Pass the log on until the job is over; a lost connection is taken up again.
+
+        Args:
+            submission_id: the job.
+            write: gets the log's text, each part once.
+            timeout_s: stop the job after so many seconds.
+
+        Raises:
+            KeRayError: the server has not answered for a minute; the job may go on.
+        """
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        text = _Log(write)
+        lost_since: float | None = None
+        while True:
+            with self._explained():
+                try:
+                    asyncio.run(self._tail(submission_id, text, deadline))
+                except _lost_errors() as error:
+                    log.info("the log of %s broke off: %s", submission_id, error)
+                try:
+                    result = self.result(submission_id)
+                    lost_since = None
+                except _lost_errors() as error:
+                    lost_since = lost_since or time.monotonic()
+                    if time.monotonic() - lost_since > _LOST_AFTER_S:
+                        raise KeRayError(
+                            f"The job server at {self.address} no longer answers "
+                            f"({_first_line(error)}). Job {submission_id} may still be running."
+                        ) from error
+                    result = None
+            if result is not None:
+                return result
+            if deadline is not None and time.monotonic() >= deadline:
+                return self._time_is_up(submission_id, timeout_s or 0.0)
+            time.sleep(0.5)
+
+    def _time_is_up(self, submission_id: str, timeout_s: float) -> JobResult:
+        self.stop(submission_id)
+        until = time.monotonic() + _STOPPED_AFTER_S
+        while self.result(submission_id) is None and time.monotonic() < until:
+            time.sleep(0.5)
+        message = f"It was stopped: it took longer than timeout_s ({timeout_s:g})."
+        return JobResult(submission_id, "TIMED_OUT", _TIMED_OUT, message)
+
+    async def _tail(self, submission_id: str, text: _Log, deadline: float | None) -> None:
+        """Read the log from its beginning until the server closes it, or the time is up."""
+        text.rewind()
+        parts = self._client.tail_job_logs(submission_id)
+        ended_since: float | None = None
+        pending = asyncio.ensure_future(anext(parts, None))
+        try:
+            while True:
+                now = time.monotonic()
+                wait_s = _LOOK_EVERY_S if deadline is None else min(_LOOK_EVERY_S, deadline - now)
+                done, _ = await asyncio.wait({pending}, timeout=max(wait_s, 0.0))
+                if done:
+                    part = pending.result()
+                    if part is None:
+                        return
+                    text.add(part)
+                    pending = asyncio.ensure_future(anext(parts, None))
+                elif deadline is not None and time.monotonic() >= deadline:
+                    return
+                elif self.result(submission_id) is not None:
+                    # Over, and yet the log is open: wait for its end once more, not for ever.
+                    if ended_since is not None:
+                        return
+                    ended_since = time.monotonic()
+        finally:
+            pending.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                await pending
+            with suppress(Exception):
+                await parts.aclose()
+
+    def _reach(self) -> None:
+        """Any HTTP answer will do: the client itself would wait for ever."""
+        import requests
+
+        try:
+            requests.get(f"{self.address}/api/version", timeout=_ANSWER_TIMEOUT_S)
+        except requests.RequestException as error:
+            raise UserError(
+                f"No job server answers at {self.address}. Start a cluster there (ray start "
+                "--head --dashboard-host 127.0.0.1), forward its port (ssh -L "
+                "8265:127.0.0.1:8265 HEAD), or give another --address."
+            ) from error
+
+    def _connect(self) -> JobSubmissionClient:
+        from ray.job_submission import JobSubmissionClient
+
+        class Client(JobSubmissionClient):
+            """Never waits for ever for an answer."""
+
+            def _do_request(self, *args: Any, **kwargs: Any) -> Any:
+                kwargs.setdefault("timeout", _REQUEST_TIMEOUT_S)
+                return super()._do_request(*args, **kwargs)
+
+        with self._explained(), _without("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+            try:
+                return Client(self.address)
+            except (OSError, RuntimeError, ValueError) as error:
+                raise UserError(
+                    f"What answers at {self.address} is not Ray's job server: {_first_line(error)}"
+                ) from error
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        from ray.exceptions import AuthenticationError
+
+        try:
+            yield
+        except AuthenticationError as error:
+            given = "no valid token" if os.environ.get("RAY_AUTH_MODE") == "token" else "no token"
+            raise UserError(
+                f"The cluster at {self.address} wants its token, and got {given}. Set "
+                "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to a file with the cluster's token."
+            ) from error
+
+
+def run_job(
+    server: JobServer,
+    job: JobStudy,
+    runtime_env: Mapping[str, Any],
+    *,
+    write: Callable[[str], None],
+    begun: Callable[[str, int], None],
+) -> JobResult:
+    """Submit and follow a job, again as often as ``job.retries`` says.
+
+    A wrong request (exit code 2), a stopped job and one whose time was up are not tried again.
+    All commands go on from what is finished, so that a retry costs only what was lost.
+
+    Args:
+        server: where.
+        job: what.
+        runtime_env: from ``ke_ray.studies.jobs.runtime_env_of``.
+        write: gets the log.
+        begun: told each submission's id and the number of the attempt (from 1), just before it.
+
+    Returns:
+        How the last attempt ended.
+    """
+    attempt = 1
+    while True:
+        submission_id = new_submission_id(job.name)
+        begun(submission_id, attempt)
+        server.submit(job, runtime_env, submission_id)
+        result = server.follow(submission_id, write, job.timeout_s)
+        if result.status != "FAILED" or result.exit_code == _BAD_INPUT or attempt > job.retries:
+            return result
+        log.warning("Attempt %d of %s failed: %s", attempt, job.name, result.message)
+        attempt += 1
+
+
+def _prepare_token(environ: Any) -> None:
+    """Switch the token on where there is one, and say so where its file cannot be read.
+
+    Ray sends it only in ``RAY_AUTH_MODE=token``, and ends the process when the file is missing.
+
+    Raises:
+        UserError: ``RAY_AUTH_TOKEN_PATH`` names no readable file, or an empty one.
+    """
+    path = environ.get("RAY_AUTH_TOKEN_PATH")
+    has_default = (Path.home() / ".ray" / "auth_token").is_file()
+    if "RAY_AUTH_MODE" not in environ and (path or environ.get("RAY_AUTH_TOKEN") or has_default):
+        environ["RAY_AUTH_MODE"] = "token"
+    if not path or environ.get("RAY_AUTH_TOKEN") or environ.get("RAY_AUTH_MODE") != "token":
+        return
+    try:
+        is_empty = not Path(path).read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"RAY_AUTH_TOKEN_PATH is '{path}', which cannot be read: {error}") from None
+    if is_empty:
+        raise UserError(f"RAY_AUTH_TOKEN_PATH is '{path}', which is empty; write the token there.")
+
+
+def _lost_errors() -> tuple[type[Exception], ...]:
+    import aiohttp
+
+    # requests' errors are OSErrors; RuntimeError is the client's for any other HTTP status.
+    return (OSError, RuntimeError, aiohttp.ClientError, asyncio.TimeoutError)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:500] if lines else type(error).__name__
+
+
+@contextmanager
+def _without(*names: str) -> Iterator[None]:
+    """Hide variables that would win over the address that was asked for."""
+    kept = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(kept)

@@ -1,0 +1,125 @@
+"""A real head node as a child process: own temporary folder, free ports, token on."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import requests
+
+RAY = str(Path(sys.executable).with_name("ray"))
+_NOT_INHERITED = ("RAY_", "HF_TOKEN", "MLFLOW_", "OMP_")
+
+
+@dataclass
+class Head:
+    """Where the head node listens, and what one needs to talk to it."""
+
+    address: str
+    gcs: str
+    token: str
+    folder: Path
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """A process environment with the token's file."""
+        return clean_environment() | {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(self.folder / "token"),
+        }
+
+    def get(self, path: str, token: str | None = None) -> requests.Response:
+        """A plain HTTP call, with a token or without."""
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        return requests.get(f"{self.address}{path}", headers=headers, timeout=30)
+
+    def jobs(self, name: str) -> list[dict]:
+        """The submissions whose id starts so, oldest first."""
+        found = [
+            job
+            for job in self.get("/api/jobs/", self.token).json()
+            if (job["submission_id"] or "").startswith(name)
+        ]
+        return sorted(found, key=lambda job: job["start_time"] or 0)
+
+
+def clean_environment() -> dict[str, str]:
+    """This process's, without what would lead to another cluster or hold a secret."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(_NOT_INHERITED)}
+    # No token of a developer's own either: Ray looks for ~/.ray/auth_token.
+    return kept | {"RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
+
+
+def free_ports(number: int) -> list[int]:
+    """Ports that nothing listened on a moment ago."""
+    sockets = [socket.socket() for _ in range(number)]
+    try:
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+    finally:
+        for each in sockets:
+            each.close()
+
+
+@contextmanager
+def running_head(num_cpus: int = 2) -> Iterator[Head]:
+    """Start a head node, wait until its job server answers, and end it by SIGTERM."""
+    folder = Path(tempfile.mkdtemp(prefix="kr"))  # short: socket paths have 107 characters
+    token = secrets.token_hex(32)
+    (folder / "token").write_text(token)
+    (folder / "token").chmod(0o600)
+    gcs, dashboard, client, agent = free_ports(4)
+    head = Head(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{gcs}", token, folder)
+    command = [
+        *(RAY, "start", "--head", "--block", "--node-ip-address", "127.0.0.1"),
+        *("--port", str(gcs), "--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard)),
+        *("--ray-client-server-port", str(client), "--dashboard-agent-listen-port", str(agent)),
+        *("--temp-dir", str(folder / "ray"), "--num-cpus", str(num_cpus)),
+        *("--object-store-memory", "150000000", "--disable-usage-stats"),
+    ]
+    with node(command, head, folder / "head.log"):
+        deadline = time.monotonic() + 180
+        while True:
+            try:
+                if head.get("/api/jobs/", token).status_code == 200:
+                    break
+            except requests.RequestException:
+                pass
+            assert time.monotonic() < deadline, (folder / "head.log").read_text()
+            time.sleep(0.5)
+        yield head
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def node(command: list[str], head: Head, log: Path) -> Iterator[subprocess.Popen]:
+    """A ``ray start --block`` child, ended by SIGTERM to it alone."""
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            env=head.environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            cwd=head.folder,
+        )
+    try:
+        yield process
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
