@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ke_ray import storage
 from ke_ray.errors import KeRayError
-from ke_ray.tracking import TrackedRun
+
+if TYPE_CHECKING:
+    from ke_ray.tracking import TrackedRun
 
 __all__ = ["publish_sweep"]
 

@@ -306,7 +306,7 @@ def _score(setup: ScanSetup, run: TrackedRun, progress: ScanProgress, outcome: S
         threads=int(per_actor.get("num_cpus", 1)) if "num_gpus" not in per_actor else None,
         cache_dir=_absolute(study.cache_dir) if study.cache_dir else None,
         cache_bytes=study.cache_bytes,
-        resuscitation=study.resuscitation.model_dump() if study.resuscitation else None,
+        resuscitation=study.resuscitation,
     )
     monitor = ray.remote(num_cpus=0, max_restarts=0)(ScanMonitor).remote()
     arrays = {

@@ -29,6 +29,7 @@ from ke_ray.engine.plan import Stretch, WorkItem
 from ke_ray.errors import CheckpointError, KeRayError
 from ke_ray.models.reference import CheckpointRef
 from ke_ray.results.manifest import redact
+from ke_ray.studies.parts import Resuscitation
 
 if TYPE_CHECKING:
     import torch
@@ -85,7 +86,7 @@ class ScorerSettings:
     threads: int | None
     cache_dir: str | None
     cache_bytes: int | None
-    resuscitation: dict[str, Any] | None = None
+    resuscitation: Resuscitation | None = None
 
 
 class ScanMonitor:
@@ -286,6 +287,7 @@ class CheckpointScorer:
 
         from ke_ray.models.fingerprint import weights_sha256
         from ke_ray.models.loading import load_model
+        from ke_ray.training.revive import revive
 
         started = time.monotonic()
         folder = self._store.fetch(ref)
@@ -297,29 +299,10 @@ class CheckpointScorer:
             dtype: torch.dtype = getattr(torch, self._settings.dtype)
             model = load_model(folder, dtype=dtype, device=self._device)
             if self._settings.resuscitation:
-                self._resuscitate(model, ref, digest.result())
+                revive(model, folder, ref, _no_measure, self._settings.resuscitation)
         finally:
             digest.add_done_callback(lambda _: self._store.release(ref))
         return _Loaded(model, fetched - started, time.monotonic() - fetched, digest)
-
-    def _resuscitate(self, model: Any, ref: CheckpointRef, sha256: str) -> None:
-        import torch
-
-        from ke_ray.models.resuscitate import resuscitate
-        from ke_ray.results.coefficients import find_coefficients
-
-        keys = self._settings.resuscitation or {}
-        found = find_coefficients(
-            keys["coefficients"],
-            weights_sha256=sha256,
-            checkpoint=ref.name,
-            allow_mismatch=keys["allow_mismatch"],
-        )
-        resuscitate(
-            model,
-            torch.from_numpy(found.values),
-            **{key: keys[key] for key in ("ratio", "factor", "control", "seed")},
-        )
 
     def _reporter(self, item: int) -> Any:
         total, last = 0, time.monotonic()
@@ -357,6 +340,11 @@ class _Exclusive:
                 self._inside -= 1
                 self._taken = False
                 self._condition.notify_all()
+
+
+def _no_measure(model: Any) -> Any:
+    """In place of measuring C̄ first: a scan study with resuscitation always names its source."""
+    raise AssertionError("a scan study was accepted without resuscitation.coefficients")
 
 
 def evaluated_columns(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from ke_ray.config import Strict
 from ke_ray.errors import nearest
@@ -62,6 +62,16 @@ class ScanStudy(Strict):
                     f"Measures: {', '.join(ALL_MEASURES)}"
                 )
         return tuple(m for m in ALL_MEASURES if m in measures)
+
+    @model_validator(mode="after")
+    def _coefficients(self) -> ScanStudy:
+        keys = self.resuscitation
+        if keys and keys.coefficients is None and keys.control != "attention_temperature":
+            raise ValueError(
+                "resuscitation needs mean coefficients: name the scan folder that has them "
+                "(resuscitation.coefficients, or --resuscitate …,coefficients=SCAN)"
+            )
+        return self
 
     @field_validator("data")
     @classmethod

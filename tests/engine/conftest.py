@@ -64,6 +64,37 @@ def ray_cluster() -> Iterator[None]:
         yield
 
 
+class Silent:
+    """A progress display that shows nothing."""
+
+    def start(self, **_: Any) -> None:
+        pass
+
+    def tokens(self, _: int) -> None:
+        pass
+
+    def checkpoint(self, *_: Any) -> None:
+        pass
+
+    def stop(self) -> None:
+        pass
+
+
+@pytest.fixture
+def scan() -> Callable[[ScanStudy], Any]:
+    """Runs a scan study in the test's Ray session."""
+
+    def run(study: ScanStudy) -> Any:
+        from ke_ray.engine.scan import run_scan
+        from ke_ray.engine.scan_setup import prepare_scan
+        from ke_ray.tracking import Tracker
+
+        with Tracker(study.mlflow) as tracker:
+            return run_scan(prepare_scan(study), Silent(), tracker)
+
+    return run
+
+
 @pytest.fixture
 def scan_study(series: Path, token_ids: Path, tmp_path: Path) -> Callable[..., ScanStudy]:
     """Makes a scan study of the tiny series; keywords replace keys."""

@@ -10,36 +10,22 @@ import threading
 
 import pytest
 
-from ke_ray.engine.scan import run_scan
-from ke_ray.engine.scan_setup import prepare_scan
 from ke_ray.results import ScanFolder
 from ke_ray.studies.scan import ScanStudy
-from ke_ray.tracking import Tracker
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
 
-class Silent:
-    """A progress display that shows nothing."""
+@pytest.fixture
+def scanned(scan):
+    """Runs a scan given by its keys; its outcome and its rows."""
 
-    def start(self, **_):
-        pass
+    def run(values):
+        study = ScanStudy.model_validate(values | {"mlflow": {"enabled": False}})
+        outcome = scan(study)
+        return outcome, ScanFolder.open(study.output).entropy().to_pylist()
 
-    def tokens(self, _):
-        pass
-
-    def checkpoint(self, *_):
-        pass
-
-    def stop(self):
-        pass
-
-
-def scan(values):
-    study = ScanStudy.model_validate(values | {"mlflow": {"enabled": False}})
-    with Tracker(study.mlflow) as tracker:
-        outcome = run_scan(prepare_scan(study), Silent(), tracker)
-    return outcome, ScanFolder.open(study.output).entropy().to_pylist()
+    return run
 
 
 @contextlib.contextmanager
@@ -58,7 +44,7 @@ def served(folder):
         server.shutdown()
 
 
-def test_golden_values_over_http_in_both_layouts(reference_data, tmp_path):
+def test_golden_values_over_http_in_both_layouts(scanned, reference_data, tmp_path):
     golden = reference_data / "golden"
     cache = tmp_path / "cache"
     with served(golden) as (url, asked):
@@ -68,7 +54,7 @@ def test_golden_values_over_http_in_both_layouts(reference_data, tmp_path):
         ):
             lines.append(f"{step},{url}/{place}/")
         (tmp_path / "list.csv").write_text("\n".join(lines))
-        outcome, rows = scan(
+        outcome, rows = scanned(
             {
                 "checkpoints": {"spec": str(tmp_path / "list.csv")},
                 "data": {"ids": str(golden / "tiny-seed0" / "inputs.safetensors")},
@@ -102,9 +88,9 @@ def test_golden_values_over_http_in_both_layouts(reference_data, tmp_path):
     assert left <= 2_400_000
 
 
-def test_padding_does_not_count_in_a_scan(reference_data, tmp_path):
+def test_padding_does_not_count_in_a_scan(scanned, reference_data, tmp_path):
     golden = reference_data / "golden" / "tiny-seed1"
-    _, rows = scan(
+    _, rows = scanned(
         {
             "checkpoints": {"spec": str(golden / "hf")},
             "data": {
@@ -127,7 +113,9 @@ def test_padding_does_not_count_in_a_scan(reference_data, tmp_path):
     )
 
 
-def test_documents_are_tokenised_with_what_the_checkpoint_brings(scan_study, series, tmp_path):
+def test_documents_are_tokenised_with_what_the_checkpoint_brings(
+    scanned, scan_study, series, tmp_path
+):
     import shutil
 
     from ke_ray.data.tokenizer import save_tokenizer
@@ -146,7 +134,7 @@ def test_documents_are_tokenised_with_what_the_checkpoint_brings(scan_study, ser
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     for checkpoint in folder.iterdir():
         save_tokenizer(tokenizer, checkpoint, eos_token_id=0)
-    outcome, rows = scan(
+    outcome, rows = scanned(
         scan_study(
             checkpoints={"spec": str(folder)},
             data={"texts": str(tmp_path / "texts.jsonl")},

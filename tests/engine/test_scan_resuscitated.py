@@ -1,0 +1,36 @@
+"""A scan of resuscitated checkpoints: in memory, from the coefficients of their own scan."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ke_ray.core.resuscitation import multipliers, predicted_entropy_nats
+from ke_ray.results import ScanFolder
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+
+
+def test_the_first_layer_becomes_what_was_predicted(scan, scan_study, series, tmp_path):
+    plain = scan_study(measures=("knowledge_entropy",), checkpoints={"spec": f"{series}/step20"})
+    scan(plain)
+    keys = {"ratio": 0.5, "factor": 2.0, "coefficients": plain.output}
+    revived = scan_study(
+        measures=("knowledge_entropy",),
+        # Both: the coefficients are those of step20 alone, so step30 must be refused.
+        checkpoints={"spec": str(series), "steps": "20:30"},
+        resuscitation=keys,
+        output=str(tmp_path / "revived"),
+    )
+    outcome = scan(revived)
+    assert [name for name, _ in outcome.failures] == ["step30"]
+    assert "no coefficients of these weights" in outcome.failures[0][1]
+    mean = torch.from_numpy(ScanFolder.open(plain.output).mean_coefficients("step20"))
+    predicted = predicted_entropy_nats(mean, multipliers(mean, 0.5, 2.0))
+    found = {
+        (row["checkpoint"], row["layer"]): row["value"]
+        for row in ScanFolder.open(revived.output).entropy().to_pylist()
+    }
+    assert found["step20", 0] == pytest.approx(float(predicted[0]), abs=1e-5)
+    # Deeper layers get other inputs; the prediction holds those fixed.
+    assert found["step20", 1] == pytest.approx(float(predicted[1]), abs=0.2)
