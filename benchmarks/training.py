@@ -8,7 +8,7 @@ steps on the same rows, AdamW in two groups, cosine schedule, gradient clipping.
 
     plain     a PyTorch loop written out below: forward, loss, backward, clip, step       (floor)
     ours      ke_ray.training.loop.train
-    extras    ours with injection into every batch, progress file and MLflow points
+    extras    ours with injection into every batch and the progress file
     trainer   transformers.Trainer                                                          (peer)
 
 Speeds (tokens per CPU second) are the inverse of the times; ``ours_over_plain`` is ours' speed
