@@ -209,6 +209,10 @@ class LedgerSearcher(Searcher):
         if all(row is not None for row in rows):
             self.drawer.tell(trial.point.number, [row for row in rows if row is not None])
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For the copy of everything that Tune writes to disk, which nothing ever reads."""
+        return {}
+
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the ledger is the state."""
 

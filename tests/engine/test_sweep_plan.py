@@ -12,17 +12,16 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 
 from tiny_studies import tiny_pretrain
-from tiny_sweep import tiny_sweep
+from tiny_sweep import begin, finish, tiny_sweep
 
 from ke_ray.engine.sweep import collect_sweep
-from ke_ray.engine.sweep_plan import SweepPlan, Trial, identity_keys, prepare_sweep
+from ke_ray.engine.sweep_plan import SweepPlan, prepare_sweep
 from ke_ray.engine.sweep_resources import trial_resources
 from ke_ray.engine.sweep_search import LedgerSearcher
 from ke_ray.errors import ConfigError, ResultsError, UserError
-from ke_ray.results.manifest import new_manifest, write_manifest
 from ke_ray.results.sweep_folder import pareto_points, settings_rows, sweep_summary
 from ke_ray.training.pretrain import run_pretrain
-from ke_ray.training.runs import base_row, write_failed, write_row
+from ke_ray.training.runs import write_failed
 
 
 @pytest.fixture(scope="module")
@@ -47,23 +46,6 @@ def tpe(output: Path, series: Path, **changes: Any) -> Any:
             **changes,
         },
     )
-
-
-def finish(trial: Trial, acquisition: float | None, status: str = "ok", **more: Any) -> None:
-    """Leave the row that a trial would."""
-    row = {**base_row(trial.study, trial.spec), "status": status, "acquisition": acquisition}
-    write_row(trial.study, trial.spec, {**row, "error": None, **more})
-
-
-def begin(plan: SweepPlan) -> None:
-    """Leave what a command writes at its start."""
-    study = plan.study
-    keys = {"identity": plan.identity, "identity_keys": identity_keys(study)}
-    config = study.model_dump(mode="json", by_alias=True)
-    write_manifest(
-        study.output, new_manifest("sweep", config) | keys | {"parameters": study.swept_keys}
-    )
-    plan.save_points()
 
 
 def searcher(plan: SweepPlan) -> LedgerSearcher:

@@ -11,7 +11,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 from tiny_studies import tiny_continual
 
 from ke_ray.config import validate
+from ke_ray.engine.sweep_plan import SweepPlan, Trial, identity_keys
+from ke_ray.results.manifest import new_manifest, write_manifest
 from ke_ray.studies.sweep import SweepStudy
+from ke_ray.training.runs import base_row, write_row
 
 
 def tiny_sweep(output: Path, series: Path, *, base: Any = None, **changes: Any) -> SweepStudy:
@@ -41,3 +44,20 @@ def tiny_sweep(output: Path, series: Path, *, base: Any = None, **changes: Any) 
         **changes,
     }
     return validate(SweepStudy, {k: v for k, v in values.items() if v is not None}, "tiny_sweep")
+
+
+def finish(trial: Trial, acquisition: float | None, status: str = "ok", **more: Any) -> None:
+    """Leave the row that a trial would."""
+    row = {**base_row(trial.study, trial.spec), "status": status, "acquisition": acquisition}
+    write_row(trial.study, trial.spec, {**row, "error": None, **more})
+
+
+def begin(plan: SweepPlan) -> None:
+    """Leave what a command writes at its start."""
+    study = plan.study
+    keys = {"identity": plan.identity, "identity_keys": identity_keys(study)}
+    config = study.model_dump(mode="json", by_alias=True)
+    write_manifest(
+        study.output, new_manifest("sweep", config) | keys | {"parameters": study.swept_keys}
+    )
+    plan.save_points()
