@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 __all__ = [
+    "absolute",
     "check_writable",
     "exists",
     "is_local",
@@ -80,6 +81,11 @@ def join(base: str | os.PathLike[str], *parts: str) -> str:
             raise StorageError(f"'{part}' would leave the folder '{base}'; use a plain name.")
         result = f"{result.rstrip('/')}/{part}"
     return result
+
+
+def absolute(uri: str | os.PathLike[str]) -> str:
+    """A URI that means the same in every process of this node: local paths made absolute."""
+    return os.fspath(local_path(uri).absolute()) if is_local(uri) else os.fspath(uri)
 
 
 def slug(text: str) -> str:

@@ -317,11 +317,18 @@ class TrackedRun:
         for start in range(0, len(items), 100):
             self._put_batch("parameters", params=items[start : start + 100])
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
-        """Metrics at one step; values that are not finite are left out."""
+    def log_metrics(
+        self, metrics: Mapping[str, float], step: int = 0, timestamp_ms: int | None = None
+    ) -> None:
+        """Metrics at one step; values that are not finite are left out.
+
+        With a ``timestamp_ms`` of the caller's choice the same point may be logged again: MLflow
+        keeps one of points that agree in all.
+        """
         if self._tracker is None:
             return
-        entities, stamp = self._tracker._entities, int(time.time() * 1000)
+        entities = self._tracker._entities
+        stamp = int(time.time() * 1000) if timestamp_ms is None else timestamp_ms
         items = [
             entities.Metric(name, float(value), stamp, int(step))
             for name, value in metrics.items()

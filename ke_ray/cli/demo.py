@@ -29,12 +29,15 @@ class _Phases:
 def demo(
     folder: Annotated[str, typer.Option(help="Where everything goes.")] = "runs/demo",
 ) -> None:
-    """Pretrain a small model, scan its checkpoints, and show what came out."""
+    """Pretrain a small series, scan it, inject facts, sweep; show what came out."""
     from ke_ray.cli.scan import execute_scan
+    from ke_ray.cli.sweep import execute_sweep
     from ke_ray.cli.train import execute_continual, execute_pretrain
     from ke_ray.config import load_study
+    from ke_ray.results.sweep_folder import sweep_summary
     from ke_ray.studies.continual import ContinualStudy
     from ke_ray.studies.scan import ScanStudy
+    from ke_ray.studies.sweep import load_sweep
     from ke_ray.studies.training import PretrainStudy
 
     storage.check_writable(folder)
@@ -77,25 +80,40 @@ def demo(
     storage.write_json(summary_path, summary)
 
     _heading("3. Go on from an early, a middle and the last checkpoint with injected facts")
+    places = [
+        f"starts.spec={folder}/pretrain/checkpoints",
+        f"corpus.source={world}/other_documents.jsonl.gz",
+        f"injection.paraphrase={world}/facts_paraphrase.json",
+        f"injection.once={world}/facts_once.json",
+        f"downstream.own_tasks.biographies={world}/questions.jsonl",
+        f"entropy.source={world}/documents.jsonl.gz",
+    ]
     continual_study = load_study(
         study_path("demo_continual"),
         ContinualStudy,
-        [
-            f"starts.spec={folder}/pretrain/checkpoints",
-            f"corpus.source={world}/other_documents.jsonl.gz",
-            f"injection.paraphrase={world}/facts_paraphrase.json",
-            f"injection.once={world}/facts_once.json",
-            f"downstream.own_tasks.biographies={world}/questions.jsonl",
-            f"entropy.source={world}/documents.jsonl.gz",
-            f"output={folder}/continual",
-            *here,
-        ],
+        [*places, f"output={folder}/continual", *here],
     )
     continued = execute_continual(continual_study)
     if len(continued.rows) > continued.skipped:
         start = ("check", "ray_start", "worker_start")
         phases.add("continual", continued.phases_s, start)
     summary["continual"] = continual_summary(continued.rows)
+    storage.write_json(summary_path, summary)
+
+    _heading("4. Wake up inactive memories of the last checkpoint: a small sweep")
+    sweep_study = load_sweep(
+        study_path("demo"),
+        [
+            *(f"base.{place}" for place in places),
+            f"base.resuscitation.coefficients={folder}/scan",
+            f"output={folder}/sweep",
+            *here,
+        ],
+    )
+    swept = execute_sweep(sweep_study)
+    if len(swept.rows) > swept.skipped:
+        phases.add("sweep", swept.phases_s, ("ray_start",))
+    summary["sweep"] = sweep_summary(f"{folder}/sweep")
     storage.write_json(summary_path, summary)
 
     from ke_ray.report import build_report
@@ -109,7 +127,7 @@ def demo(
     typer.echo(f"  explore   ke-ray dashboard {folder}")
     typer.echo(f"  tables    ke-ray results {folder}")
     typer.echo(f"  MLflow    mlflow ui --backend-store-uri sqlite:///{folder}/mlflow.db")
-    raise typer.Exit(max(scanned.exit_code, continued.exit_code))
+    raise typer.Exit(max(scanned.exit_code, continued.exit_code, swept.exit_code))
 
 
 def scan_summary(folder: str) -> list[dict[str, Any]]:

@@ -6,13 +6,12 @@ Whatever goes wrong with an item becomes a row with its error; an item that keep
 is given up after ``MAX_ATTEMPTS`` by count of the monitor, which outlives the actors.
 
     input    one row    ``item`` (JSON of the work item and its checkpoint)
-    output   one row for each corpus of the item, columns of ``OUTPUT_SCHEMA``
+    output   one row for each corpus of the item, columns of ``scorer_output.OUTPUT_SCHEMA``
     resources   ``num_cpus`` or ``num_gpus`` per actor, chosen by the scan
 """
 
 from __future__ import annotations
 
-import io
 import logging
 import threading
 import time
@@ -26,67 +25,28 @@ import numpy as np
 import pyarrow as pa
 
 from ke_ray.engine.plan import Stretch, WorkItem
+from ke_ray.engine.scorer_output import (
+    ScorerSettings,
+    evaluated_columns,
+    failed_table,
+    item_from_json,
+    output_table,
+    save_tensors,
+)
 from ke_ray.errors import CheckpointError, KeRayError
 from ke_ray.models.reference import CheckpointRef
-from ke_ray.results.manifest import redact
-from ke_ray.studies.parts import Resuscitation
 
 if TYPE_CHECKING:
     import torch
 
-    from ke_ray.core.measures import Evaluation
     from ke_ray.core.statistics import GroupSums
 
-__all__ = [
-    "OUTPUT_SCHEMA",
-    "CheckpointScorer",
-    "ScanMonitor",
-    "ScorerSettings",
-    "evaluated_columns",
-    "sums_from_bytes",
-]
+__all__ = ["CheckpointScorer", "ScanMonitor"]
 
 log = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 3
 _REPORT_EVERY_S = 0.5
-
-OUTPUT_SCHEMA = pa.schema(
-    [
-        ("item", pa.int64()),
-        ("checkpoint", pa.int64()),
-        ("corpus", pa.string()),
-        ("status", pa.string()),
-        ("error", pa.string()),
-        ("num_instances", pa.int64()),
-        ("num_tokens", pa.int64()),
-        ("weights_sha256", pa.string()),
-        # Either partial sums (safetensors), or, where the item is all of the corpus, their
-        # evaluation: rows and replicates (Arrow IPC) and mean coefficients (safetensors).
-        ("sums", pa.large_binary()),
-        ("rows", pa.large_binary()),
-        ("replicates", pa.large_binary()),
-        ("coefficients", pa.large_binary()),
-        ("fetch_s", pa.float64()),
-        ("load_s", pa.float64()),
-        ("score_s", pa.float64()),
-        ("wait_s", pa.float64()),
-    ]
-)
-
-
-@dataclass(frozen=True)
-class ScorerSettings:
-    """What every scorer of a scan needs to know."""
-
-    dtype: str
-    batch_size: int
-    top_k_fraction: float
-    dormant_threshold: float
-    threads: int | None
-    cache_dir: str | None
-    cache_bytes: int | None
-    resuscitation: Resuscitation | None = None
 
 
 class ScanMonitor:
@@ -180,7 +140,7 @@ class CheckpointScorer:
         # kills its actor takes no neighbour's attempts with it.
         with self._alone.enter(exclusive=earlier > 0):
             if earlier >= MAX_ATTEMPTS:
-                return _failed(
+                return failed_table(
                     item,
                     f"'{ref.label}' ended the process that scored it {earlier} times "
                     "(most likely it does not fit into memory); given up.",
@@ -189,10 +149,10 @@ class CheckpointScorer:
             try:
                 return self._score(item, ref)
             except KeRayError as error:
-                return _failed(item, str(error))
+                return failed_table(item, str(error))
             except Exception as error:
                 log.exception("Scoring '%s' failed", ref.label)
-                return _failed(item, f"'{ref.label}': {type(error).__name__}: {error}")
+                return failed_table(item, f"'{ref.label}': {type(error).__name__}: {error}")
 
     def _score(self, item: WorkItem, ref: CheckpointRef) -> pa.Table:
         outputs = []
@@ -216,7 +176,7 @@ class CheckpointScorer:
             "score_s": ended - started,
             "wait_s": started - waiting,
         }
-        return _table([{**timings, **output} for output in outputs])
+        return output_table([{**timings, **output} for output in outputs])
 
     def _sum(self, model: Any, ref: CheckpointRef, stretch: Stretch, report: Any) -> GroupSums:
         from ke_ray.models.scoring import score_instances
@@ -247,7 +207,7 @@ class CheckpointScorer:
             "num_tokens": sums.total_tokens,
         }
         if not stretch.is_whole:
-            return {**output, "sums": _save_tensors(sums.to_tensors())}
+            return {**output, "sums": save_tensors(sums.to_tensors())}
         try:
             return {**output, **evaluated_columns(sums, stretch.work.measures, self._settings)}
         except KeRayError as error:
@@ -347,74 +307,6 @@ def _no_measure(model: Any) -> Any:
     raise AssertionError("a scan study was accepted without resuscitation.coefficients")
 
 
-def evaluated_columns(
-    sums: GroupSums, measures: Sequence[str], settings: ScorerSettings
-) -> dict[str, Any]:
-    """Rows, replicates and mean coefficients of complete sums, ready to travel.
-
-    Raises:
-        CheckpointError: a value is not finite.
-    """
-    from ke_ray.core.measures import evaluate
-
-    evaluation = evaluate(
-        sums,
-        measures,
-        top_k_fraction=settings.top_k_fraction,
-        dormant_threshold=settings.dormant_threshold,
-    )
-    if not evaluation.is_finite():
-        bad = next(row for row in evaluation.rows if not np.isfinite(row.value))
-        place = "its total" if bad.layer is None else f"layer {bad.layer}"
-        raise CheckpointError(
-            f"{bad.measure} is {bad.value} at {place}: the activations overflow or the weights "
-            "are damaged. Try --dtype float32, or fetch the checkpoint again."
-        )
-    columns: dict[str, Any] = {
-        "rows": _to_ipc(_rows_table(evaluation)),
-        "replicates": _to_ipc(_replicates_table(evaluation)),
-        "num_instances": evaluation.num_instances,
-        "num_tokens": evaluation.num_tokens,
-    }
-    if "coefficients" in sums.tables:
-        mean = sums.mean("coefficients").float().cpu()
-        columns["coefficients"] = _save_tensors({"mean_abs_coefficients": mean})
-    return columns
-
-
-def _rows_table(evaluation: Evaluation) -> pa.Table:
-    rows = evaluation.rows
-    return pa.table(
-        {
-            "layer": pa.array([row.layer for row in rows], pa.int32()),
-            "measure": [row.measure for row in rows],
-            "value": [row.value for row in rows],
-            "stderr": [row.stderr for row in rows],
-            "unit": [row.unit for row in rows],
-        }
-    )
-
-
-def _replicates_table(evaluation: Evaluation) -> pa.Table:
-    layers: list[int | None] = []
-    measures: list[str] = []
-    values = []
-    for (layer, measure), replicates in evaluation.replicates.items():
-        layers += [layer] * len(replicates)
-        measures += [measure] * len(replicates)
-        values.append(replicates)
-    num_groups = len(evaluation.group_counts)
-    groups = np.tile(np.arange(num_groups, dtype=np.int32), len(evaluation.replicates))
-    return pa.table(
-        {
-            "layer": pa.array(layers, pa.int32()),
-            "measure": measures,
-            "group": groups,
-            "value": np.concatenate(values) if values else np.empty(0),
-        }
-    )
-
-
 def _check_fits(
     model: Any, ref: CheckpointRef, corpus: str, input_ids: np.ndarray, lengths: np.ndarray
 ) -> None:
@@ -431,66 +323,3 @@ def _check_fits(
             f"'{ref.label}' has {positions} positions, corpus '{corpus}' has instances of "
             f"{int(lengths.max())} tokens."
         )
-
-
-def item_to_json(item: WorkItem) -> str:
-    """A work item as text, for the input column."""
-    import dataclasses
-    import json
-
-    return json.dumps(dataclasses.asdict(item))
-
-
-def item_from_json(text: str) -> WorkItem:
-    """The inverse of ``item_to_json``."""
-    import json
-
-    from ke_ray.engine.plan import CorpusWork
-
-    values = json.loads(text)
-    stretches = tuple(
-        Stretch(
-            CorpusWork(**{**s["work"], "measures": tuple(s["work"]["measures"])}),
-            s["start"],
-            s["stop"],
-        )
-        for s in values["stretches"]
-    )
-    return WorkItem(values["index"], values["checkpoint"], stretches)
-
-
-def _failed(item: WorkItem, message: str) -> pa.Table:
-    failure = {
-        "item": item.index,
-        "checkpoint": item.checkpoint,
-        "status": "failed",
-        "error": redact(" ".join(message.split())),
-    }
-    return _table([{**failure, "corpus": stretch.work.corpus} for stretch in item.stretches])
-
-
-def _table(rows: Sequence[dict[str, Any]]) -> pa.Table:
-    names = OUTPUT_SCHEMA.names
-    return pa.Table.from_pylist([{n: r.get(n) for n in names} for r in rows], OUTPUT_SCHEMA)
-
-
-def _to_ipc(table: pa.Table) -> bytes:
-    sink = io.BytesIO()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    return sink.getvalue()
-
-
-def _save_tensors(tensors: dict[str, torch.Tensor]) -> bytes:
-    from safetensors.torch import save
-
-    return save({name: tensor.contiguous() for name, tensor in tensors.items()})
-
-
-def sums_from_bytes(payload: bytes) -> GroupSums:
-    """The partial sums of an output row."""
-    from safetensors.torch import load
-
-    from ke_ray.core.statistics import GroupSums
-
-    return GroupSums.from_tensors(load(payload))

@@ -176,11 +176,11 @@ def _on_train_workers(
     study: ContinualStudy, spec: RunSpec, parent_id: str | None, report: Report | None
 ) -> None:
     """Run on ``study.num_workers`` Ray Train workers."""
-    from ke_ray.engine.train import absolute, fit
+    from ke_ray.engine.train import fit
 
     folder = storage.join(part_folder(study, spec), "ray")
-    probes = storage.join(absolute(part_folder(study, spec)), "watched.json")
-    stop = storage.join(absolute(part_folder(study, spec)), "stop.json")
+    probes = storage.join(storage.absolute(part_folder(study, spec)), "watched.json")
+    stop = storage.join(storage.absolute(part_folder(study, spec)), "stop.json")
     for path in (probes, stop):
         storage.remove(path)
     payload = {"study": study, "spec": spec, "parent_id": parent_id}

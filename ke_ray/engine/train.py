@@ -31,7 +31,6 @@ from ke_ray.training.pretrain import PretrainOutcome, is_finished, prepare_data,
 __all__ = [
     "ProgressFile",
     "WorkerResources",
-    "absolute",
     "build_trainer",
     "fit",
     "run_pretrain_on_ray",
@@ -71,11 +70,6 @@ def worker_resources(keys: TrainingKeys) -> WorkerResources:
             f"{num_gpus}; lower num_workers or set use_gpu: false."
         )
     return WorkerResources(cpus, use_gpu)
-
-
-def absolute(uri: str) -> str:
-    """A URI that means the same on a worker: local paths made absolute (Ray Train insists)."""
-    return str(storage.local_path(uri).absolute()) if storage.is_local(uri) else uri
 
 
 class ProgressFile:
@@ -206,7 +200,7 @@ def fit(
         KeRayError: as the worker raised it.
         TrainingError: workers died more often than allowed; the message says of what.
     """
-    place, name = absolute(folder), f"fit-{uuid.uuid4().hex[:12]}"
+    place, name = storage.absolute(folder), f"fit-{uuid.uuid4().hex[:12]}"
     storage.make_dirs(storage.join(place, name))
     storage.remove(storage.join(place, "progress.json"))  # of a driver that was killed
     trainer = build_trainer(function, payload, keys, place, name)

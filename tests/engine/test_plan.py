@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ke_ray.engine.plan import CheckpointWork, CorpusWork, plan_items
-from ke_ray.engine.scorer import item_from_json, item_to_json
+from ke_ray.engine.scorer_output import item_from_json, item_to_json
 
 
 def make_works(num_checkpoints: int, sizes: list[int], sequence_length: int = 2048):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -250,6 +252,32 @@ def test_other_weights_under_one_name_are_scored_from_scratch(
     assert values_of(study.output).keys() > wanted.keys()
 
 
+def test_ray_leaves_the_answer_to_sigterm_alone():
+    """As a process of its own, since Ray's handler is set once, when it starts."""
+    code = """
+import os, signal
+from ke_ray.engine.session import ray_session
+def terminated(number, frame):
+    raise KeyboardInterrupt
+signal.signal(signal.SIGTERM, terminated)
+try:
+    with ray_session(num_cpus=1):
+        os.kill(os.getpid(), signal.SIGTERM)
+        signal.pause()
+except KeyboardInterrupt:
+    print("mine")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "mine\n"), done.stderr
+
+
 def scorer_pids():
     return [
         child.pid
@@ -293,12 +321,8 @@ def test_an_item_that_keeps_killing_its_actor_is_given_up(scan_study, series, to
     import pyarrow as pa
     import ray
 
-    from ke_ray.engine.scorer import (
-        CheckpointScorer,
-        ScanMonitor,
-        ScorerSettings,
-        item_to_json,
-    )
+    from ke_ray.engine.scorer import CheckpointScorer, ScanMonitor
+    from ke_ray.engine.scorer_output import ScorerSettings, item_to_json
 
     setup = prepare_scan(scan_study(measures=("knowledge_entropy",)))
     monitor = ray.remote(num_cpus=0)(ScanMonitor).remote()
