@@ -38,7 +38,9 @@ class TrackingSettings(Strict):
     """Where runs are logged with MLflow."""
 
     enabled: bool = True
-    uri: str | None = Field(None, description="default: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db")
+    uri: str | None = Field(
+        None, description="default: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db"
+    )
     experiment: str | None = Field(None, description="default: MLFLOW_EXPERIMENT_NAME, else ke_ray")
     tags: dict[str, str] = Field(default_factory=dict)
 
