@@ -215,7 +215,7 @@ def value_at(values: Mapping[str, Any], key: str) -> Any:
 
 def _short(value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:g}"
+        return f"{value:g}".replace("e+", "e")  # file names have no plus
     return json.dumps(value) if isinstance(value, Mapping | list | tuple) else str(value)
 
 

@@ -97,7 +97,7 @@ def run_trial(config: dict[str, Any], environment: Mapping[str, str] | None = No
             log.warning("trial %s failed: %s", spec.name, error, exc_info=True)
             write_failed(study, spec, told(error), fit=config["command"])
     row = read_row(study, spec)
-    tune.report({"status": row["status"] if row else "failed", TIME: 100.0})
+    tune.report({"status": row["status"] if row else "failed"})
 
 
 class _Attempts:

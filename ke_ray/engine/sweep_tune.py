@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
@@ -26,6 +27,7 @@ ENVIRONMENT = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is an exception here, as SIGTERM is
     "TUNE_GLOBAL_CHECKPOINT_S": "100000",  # Tune's own state is not used
     "TUNE_WARN_THRESHOLD_S": "60",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial's last word is no metric
     "TUNE_MAX_PENDING_TRIALS_PG": "1",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
@@ -50,6 +52,8 @@ def build_tuner(
     from ray import tune
     from ray.tune.schedulers import AsyncHyperBandScheduler
 
+    # It warns of every trial whose metrics it cannot read back, and there is nothing to read.
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)
     scheduler = None
     if study.scheduler is not None:
         scheduler = AsyncHyperBandScheduler(
@@ -78,6 +82,7 @@ def build_tuner(
             num_samples=num_trials,
             max_concurrent_trials=resources.concurrency,
             reuse_actors=True,
+            trial_dirname_creator=_folder_name,
         ),
         run_config=tune.RunConfig(
             name=f"sweep-{command}",
@@ -86,6 +91,10 @@ def build_tuner(
             verbose=0,
         ),
     )
+
+
+def _folder_name(trial: Any) -> str:
+    return str(trial.trial_id)
 
 
 @contextmanager

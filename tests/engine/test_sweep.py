@@ -72,8 +72,7 @@ def test_trials_are_the_runs_of_the_continual_study(
     try:
         for trial, row in zip(prepare_sweep(study).trials, outcome.rows, strict=True):
             keys = {"output": str(tmp_path / "alone"), "mlflow": {"enabled": False}}
-            alone = trial.study.model_copy(update=keys)
-            alone = type(alone).model_validate({**alone.model_dump(), **keys})
+            alone = type(trial.study).model_validate({**trial.study.model_dump(), **keys})
             expected = run_continual(alone, trial.spec)
             for name in ("acquisition", "forgetting", "knowledge_entropy_after_nats"):
                 assert row[name] == pytest.approx(expected[name], rel=1e-5), name
@@ -133,7 +132,7 @@ def test_a_failing_trial_is_retried_then_a_row_and_the_others_finish(
     assert [row["status"] for row in outcome.rows] == ["ok", "failed", "ok"]
     assert outcome.exit_code == 1
     ((name, error),) = outcome.failures
-    assert "1e+18" in name
+    assert "1e18" in name
     assert "not finite" in error or "infinite" in error or "NaN" in error
     attempts = read_json(tmp_path / "sweep" / "runs" / name / "attempts.json")
     assert attempts["count"] == 3
@@ -185,7 +184,7 @@ def test_a_killed_trial_goes_on_and_continues_its_mlflow_run(
     study = tiny_sweep(
         tmp_path / "sweep",
         series,
-        base={"epochs": 30, "save_every": 5},
+        base={"epochs": 12, "save_every": 4},
         space=None,
         mlflow={"uri": uri},
     )
@@ -199,7 +198,7 @@ def test_a_killed_trial_goes_on_and_continues_its_mlflow_run(
     assert [row["status"] for row in outcome.rows] == ["ok"]
     assert read_json(state.parent / "attempts.json")["count"] == 2
     train = read_table(state.parent / "train.parquet").to_pandas()
-    assert train["step"].tolist() == list(range(1, 181)), "every step once"
+    assert train["step"].tolist() == list(range(1, 73)), "every step once"
     runs = mlflow_runs(uri)
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
     assert len(runs) == 2
