@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ke_ray.cli.options import DryRun, MlflowUri, NoMlflow, Output, Set
-from ke_ray.cli.progress import duration
 from ke_ray.cli.train import Study
 
 if TYPE_CHECKING:
@@ -60,6 +59,8 @@ class SweepDisplay:
         if self._counts["stopped"]:
             text += f", {self._counts['stopped']} stopped early"
         if left and self._took_s:
+            from ke_ray.cli.progress import duration
+
             mean_s = sum(self._took_s) / len(self._took_s)
             text += f", about {duration(mean_s * left / max(1, self._concurrency))} left"
         return f"{text}; {trial_id}: {_result(row)}"

@@ -32,7 +32,7 @@ from ke_ray.results.sweep_folder import (
     trials_table,
 )
 from ke_ray.tracking import TrackedRun, Tracker
-from ke_ray.training.runs import base_row, write_failed, write_row
+from ke_ray.training.runs import base_row, part_folder, write_failed, write_row
 
 __all__ = ["SweepOutcome", "SweepProgress", "collect_sweep", "run_sweep"]
 
@@ -63,7 +63,7 @@ class SweepOutcome:
         rows: one a trial: ``trial_id``, ``point``, ``params`` and the columns of ``runs.parquet``.
         skipped: trials found finished.
         missing: objectives that no trial reported.
-        phases_s: seconds of Ray's start, until the first trial began its work, of the trials.
+        phases_s: seconds of Ray's start, from there until a trial began its work, and of the rest.
     """
 
     output: str
@@ -182,11 +182,23 @@ class _Run:
         }
         from ke_ray.engine.sweep_search import LedgerSearcher
 
-        began = time.perf_counter()
+        began, began_at = time.perf_counter(), time.time()
         searcher = LedgerSearcher(self.plan, self.config, self.settle)
         with scratch(study.output) as place:
             build_tuner(study, searcher, resources, place, pending, self.command).fit()
-        outcome.phases_s["trials"] = time.perf_counter() - began
+        took_s = time.perf_counter() - began
+        waited_s = min(max(0.0, self._first_begun_at() - began_at), took_s)
+        outcome.phases_s |= {"worker_start": waited_s, "trials": took_s - waited_s}
+
+    def _first_begun_at(self) -> float:
+        """When the first trial of this command began its work; 0 where none did."""
+        times = []
+        for trial in self.plan.trials:
+            path = storage.join(part_folder(trial.study, trial.spec), "attempts.json")
+            known = storage.read_json(path) if storage.exists(path) else {}
+            if known.get("command") == self.command:
+                times.append(float(known["begun_at"]))
+        return min(times, default=0.0)
 
     def _write_start(self) -> None:
         """The manifest, which says whose folder this is, and the points so far."""

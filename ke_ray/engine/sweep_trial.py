@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -82,6 +83,8 @@ def run_trial(config: dict[str, Any], environment: Mapping[str, str] | None = No
     os.environ.update(environment or {})
     if Path(config["cwd"]).is_dir():
         os.chdir(config["cwd"])  # relative paths mean what they mean to the driver
+    import ke_ray.training.continual  # noqa: F401  (seconds, which are the actor's, not a trial's)
+
     study, spec = study_of(config)
     attempts = _Attempts(study, spec, config["command"], config["retries"])
     while True:
@@ -120,7 +123,8 @@ class _Attempts:
                 text = f"The trial's process died {count} times."
                 write_failed(self.study, self.spec, text, fit=self.command)
             return False
-        storage.write_json(self.path, {"command": self.command, "count": count + 1})
+        told = {"command": self.command, "count": count + 1, "begun_at": time.time()}
+        storage.write_json(self.path, told)
         return True
 
 
