@@ -30,6 +30,8 @@ _ENVIRONMENT = {
     "RAY_TRAIN_V2_ENABLED": "1",
     # Ray warns at each start that a later version will not hide GPUs from CPU actors.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # In a submitted job Ray refuses variables for the workers that the job's environment has too.
+    "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",
     # Ray Data's own actors draw an error line about their arguments, once for each; what matters
     # reaches us as exceptions.
     "RAY_BACKEND_LOG_LEVEL": "fatal",
