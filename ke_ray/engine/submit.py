@@ -33,6 +33,11 @@ _ANSWER_TIMEOUT_S = 15.0
 _LOOK_EVERY_S = 10.0
 _LOST_AFTER_S = 60.0
 _STOPPED_AFTER_S = 30.0
+_CHATTY = (  # they tell of each ignored folder and each closed connection
+    "ray.dashboard.modules.job.sdk",
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray._private.runtime_env.packaging",
+)
 _TIMED_OUT = 124  # as of timeout(1)
 _INTERRUPTED = 130
 _BAD_INPUT = 2  # no retry makes it better
@@ -118,6 +123,7 @@ class JobServer:
 
         Raises:
             UserError: the runtime environment is not valid, or the server refuses the job.
+            KeRayError: the server went away.
         """
         with self._explained():
             try:
@@ -132,6 +138,11 @@ class JobServer:
             except (ValueError, TypeError, RuntimeError) as error:
                 raise UserError(
                     f"The job cannot be submitted to {self.address}: {_first_line(error)}"
+                ) from error
+            except OSError as error:
+                raise KeRayError(
+                    f"The job server at {self.address} went away while job {submission_id} was "
+                    f"submitted ({_first_line(error)}); it may be running all the same."
                 ) from error
 
     def stop(self, submission_id: str) -> bool:
@@ -195,8 +206,9 @@ class JobServer:
     def _time_is_up(self, submission_id: str, timeout_s: float) -> JobResult:
         self.stop(submission_id)
         until = time.monotonic() + _STOPPED_AFTER_S
-        while self.result(submission_id) is None and time.monotonic() < until:
-            time.sleep(0.5)
+        with suppress(*_lost_errors()):
+            while self.result(submission_id) is None and time.monotonic() < until:
+                time.sleep(0.5)
         message = f"It was stopped: it took longer than timeout_s ({timeout_s:g})."
         return JobResult(submission_id, "TIMED_OUT", _TIMED_OUT, message)
 
@@ -246,6 +258,10 @@ class JobServer:
 
     def _connect(self) -> JobSubmissionClient:
         from ray.job_submission import JobSubmissionClient
+
+        if not log.isEnabledFor(logging.INFO):
+            for noisy in _CHATTY:
+                logging.getLogger(noisy).setLevel(logging.WARNING)
 
         class Client(JobSubmissionClient):
             """Never waits for ever for an answer."""

@@ -57,8 +57,9 @@ class Head:
 def clean_environment() -> dict[str, str]:
     """This process's, without what would lead to another cluster or hold a secret."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(_NOT_INHERITED)}
-    # No token of a developer's own either: Ray looks for ~/.ray/auth_token.
-    return kept | {"RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
+    # As in an activated virtual environment: jobs say `python`.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{kept.get('PATH', '')}"
+    return kept | {"RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1", "PATH": path}
 
 
 def free_ports(number: int) -> list[int]:
@@ -117,6 +118,8 @@ def node(command: list[str], head: Head, log: Path) -> Iterator[subprocess.Popen
     try:
         yield process
     finally:
+        if process.poll() is not None:
+            print(f"The node ended by itself, with {process.returncode}:\n{log.read_text()}")
         process.send_signal(signal.SIGTERM)
         try:
             process.wait(timeout=60)

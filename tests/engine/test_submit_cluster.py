@@ -104,7 +104,7 @@ def test_a_job_that_fails_gives_its_own_exit_code(head, tmp_path):
         head,
         tmp_path,
         name="wrong",
-        entrypoint=f"{sys.executable} -m ke_ray scan {tmp_path}/absent --data x.npy --output o",
+        entrypoint=f"python -m ke_ray scan {tmp_path}/absent --data x.npy --output o",
         retries=3,
     )
     assert result.returncode == 2, result.stderr
@@ -171,7 +171,8 @@ def test_an_interrupt_detaches_and_stops_only_when_told_to(head, tmp_path):
             text=True,
         )
         try:
-            assert process.stdout.readline() == "begun\n"
+            while (line := process.stdout.readline()) != "begun\n":
+                assert line, process.communicate()[1]
             process.send_signal(signal.SIGINT)
             if answer is not None:
                 os.write(ours, answer)
