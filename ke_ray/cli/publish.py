@@ -34,6 +34,8 @@ def publish_scan(output: str, run: TrackedRun) -> None:
         names.append("entropy.png")
     except KeRayError as error:
         log.info("no picture: %s", error)
+    except Exception:  # the results are whole; a drawing must not take the command down
+        log.exception("The picture could not be drawn")
     names.append(_write_report(output))
     if storage.is_local(output):
         for name in names:

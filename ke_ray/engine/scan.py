@@ -31,7 +31,7 @@ from ke_ray.engine.session import (
     ray_session,
     worker_env,
 )
-from ke_ray.errors import StorageError
+from ke_ray.errors import ResultsError, StorageError
 from ke_ray.tracking import TrackedRun, Tracker
 
 __all__ = ["ScanOutcome", "ScanProgress", "run_scan"]
@@ -53,50 +53,77 @@ def run_scan(setup: ScanSetup, progress: ScanProgress, tracker: Tracker) -> Scan
     Raises:
         StorageError: the output folder cannot be written (what was finished before is kept).
     """
-    study, folder = setup.study, setup.folder
-    outcome = ScanOutcome(study.output, skipped=setup.num_skipped)
+    outcome = ScanOutcome(setup.study.output, skipped=setup.num_skipped)
     outcome.phases_s["setup"] = setup.duration_s
-    folder.manifest.update(status="running")
-    if setup.changed:
-        log.warning("Other weights than before, scanned anew: %s", ", ".join(setup.changed))
-    folder.consolidate(without=setup.changed)
-    run = start_scan_run(setup, tracker)
-    log_finished(run, setup)
-    outcome.mlflow_run_id = run.run_id
+    with _sole_writer(setup.study.output):
+        setup.folder.manifest.update(status="running")
+        if setup.changed:
+            log.warning("Other weights than before, scanned anew: %s", ", ".join(setup.changed))
+        setup.folder.consolidate(without=setup.changed)
+        run = start_scan_run(setup, tracker)
+        outcome.mlflow_run_id = run.run_id
+        status = "FAILED"
+        try:
+            log_finished(run, setup)
+            _run(setup, progress, run, outcome)
+            status = "FAILED" if outcome.failures else "FINISHED"
+        except KeyboardInterrupt:
+            status = "KILLED"
+            raise
+        finally:
+            progress.stop()
+            if setup.folder.manifest["status"] == "running":
+                # It did not come to its end: finished parts stay, and the same command goes on.
+                word = "interrupted" if status == "KILLED" else "failed"
+                setup.folder.manifest["status"] = word
+                with suppress(StorageError):  # a full disk must not hide its own message
+                    setup.folder.write_manifest()
+            run.set_tags({"ke_ray.num_failed": str(len(outcome.failures))})
+            run.finish(status)
+    return outcome
+
+
+def _run(setup: ScanSetup, progress: ScanProgress, run: TrackedRun, outcome: ScanOutcome) -> None:
     num_tokens = sum(work.num_tokens for work in setup.works)
     progress.start(
         num_checkpoints=len(setup.works), num_skipped=setup.num_skipped, num_tokens=num_tokens
     )
-    status = "KILLED"
-    try:
-        if setup.works:
-            started = time.monotonic()
-            with ray_session():
-                outcome.phases_s["ray_start"] = time.monotonic() - started
-                started = time.monotonic()
-                _score(setup, run, progress, outcome)
-                outcome.phases_s["scoring"] = time.monotonic() - started
+    if setup.works:
         started = time.monotonic()
-        folder.manifest["checkpoints"] = setup.checkpoint_entries()
-        folder.consolidate(final=not outcome.failures)
-        if outcome.failures:
-            folder.manifest["status"] = "failed"
-            folder.write_manifest()
-        outcome.phases_s["closing"] = time.monotonic() - started
-        status = "FAILED" if outcome.failures else "FINISHED"
-    except StorageError:
-        status = "FAILED"
-        raise
+        with ray_session():
+            outcome.phases_s["ray_start"] = time.monotonic() - started
+            started = time.monotonic()
+            _score(setup, run, progress, outcome)
+            outcome.phases_s["scoring"] = time.monotonic() - started
+    started = time.monotonic()
+    setup.folder.manifest["checkpoints"] = setup.checkpoint_entries()
+    setup.folder.consolidate(final=not outcome.failures)
+    if outcome.failures:
+        setup.folder.manifest["status"] = "failed"
+        setup.folder.write_manifest()
+    outcome.phases_s["closing"] = time.monotonic() - started
+
+
+@contextmanager
+def _sole_writer(output: str) -> Iterator[None]:
+    """Refuse a second scan into one local folder: each would fold the other's parts away."""
+    if not storage.is_local(output):
+        yield
+        return
+    from filelock import FileLock, Timeout
+
+    storage.make_dirs(output)
+    lock = FileLock(storage.local_path(output) / ".scan.lock", blocking=False)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ResultsError(
+            f"Another scan is writing '{output}' right now; wait for it, or choose another folder."
+        ) from error
+    try:
+        yield
     finally:
-        progress.stop()
-        if status == "KILLED":
-            # Interrupted: the finished parts stay, and the same command goes on from them.
-            folder.manifest["status"] = "interrupted"
-            folder.write_manifest()
-        else:
-            run.set_tags({"ke_ray.num_failed": str(len(outcome.failures))})
-        run.finish(status)
-    return outcome
+        lock.release()
 
 
 def _score(setup: ScanSetup, run: TrackedRun, progress: ScanProgress, outcome: ScanOutcome) -> None:

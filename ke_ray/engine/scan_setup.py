@@ -7,6 +7,7 @@ the data, the tokenizer, the identity of the output folder.
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -60,7 +61,14 @@ class ScanSetup:
 
     def checkpoint_entries(self) -> list[dict[str, Any]]:
         """The manifest's list: checkpoints of earlier runs into this folder, and these."""
-        return list((self.known | {ref.name: _entry(ref) for ref in self.refs}).values())
+        entries = dict(self.known)
+        for ref in self.refs:
+            entry = _entry(ref)
+            # A listing that could not tell (a bare URL, no network) takes nothing away.
+            known = self.known.get(ref.name, {}).get("weights_fingerprint")
+            entry["weights_fingerprint"] = entry["weights_fingerprint"] or known
+            entries[ref.name] = entry
+        return list(entries.values())
 
 
 def select_checkpoints(selection: CheckpointSelection) -> list[CheckpointRef]:
@@ -123,7 +131,7 @@ def _open_output(
     study: ScanStudy, identity: dict[str, Any], corpora: dict[str, Corpus]
 ) -> tuple[ScanFolder, dict[str, dict[str, Any]] | None]:
     """The output folder and the checkpoints it knows (None: it is new)."""
-    manifest = new_manifest("scan", study.model_dump(mode="json"))
+    manifest = new_manifest("scan", study.model_dump(mode="json")) | {"id": uuid.uuid4().hex}
     described = {name: _describe(corpus) for name, corpus in corpora.items()}
     if not storage.exists(storage.join(study.output, "manifest.json")):
         manifest |= {"identity": identity, "corpora": described, "measures": list(study.measures)}
@@ -133,6 +141,7 @@ def _open_output(
     merged = before["identity"]["corpora"] | identity["corpora"]
     manifest |= {
         "created_at": before["created_at"],
+        "id": before.get("id", manifest["id"]),
         "identity": {**identity, "corpora": merged},
         "corpora": before["corpora"] | described,
         "measures": [

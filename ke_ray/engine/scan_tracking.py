@@ -10,7 +10,6 @@ import datetime
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ke_ray import storage
 from ke_ray.tracking import TrackedRun, Tracker
 
 if TYPE_CHECKING:
@@ -25,8 +24,8 @@ def start_scan_run(setup: ScanSetup, tracker: Tracker) -> TrackedRun:
     name = study.name or study.output.rstrip("/").rsplit("/", 1)[-1]
     run = tracker.start_run(
         name,
-        # Absolute: one tracking server may serve many working folders with a runs/scan each.
-        key=f"scan:{storage.absolute(study.output)}",
+        # The folder's own id: a folder that is removed and made again is another run.
+        key=f"scan:{setup.folder.manifest['id']}",
         kind="scan",
         params=study.model_dump(exclude={"mlflow", "output"}),
         tags={"ke_ray.output": study.output}

@@ -21,7 +21,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pyarrow as pa
 
 from ke_ray.engine.plan import Stretch, WorkItem
@@ -33,7 +32,7 @@ from ke_ray.engine.scorer_output import (
     output_table,
     save_tensors,
 )
-from ke_ray.errors import CheckpointError, KeRayError
+from ke_ray.errors import KeRayError
 from ke_ray.models.reference import CheckpointRef
 
 if TYPE_CHECKING:
@@ -149,7 +148,8 @@ class CheckpointScorer:
             try:
                 return self._score(item, ref)
             except KeRayError as error:
-                return failed_table(item, str(error))
+                text = str(error)
+                return failed_table(item, text if ref.label in text else f"'{ref.label}': {text}")
             except Exception as error:
                 log.exception("Scoring '%s' failed", ref.label)
                 return failed_table(item, f"'{ref.label}': {type(error).__name__}: {error}")
@@ -161,7 +161,7 @@ class CheckpointScorer:
             with self._score_lock:
                 started = time.monotonic()
                 report = self._reporter(item.index)
-                sums = [self._sum(loaded.model, ref, stretch, report) for stretch in item.stretches]
+                sums = [self._sum(loaded.model, stretch, report) for stretch in item.stretches]
                 ended = time.monotonic()
             scored = sum(part.total_tokens for part in sums)
             self._monitor.report.remote(item.index, scored)
@@ -178,12 +178,11 @@ class CheckpointScorer:
         }
         return output_table([{**timings, **output} for output in outputs])
 
-    def _sum(self, model: Any, ref: CheckpointRef, stretch: Stretch, report: Any) -> GroupSums:
+    def _sum(self, model: Any, stretch: Stretch, report: Any) -> GroupSums:
         from ke_ray.models.scoring import score_instances
 
         input_ids, lengths = self._corpora[stretch.work.corpus]
         rows = slice(stretch.start, stretch.stop)
-        _check_fits(model, ref, stretch.work.corpus, input_ids[rows], lengths[rows])
         return score_instances(
             model,
             input_ids[rows],
@@ -305,21 +304,3 @@ class _Exclusive:
 def _no_measure(model: Any) -> Any:
     """In place of measuring C̄ first: a scan study with resuscitation always names its source."""
     raise AssertionError("a scan study was accepted without resuscitation.coefficients")
-
-
-def _check_fits(
-    model: Any, ref: CheckpointRef, corpus: str, input_ids: np.ndarray, lengths: np.ndarray
-) -> None:
-    config = model.config
-    largest = int(input_ids.max())
-    if largest >= config.vocab_size:
-        raise CheckpointError(
-            f"'{ref.label}' has a vocabulary of {config.vocab_size}, corpus '{corpus}' has token "
-            f"id {largest}: it was tokenised for another model."
-        )
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and int(lengths.max()) > positions:
-        raise CheckpointError(
-            f"'{ref.label}' has {positions} positions, corpus '{corpus}' has instances of "
-            f"{int(lengths.max())} tokens."
-        )
