@@ -210,7 +210,9 @@ class Store:
         should_stop: Callable[[], bool] | None,
     ) -> None:
         partial = self._root / "partial" / key
-        need = size_to_fetch(ref, self._endpoint) or 0
+        size = size_to_fetch(ref, self._endpoint)
+        # A source that does not say, or is too busy to: the checkpoints of a series are alike.
+        need = self._largest_entry() if size is None else size
         self._make_room(key, need, ref.label, should_stop)
         try:
             fetch_into(
@@ -220,8 +222,13 @@ class Store:
         finally:
             self._reservation(key).unlink(missing_ok=True)
         _LOG.info("Fetched %s (%d bytes)", ref.label, _tree_bytes(entry))
-        if need == 0:  # its source did not say; the budget is kept after the fact
+        if size is None:  # the budget is kept after the fact
             self._make_room(None, 0, ref.label, should_stop)
+
+    def _largest_entry(self) -> int:
+        entries = (self._root / "entries").iterdir()
+        largest = max((_tree_bytes(entry) for entry in entries), default=0)
+        return largest if self._budget is None else min(largest, self._budget)
 
     def _reservation(self, key: str) -> Path:
         return self._root / "partial" / f"{key}.bytes"

@@ -284,8 +284,12 @@ def test_two_workers_give_the_weights_of_one(
         study = tiny_sweep(
             tmp_path / f"workers{workers}",
             series,
-            base={"num_workers": workers, "keep_final": True, "micro_batch_size": 4},
+            base={
+                **{"num_workers": workers, "keep_final": True, "micro_batch_size": 4},
+                "probes": {"every": 2},
+            },
             space={"resuscitation.factor": [2]},
+            points=[] if scheduler else [{"resuscitation": None}],  # alone, it is never stopped
             scheduler=scheduler,
             objectives=["acquisition"],
         )
@@ -295,7 +299,7 @@ def test_two_workers_give_the_weights_of_one(
         names = [row["trial_id"] for row in outcome.rows]
         folder = tmp_path / f"workers{workers}" / "runs"
         weights.append([load_file(folder / n / "final" / "model.safetensors") for n in names])
-    assert len(rows[0]) == len(rows[1]) == 2
+    assert len(rows[0]) == len(rows[1]) == (1 if scheduler else 2)
     for one, two in zip(*weights, strict=True):
         for name, tensor in one.items():
             torch.testing.assert_close(tensor, two[name], rtol=2e-4, atol=2e-6)

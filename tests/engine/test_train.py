@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 
 from tiny_studies import tiny_pretrain
 
-from ke_ray.engine.train import ProgressFile, absolute, run_pretrain_on_ray, worker_resources
+from ke_ray import storage
+from ke_ray.engine.train import ProgressFile, run_pretrain_on_ray, worker_resources
 from ke_ray.errors import ConfigError, NonFiniteLossError, ResultsError
 from ke_ray.storage import read_table
 from ke_ray.studies.training import PretrainStudy
@@ -55,8 +56,8 @@ def test_progress_reaches_the_reader_whole(tmp_path: Path) -> None:
     assert found["num_steps"] == 10
     assert found["record"]["loss"] == 1.5
     assert (found["run"], found["pid"]) == ("a", os.getpid())
-    assert absolute("runs/x") == str(Path.cwd() / "runs/x")
-    assert absolute("s3://bucket/x") == "s3://bucket/x"
+    assert storage.absolute("runs/x") == str(Path.cwd() / "runs/x")
+    assert storage.absolute("s3://bucket/x") == "s3://bucket/x"
 
 
 @pytest.mark.ray
