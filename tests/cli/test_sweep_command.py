@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,15 +97,28 @@ def test_bad_input_is_one_message_and_nothing_written(
     assert not (tmp_path / "mlflow.db").exists()
 
 
-def command(path: Path, log: Path) -> subprocess.Popen[bytes]:
-    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "ke_ray", "sweep", str(path)],
-        env={**environment, "OMP_NUM_THREADS": "1"},
-        stdout=log.open("ab"),
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
+@pytest.fixture
+def command() -> Iterator[Callable[[Path, Path], subprocess.Popen[bytes]]]:
+    """Starts ``ke-ray sweep`` as a process of its own, which does not outlive the test."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(path: Path, log: Path) -> subprocess.Popen[bytes]:
+        environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "ke_ray", "sweep", str(path)],
+            env={**environment, "OMP_NUM_THREADS": "1"},
+            stdout=log.open("ab"),
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
 
 
 def statuses(folder: Path) -> dict[str, str]:
@@ -126,11 +140,12 @@ def wait_for(condition: Any, process: subprocess.Popen[bytes], log: Path) -> Non
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_the_same_file_goes_on_after_the_driver_ended(series, tmp_path, number):
+def test_the_same_file_goes_on_after_the_driver_ended(command, series, tmp_path, number):
     path = write(
         tmp_path,
         series,
-        base={"save_every": 5},
+        base={"save_every": 5, "injection": None},
+        objectives=["forgetting"],
         space={"epochs": [1, 60, 61]},
         points=[],
         max_concurrent=1,
@@ -140,13 +155,9 @@ def test_the_same_file_goes_on_after_the_driver_ended(series, tmp_path, number):
     first = runs / "0000-epochs1-seed0" / "run.json"
     second = runs / "0001-epochs60-seed0" / "state"
     process = command(path, log)
-    try:
-        wait_for(lambda: first.exists() and second.is_dir() and any(second.iterdir()), process, log)
-        process.send_signal(number)
-        code = process.wait(60)
-    finally:
-        if process.poll() is None:
-            process.kill()
+    wait_for(lambda: first.exists() and second.is_dir() and any(second.iterdir()), process, log)
+    process.send_signal(number)
+    code = process.wait(60)
     finished_at = first.stat().st_mtime_ns
     if number == signal.SIGKILL:
         assert code == -signal.SIGKILL

@@ -184,8 +184,9 @@ def test_a_killed_trial_goes_on_and_continues_its_mlflow_run(
     study = tiny_sweep(
         tmp_path / "sweep",
         series,
-        base={"epochs": 12, "save_every": 4},
+        base={"epochs": 12, "save_every": 4, "injection": None},
         space=None,
+        objectives=["forgetting"],
         mlflow={"uri": uri},
     )
     name = prepare_sweep(study).trials[0].trial_id
