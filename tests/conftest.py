@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+# Before any test module imports Ray, which reads it then (see ke_ray.engine.session).
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+
 
 @pytest.fixture(scope="session")
 def reference_data() -> Path:

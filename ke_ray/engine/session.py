@@ -77,8 +77,10 @@ def ray_session(
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     address = os.environ.get("RAY_ADDRESS")
-    if not address:
-        # A cluster that is already there decides for itself whether it asks for a token.
+    if not address and "ray" not in sys.modules:
+        # Ray reads the mode when it is imported; set later, its processes and ours would differ.
+        # Unset, a local session asks for a token all the same. A cluster that is already there
+        # decides for itself.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     import ray
 
