@@ -21,7 +21,7 @@ from ke_ray import storage
 from ke_ray.engine.session import ray_session
 from ke_ray.engine.sweep_plan import SweepPlan, Trial, identity_keys
 from ke_ray.engine.sweep_resources import TrialResources, trial_resources
-from ke_ray.engine.sweep_trial import TIME, VALUE, config_of_trial
+from ke_ray.engine.sweep_trial import STOPPED_TAG, TIME, VALUE, config_of_trial, run_key
 from ke_ray.engine.sweep_tune import ENVIRONMENT, build_tuner, scratch
 from ke_ray.errors import ResultsError
 from ke_ray.results.manifest import new_manifest, read_manifest, write_manifest
@@ -128,6 +128,7 @@ def run_sweep(
             raise
         finally:
             session.close()  # no trial runs from here on
+            run.finish_stopped()
             tracker.close_children(parent.run_id)
             collect_sweep(plan, outcome, "interrupted" if status == "KILLED" else None)
             if progress is not None:
@@ -156,6 +157,7 @@ class _Run:
     ) -> None:
         self.plan, self.tracker, self.progress = plan, tracker, progress
         self.parent = tracker.run(None)
+        self.stopped: list[Trial] = []
         self.command = uuid.uuid4().hex[:12]
         self.settings: dict[str, Any] = {}
         self.resources: TrialResources | None = None
@@ -210,7 +212,7 @@ class _Run:
         manifest |= {
             "identity": self.plan.identity,
             "identity_keys": identity_keys(study),
-            "parameters": list(study.swept_keys),
+            "parameters": list(study.shown_keys),
             "search": study.search,
             "objectives": [objective.model_dump() for objective in study.objectives],
             "num_trials": self.plan.num_trials,
@@ -252,14 +254,29 @@ class _Run:
                 write_failed(trial.study, trial.spec, text, fit=self.command)
             else:
                 _write_stopped(trial, result)
+                self.stopped.append(trial)
             row = trial.row()
         assert row is not None
         self._log_child(trial, row)
         if self.progress is not None:
             self.progress.ended(trial.trial_id, row)
         trials = sweep_rows(self.plan)
-        table = trials_table(trials, self.plan.study.swept_keys)
+        table = trials_table(trials, self.plan.study.shown_keys)
         storage.write_table(storage.join(self.plan.study.output, "trials.parquet"), table)
+
+    def finish_stopped(self) -> None:
+        """Make sure that the MLflow run of a trial that a scheduler stopped says FINISHED.
+
+        The trial's actor may have been ended before it could.
+        """
+        for trial in self.stopped:
+            row = trial.row()
+            run_id = self.tracker.find_run(run_key(trial.study, trial.spec))
+            if row is not None and run_id is not None:
+                write_row(trial.study, trial.spec, {**row, "mlflow_run_id": run_id})
+                self.tracker.run(run_id).set_tags({STOPPED_TAG: "asha"})
+                self.tracker.run(run_id).finish("FINISHED")
+        self.parent.flush()
 
     def _log_child(self, trial: Trial, row: Mapping[str, Any]) -> None:
         run_id = row.get("mlflow_run_id")
@@ -312,7 +329,7 @@ def collect_sweep(plan: SweepPlan, outcome: SweepOutcome, status: str | None = N
     outcome.rows = sweep_rows(plan)
     objectives = [(o.metric, str(o.direction)) for o in study.objectives]
     settings = settings_rows(outcome.rows, objectives)
-    table = trials_table(outcome.rows, study.swept_keys)
+    table = trials_table(outcome.rows, study.shown_keys)
     storage.write_table(storage.join(study.output, "trials.parquet"), table)
     storage.write_table(storage.join(study.output, "settings.parquet"), settings_table(settings))
     ok = [row for row in outcome.rows if row["status"] == "ok"]

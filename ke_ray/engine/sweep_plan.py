@@ -64,7 +64,7 @@ class Trial:
 
     Attributes:
         study: seeds and output set; run as ``spec``.
-        params: the values of all swept keys in it, for its row.
+        params: the values of the swept keys in it, for its row.
     """
 
     point: Point
@@ -148,7 +148,7 @@ class SweepPlan:
         label = _label(point.params)
         name = storage.slug(f"{point.number:04d}-{label}-seed{seed}"[:80])
         shown = study.model_dump(mode="json")
-        params = {key: value_at(shown, key) for key in self.study.swept_keys}
+        params = {key: value_at(shown, key) for key in self.study.shown_keys}
         for key, value in (("checkpoint", ref.name), ("seed", seed)):
             if key in params:
                 params[key] = value

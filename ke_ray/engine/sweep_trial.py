@@ -29,10 +29,20 @@ if TYPE_CHECKING:
     from ke_ray.training.parallel import Worker
     from ke_ray.training.snapshot import Snapshot
 
-__all__ = ["TIME", "VALUE", "config_of_trial", "run_key", "run_trial", "study_of", "told"]
+__all__ = [
+    "STOPPED_TAG",
+    "TIME",
+    "VALUE",
+    "config_of_trial",
+    "run_key",
+    "run_trial",
+    "study_of",
+    "told",
+]
 
 log = logging.getLogger(__name__)
 
+STOPPED_TAG = "ke_ray.stopped_early"
 #: What intermediate results call the share of a trial's steps (percent), and A by then.
 TIME, VALUE = "percent_of_steps", "acquisition_so_far"
 
@@ -256,5 +266,5 @@ def _finish_stopped(study: ContinualStudy, spec: RunSpec) -> None:
     settings: TrackingSettings = study.mlflow
     with Tracker(settings) as tracker:
         run = tracker.run(tracker.find_run(run_key(study, spec)))
-        run.set_tags({"ke_ray.stopped_early": "asha"})
+        run.set_tags({STOPPED_TAG: "asha"})
         run.finish("FINISHED")

@@ -26,6 +26,7 @@ ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no csv, json and TensorBoard files of each trial
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is an exception here, as SIGTERM is
     "TUNE_GLOBAL_CHECKPOINT_S": "100000",  # Tune's own state is not used
+    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "30",  # a stopped trial closes its MLflow run
     "TUNE_WARN_THRESHOLD_S": "60",
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial's last word is no metric
     "TUNE_MAX_PENDING_TRIALS_PG": "1",

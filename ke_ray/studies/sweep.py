@@ -272,6 +272,12 @@ class SweepStudy(Strict):
         return tuple(dict.fromkeys(keys))
 
     @property
+    def shown_keys(self) -> tuple[str, ...]:
+        """The swept keys that tell trials apart; a group is left out where keys below it are swept."""
+        keys = self.swept_keys
+        return tuple(key for key in keys if not any(k.startswith(f"{key}.") for k in keys))
+
+    @property
     def repeats(self) -> tuple[int, ...]:
         """Seeds of every point (that has none of its own)."""
         return self.seeds if self.seeds is not None else self.base.seeds

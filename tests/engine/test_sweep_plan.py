@@ -67,7 +67,7 @@ def test_trials_are_points_times_seeds_with_their_resolved_values(
     assert last.study.resuscitation is not None
     assert (last.study.resuscitation.factor, last.study.resuscitation.ratio) == (2, 0.5)
     assert last.study.seeds == (7,)
-    assert last.params == {"resuscitation": last.params["resuscitation"], "resuscitation.factor": 2}
+    assert last.params == {"resuscitation.factor": 2}
     assert plan.trials[0].study.resuscitation is None
     assert plan.trials[0].params["resuscitation.factor"] is None
 
