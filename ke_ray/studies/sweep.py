@@ -273,7 +273,7 @@ class SweepStudy(Strict):
 
     @property
     def shown_keys(self) -> tuple[str, ...]:
-        """The swept keys that tell trials apart; a group is left out where keys below it are swept."""
+        """The swept keys that tell trials apart: no group with swept keys below it."""
         keys = self.swept_keys
         return tuple(key for key in keys if not any(k.startswith(f"{key}.") for k in keys))
 
