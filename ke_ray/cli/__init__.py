@@ -65,7 +65,6 @@ def main() -> None:
     except typer.Exit as stop:
         code = stop.exit_code
     except KeyboardInterrupt:
-        print("Interrupted. Finished work is kept; the same command goes on.", file=sys.stderr)
         code = 130
     except KeRayError as error:
         print(f"ke-ray: {error}", file=sys.stderr)
@@ -77,5 +76,7 @@ def main() -> None:
             raise
         show()
         code = getattr(error, "exit_code", 2)
+    if code == 130:  # typer turns an interrupt into this code by itself
+        print("Interrupted. Finished work is kept; the same command goes on.", file=sys.stderr)
     sys.stdout.flush()
     sys.exit(code if isinstance(code, int) else 0)
