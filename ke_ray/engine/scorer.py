@@ -114,7 +114,6 @@ class CheckpointScorer:
 
         if settings.threads:
             torch.set_num_threads(settings.threads)
-        torch.set_grad_enabled(False)
         self._settings = settings
         self._checkpoints = checkpoints
         self._corpora = {name: ray.get(ref) for name, ref in corpora.items()}

@@ -19,7 +19,14 @@ from typing import Any
 
 from ke_ray.errors import UserError
 
-__all__ = ["cluster_resources", "most_cpus_of_a_node", "num_nodes", "ray_session", "worker_env"]
+__all__ = [
+    "cluster_resources",
+    "kept_handlers",
+    "most_cpus_of_a_node",
+    "num_nodes",
+    "ray_session",
+    "worker_env",
+]
 
 _OBJECT_STORE_BYTES = 512 << 20
 
@@ -104,7 +111,7 @@ def ray_session(
     else:
         settings["address"] = address
     try:
-        with _held_stderr(), _kept_sigterm():
+        with _held_stderr(), kept_handlers(signal.SIGTERM):
             ray.init(**settings)
     except (ConnectionError, RuntimeError) as error:
         if not address:
@@ -120,17 +127,21 @@ def ray_session(
 
 
 @contextmanager
-def _kept_sigterm() -> Iterator[None]:
-    """Keep the program's own answer to SIGTERM, which Ray replaces by an exit of its own.
+def kept_handlers(*numbers: signal.Signals) -> Iterator[None]:
+    """Give the program its own signal handlers back after the block.
 
-    Ray's stays where the program has none. Handlers belong to the main thread.
+    ``ray.init`` replaces the answer to SIGTERM by an exit of its own, and a Ray Train run leaves
+    one to SIGINT that swallows Ctrl-C for the rest of the process. Ray's stay where the program
+    has none. Handlers belong to the main thread.
     """
-    own = signal.getsignal(signal.SIGTERM)
+    own = {number: signal.getsignal(number) for number in numbers}
     try:
         yield
     finally:
-        if callable(own) and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, own)
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in own.items():
+                if callable(handler):
+                    signal.signal(number, handler)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import threading
 import time
 import uuid
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ke_ray import errors, storage
-from ke_ray.engine.session import cluster_resources, ray_session
+from ke_ray.engine.session import cluster_resources, kept_handlers, ray_session
 from ke_ray.errors import ConfigError, KeRayError, TrainingError
 from ke_ray.studies.training import PretrainStudy, TrainingKeys
 from ke_ray.training.loop import Progress, StepRecord
@@ -206,7 +207,10 @@ def fit(
     trainer = build_trainer(function, payload, keys, place, name)
     fatal = storage.join(place, name, "fatal.json")
     try:
-        with _watched(ProgressFile(storage.join(place, "progress.json")), on_progress):
+        with (
+            _watched(ProgressFile(storage.join(place, "progress.json")), on_progress),
+            kept_handlers(signal.SIGINT, signal.SIGTERM),
+        ):
             trainer.fit()
     except Exception as error:  # ray.train's own kinds, which are not stable across versions
         if not storage.exists(fatal):
