@@ -31,7 +31,7 @@ from ke_ray.engine.session import (
     ray_session,
     worker_env,
 )
-from ke_ray.errors import ResultsError, StorageError
+from ke_ray.errors import ResultsError, StorageError, UserError
 from ke_ray.tracking import TrackedRun, Tracker
 
 __all__ = ["ScanOutcome", "ScanProgress", "run_scan"]
@@ -201,6 +201,11 @@ def _actors(setup: ScanSetup) -> tuple[int, dict[str, float]]:
     """
     resources = cluster_resources()
     num_gpus, num_cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
+    if not num_gpus and not num_cpus:
+        raise UserError(
+            "The cluster has neither CPUs nor GPUs right now; wait until its nodes are up "
+            "(ray status) and run the command again."
+        )
     asked = setup.study.num_actors
     if num_gpus:
         return min(asked or num_gpus, num_gpus), {"num_gpus": 1, "num_cpus": 1}
