@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
 # Before any test module imports Ray, which reads it then (see ke_ray.engine.session).
 os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+# A shell starts background jobs with Ctrl-C ignored, and children inherit that; the tests of
+# interrupts mean the ordinary answer.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
