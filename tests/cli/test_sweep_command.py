@@ -144,16 +144,16 @@ def test_the_same_file_goes_on_after_the_driver_ended(command, series, tmp_path,
     path = write(
         tmp_path,
         series,
-        base={"save_every": 5, "injection": None},
+        base={"save_every": 4, "injection": None},
         objectives=["forgetting"],
-        space={"epochs": [1, 60, 61]},
+        space={"epochs": [1, 24, 2]},
         points=[],
         max_concurrent=1,
     )
     log = tmp_path / "log.txt"
     runs = tmp_path / "out" / "runs"
     first = runs / "0000-epochs1-seed0" / "run.json"
-    second = runs / "0001-epochs60-seed0" / "state"
+    second = runs / "0001-epochs24-seed0" / "state"
     process = command(path, log)
     wait_for(lambda: first.exists() and second.is_dir() and any(second.iterdir()), process, log)
     process.send_signal(number)
@@ -173,9 +173,9 @@ def test_the_same_file_goes_on_after_the_driver_ended(command, series, tmp_path,
     assert first.stat().st_mtime_ns == finished_at, "a finished trial was run again"
     table = read_table(tmp_path / "out" / "trials.parquet").to_pandas()
     assert table["status"].tolist() == ["ok"] * 3
-    assert table["epochs"].tolist() == [1, 60, 61]
+    assert table["epochs"].tolist() == [1, 24, 2]
     train = read_table(second.parent / "train.parquet").to_pandas()
-    assert train["step"].tolist() == list(range(1, 361)), "every step once"
+    assert train["step"].tolist() == list(range(1, 145)), "every step once"
     told = statuses(tmp_path)
     assert len(told) == 4
     assert set(told.values()) == {"FINISHED"}, told
