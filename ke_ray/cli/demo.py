@@ -112,7 +112,7 @@ def demo(
     )
     swept = execute_sweep(sweep_study)
     if len(swept.rows) > swept.skipped:
-        phases.add("sweep", swept.phases_s, ("ray_start",))
+        phases.add("sweep", swept.phases_s, ("ray_start", "worker_start"))
     summary["sweep"] = sweep_summary(f"{folder}/sweep")
     storage.write_json(summary_path, summary)
 
