@@ -129,11 +129,7 @@ def decay_constant(lags: npt.ArrayLike, retainability: npt.ArrayLike) -> float:
         a, the share of effectivity lost per e-fold of steps: positive where knowledge decays; NaN
         without two different lags.
     """
-    t, kept = np.asarray(lags, dtype=np.float64), np.asarray(retainability, dtype=np.float64)
-    if np.unique(t).size < 2:
-        return math.nan
-    x = np.log(t) - np.log(t).mean()
-    return float(-(x * (kept - kept.mean())).sum() / (x**2).sum())
+    return float(_fit(np.asarray(lags), np.asarray(retainability, dtype=np.float64)[None])[0])
 
 
 def pooled_decay(injections: Sequence[InjectionDynamics]) -> float:
@@ -179,13 +175,9 @@ def dynamics_intervals(
     whole = dynamics(steps, values.mean(axis=1), injection_steps, window=window)
     num_paragraphs = values.shape[1]
     resamples = num_resamples if num_paragraphs > 1 else 0
-    effectivities = np.full((resamples, len(whole)), np.nan)
-    decays = np.full(resamples, np.nan)
     curves = bootstrap_weights(num_paragraphs, resamples, seed) @ values.T  # [R, S]
-    for row, curve in enumerate(curves):
-        drawn = dynamics(steps, curve, injection_steps, window=window)
-        effectivities[row] = [entry.effectivity for entry in drawn]
-        decays[row] = pooled_decay(drawn)
+    at, injected = np.asarray(steps, dtype=np.int64), np.asarray(injection_steps, dtype=np.int64)
+    effectivities, decays = _of_all_curves(at, curves, injected, window)
     return DynamicsIntervals(
         effectivity=tuple(
             percentile_interval(entry.effectivity, effectivities[:, index], level)
@@ -195,19 +187,28 @@ def dynamics_intervals(
     )
 
 
+def _fit(lags: npt.NDArray[np.int64], retainability: Array) -> Array:
+    """`decay_constant` of each row of retainability [R, K] at the same lags [K], [R]."""
+    t = lags.astype(np.float64)
+    if np.unique(t).size < 2:
+        return np.full(len(retainability), np.nan)
+    x = np.log(t) - np.log(t).mean()
+    kept = np.ascontiguousarray(retainability)  # numpy sums rows as it sums vectors, pairwise
+    slopes: Array = -(x * (kept - kept.mean(axis=1, keepdims=True))).sum(axis=1) / (x**2).sum()
+    return slopes
+
+
 def _one_injection(
     at: npt.NDArray[np.int64], curve: Array, step: int, end: float, window: int
 ) -> InjectionDynamics:
     """The dynamics of the injection at `step`, the next one being at `end`."""
-    before = np.flatnonzero(at < step)
-    # States t_i < t ≤ t_i + W with t_i = step − 1.
-    inside = np.flatnonzero((at >= step) & (at <= step - 1 + window) & (at < end))
-    if before.size == 0 or inside.size == 0 or at[inside[-1]] == step:
+    found = _probes_of(at, step, end, window)
+    if found is None:
         nothing = np.empty(0)
         return InjectionDynamics(
             step, None, None, math.nan, np.empty(0, dtype=np.int64), nothing, math.nan
         )
-    baseline = int(before[-1])
+    baseline, inside = found
     lam = int(inside[np.argmax(curve[inside])])
     effectivity = float(curve[lam] - curve[baseline])
     later = np.flatnonzero((at > at[lam]) & (at < end)) if effectivity > 0.0 else inside[:0]
@@ -222,3 +223,54 @@ def _one_injection(
         retainability=kept,
         decay=decay_constant(lags, kept),
     )
+
+
+def _probes_of(
+    at: npt.NDArray[np.int64], step: int, end: float, window: int
+) -> tuple[int, npt.NDArray[np.intp]] | None:
+    """Places of the baseline probe and of those LAM is looked for among; None without dynamics."""
+    before = np.flatnonzero(at < step)
+    # States t_i < t ≤ t_i + W with t_i = step − 1.
+    inside = np.flatnonzero((at >= step) & (at <= step - 1 + window) & (at < end))
+    if before.size == 0 or inside.size == 0 or at[inside[-1]] == step:
+        return None
+    return int(before[-1]), inside
+
+
+def _of_all_curves(
+    at: npt.NDArray[np.int64], curves: Array, injected: npt.NDArray[np.int64], window: int
+) -> tuple[Array, Array]:
+    """Effectivities [R, n_injections] and pooled decays [R] of curves [R, S].
+
+    The same numbers as `dynamics` and `pooled_decay` of each curve, to the last bit: curves whose
+    maxima lie at the same probes share their lags, and are fitted together.
+    """
+    num_curves = len(curves)
+    ends = [*injected[1:].tolist(), math.inf]
+    effectivities = np.full((num_curves, len(injected)), np.nan)
+    maxima = np.full((num_curves, len(injected)), -1)  # place of LAM; -1: no retainability
+    baselines = np.zeros(len(injected), dtype=np.intp)
+    for number, (step, end) in enumerate(zip(injected.tolist(), ends, strict=False)):
+        found = _probes_of(at, step, end, window)
+        if found is None:
+            continue
+        baselines[number], inside = found
+        lam = inside[curves[:, inside].argmax(axis=1)]
+        gain = curves[np.arange(num_curves), lam] - curves[:, baselines[number]]
+        effectivities[:, number] = gain
+        maxima[:, number] = np.where(gain > 0.0, lam, -1)
+    decays = np.full(num_curves, np.nan)
+    patterns, members = np.unique(maxima, axis=0, return_inverse=True)
+    for index, pattern in enumerate(patterns):
+        rows = np.flatnonzero(members == index)
+        lags, kept = [], []
+        for number in np.flatnonzero(pattern >= 0).tolist():
+            later = np.flatnonzero((at > at[pattern[number]]) & (at < ends[number]))
+            gain = effectivities[rows, number, None]
+            lags.append(at[later] - at[pattern[number]])
+            kept.append(
+                (curves[np.ix_(rows, later)] - curves[rows, baselines[number], None]) / gain
+            )
+        if lags:
+            decays[rows] = _fit(np.concatenate(lags), np.concatenate(kept, axis=1))
+    return effectivities, decays

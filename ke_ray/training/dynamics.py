@@ -39,21 +39,27 @@ def dynamics_tables(
         about[row["setting"], int(row["step"])].add(int(row["instance"]))
     for level in ("all", *LEVELS):
         curves = _curves(items, steps, level)
+        # Injections of the same paragraphs (paraphrases) share one curve and one bootstrap.
+        whole: dict[tuple[tuple[str, int], ...], Any] = {}
         for setting in sorted({key[0] for key in about}):
             for number, step in enumerate(injected):
                 wanted = [(setting, i) for i in sorted(about[setting, step])]
-                values = [curves[key] for key in wanted if key in curves]
-                if not values:
+                paragraphs = tuple(key for key in wanted if key in curves)
+                if not paragraphs:
                     continue
-                matrix = np.array(values).T  # [steps, paragraphs]
-                found = dynamics(steps, matrix.mean(axis=1), injected)[number]
-                interval = dynamics_intervals(steps, matrix, injected).effectivity[number]
+                if paragraphs not in whole:
+                    matrix = np.array([curves[key] for key in paragraphs]).T  # [steps, paragraphs]
+                    whole[paragraphs] = (
+                        dynamics(steps, matrix.mean(axis=1), injected),
+                        dynamics_intervals(steps, matrix, injected).effectivity,
+                    )
+                found, interval = (values[number] for values in whole[paragraphs])
                 key = {"setting": setting, "level": level, "injection": number + 1}
                 rows.append(
                     {
                         **key,
                         "step": step,
-                        "num_paragraphs": matrix.shape[1],
+                        "num_paragraphs": len(paragraphs),
                         "baseline_step": found.baseline_step,
                         "lam_step": found.lam_step,
                         "effectivity": _plain(found.effectivity),

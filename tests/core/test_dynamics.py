@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from ke_ray.core.acquisition import bootstrap_weights, percentile_interval
 from ke_ray.core.dynamics import (
     decay_constant,
     dynamics,
@@ -141,6 +142,29 @@ def test_intervals_cover_what_paragraphs_vary() -> None:
     assert result.decay.high == pytest.approx(0.1, rel=1e-9)
     again = dynamics_intervals(steps, paragraphs, [20, 80], num_resamples=300, seed=1)
     assert again == result
+
+
+@pytest.mark.parametrize("every", [1, 7])
+def test_all_resamples_at_once_equal_one_after_another(every: int) -> None:
+    """To the last bit, over resamples with different maxima, none, and nothing acquired."""
+    generator = np.random.default_rng(every)
+    steps = np.arange(0, 80 * every, every)
+    injected = [1, 30, 31, 55 * every, int(steps[-1])]
+    drift = generator.normal(0.02, 0.1, (80, 9)).cumsum(axis=0)
+    paragraphs = -5.0 + drift + generator.normal(0, 0.3, (80, 9))
+    drawn = [
+        dynamics(steps, curve, injected) for curve in bootstrap_weights(9, 100, 3) @ paragraphs.T
+    ]
+    assert len({tuple(entry.lam_step for entry in one) for one in drawn}) > 10
+    assert any(entry.effectivity <= 0 for one in drawn for entry in one)
+    result = dynamics_intervals(steps, paragraphs, injected, num_resamples=100, seed=3)
+    for number, interval in enumerate(result.effectivity):
+        each = percentile_interval(
+            interval.value, [one[number].effectivity for one in drawn], level=0.95
+        )
+        np.testing.assert_array_equal([*vars(interval).values()], [*vars(each).values()])
+    each = percentile_interval(result.decay.value, [pooled_decay(one) for one in drawn], 0.95)
+    assert result.decay == each
 
 
 def test_intervals_are_nan_without_dynamics_and_with_one_paragraph() -> None:
