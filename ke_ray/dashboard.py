@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -172,16 +173,25 @@ def _start_mlflow(
     sink: object,
     processes: list[subprocess.Popen[bytes]],
 ) -> str | None:
-    if uri is None or uri.startswith(("http://", "https://")):
-        return uri.rstrip("/") if uri else None
+    if not uri:
+        return None
+    if uri.startswith(("http://", "https://")):
+        return _without_login(uri.rstrip("/"))
     chosen = _port(host, port, 5000)
-    command = ["mlflow", "server", "--backend-store-uri", uri, "--host", host]
-    processes.append(_spawn([*command, "--port", str(chosen), "--workers", "1"], sink))
+    command = ["mlflow", "server", "--host", host, "--port", str(chosen), "--workers", "1"]
+    # In the environment: a database URI may hold a password, and `ps` shows command lines.
+    processes.append(_spawn(command, sink, MLFLOW_BACKEND_STORE_URI=uri))
     return f"http://{host}:{chosen}"
 
 
-def _spawn(module: Sequence[str], sink: object) -> subprocess.Popen[bytes]:
+def _without_login(url: str) -> str:
+    parts = urllib.parse.urlsplit(url)
+    return urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
+
+def _spawn(module: Sequence[str], sink: object, **variables: str) -> subprocess.Popen[bytes]:
     environment = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true", **os.environ}
+    environment |= variables
     return subprocess.Popen(
         [sys.executable, "-m", *module],
         stdin=subprocess.DEVNULL,

@@ -23,6 +23,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from ke_ray.secrets import redact
+
 __all__ = [
     "CheckpointError",
     "CheckpointSpecError",
@@ -43,6 +45,10 @@ class KeRayError(Exception):
     """Root of the tree; the command line prints the message and ends with ``exit_code``."""
 
     exit_code = 1
+
+    def __init__(self, message: str = "") -> None:
+        # Messages go to terminals, logs and result files; URLs in them may carry a password.
+        super().__init__(redact(str(message)))
 
 
 class UserError(KeRayError):

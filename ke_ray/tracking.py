@@ -22,7 +22,8 @@ from types import TracebackType
 from typing import Any
 
 from ke_ray.errors import StorageError
-from ke_ray.results.manifest import redact, versions
+from ke_ray.results.manifest import versions
+from ke_ray.secrets import redact
 from ke_ray.studies.parts import TrackingSettings
 
 __all__ = ["TrackedRun", "Tracker", "flatten"]

@@ -15,6 +15,7 @@ import typer
 
 from ke_ray.cli import checkpoints, demo, resuscitate, scan, submit, sweep, train, view
 from ke_ray.errors import KeRayError
+from ke_ray.secrets import RedactingFormatter
 
 __all__ = ["app", "main"]
 
@@ -34,11 +35,9 @@ for module in (demo, checkpoints, train, scan, resuscitate, sweep, submit, view)
 def _options(
     verbose: bool = typer.Option(False, "--verbose", "-v", help="Say more, to standard error."),
 ) -> None:
-    logging.basicConfig(
-        level=logging.INFO if verbose else logging.WARNING,
-        format="%(levelname)s %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, stream=sys.stderr)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(RedactingFormatter("%(levelname)s %(name)s: %(message)s"))
     for noisy in ("httpx", "urllib3", "fsspec", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     if verbose:

@@ -38,7 +38,9 @@ def checkpoints(
     if as_json:
         import dataclasses
 
-        print(json.dumps([dataclasses.asdict(ref) for ref in refs], indent=2))
+        from ke_ray.secrets import redacted
+
+        print(json.dumps([redacted(dataclasses.asdict(ref)) for ref in refs], indent=2))
         return
     from rich.console import Console
     from rich.table import Table

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ke_ray import storage
 from ke_ray.errors import CheckpointSpecError, ConfigError, StorageError, UserError, nearest
-from ke_ray.results.manifest import command_line, now, redact, versions
+from ke_ray.results.manifest import command_line, now, versions
+from ke_ray.secrets import redact
 
 if TYPE_CHECKING:
     import torch

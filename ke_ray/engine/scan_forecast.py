@@ -12,6 +12,7 @@ from ke_ray.engine.scan_setup import select_checkpoints
 from ke_ray.errors import CheckpointError
 from ke_ray.models.reference import CheckpointRef
 from ke_ray.models.store import Store
+from ke_ray.secrets import redacted
 from ke_ray.studies.scan import ScanStudy
 
 __all__ = ["forecast", "measured_flops_per_s", "num_body_parameters"]
@@ -84,7 +85,9 @@ def forecast(study: ScanStudy) -> str:
     known, num_guessed = _sizes(fetched)
     num_tokens = study.num_instances * study.sequence_length * len(study.data) * len(refs)
     lines = [
-        yaml.safe_dump(json.loads(study.model_dump_json(exclude_none=True)), sort_keys=False),
+        yaml.safe_dump(
+            redacted(json.loads(study.model_dump_json(exclude_none=True))), sort_keys=False
+        ),
         f"checkpoints: {len(refs)} ({sum(r.duplicate_of is not None for r in refs)} duplicates)",
         f"tokens to score: {num_tokens:,} ({len(study.data)} corpora)",
     ]

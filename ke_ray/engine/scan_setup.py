@@ -26,6 +26,7 @@ from ke_ray.models.catalog import list_checkpoints
 from ke_ray.models.reference import CheckpointRef
 from ke_ray.results import ScanFolder, new_manifest, read_manifest
 from ke_ray.results.scan_folder import check_identity
+from ke_ray.secrets import redact, redacted
 from ke_ray.studies.parts import CheckpointSelection
 from ke_ray.studies.scan import ScanStudy
 
@@ -96,7 +97,9 @@ def prepare_scan(study: ScanStudy) -> ScanSetup:
         "dtype": study.dtype,
         "top_k_fraction": study.top_k_fraction,
         "dormant_threshold": study.dormant_threshold,
-        "resuscitation": study.resuscitation.model_dump() if study.resuscitation else None,
+        "resuscitation": redacted(study.resuscitation.model_dump())
+        if study.resuscitation
+        else None,
         "corpora": {name: corpus.sha256 for name, corpus in corpora.items()},
     }
     folder, known = _open_output(study, identity, corpora)
@@ -170,7 +173,7 @@ def _changed_weights(
         before, given = entry["weights_fingerprint"], ref.weights_fingerprint
         if before is not None and before == given:
             continue
-        if (entry["location"], entry["revision"]) != (ref.location, ref.revision):
+        if (entry["location"], entry["revision"]) != (redact(ref.location), ref.revision):
             raise ResultsError(
                 f"'{output}' holds results of a checkpoint '{ref.name}' from {entry['location']}, "
                 f"this scan has one of that name from {ref.label}: other weights under one name. "
@@ -184,7 +187,7 @@ def _changed_weights(
 def _entry(ref: CheckpointRef) -> dict[str, Any]:
     return {
         "name": ref.name,
-        "location": ref.location,
+        "location": redact(ref.location),
         "revision": ref.revision,
         "commit": ref.commit,
         "step": ref.step,
@@ -196,7 +199,7 @@ def _entry(ref: CheckpointRef) -> dict[str, Any]:
 
 def _describe(corpus: Corpus) -> dict[str, Any]:
     return {
-        "source": corpus.source,
+        "source": redact(corpus.source),
         "sha256": corpus.sha256,
         "num_instances": corpus.num_instances,
         "sequence_length": corpus.sequence_length,

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from ke_ray.engine.plan import CorpusWork, Stretch, WorkItem
 from ke_ray.errors import CheckpointError
-from ke_ray.results.manifest import redact
+from ke_ray.secrets import redact
 from ke_ray.studies.parts import Resuscitation
 
 if TYPE_CHECKING:

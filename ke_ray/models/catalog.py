@@ -126,7 +126,7 @@ def _find(spec: str, revisions: str | None, endpoint: str | None) -> list[Checkp
 def _from_location(location: str, row: Row | None = None, name: str | None = None) -> CheckpointRef:
     """A reference to one folder or URL, described by its name and by what lies in it."""
     said = parse_checkpoint_name(location)
-    last = name or location.rstrip("/").rsplit("/", 1)[-1]
+    last = name or _shown(location).rstrip("/").rsplit("/", 1)[-1]
     ref = CheckpointRef(
         name=slug(last),
         location=location,
@@ -158,6 +158,11 @@ def _from_location(location: str, row: Row | None = None, name: str | None = Non
         ]
         size = sum(sizes)
     return replace(ref, format=layout.format, size_bytes=size)
+
+
+def _shown(location: str) -> str:
+    """A location from which a name is made: a URL without user name, password and query."""
+    return redact(location) if location.startswith(("http://", "https://")) else location
 
 
 def _file_names(location: str) -> list[str]:
@@ -343,7 +348,7 @@ def _unique_names(refs: list[CheckpointRef]) -> list[CheckpointRef]:
     for ref in refs:
         name = ref.name
         if clashes[name.casefold()] > 1:
-            parts = [part for part in ref.location.rstrip("/").split("/") if part]
+            parts = [part for part in _shown(ref.location).rstrip("/").split("/") if part]
             name = slug("-".join([*parts[-2:-1], name]))
         number, base = 2, name
         while name.casefold() in seen:

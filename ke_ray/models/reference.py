@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from ke_ray.secrets import redact
 from ke_ray.storage import is_local
 
 __all__ = ["CheckpointFormat", "CheckpointRef", "order_key"]
@@ -60,8 +61,8 @@ class CheckpointRef:
 
     @property
     def label(self) -> str:
-        """What a message calls it: location and, on the Hub, revision."""
-        return f"{self.location}@{self.revision}" if self.revision else self.location
+        """What a message calls it: location (no password) and, on the Hub, revision."""
+        return f"{self.location}@{self.revision}" if self.revision else redact(self.location)
 
 
 def order_key(ref: CheckpointRef) -> tuple[bool, int, int, int, str]:

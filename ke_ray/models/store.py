@@ -35,6 +35,7 @@ from ke_ray.models.fetching import fetch_into, size_to_fetch
 from ke_ray.models.leases import drop_lease, is_leased, is_locked, take_lease, try_lock
 from ke_ray.models.reference import CheckpointRef
 from ke_ray.models.transfer import RetryPolicy
+from ke_ray.secrets import redact
 from ke_ray.storage import local_path, slug
 
 __all__ = ["FetchEstimate", "Store", "default_cache_dir"]
@@ -183,7 +184,8 @@ class Store:
         return sum(_tree_bytes(self._root / name) for name in ("entries", "partial"))
 
     def _key(self, ref: CheckpointRef) -> str:
-        identity = "\0".join((ref.location.rstrip("/"), ref.commit or ref.revision or ""))
+        place = redact(ref.location).rstrip("/")
+        identity = "\0".join((place, ref.commit or ref.revision or ""))
         return f"{slug(ref.name)[:60]}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
 
     def _entry(self, ref: CheckpointRef) -> Path:

@@ -8,6 +8,7 @@ bring no new byte count against the limit.
 
 from __future__ import annotations
 
+import base64
 import email.utils
 import errno
 import http.client
@@ -25,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ke_ray import secrets
 from ke_ray.errors import CheckpointError
 
 __all__ = ["HttpFile", "RetryPolicy", "call_within", "download", "is_disk_error", "probe", "redact"]
@@ -85,7 +87,10 @@ class AbsentError(Exception):
 
 def redact(url: str) -> str:
     """``url`` without user name, password and query, fit for messages."""
-    parts = urllib.parse.urlsplit(url)
+    try:
+        parts = urllib.parse.urlsplit(url)
+    except ValueError:  # brackets that enclose no address
+        return secrets.redact(url.partition("?")[0])
     return urllib.parse.urlunsplit((parts.scheme, parts.netloc.split("@")[-1], parts.path, "", ""))
 
 
@@ -234,7 +239,15 @@ def _attempt(
 
 
 def _open(url: str, headers: dict[str, str], timeout_s: float, method: str = "GET") -> Any:
+    parts = urllib.parse.urlsplit(url)
+    user, at, host = parts.netloc.rpartition("@")
+    if at:
+        url = urllib.parse.urlunsplit(parts._replace(netloc=host))
     request = urllib.request.Request(url, headers=_HEADERS | headers, method=method)
+    if at:
+        # Python would take the password for a part of the address. Not to follow a redirect.
+        login = base64.b64encode(urllib.parse.unquote(user).encode()).decode()
+        request.add_unredirected_header("Authorization", f"Basic {login}")
     return urllib.request.urlopen(request, timeout=timeout_s)
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import platform
-import re
 import shlex
 import sys
 from typing import Any
 
 from ke_ray import __version__, storage
 from ke_ray.errors import ResultsError
+from ke_ray.secrets import redact, redacted
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -19,7 +19,6 @@ __all__ = [
     "new_manifest",
     "now",
     "read_manifest",
-    "redact",
     "versions",
     "write_manifest",
 ]
@@ -28,13 +27,6 @@ __all__ = [
 SCHEMA_VERSION = 1
 
 _PACKAGES = ("ray", "torch", "transformers", "tokenizers", "numpy", "pyarrow", "optuna", "mlflow")
-_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
-_TOKENS = re.compile(r"\b(hf_[A-Za-z0-9]{8,}|(?i:token|password|secret|api_?key)=[^\s&]+)")
-
-
-def redact(text: str) -> str:
-    """``text`` without user names and passwords in URLs, and without access tokens."""
-    return _TOKENS.sub("<redacted>", _CREDENTIALS.sub("<redacted>@", text))
 
 
 def now() -> str:
@@ -70,23 +62,14 @@ def new_manifest(kind: str, config: dict[str, Any]) -> dict[str, Any]:
         "updated_at": now(),
         "command": command_line(),
         "versions": versions(),
-        "config": _redacted(config),
+        "config": config,
     }
 
 
-def _redacted(value: Any) -> Any:
-    if isinstance(value, str):
-        return redact(value)
-    if isinstance(value, dict):
-        return {key: _redacted(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_redacted(item) for item in value]
-    return value
-
-
 def write_manifest(folder: str, manifest: dict[str, Any]) -> None:
-    """Write ``manifest.json``, stamped with the time."""
-    storage.write_json(storage.join(folder, "manifest.json"), {**manifest, "updated_at": now()})
+    """Write ``manifest.json``, stamped with the time, without secrets."""
+    told = redacted({**manifest, "updated_at": now()})
+    storage.write_json(storage.join(folder, "manifest.json"), told)
 
 
 def read_manifest(folder: str, kind: str | None = None) -> dict[str, Any]:

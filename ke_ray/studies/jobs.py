@@ -17,13 +17,10 @@ from pydantic import Field, field_validator
 from ke_ray import storage
 from ke_ray.config import Strict, load_study, parse_yaml
 from ke_ray.errors import ConfigError
+from ke_ray.secrets import is_secret_name
 
-__all__ = ["JobStudy", "is_secret_name", "load_job", "refuse_secrets", "runtime_env_of"]
+__all__ = ["JobStudy", "load_job", "refuse_secrets", "runtime_env_of"]
 
-_SECRET_WORDS = frozenset(
-    {"TOKEN", "PASSWORD", "PASSWD", "PASSPHRASE", "SECRET", "CREDENTIAL", "CREDENTIALS", "APIKEY"}
-)
-_SECRET_PARTS = ("PASSWORD", "SECRET", "API_KEY", "ACCESS_KEY", "PRIVATE_KEY", "AUTH_KEY")
 _URL_WITH_USER = re.compile(r"://(?!git@)[^/\s@'\"]+@")
 _ASSIGNMENT = re.compile(
     r"""(?:--([A-Za-z][\w-]*)[=\s]\s*|(?<![\w.-])([A-Za-z_]\w*)=)['"]?([^\s'"]+)"""
@@ -56,21 +53,6 @@ class JobStudy(Strict):
             key: str(v) if isinstance(v, int | float) and not isinstance(v, bool) else v
             for key, v in values.items()
         }
-
-
-def is_secret_name(name: str) -> bool:
-    """Whether a variable of this name holds a secret (``HF_TOKEN``, ``MLFLOW_TRACKING_PASSWORD``).
-
-    ``TOKENIZERS_PARALLELISM`` does not, ``RAY_AUTH_TOKEN_PATH`` names a file, and ``eos_token_id``
-    is a number.
-    """
-    upper = name.upper().replace("-", "_")
-    if upper.endswith(("_PATH", "_FILE")):
-        return False
-    if any(part in upper for part in _SECRET_PARTS):
-        return True
-    words = upper.split("_")
-    return words[-1] not in ("ID", "IDS") and not _SECRET_WORDS.isdisjoint(words)
 
 
 def load_job(path: str, overrides: list[str], environ: Mapping[str, str]) -> JobStudy:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ke_ray import storage
 from ke_ray.errors import CheckpointSpecError
+from ke_ray.secrets import redact, redacted
 from ke_ray.studies.continual import ContinualStudy
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def list_runs(study: ContinualStudy) -> list[RunSpec]:
 
 def study_identity(study: ContinualStudy) -> str:
     """Hex sha256 of the keys that change a run's result."""
-    keys = study.model_dump(mode="json", exclude=set(NOT_IDENTITY))
+    keys = redacted(study.model_dump(mode="json", exclude=set(NOT_IDENTITY)))
     return hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()
 
 
@@ -143,7 +144,7 @@ def write_failed(
     study: ContinualStudy, spec: RunSpec, error: str, *, fit: str | None = None
 ) -> None:
     """Keep a failed run's row; the next command (another ``fit``) tries the run again."""
-    row = {**base_row(study, spec), "status": "failed", "error": error, "fit": fit}
+    row = {**base_row(study, spec), "status": "failed", "error": redact(error), "fit": fit}
     write_row(study, spec, row)
 
 

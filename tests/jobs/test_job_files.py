@@ -14,8 +14,9 @@ import yaml
 from ke_ray.cli import app
 from ke_ray.config import load_study
 from ke_ray.errors import ConfigError
+from ke_ray.secrets import is_secret_name
 from ke_ray.studies.continual import ContinualStudy
-from ke_ray.studies.jobs import is_secret_name, load_job, runtime_env_of
+from ke_ray.studies.jobs import load_job, runtime_env_of
 from ke_ray.studies.scan import ScanStudy
 from ke_ray.studies.sweep import load_sweep
 from ke_ray.studies.training import PretrainStudy

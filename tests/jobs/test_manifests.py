@@ -12,7 +12,7 @@ import jsonschema
 import pytest
 import yaml
 
-from ke_ray.studies.jobs import is_secret_name
+from ke_ray.secrets import is_secret_name
 
 ROOT = Path(__file__).parents[2]
 MANIFESTS = [ROOT / "jobs" / f"kuberay-{kind}.yaml" for kind in ("cpu", "gpu")]

@@ -1,0 +1,60 @@
+"""What must not be written down: passwords in URLs, access tokens, variables named like one."""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import Any
+
+__all__ = ["RedactingFormatter", "is_secret_name", "redact", "redacted"]
+
+# To the last "@" before the path: a password may hold one itself. In hf://name@revision it is none.
+_CREDENTIALS = re.compile(r"(?<=://)(?<!hf://)[^/\s?#]*@")
+_TOKENS = re.compile(
+    r"\b(hf_[A-Za-z0-9]{8,}"
+    r"|(?i:token|password|passwd|secret|signature|sig|credential|api_?key|access_?key(?:_?id)?"
+    r"|AWSAccessKeyId)=[^\s&'\"]+)"
+)
+_SECRET_WORDS = frozenset(
+    {"TOKEN", "PASSWORD", "PASSWD", "PASSPHRASE", "SECRET", "CREDENTIAL", "CREDENTIALS", "APIKEY"}
+)
+_SECRET_PARTS = ("PASSWORD", "SECRET", "API_KEY", "ACCESS_KEY", "PRIVATE_KEY", "AUTH_KEY")
+
+
+def redact(text: str) -> str:
+    """``text`` without user names and passwords in URLs, and without access tokens."""
+    return _TOKENS.sub("<redacted>", _CREDENTIALS.sub("<redacted>@", text))
+
+
+def redacted(value: Any) -> Any:
+    """Nested plain values with every text through :func:`redact`; tuples become lists."""
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, dict):
+        return {key: redacted(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [redacted(item) for item in value]
+    return value
+
+
+def is_secret_name(name: str) -> bool:
+    """Whether a variable of this name holds a secret (``HF_TOKEN``, ``MLFLOW_TRACKING_PASSWORD``).
+
+    ``TOKENIZERS_PARALLELISM`` does not, ``RAY_AUTH_TOKEN_PATH`` names a file, and ``eos_token_id``
+    is a number.
+    """
+    upper = name.upper().replace("-", "_")
+    if upper.endswith(("_PATH", "_FILE")):
+        return False
+    if any(part in upper for part in _SECRET_PARTS):
+        return True
+    words = upper.split("_")
+    return words[-1] not in ("ID", "IDS") and not _SECRET_WORDS.isdisjoint(words)
+
+
+class RedactingFormatter(logging.Formatter):
+    """Log lines, tracebacks included, without secrets."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line."""
+        return redact(super().format(record))
