@@ -24,11 +24,13 @@ def publish_scan(output: str, run: TrackedRun) -> None:
 
     A scan whose checkpoints all failed has nothing to draw; that is no error here.
     """
+    from ke_ray.engine.scan_prediction import read_predictions
     from ke_ray.report.picture import picture
     from ke_ray.report.terminal import headline_rows, rows_as_csv
 
     run.log_text(rows_as_csv(headline_rows([output])), "headline.csv")
     names = ["entropy.parquet", "manifest.json"]
+    names += ["resuscitation.parquet"] if read_predictions(output) else []
     try:
         picture(output, storage.join(output, "entropy.png"))
         names.append("entropy.png")

@@ -113,13 +113,17 @@ def execute_scan(study: ScanStudy) -> ScanOutcome:
     from ke_ray.cli.progress import ScanDisplay
     from ke_ray.cli.publish import publish_scan
     from ke_ray.engine.scan import run_scan
+    from ke_ray.engine.scan_prediction import write_predictions
     from ke_ray.engine.scan_setup import prepare_scan
+    from ke_ray.engine.scan_tracking import log_predictions
     from ke_ray.tracking import Tracker
 
     setup = prepare_scan(study)
     with Tracker(study.mlflow) as tracker:
         outcome = run_scan(setup, ScanDisplay(), tracker)
-        publish_scan(study.output, tracker.run(outcome.mlflow_run_id))
+        run = tracker.run(outcome.mlflow_run_id)
+        log_predictions(run, write_predictions(study.output), setup)
+        publish_scan(study.output, run)
     print_results(study.output)
     for name, error in outcome.failures:
         typer.echo(f"failed: {name}: {error}", err=True)
@@ -156,10 +160,13 @@ def results(
 
 
 def print_results(path: str | Path) -> None:
-    """The headline table of a result folder."""
+    """The headline table of a result folder, and what resuscitation made of a scan's entropy."""
+    from ke_ray.engine.scan_prediction import prediction_lines, read_predictions
     from ke_ray.report.terminal import print_results as show
 
-    show([str(path)])
+    for result in show([str(path)]):
+        for line in prediction_lines(read_predictions(result.path)):
+            typer.echo(line)
 
 
 def register(app: typer.Typer) -> None:

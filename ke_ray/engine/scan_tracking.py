@@ -15,7 +15,7 @@ from ke_ray.tracking import TrackedRun, Tracker
 if TYPE_CHECKING:
     from ke_ray.engine.scan_setup import ScanSetup
 
-__all__ = ["log_finished", "log_scan_metrics", "start_scan_run"]
+__all__ = ["log_finished", "log_predictions", "log_scan_metrics", "start_scan_run"]
 
 
 def start_scan_run(setup: ScanSetup, tracker: Tracker) -> TrackedRun:
@@ -65,6 +65,20 @@ def log_scan_metrics(
     sha256 = _first(row["weights_sha256"] for row in ok)
     if sha256:
         run.set_tags({f"weights_sha256.{ok[0]['checkpoint']}": sha256})
+
+
+def log_predictions(run: TrackedRun, rows: Sequence[Mapping[str, Any]], setup: ScanSetup) -> None:
+    """Log what resuscitation was predicted to make of the entropy, beside what was measured."""
+    index = {ref.name: place for place, ref in enumerate(setup.refs)}
+    first = next(iter(setup.corpora))
+    for row in rows:
+        if row["layer"] is None and row["corpus"] == first and row["predicted_nats"] is not None:
+            step = index.get(row["checkpoint"], 0) if row["step"] is None else row["step"]
+            metrics = {
+                "knowledge_entropy_before/total_nats": row["before_nats"],
+                "knowledge_entropy_predicted/total_nats": row["predicted_nats"],
+            }
+            run.log_metrics(metrics, step, _began_ms(setup))
 
 
 def _first(values: Iterable[str | None]) -> str | None:

@@ -55,12 +55,14 @@ def find_coefficients(
     if source.endswith((".pt", ".pth", ".bin")):
         return FoundCoefficients(_read_authors_file(source), source, verified=False)
     folder = ScanFolder.open(source)
+    # The rows of such a scan have the hash of the files, but C̄ is that of the changed weights.
+    is_changed = folder.manifest["identity"].get("resuscitation") is not None
     names: dict[str, str] = {}
     for row in folder.entropy().select(["checkpoint", "weights_sha256", "status"]).to_pylist():
         if row["status"] == "ok" and row["weights_sha256"]:
             names.setdefault(row["checkpoint"], row["weights_sha256"])
     for name, sha256 in names.items():
-        if weights_sha256 is not None and sha256 == weights_sha256:
+        if weights_sha256 is not None and sha256 == weights_sha256 and not is_changed:
             return FoundCoefficients(folder.mean_coefficients(name), f"{source}#{name}", True)
     if allow_mismatch:
         fallback = checkpoint if checkpoint in names else None
@@ -78,7 +80,8 @@ def find_coefficients(
     )
     raise ResultsError(
         f"'{source}' has no coefficients of these weights (weights_sha256 "
-        f"{(weights_sha256 or 'unknown')[:12]}…); it has those of: {there}.{hint}"
+        f"{(weights_sha256 or 'unknown')[:12]}…); it has those of: {there}"
+        f"{', resuscitated after load' if is_changed else ''}.{hint}"
     )
 
 

@@ -174,6 +174,46 @@ def test_controls(ke_ray, golden, scan, tmp_path, control):
         assert record["predicted_entropy_nats"] == pytest.approx(record["entropy_nats"])
 
 
+def test_a_scan_of_the_written_folder_shows_what_was_predicted(
+    ke_ray, golden, values, scan, tmp_path
+):
+    from ke_ray import storage
+    from ke_ray.engine.scan_prediction import prediction_lines, write_predictions
+
+    out = tmp_path / "new"
+    arguments = ["--coefficients", scan, "--ratio", 0.5, "--factor", 2, "--output", out]
+    assert ke_ray("resuscitate", golden / "hf", *arguments).code == 0
+    record = json.loads((out / "resuscitation.json").read_text())
+    # As a scan of that folder leaves it (tests/engine has a real one).
+    after = make_scan(tmp_path / "after", golden, values, name="new")
+    manifest = storage.read_json(str(after / "manifest.json"))
+    manifest["checkpoints"] = [{"name": "new", "location": str(out)}]
+    storage.write_json(str(after / "manifest.json"), manifest)
+    (row,) = write_predictions(str(after))
+    assert row["predicted_nats"] == pytest.approx(sum(record["predicted_entropy_nats"]))
+    assert row["before_nats"] == pytest.approx(sum(record["entropy_nats"]))
+    assert (row["measured_nats"], row["factor"], row["control"]) == (1.0, 2.0, None)
+    assert prediction_lines([row])[-1].endswith("   1.0000  text")
+    assert write_predictions(str(scan)) == [], "nothing there was resuscitated"
+
+
+def test_coefficients_of_a_resuscitated_scan_are_not_the_files_own(ke_ray, golden, scan, tmp_path):
+    """Its rows have the files' hash, but what was measured are the weights changed after load."""
+    from ke_ray import storage
+
+    manifest = storage.read_json(str(scan / "manifest.json"))
+    manifest["identity"]["resuscitation"] = {"ratio": 0.5, "factor": 2.0}
+    storage.write_json(str(scan / "manifest.json"), manifest)
+    out = tmp_path / "new"
+    arguments = ["--coefficients", scan, "--ratio", 0.5, "--output", out]
+    refused = ke_ray("resuscitate", golden / "hf", *arguments)
+    assert refused.code == 2
+    assert "golden, resuscitated after load" in refused.err
+    assert ke_ray("resuscitate", golden / "hf", *arguments, "--allow-mismatch").code == 0
+    record = json.loads((out / "resuscitation.json").read_text())
+    assert record["coefficients_verified"] is False
+
+
 def test_coefficients_of_other_weights_only_when_allowed_and_recorded(
     ke_ray, golden, values, reference_data, scan, tmp_path
 ):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ke_ray.core.resuscitation import multipliers, predicted_entropy_nats
+from ke_ray.engine.scan_prediction import prediction_lines, read_predictions, write_predictions
 from ke_ray.results import ScanFolder
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -34,3 +35,21 @@ def test_the_first_layer_becomes_what_was_predicted(scan, scan_study, series, tm
     assert found["step20", 0] == pytest.approx(float(predicted[0]), abs=1e-5)
     # Deeper layers get other inputs; the prediction holds those fixed.
     assert found["step20", 1] == pytest.approx(float(predicted[1]), abs=0.2)
+
+    before = {
+        row["layer"]: row["value"] for row in ScanFolder.open(plain.output).entropy().to_pylist()
+    }
+    rows = {row["layer"]: row for row in write_predictions(revived.output)}
+    assert set(rows) == {0, 1, None}
+    for layer, row in rows.items():
+        assert row["checkpoint"] == "step20"
+        assert row["measured_nats"] == found["step20", layer]
+        assert row["before_nats"] == pytest.approx(before[layer], abs=1e-6)
+        expected = predicted.sum() if layer is None else predicted[layer]
+        assert row["predicted_nats"] == pytest.approx(float(expected), abs=1e-12)
+        assert row["coefficients_verified"] is True
+    assert read_predictions(revived.output)[-1]["ratio"] == 0.5
+    lines = prediction_lines(read_predictions(revived.output))
+    numbers = [f"{rows[None][name]:.4f}" for name in ("before_nats", "predicted_nats")]
+    assert lines[-1].split() == ["step20", *numbers, f"{found['step20', None]:.4f}", "ids"]
+    assert write_predictions(plain.output) == []
