@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ke_ray import storage
+from ke_ray.engine.metrics import TrainingMeter
 from ke_ray.engine.session import ray_session
 from ke_ray.engine.train import fit, progress_of
 from ke_ray.errors import KeRayError, ResultsError
@@ -231,8 +232,9 @@ def _continual_worker(
             continue  # finished, or failed, by an earlier attempt
         if worker.is_main:
             storage.write_json(_current(study), {"run": spec.name})
+        meter = TrainingMeter(study, spec.name, on_progress)
         try:
-            run_continual(study, spec, worker, on_progress)
+            run_continual(study, spec, worker, meter, on_probes=meter.probes)
         except Exception as error:
             if worker.world_size > 1:
                 raise  # the others may wait in a collective: Ray ends them, the driver goes on

@@ -19,6 +19,7 @@ from typing import Any
 import pyarrow as pa
 
 from ke_ray import storage
+from ke_ray.engine.metrics import ScanMeter, study_label
 from ke_ray.engine.plan import plan_items
 from ke_ray.engine.scan_collect import Collector, ScanOutcome, ScanProgress
 from ke_ray.engine.scan_setup import ScanSetup
@@ -177,8 +178,9 @@ def _score(setup: ScanSetup, run: TrackedRun, progress: ScanProgress, outcome: S
         runtime_env={"env_vars": worker_env(settings.threads)},
         **per_actor,
     )
-    collector = Collector(setup, settings, run, progress, outcome)
-    with _ticking(monitor, progress):
+    meter = ScanMeter(progress, outcome, study_label(study), len(setup.works), num_actors)
+    collector = Collector(setup, settings, run, meter, outcome)
+    with _ticking(monitor, meter):
         try:
             for batch in dataset.iter_batches(
                 batch_size=None, batch_format="pyarrow", prefetch_batches=0
@@ -220,8 +222,8 @@ def _actors(setup: ScanSetup) -> tuple[int, dict[str, float]]:
 
 
 @contextmanager
-def _ticking(monitor: Any, progress: ScanProgress) -> Iterator[None]:
-    """Ask the monitor for the tokens scored, once a second, on a thread."""
+def _ticking(monitor: Any, meter: ScanMeter) -> Iterator[None]:
+    """Ask the monitor for what was scored, once a second, on a thread."""
     import ray
 
     stopped = threading.Event()
@@ -229,7 +231,7 @@ def _ticking(monitor: Any, progress: ScanProgress) -> Iterator[None]:
     def tick() -> None:
         while not stopped.wait(1.0):
             try:
-                progress.tokens(ray.get(monitor.tokens.remote(), timeout=5))
+                meter.tick(*ray.get(monitor.scored.remote(), timeout=5))
             except ray.exceptions.RayError:
                 continue
 
@@ -241,4 +243,4 @@ def _ticking(monitor: Any, progress: ScanProgress) -> Iterator[None]:
         stopped.set()
         thread.join(timeout=10)
     with suppress(ray.exceptions.RayError):
-        progress.tokens(ray.get(monitor.tokens.remote(), timeout=5))
+        meter.tick(*ray.get(monitor.scored.remote(), timeout=5))

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
+from ke_ray.engine.metrics import ScanMeter
 from ke_ray.engine.plan import CheckpointWork
 from ke_ray.engine.scan_setup import ScanSetup
 from ke_ray.engine.scan_tracking import log_scan_metrics
@@ -94,13 +95,13 @@ class Collector:
         setup: ScanSetup,
         settings: ScorerSettings,
         run: TrackedRun,
-        progress: ScanProgress,
+        meter: ScanMeter,
         outcome: ScanOutcome,
     ) -> None:
         self._setup = setup
         self._settings = settings
         self._run = run
-        self._progress = progress
+        self._meter = meter
         self._outcome = outcome
         self._pending = {work.index: _Pending(work) for work in setup.works}
         self._fold_after = time.monotonic() + _FOLD_EVERY_S
@@ -111,9 +112,9 @@ class Collector:
         pending = self._pending.get(index)
         if pending is None or corpus in pending.done:
             return  # the rest of a checkpoint that has failed already
-        self._outcome.timings.append(
-            {k: output[k] for k in ("fetch_s", "load_s", "score_s", "wait_s") if output[k]}
-        )
+        timing = {k: output[k] for k in ("fetch_s", "load_s", "score_s", "wait_s") if output[k]}
+        if timing:
+            self._outcome.timings.append(timing)
         if output["status"] == "ok" and output["sums"] is not None:
             output = self._merge(pending, output)
         if output["status"] == "ok" and output["rows"] is None:
@@ -203,7 +204,7 @@ class Collector:
             row["num_tokens"] or 0 for row in {row["corpus"]: row for row in pending.rows}.values()
         )
         log_scan_metrics(self._run, pending.rows, index, self._setup)
-        self._progress.checkpoint(ref, pending.rows)
+        self._meter.checkpoint(ref, pending.rows)
         # Folding reads and writes all tables again, which takes ever longer in a long series.
         if (started := time.monotonic()) > self._fold_after:
             folder.consolidate()

@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -53,25 +53,26 @@ class ScanMonitor:
 
     def __init__(self) -> None:
         self._attempts: dict[int, int] = {}
-        self._tokens: dict[int, int] = {}
+        self._scored: dict[int, tuple[int, float]] = {}
 
     def begin(self, item: int) -> int:
         """Count an attempt at an item; returns how many there were, this one included."""
         self._attempts[item] = self._attempts.get(item, 0) + 1
-        self._tokens[item] = 0
+        self._scored[item] = (0, 0.0)
         return self._attempts[item]
 
     def attempts(self, item: int) -> int:
         """How often an item was begun."""
         return self._attempts.get(item, 0)
 
-    def report(self, item: int, num_tokens: int) -> None:
-        """Tokens scored of an item so far."""
-        self._tokens[item] = num_tokens
+    def report(self, item: int, num_tokens: int, busy_s: float) -> None:
+        """Tokens scored of an item so far, and the seconds that took."""
+        self._scored[item] = (num_tokens, busy_s)
 
-    def tokens(self) -> int:
-        """Tokens scored of all items so far."""
-        return sum(self._tokens.values())
+    def scored(self) -> tuple[int, float]:
+        """Tokens and seconds of all items so far."""
+        tokens, seconds = zip(*self._scored.values(), strict=True) if self._scored else ((), ())
+        return sum(tokens), sum(seconds)
 
 
 @dataclass
@@ -163,7 +164,7 @@ class CheckpointScorer:
                 sums = [self._sum(loaded.model, stretch, report) for stretch in item.stretches]
                 ended = time.monotonic()
             scored = sum(part.total_tokens for part in sums)
-            self._monitor.report.remote(item.index, scored)
+            self._monitor.report.remote(item.index, scored, ended - started)
             for stretch, part in zip(item.stretches, sums, strict=True):
                 outputs.append(self._output(item, ref, stretch, part))
             sha256 = loaded.sha256.result()
@@ -175,7 +176,8 @@ class CheckpointScorer:
             "score_s": ended - started,
             "wait_s": started - waiting,
         }
-        return output_table([{**timings, **output} for output in outputs])
+        outputs[0] |= timings  # once an item
+        return output_table(outputs)
 
     def _sum(self, model: Any, stretch: Stretch, report: Any) -> GroupSums:
         from ke_ray.models.scoring import score_instances
@@ -228,7 +230,9 @@ class CheckpointScorer:
                         slot.ready.set_result(self._load(ref))
                 except BaseException as error:
                     slot.ready.set_exception(error)
-            yield slot.ready.result()
+            loaded = slot.ready.result()
+            # Whoever finds it loaded has waited for nothing.
+            yield loaded if is_owner else replace(loaded, fetch_s=0.0, load_s=0.0)
         finally:
             with self._guard:
                 slot.users -= 1
@@ -263,14 +267,16 @@ class CheckpointScorer:
         return _Loaded(model, fetched - started, time.monotonic() - fetched, digest)
 
     def _reporter(self, item: int) -> Any:
-        total, last = 0, time.monotonic()
+        total = 0
+        last = started = time.monotonic()
 
         def report(num_tokens: int) -> None:
             nonlocal total, last
             total += num_tokens
-            if time.monotonic() - last >= _REPORT_EVERY_S:
-                last = time.monotonic()
-                self._monitor.report.remote(item, total)
+            now = time.monotonic()
+            if now - last >= _REPORT_EVERY_S:
+                last = now
+                self._monitor.report.remote(item, total, now - started)
 
         return report
 

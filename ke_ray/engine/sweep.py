@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ke_ray import storage
+from ke_ray.engine.metrics import record, study_label
 from ke_ray.engine.session import ray_session
 from ke_ray.engine.sweep_plan import SweepPlan, Trial, identity_keys
 from ke_ray.engine.sweep_resources import TrialResources, trial_resources
@@ -166,6 +167,7 @@ class _Run:
         """Run the trials that are missing."""
         study, resources = self.plan.study, self.resources
         assert resources is not None
+        record("ke_ray_sweep_trials_planned", pending, study=study_label(study))
         self._write_start()
         if self.progress is not None:
             self.progress.start(
@@ -258,6 +260,7 @@ class _Run:
             row = trial.row()
         assert row is not None
         self._log_child(trial, row)
+        record("ke_ray_sweep_trials", 1, study=study_label(self.plan.study), status=row["status"])
         if self.progress is not None:
             self.progress.ended(trial.trial_id, row)
         trials = sweep_rows(self.plan)

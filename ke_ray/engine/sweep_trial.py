@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ke_ray import storage
+from ke_ray.engine.metrics import TrainingMeter
 from ke_ray.errors import KeRayError
 from ke_ray.studies.continual import ContinualStudy
 from ke_ray.studies.parts import TrackingSettings
@@ -152,13 +153,14 @@ def _execute(
 
     torch.set_num_threads(config["threads"])
     probes = _Probes(watch)
+    meter = TrainingMeter(study, spec.name, probes.on_progress, probes)
     run_continual(
         study,
         spec,
         Worker(device=config["device"]),
-        probes.on_progress,
+        meter,
         parent_id=config["parent_id"],
-        on_probes=probes,
+        on_probes=meter.probes,
     )
 
 
@@ -249,13 +251,14 @@ def _train_worker(
         probes.on_progress(progress)
         on_progress(progress, **more)
 
+    meter = TrainingMeter(payload["study"], payload["spec"].name, show, probes)
     run_continual(
         payload["study"],
         payload["spec"],
         worker,
-        show,
+        meter,
         parent_id=payload["parent_id"],
-        on_probes=probes,
+        on_probes=meter.probes,
     )
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ke_ray import errors, storage
+from ke_ray.engine.metrics import TrainingMeter
 from ke_ray.engine.session import cluster_resources, kept_handlers, ray_session
 from ke_ray.errors import ConfigError, KeRayError, TrainingError
 from ke_ray.studies.training import PretrainStudy, TrainingKeys
@@ -270,7 +271,7 @@ def progress_of(found: dict[str, Any]) -> Progress:
 def _pretrain_worker(
     study: PretrainStudy, worker: Worker, on_progress: Callable[..., None]
 ) -> None:
-    run_pretrain(study, on_progress, worker)
+    run_pretrain(study, TrainingMeter(study, "pretrain", on_progress), worker)
 
 
 def run_pretrain_on_ray(
