@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # tests of all folders start the same servers
 
 # Before any test module imports Ray, which reads it then (see ke_ray.engine.session).
 os.environ.setdefault("RAY_AUTH_MODE", "token")
@@ -27,3 +31,12 @@ def reference_data() -> Path:
     if not (root / "golden").is_dir():
         pytest.skip(f"reference data is absent: no folder {root} (set KE_RAY_REFERENCE_DATA)")
     return root
+
+
+@pytest.fixture
+def mlflow_server(tmp_path: Path) -> Iterator[str]:
+    """The URI of a real tracking server on the loopback."""
+    from servers import running_mlflow
+
+    with running_mlflow(tmp_path) as uri:
+        yield uri

@@ -18,6 +18,7 @@ from typing import Any
 from ke_ray import storage
 from ke_ray.engine.metrics import TrainingMeter
 from ke_ray.engine.session import ray_session
+from ke_ray.engine.shared_storage import check_nodes_see
 from ke_ray.engine.train import fit, progress_of
 from ke_ray.errors import KeRayError, ResultsError
 from ke_ray.results.manifest import new_manifest, read_manifest, write_manifest
@@ -36,7 +37,14 @@ from ke_ray.training.runs import (
     write_failed,
 )
 
-__all__ = ["ContinualOutcome", "RunProgress", "collect", "prepare_continual", "run_continual_study"]
+__all__ = [
+    "ContinualOutcome",
+    "RunProgress",
+    "collect",
+    "prepare_continual",
+    "read_by_workers",
+    "run_continual_study",
+]
 
 log = logging.getLogger(__name__)
 
@@ -242,6 +250,22 @@ def _continual_worker(
             write_failed(study, spec, _told(error), fit=payload["fit"])
 
 
+def read_by_workers(
+    study: ContinualStudy, specs: Sequence[RunSpec]
+) -> list[tuple[str, str | None]]:
+    """What the workers of these runs read: (what it is, path or URI)."""
+    found: list[tuple[str, str | None]] = [
+        ("The checkpoint", spec.ref.location) for spec in specs if spec.ref.is_local
+    ]
+    for group in ("corpus", "injection", "downstream", "held_out", "entropy", "resuscitation"):
+        keys = getattr(study, group)
+        for name in ("source", "paraphrase", "once", "schedule", "data", "coefficients"):
+            found.append((f"{group}.{name}", getattr(keys, name, None)))
+    own_tasks = study.downstream.own_tasks if study.downstream else {}
+    found += [(f"downstream.own_tasks.{name}", place) for name, place in own_tasks.items()]
+    return [*found, ("tokenizer", study.tokenizer)]
+
+
 def _run_on_ray(
     study: ContinualStudy,
     specs: Sequence[RunSpec],
@@ -254,6 +278,7 @@ def _run_on_ray(
     left = list(pending)
     with ray_session():
         outcome.phases_s["ray_start"] = time.perf_counter() - started
+        check_nodes_see(read_by_workers(study, pending), study.output)
         while left:
             fit_id = f"{time.time_ns():x}"
             payload = {"study": study, "specs": left, "fit": fit_id}

@@ -32,6 +32,7 @@ from ke_ray.engine.session import (
     ray_session,
     worker_env,
 )
+from ke_ray.engine.shared_storage import check_nodes_see
 from ke_ray.errors import ResultsError, StorageError, UserError
 from ke_ray.tracking import TrackedRun, Tracker
 
@@ -131,6 +132,9 @@ def _score(setup: ScanSetup, run: TrackedRun, progress: ScanProgress, outcome: S
     import ray
 
     study = setup.study
+    local = [("The checkpoint", ref.location) for ref in setup.refs if ref.is_local]
+    coefficients = study.resuscitation.coefficients if study.resuscitation else None
+    check_nodes_see([*local, ("resuscitation.coefficients", coefficients)])
     num_actors, per_actor = _actors(setup)
     items = plan_items(setup.works, num_actors)
     num_actors = min(num_actors, len(items))

@@ -23,7 +23,6 @@ __all__ = [
     "cluster_resources",
     "kept_handlers",
     "most_cpus_of_a_node",
-    "num_nodes",
     "ray_session",
     "worker_env",
 ]
@@ -180,10 +179,3 @@ def most_cpus_of_a_node() -> int:
 
     nodes = (node["Resources"] for node in ray.nodes() if node["Alive"])
     return max((int(resources.get("CPU", 0)) for resources in nodes), default=0)
-
-
-def num_nodes() -> int:
-    """Nodes that are alive."""
-    import ray
-
-    return sum(1 for node in ray.nodes() if node["Alive"])

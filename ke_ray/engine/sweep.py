@@ -18,8 +18,10 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ke_ray import storage
+from ke_ray.engine.continual import read_by_workers
 from ke_ray.engine.metrics import record, study_label
 from ke_ray.engine.session import ray_session
+from ke_ray.engine.shared_storage import check_nodes_see
 from ke_ray.engine.sweep_plan import SweepPlan, Trial, identity_keys
 from ke_ray.engine.sweep_resources import TrialResources, trial_resources
 from ke_ray.engine.sweep_trial import STOPPED_TAG, TIME, VALUE, config_of_trial, run_key
@@ -109,12 +111,16 @@ def run_sweep(
             for name, value in ENVIRONMENT.items():
                 os.environ.setdefault(name, value)
             session.enter_context(ray_session())
+            missing = [trial for trial in plan.trials if not trial.is_done]
+            check_nodes_see(
+                [read for t in missing for read in read_by_workers(t.study, [t.spec])], study.output
+            )
             run.resources = trial_resources(study, _nodes(), pending)
             outcome.phases_s["ray_start"] = time.perf_counter() - started
         held.enter_context(_alone(study.output))
         parent = run.parent = tracker.start_run(
             study.name or study.output.rstrip("/").rsplit("/", 1)[-1],
-            key=f"sweep {os.path.abspath(study.output)}",
+            key=f"sweep {storage.absolute(study.output)}",
             kind="sweep",
             params=study.model_dump(mode="json", by_alias=True, exclude={"mlflow"}),
         )
@@ -296,6 +302,9 @@ class _Run:
         }
         found = {name: objective_value(row, metric) for name, metric in named.items()}
         run = self.tracker.run(run_id)
+        # A group that is off has no keys, and MLflow would draw its trial beside the largest value.
+        off = {key: "none" for key, value in trial.params.items() if value is None}
+        run.log_params(off)
         run.log_metrics({k: v for k, v in found.items() if v is not None}, row["num_steps"] or 0)
         run.set_tags({"ke_ray.trial": trial.trial_id, "ke_ray.point": str(trial.point.number)})
 

@@ -24,6 +24,7 @@ from typing import Any
 from ke_ray import errors, storage
 from ke_ray.engine.metrics import TrainingMeter
 from ke_ray.engine.session import cluster_resources, kept_handlers, ray_session
+from ke_ray.engine.shared_storage import check_nodes_see
 from ke_ray.errors import ConfigError, KeRayError, TrainingError
 from ke_ray.studies.training import PretrainStudy, TrainingKeys
 from ke_ray.training.loop import Progress, StepRecord
@@ -159,8 +160,15 @@ def build_trainer(
     per_worker: dict[str, float] = {"CPU": resources.cpus}
     if resources.use_gpu:
         per_worker["GPU"] = 1
+    # In a closure and not in the config, which Ray shows: MLflow's credentials are among them.
+    environment = {k: v for k, v in os.environ.items() if k.startswith("MLFLOW_")}
+
+    def main(config: dict[str, Any]) -> None:
+        os.environ.update(environment)
+        _worker_main(config)
+
     return TorchTrainer(
-        _worker_main,
+        main,
         train_loop_config={
             "function": function,
             "payload": payload,
@@ -288,6 +296,10 @@ def run_pretrain_on_ray(
         return run_pretrain(study)
     prepare_data(study)
     with ray_session():
+        data = study.data
+        check_nodes_see(
+            [("data.source", data.source), ("data.tokenizer", data.tokenizer)], study.output
+        )
         fit(
             _pretrain_worker,
             study,

@@ -3,14 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,45 +14,6 @@ pytestmark = pytest.mark.slow
 
 NUM_WRITERS = 8
 NUM_STEPS = 60
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[str]:
-    """``mlflow server`` on the loopback, ended by its own process group."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    log = (tmp_path / "server.txt").open("wb")
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"),
-            *("--port", str(port), "--workers", "1"),
-            *("--backend-store-uri", f"sqlite:///{tmp_path}/server.db"),
-            *("--artifacts-destination", str(tmp_path / "artifacts")),
-        ],
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"},
-        start_new_session=True,
-    )
-    uri, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 180
-    try:
-        while True:
-            try:
-                urllib.request.urlopen(f"{uri}/health", timeout=2)
-                break
-            except OSError:
-                assert process.poll() is None, (tmp_path / "server.txt").read_text()
-                assert time.monotonic() < deadline, "the server did not answer"
-                time.sleep(0.5)
-        yield uri
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-        log.close()
 
 
 def write_trial(uri: str, number: int, parent_id: str, start: object, results: object) -> None:
@@ -132,8 +85,8 @@ def test_eight_writers_on_sqlite(tmp_path: Path) -> None:
     check_eight_writers(f"sqlite:///{tmp_path}/mlflow.db")
 
 
-def test_eight_writers_on_a_server(server: str) -> None:
-    check_eight_writers(server)
+def test_eight_writers_on_a_server(mlflow_server: str) -> None:
+    check_eight_writers(mlflow_server)
 
 
 def test_children_of_a_killed_sweep_are_closed_and_others_left_alone(tmp_path: Path) -> None:

@@ -1,0 +1,275 @@
+"""Work over two nodes that share nothing but URIs: an S3 store, and MLflow behind HTTP.
+
+The second node runs in a mount namespace of its own, where the tests' folders are empty and the
+driver's working folder does not exist.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import s3fs
+from servers import running_mlflow, running_s3
+
+from ke_ray import storage
+from ke_ray.config import validate
+from ke_ray.results import ScanFolder
+from ke_ray.studies.continual import ContinualStudy
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+ROOT = Path(__file__).parents[2]
+
+_spec = importlib.util.spec_from_file_location("ray_head", Path(__file__).with_name("ray_head.py"))
+ray_head = importlib.util.module_from_spec(_spec)
+sys.modules["ray_head"] = ray_head
+_spec.loader.exec_module(ray_head)
+
+
+@dataclass
+class TwoNodes:
+    """A head and another node, one CPU each, and what they share."""
+
+    head: Any
+    folder: Path
+    environment: dict[str, str]
+    mlflow_uri: str
+
+    def ke_ray(self, *arguments: object) -> subprocess.CompletedProcess[str]:
+        """A command whose driver joins the cluster, in a folder that the other node has not."""
+        return subprocess.run(
+            [sys.executable, "-m", "ke_ray", *map(str, arguments)],
+            env=self.environment,
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=400,
+        )
+
+    def nodes_of(self, class_name: str) -> set[str]:
+        """The nodes on which actors of a class were, dead ones included."""
+        found = self.head.get("/api/v0/actors?detail=1&limit=1000", self.head.token).json()
+        return {
+            actor["node_id"]
+            for actor in found["data"]["result"]["result"]
+            if class_name in actor["class_name"] and actor["node_id"]
+        }
+
+    def statuses(self, kind: str) -> list[str]:
+        """Of the MLflow runs of a kind, oldest first."""
+        from mlflow import MlflowClient
+
+        client = MlflowClient(self.mlflow_uri)
+        ids = [experiment.experiment_id for experiment in client.search_experiments()]
+        found = client.search_runs(ids, f"tags.`ke_ray.kind` = '{kind}'", order_by=["start_time"])
+        return [run.info.status for run in found]
+
+    def alive(self) -> set[str]:
+        """The nodes that are up."""
+        found = self.head.get("/api/v0/nodes", self.head.token).json()["data"]["result"]["result"]
+        return {node["node_id"] for node in found if node["state"] == "ALIVE"}
+
+
+def hiding(folder: Path) -> list[str]:
+    """A prefix under which ``folder`` is empty and private."""
+    script = 'mount -t tmpfs tmpfs "$0" && exec "$@"'
+    return ["unshare", "--mount", "--propagation", "private", "sh", "-c", script, str(folder)]
+
+
+@pytest.fixture(scope="module")
+def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoNodes]:
+    hidden = tmp_path_factory.getbasetemp()
+    if subprocess.run([*hiding(hidden), "true"], capture_output=True, check=False).returncode:
+        pytest.skip("mount namespaces need root: `unshare --mount` was refused")
+    folder = tmp_path_factory.mktemp("nodes")
+    (agent,) = ray_head.free_ports(1)
+    with running_s3(folder) as variables, running_mlflow(folder) as mlflow_uri:
+        variables = variables | {"HOME": str(folder)}  # caches: the other node's is empty
+        kept = {name: os.environ.get(name) for name in variables}
+        os.environ.update(variables)  # the nodes inherit them, and so do fsspec's calls here
+        try:
+            with ray_head.running_head(num_cpus=1) as head:
+                other = [
+                    *hiding(hidden),
+                    *(ray_head.RAY, "start", "--block", "--address", head.gcs, "--num-cpus", "1"),
+                    *("--node-ip-address", "127.0.0.1", "--object-store-memory", "150000000"),
+                    *("--dashboard-agent-listen-port", str(agent), "--disable-usage-stats"),
+                ]
+                with ray_head.node(other, head, head.folder / "other.log"):
+                    environment = {
+                        **head.environment,
+                        "RAY_ADDRESS": head.gcs,
+                        "MLFLOW_TRACKING_URI": mlflow_uri,
+                    }
+                    cluster = TwoNodes(head, folder, environment, mlflow_uri)
+                    deadline = time.monotonic() + 120
+                    while len(cluster.alive()) < 2:
+                        assert time.monotonic() < deadline, (head.folder / "other.log").read_text()
+                        time.sleep(0.5)
+                    yield cluster
+        finally:
+            for name, value in kept.items():
+                os.environ.pop(name) if value is None else os.environ.update({name: value})
+            s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture(scope="module")
+def on_s3(two_nodes: TwoNodes, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny pretrained series with its world at ``s3://shared/series``; local copy beside."""
+    from tiny_studies import tiny_pretrain
+
+    from ke_ray.training.pretrain import run_pretrain
+
+    folder = tmp_path_factory.mktemp("series")
+    run_pretrain(tiny_pretrain(folder))
+    files = s3fs.S3FileSystem()
+    for part in ("checkpoints", "world"):
+        files.put(str(folder / part), f"shared/series/{part}", recursive=True)
+    np.save(folder / "ids.npy", np.random.default_rng(0).integers(2, 300, (40, 24), np.uint16))
+    files.put(str(folder / "ids.npy"), "shared/series/ids.npy")
+    return str(folder)
+
+
+def continual_keys(place: str, output: str, **changes: Any) -> dict[str, Any]:
+    """The tiny continual study with everything it reads at ``place``."""
+    from tiny_studies import tiny_continual
+
+    keys = {"executor": "ray", "held_out": None, "keep_final": False, **changes}
+    study = tiny_continual(Path("OUTPUT"), Path("PLACE"), **keys)
+    text = json.dumps(study.model_dump(mode="json", exclude_unset=True, exclude={"mlflow"}))
+    return json.loads(text.replace("PLACE", place).replace("OUTPUT", output))
+
+
+def list_temporary(output: str) -> list[str]:
+    """Files under temporary names, which a finished command leaves none of."""
+    names = s3fs.S3FileSystem().find(output)
+    return [name for name in names if name.rsplit("/", 1)[1].startswith(".")]
+
+
+def here(tmp_path: Path, series: str, **changes: Any) -> list[dict[str, Any]]:
+    """The rows of the same study in this process, from local files."""
+    from ke_ray.engine.continual import run_continual_study
+
+    keys = continual_keys(series, str(tmp_path / "here"), **changes) | {
+        "executor": "inline",
+        "mlflow": {"enabled": False},
+    }
+    return run_continual_study(validate(ContinualStudy, keys, "here")).rows
+
+
+def test_a_submitted_scan(two_nodes: TwoNodes, on_s3: str) -> None:
+    output = "s3://shared/scan"
+    job = {
+        "kind": "job",
+        "name": "spread",
+        "entrypoint": (
+            "python -m ke_ray scan s3://shared/series/checkpoints "
+            "--data ids=s3://shared/series/ids.npy --num-instances 40 --sequence-length 24 "
+            f"--measures knowledge_entropy --num-actors 2 --output {output}"
+        ),
+        "env": {"MLFLOW_TRACKING_URI": two_nodes.mlflow_uri},
+        "working_dir": str(ROOT),
+        "runtime_env": str(ROOT / "jobs" / "runtime_env.yaml"),
+    }
+    (two_nodes.folder / "job.yaml").write_text(json.dumps(job))
+    result = two_nodes.ke_ray("submit", "job.yaml", "--address", two_nodes.head.address)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert two_nodes.nodes_of("CheckpointScorer") == two_nodes.alive()
+
+    import torch
+
+    from ke_ray.models.loading import load_model
+    from ke_ray.models.scoring import score_model
+
+    ids = torch.from_numpy(np.load(f"{on_s3}/ids.npy").astype(np.int64))
+    rows = [row for row in ScanFolder.open(output).entropy().to_pylist() if row["layer"] is None]
+    assert [row["step"] for row in rows] == [0, 2, 5, 10]
+    for row in rows:
+        model = load_model(f"{on_s3}/checkpoints/{row['checkpoint']}")
+        expected = score_model(model, ids, measures=["knowledge_entropy"])
+        assert row["value"] == pytest.approx(expected.row("knowledge_entropy").value, rel=1e-5)
+    assert two_nodes.statuses("scan") == ["FINISHED"]
+
+
+def test_a_continual_study_with_a_worker_on_each_node(
+    two_nodes: TwoNodes, on_s3: str, tmp_path: Path
+) -> None:
+    output = "s3://shared/continual"
+    study = continual_keys("s3://shared/series", output, num_workers=2, starts={"steps": "10:"})
+    (two_nodes.folder / "continual.yaml").write_text(json.dumps(study))
+    result = two_nodes.ke_ray("continual", "continual.yaml")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert two_nodes.nodes_of("RayTrainWorker") == two_nodes.alive()
+
+    (row,) = storage.read_table(f"{output}/runs.parquet").to_pylist()
+    (expected,) = here(tmp_path, on_s3, starts={"steps": "10:"})
+    for name in ("acquisition", "forgetting", "probe_logprob_after", "num_tokens"):
+        assert row[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), name
+    assert two_nodes.statuses("continual")[-1] == "FINISHED"
+    assert not list_temporary(output)
+
+
+def test_a_sweep_over_both_nodes(two_nodes: TwoNodes, on_s3: str, tmp_path: Path) -> None:
+    output = "s3://shared/sweep"
+    resuscitation = {"ratio": 0.5, "factor": 1.0}
+    keys = {"starts": {"steps": "10:"}, "resuscitation": resuscitation}
+    study = {
+        "kind": "sweep",
+        "output": output,
+        "base": continual_keys("s3://shared/series", output, **keys),
+        "space": {"resuscitation.factor": [0.5, 1, 2]},
+        "points": [{"resuscitation": None}],
+        "objectives": ["acquisition", "forgetting"],
+    }
+    (two_nodes.folder / "sweep.yaml").write_text(json.dumps(study))
+    result = two_nodes.ke_ray("sweep", "sweep.yaml")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert two_nodes.nodes_of("ImplicitFunc") == two_nodes.alive()
+
+    trials = storage.read_table(f"{output}/trials.parquet").to_pylist()
+    assert [row["status"] for row in trials] == ["ok"] * 4
+    assert len({row["mlflow_run_id"] for row in trials}) == 4
+    (doubled,) = (row for row in trials if row["resuscitation.factor"] == 2)
+    keys["resuscitation"] = resuscitation | {"factor": 2.0}
+    (expected,) = here(tmp_path, on_s3, **keys)
+    for name in ("acquisition", "acquisition_vs_original", "knowledge_entropy_before_nats"):
+        assert doubled[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), name
+    assert set(two_nodes.statuses("sweep")) == {"FINISHED"}
+
+    again = two_nodes.ke_ray("sweep", "sweep.yaml")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert storage.read_table(f"{output}/trials.parquet").to_pylist() == trials
+    assert not list_temporary(output)
+
+
+def test_what_only_the_driver_sees_is_refused_at_once(two_nodes: TwoNodes, on_s3: str) -> None:
+    refused = "lies on the driver's disk, and the node"
+    scan = two_nodes.ke_ray(
+        *("scan", f"{on_s3}/checkpoints", "--data", f"ids={on_s3}/ids.npy", "--output", "local"),
+        *("--num-instances", 40, "--sequence-length", 24, "--no-mlflow"),
+    )
+    assert scan.returncode == 2, scan.stdout + scan.stderr
+    assert "The checkpoint" in scan.stderr
+    assert refused in " ".join(scan.stderr.split())
+
+    study = continual_keys("s3://shared/series", "local-output", starts={"steps": "10:"})
+    (two_nodes.folder / "local.yaml").write_text(json.dumps(study))
+    continual = two_nodes.ke_ray("continual", "local.yaml", "--set", "mlflow.enabled=false")
+    assert continual.returncode == 2, continual.stdout + continual.stderr
+    assert "The output folder 'local-output'" in continual.stderr
+    assert refused in " ".join(continual.stderr.split())
+    assert not (two_nodes.folder / "local-output" / "runs.parquet").exists()
