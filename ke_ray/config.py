@@ -28,8 +28,8 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads ``4e-4`` as a number (YAML 1.1 takes it for a word)."""
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """A safe loader that reads ``4e-4`` as a number (YAML 1.1 takes it for a word)."""
 
 
 _Loader.add_implicit_resolver(
@@ -44,20 +44,32 @@ _Loader.add_implicit_resolver(
     list("-+0123456789."),
 )
 
+_OPENING = (
+    *(yaml.BlockSequenceStartToken, yaml.BlockMappingStartToken),
+    *(yaml.FlowSequenceStartToken, yaml.FlowMappingStartToken),
+)
+_CLOSING = (yaml.BlockEndToken, yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken)
 _MAX_YAML_BYTES = 4 << 20
+_MAX_YAML_DEPTH = 64  # a study has five levels; the C parser has no limit but its stack
 
 
 def parse_yaml(text: str, where: str) -> Any:
     """Parse YAML text; ``where`` names it in the message.
 
     Raises:
-        ConfigError: not YAML, aliases (a few bytes of which can stand for gigabytes), or too big.
+        ConfigError: not YAML, aliases (a few bytes of which can stand for gigabytes), too big or
+            nested too deeply.
     """
     if len(text) > _MAX_YAML_BYTES:
         raise ConfigError(f"{where} has {len(text)} characters; a study has at most 4 MiB.")
     try:
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, Loader=_Loader)):
-            raise ConfigError(f"{where} uses YAML aliases (*name); write the values out.")
+        depth = 0
+        for token in yaml.scan(text, Loader=_Loader):
+            if isinstance(token, yaml.AliasToken):
+                raise ConfigError(f"{where} uses YAML aliases (*name); write the values out.")
+            depth += isinstance(token, _OPENING) - isinstance(token, _CLOSING)
+            if depth > _MAX_YAML_DEPTH:
+                raise ConfigError(f"{where} is nested deeper than {_MAX_YAML_DEPTH} levels.")
         return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader, made above)
     except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
         place = getattr(error, "problem_mark", None)
@@ -124,7 +136,7 @@ def describe_problems(error: ValidationError, model: type[BaseModel]) -> str:
         else:
             message = item["msg"].removeprefix("Value error, ")
             given = item.get("input")
-            shown = "" if isinstance(given, dict | list) else f" (given: {given!r})"
+            shown = "" if isinstance(given, dict | list) else f" (given: {given!r:.200})"
             clauses.append(f"'{name}': {message}{shown}")
     return "; ".join(clauses)
 
@@ -141,6 +153,10 @@ def validate(model: type[StudyT], values: Any, where: str) -> StudyT:
         return model.model_validate(dict(values))
     except ValidationError as error:
         raise ConfigError(f"{where}: {describe_problems(error, model)}") from error
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"{where} holds half of a surrogate pair (such as \\ud83d alone): no character."
+        ) from error
 
 
 def load_study(
@@ -161,8 +177,9 @@ def load_study(
         text = storage.read_text(path)
     except FileNotFoundError as error:
         raise ConfigError(f"There is no study file '{where}'.") from error
-    except (IsADirectoryError, UnicodeDecodeError, PermissionError) as error:
-        raise ConfigError(f"'{where}' cannot be read as a study file: {error}.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"'{where:.300}' cannot be read as a study file: {reason}.") from error
     values = parse_yaml(text, where)
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where} holds {type(values).__name__}, expected a mapping of keys.")

@@ -41,14 +41,18 @@ __all__ = [
 ]
 
 
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(9), *range(11, 32), *range(127, 160))}
+
+
 class KeRayError(Exception):
     """Root of the tree; the command line prints the message and ends with ``exit_code``."""
 
     exit_code = 1
 
     def __init__(self, message: str = "") -> None:
-        # Messages go to terminals, logs and result files; URLs in them may carry a password.
-        super().__init__(redact(str(message)))
+        # Messages go to terminals, logs and result files. A URL in them may carry a password, a
+        # name from outside what a terminal takes for a command.
+        super().__init__(redact(str(message)).translate(_CONTROLS))
 
 
 class UserError(KeRayError):

@@ -59,9 +59,9 @@ def local_path(uri: str | os.PathLike[str]) -> Path:
     """The path behind a local URI.
 
     Raises:
-        StorageError: the URI is not local.
+        StorageError: the URI is not local, or no file can have this name.
     """
-    text = os.fspath(uri)
+    text = _nameable(uri)
     if not is_local(text):
         raise StorageError(f"'{text}' is not on the local file system; give a local path here.")
     for prefix in _LOCAL_PREFIXES:
@@ -69,15 +69,25 @@ def local_path(uri: str | os.PathLike[str]) -> Path:
     return Path(text)
 
 
+def _nameable(uri: str | os.PathLike[str]) -> str:
+    text = os.fspath(uri)
+    try:
+        if b"\0" not in os.fsencode(text):
+            return text
+    except UnicodeEncodeError:
+        pass
+    raise StorageError(f"{text[:200]!a} holds characters that no file name can have.")
+
+
 def join(base: str | os.PathLike[str], *parts: str) -> str:
     """``base/part/part``; parts must not climb out of ``base``.
 
     Raises:
-        StorageError: a part is absolute or contains ``..``.
+        StorageError: a part is absolute, contains ``..`` or cannot be a file name.
     """
     result = os.fspath(base).rstrip("/") or "/"
     for part in parts:
-        if part.startswith("/") or ".." in part.split("/"):
+        if _nameable(part).startswith("/") or ".." in part.split("/"):
             raise StorageError(f"'{part}' would leave the folder '{base}'; use a plain name.")
         result = f"{result.rstrip('/')}/{part}"
     return result
@@ -95,7 +105,7 @@ def slug(text: str) -> str:
 
 
 def _filesystem(uri: str | os.PathLike[str]) -> tuple[Any, str]:
-    text = os.fspath(uri)
+    text = _nameable(uri)
     if is_local(text):
         text = os.fspath(local_path(text).absolute())
     try:
@@ -111,6 +121,8 @@ def _filesystem(uri: str | os.PathLike[str]) -> tuple[Any, str]:
 def _explained(uri: str, verb: str) -> Iterator[None]:
     try:
         yield
+    except RecursionError as error:  # Python makes parents one inside the other
+        raise StorageError(f"Cannot {verb} '{uri[:200]}…': the path is too deep.") from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             reason = "no space is left on the device; free some or choose another folder"
@@ -118,9 +130,12 @@ def _explained(uri: str, verb: str) -> Iterator[None]:
             reason = "permission denied; choose a folder you may write to"
         elif error.errno in (errno.ENOTDIR, errno.EEXIST):
             reason = "a file stands where a folder is needed; choose another folder"
+        elif error.errno == errno.ENAMETOOLONG:
+            reason = "the name is too long; choose a shorter one"
         else:
             raise
-        raise StorageError(f"Cannot {verb} '{uri}': {reason}.") from error
+        shown = uri if len(uri) <= 400 else f"{uri[:200]}…{uri[-50:]}"
+        raise StorageError(f"Cannot {verb} '{shown}': {reason}.") from error
 
 
 def exists(uri: str | os.PathLike[str]) -> bool:

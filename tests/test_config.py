@@ -63,7 +63,7 @@ def test_overrides_win_and_are_typed(tmp_path):
         (STUDY, ["output.x=1"], "'output' holds 'out'"),
         ("kind: sweep", [], "has kind 'sweep'; this command takes a study with 'kind: scan'"),
         ("- a\n- b", [], "holds list, expected a mapping"),
-        ("a: [1", [], "line 1 is not valid YAML"),
+        ("a: [1", [], r"line \d is not valid YAML"),
         ("a: &x [1]\nb: *x", [], "uses YAML aliases"),
         (STUDY.replace("dolma", "'../x'"), [], "is no corpus name"),
         (

@@ -34,7 +34,7 @@ from ke_ray.models.layout import layout_of
 from ke_ray.models.names import parse_checkpoint_name
 from ke_ray.models.reference import CheckpointRef, order_key
 from ke_ray.models.transfer import call_within, probe, redact
-from ke_ray.storage import is_local, join, list_dir, local_path, slug
+from ke_ray.storage import exists, is_local, join, list_dir, local_path, slug
 
 __all__ = ["list_checkpoints"]
 
@@ -107,7 +107,7 @@ def _find(spec: str, revisions: str | None, endpoint: str | None) -> list[Checkp
         return [_from_location(row.location, row) for row in read_csv_list(spec)]
     if spec.startswith(("http://", "https://")):
         return _from_url(spec)
-    if not is_local(spec) or local_path(spec).exists():
+    if not is_local(spec) or exists(spec):
         return _from_folder(spec)
     if glob.has_magic(spec):
         return _from_glob(spec)
@@ -166,10 +166,10 @@ def _shown(location: str) -> str:
 
 
 def _file_names(location: str) -> list[str]:
-    if is_local(location):
-        folder = local_path(location)
-        return [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
     try:
+        if is_local(location):
+            folder = local_path(location)
+            return [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
         return list_dir(location)
     except OSError as error:
         raise CheckpointSpecError(f"Cannot list '{redact(location)}': {error}.") from error

@@ -145,6 +145,7 @@ class ScanFolder:
         Raises:
             ResultsError: not in the folder; the message lists what is.
         """
+        from safetensors import SafetensorError
         from safetensors.numpy import load
 
         name = self.coefficients_name(checkpoint, corpus)
@@ -156,7 +157,10 @@ class ScanFolder:
                 f"'{self.uri}' has no coefficients of checkpoint '{checkpoint}'{on}; "
                 f"it has: {', '.join(there) or 'none'}."
             )
-        return load(storage.read_bytes(path))["mean_abs_coefficients"]
+        try:
+            return load(storage.read_bytes(path))["mean_abs_coefficients"]
+        except (SafetensorError, KeyError, ValueError, TypeError) as error:
+            raise ResultsError(f"'{path}' holds no mean coefficients: {error}.") from error
 
     def list_coefficients(self) -> list[str]:
         """The file names in ``coefficients/``."""

@@ -357,8 +357,9 @@ def _read(where: str, kind: str) -> dict[str, Any]:
         text = storage.read_text(where)
     except FileNotFoundError as error:
         raise ConfigError(f"There is no study file '{where}'.") from error
-    except (IsADirectoryError, UnicodeDecodeError, PermissionError) as error:
-        raise ConfigError(f"'{where}' cannot be read as a study file: {error}.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"'{where:.300}' cannot be read as a study file: {reason}.") from error
     values = parse_yaml(text, where)
     if not isinstance(values, Mapping) or values.get("kind") != kind:
         given = values.get("kind") if isinstance(values, Mapping) else type(values).__name__

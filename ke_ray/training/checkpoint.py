@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import nn
@@ -180,25 +181,45 @@ def load_state(
                 f"The training state in '{folder}' is of another study or version; give another "
                 "output folder, or remove that one."
             )
-        payloads = {name: storage.read_bytes(storage.join(folder, name)) for name in meta["sizes"]}
-        if any(len(payloads[name]) != size for name, size in meta["sizes"].items()):
-            _log.warning("the training state in %s is damaged; taking an older one", folder)
+        try:
+            saved = _read_files(folder, meta)
+        except (OSError, ValueError, LookupError, RecursionError, SafetensorError) as error:
+            _log.warning("the training state in %s is damaged (%s); taking an older", folder, error)
             continue
-        _restore(model, optimizer, payloads)
-        _restore_rng(load_safetensors(payloads["rng.safetensors"]), worker)
+        _restore(model, optimizer, saved["model"], saved["optimizer"])
+        _restore_rng(saved["rng"], worker)
         return TrainingState(
             step=meta["step"],
             num_tokens=meta["num_tokens"],
             elapsed_s=meta["elapsed_s"],
-            records=json.loads(payloads["records.json"]),
+            records=saved["records"],
         )
     return None
 
 
+def _read_files(folder: str, meta: dict[str, Any]) -> dict[str, Any]:
+    """What the files of a state hold, by their names without ending.
+
+    Raises:
+        OSError, ValueError, LookupError, RecursionError, SafetensorError: a file is missing, has
+            another size than it was written with, or does not hold what it should.
+    """
+    found: dict[str, Any] = {}
+    for name, size in meta["sizes"].items():
+        payload = storage.read_bytes(storage.join(folder, name))
+        if len(payload) != size:
+            raise ValueError(f"{name} has {len(payload)} bytes, not {size}")
+        stem, _, kind = name.rpartition(".")
+        found[stem] = json.loads(payload) if kind == "json" else load_safetensors(payload)
+    return {name: found[name] for name in ("model", "optimizer", "rng", "records")}
+
+
 def _restore(
-    model: nn.Module, optimizer: torch.optim.Optimizer, payloads: dict[str, bytes]
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    saved: dict[str, torch.Tensor],
+    optimizer_tensors: dict[str, torch.Tensor],
 ) -> None:
-    saved = load_safetensors(payloads["model.safetensors"])
     targets = _named_tensors(model)
     if set(saved) != set(targets):
         odd = sorted(set(saved) ^ set(targets))[:3]
@@ -207,7 +228,7 @@ def _restore(
         for name, target in targets.items():
             target.copy_(_like(saved[name], target))
     moments: dict[str, dict[str, torch.Tensor]] = {}
-    for key, value in load_safetensors(payloads["optimizer.safetensors"]).items():
+    for key, value in optimizer_tensors.items():
         name, _, moment = key.rpartition("::")
         moments.setdefault(name, {})[moment] = value
     for name, parameter in unwrap(model).named_parameters():
