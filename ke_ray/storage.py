@@ -2,17 +2,21 @@
 
 A URI is a plain path or anything fsspec knows (``s3://``, ``gs://``, ``memory://``, …). A write
 goes to a temporary name beside its target and is then renamed, so that a reader, or a run that is
-killed, never meets half a file. (Object stores have no rename; there a put is atomic itself.)
+killed, never meets half a file; the next write of the same file removes what a killed one left.
+(Object stores have no rename; there a put is atomic itself.)
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import io
 import json
 import os
 import re
+import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,6 +33,7 @@ __all__ = [
     "absolute",
     "check_writable",
     "exists",
+    "hold",
     "is_local",
     "join",
     "list_dir",
@@ -40,6 +45,7 @@ __all__ = [
     "read_table",
     "read_text",
     "remove",
+    "remove_leftovers",
     "slug",
     "write_atomic",
     "write_json",
@@ -197,9 +203,11 @@ def write_atomic(uri: str | os.PathLike[str], data: bytes | str) -> None:
         if is_local(text):
             target = local_path(text)
             target.parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(target.parent, f".{target.name}.")
             handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
             try:
                 with os.fdopen(handle, "wb") as file:
+                    hold(file.fileno())
                     file.write(payload)
                     file.flush()
                     os.fsync(file.fileno())
@@ -215,6 +223,36 @@ def write_atomic(uri: str | os.PathLike[str], data: bytes | str) -> None:
         fs.pipe_file(path, payload)
 
 
+def hold(descriptor: int) -> None:
+    """Lock an open temporary file or folder, so that others see that its writer lives."""
+    with suppress(OSError):  # a file system without locks
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def remove_leftovers(folder: Path, prefix: str, suffixes: tuple[str, ...] = ("",)) -> None:
+    """Remove temporary files and folders whose writers were killed.
+
+    Args:
+        folder: where they lie, on this machine.
+        prefix, suffixes: how their names begin and end.
+    """
+    for entry in os.scandir(folder):
+        if not entry.name.startswith(prefix) or not entry.name.endswith(suffixes):
+            continue
+        with suppress(OSError):  # somebody works on it, or has just removed or renamed it
+            if time.time() - entry.stat(follow_symlinks=False).st_mtime < _LEFTOVER_AGE_S:
+                continue
+            descriptor = os.open(entry.path, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if entry.is_dir(follow_symlinks=False):
+                    shutil.rmtree(entry.path, ignore_errors=True)
+                else:
+                    os.unlink(entry.path)
+            finally:
+                os.close(descriptor)
+
+
 def _read_umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
@@ -223,6 +261,8 @@ def _read_umask() -> int:
 
 # Read once at import: the mask is process-wide, and reading it means setting it for an instant.
 _UMASK = _read_umask()
+# Between its creation and its lock a temporary file looks like one whose writer is dead.
+_LEFTOVER_AGE_S = 2.0
 
 
 def write_json(uri: str | os.PathLike[str], value: Any) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given
@@ -69,3 +71,23 @@ def test_not_json_and_not_parquet_say_so(tmp_path):
         storage.read_json(tmp_path / "x")
     with pytest.raises(StorageError, match="is not a Parquet file"):
         storage.read_table(tmp_path / "x")
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_write(tmp_path, monkeypatch):
+    code = (
+        "import os, signal, sys, pathlib\n"
+        "from ke_ray import storage\n"
+        "os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "storage.write_atomic(sys.argv[1], b'half')\n"
+    )
+    target = tmp_path / "a.json"
+    subprocess.run([sys.executable, "-c", code, str(target)], check=False)
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".a.json.")
+    (tmp_path / ".a.jsonl.x").write_text("another file's")
+    with (tmp_path / ".a.json.alive").open("w") as file:
+        storage.hold(file.fileno())
+        monkeypatch.setattr(storage, "_LEFTOVER_AGE_S", -1.0)
+        storage.write_atomic(target, b"whole")
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == [".a.json.alive", ".a.jsonl.x", "a.json"]

@@ -14,7 +14,17 @@ from ke_ray.models.layout import TOKENIZER_FILES
 from ke_ray.models.loading import quiet
 from ke_ray.models.native import fuse
 from ke_ray.models.native_config import NativeConfig
-from ke_ray.storage import exists, is_local, join, list_dir, local_path, make_dirs, remove
+from ke_ray.storage import (
+    exists,
+    hold,
+    is_local,
+    join,
+    list_dir,
+    local_path,
+    make_dirs,
+    remove,
+    remove_leftovers,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,8 +72,12 @@ def save_model(
     make_dirs(final.parent)
     # A leading dot: listings of checkpoint folders pass over it.
     temporary_folder = final.parent / f".{final.name}.{uuid.uuid4().hex[:12]}.tmp"
+    remove_leftovers(final.parent, ".", (".tmp", ".old"))
+    lock = None
     try:
         temporary_folder.mkdir()
+        lock = os.open(temporary_folder, os.O_RDONLY)
+        hold(lock)
         _fill(temporary_folder, model, native, tokenizer)
         _replace(temporary_folder, final)
     except OSError as error:
@@ -73,6 +87,8 @@ def save_model(
         ) from error
     finally:
         shutil.rmtree(temporary_folder, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
     return target
 
 
