@@ -88,6 +88,8 @@ def time_packing(
     """Ratios of speed to the bare calls, and MB/s of each contender."""
     name, texts, tokenizer = find_text(megabytes)
     size = sum(len(text.encode()) for text in texts) / 1e6
+    # As a training command gives it: of the model, a multiple of 64.
+    vocab_size = -(-(1 + max(tokenizer.get_vocab().values())) // 64) * 64
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "documents.jsonl.gz")
         with gzip.open(path, "wt", encoding="utf-8") as file:
@@ -108,6 +110,7 @@ def time_packing(
                     sequence_length=SEQUENCE_LENGTH,
                     tokenizer=tokenizer,
                     eos_token_id=EOS,
+                    vocab_size=vocab_size,
                 )
 
         contenders: dict[str, Callable[[], object]] = {
