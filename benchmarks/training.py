@@ -10,6 +10,8 @@ steps on the same rows, AdamW in two groups, cosine schedule, gradient clipping.
     ours      ke_ray.training.loop.train
     extras    ours with injection into every batch and the progress file
     trainer   transformers.Trainer                                                          (peer)
+    hooks     what injection, progress file and points in MLflow (SQLite) do in ten steps, without
+              the steps; hooks_each: with one write a point, as it was before
 
 Speeds (tokens per CPU second) are the inverse of the times; ``ours_over_plain`` is ours' speed
 over the plain loop's. On a GPU (``--device cuda``) model-FLOPs utilisation and memory are printed
@@ -42,9 +44,12 @@ from interleaved import Ratio, ratio, run_rounds
 
 from ke_ray.data.injection import InjectionPlan
 from ke_ray.engine.train import ProgressFile
+from ke_ray.studies.parts import TrackingSettings
 from ke_ray.studies.training import TrainingKeys
-from ke_ray.training.loop import Hooks, Progress, train
+from ke_ray.tracking import TrackedRun, Tracker
+from ke_ray.training.loop import Hooks, Progress, StepRecord, train
 from ke_ray.training.parallel import Worker
+from ke_ray.training.track import SEND_EVERY_S, log_progress
 
 N_LAYERS, D_MODEL, D_MLP, N_HEADS, VOCABULARY = 6, 384, 1536, 6, 16384
 SEQUENCE, BATCH = 256, 4
@@ -135,6 +140,35 @@ def extras(model: Any, rows: Rows, steps: int, folder: str) -> None:
     ours(model, rows, steps, Hooks(transform=inject, on_progress=show))
 
 
+class HooksAlone:
+    """Injection, progress file and MLflow points of steps that are not taken."""
+
+    NUM_STEPS = 10
+
+    def __init__(self, run: TrackedRun, folder: str, step_s: float) -> None:
+        self._run, self._path, self._step = run, str(Path(folder, "progress.json")), 0
+        # In a run a write takes along the points of SEND_EVERY_S; here no time passes.
+        self.points_per_write = max(1, round(SEND_EVERY_S / step_s))
+        texts = {row: np.full(40, 7, np.int64) for row in range(BATCH)}
+        every = dict.fromkeys(range(1, 100_000), 1)
+        self._plan = InjectionPlan(every, {1: texts}, {1: ()}, BATCH, SEQUENCE)
+        self._batch = Rows(BATCH).ids
+
+    def take(self, points_per_write: int) -> None:
+        log = log_progress(self._run, 200)  # a point every step, the most there is
+        for _ in range(self.NUM_STEPS):
+            self._step += 1
+            self._plan.inject(self._batch.copy(), self._step, range(BATCH))
+            record = StepRecord(self._step, self._step * 1024, 5.0, 4e-4, 1.0, 900.0, 1.0)
+            progress = Progress(record, 100_000, 1.0)
+            ProgressFile(self._path).write(
+                progress, next_injection=self._plan.next_injection(self._step)
+            )
+            log(progress)
+            if self._step % points_per_write == 0:
+                self._run.flush()
+
+
 def trainer(model: Any, rows: Rows, steps: int, folder: str) -> None:
     from transformers import Trainer, TrainingArguments
     from transformers.utils import logging as transformers_logging
@@ -168,18 +202,36 @@ def trainer(model: Any, rows: Rows, steps: int, folder: str) -> None:
 def measure(rounds: int, steps: int) -> tuple[dict[str, Ratio], dict[str, float]]:
     """Ratios of speeds, and tokens per CPU second of each contender."""
     rows, model = Rows(BATCH * steps), build_model()
-    with tempfile.TemporaryDirectory() as folder:
+    ours(model, rows, 1)
+    started = time.perf_counter()
+    ours(model, rows, steps)
+    step_s = (time.perf_counter() - started) / steps
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Tracker(TrackingSettings(uri=f"sqlite:///{folder}/mlflow.db")) as tracker,
+    ):
+        run = tracker.start_run("benchmark", key="benchmark", kind="pretrain")
+        hooks = HooksAlone(run, folder, step_s)
         seconds = run_rounds(
             {
                 "plain": lambda: plain(model, rows, steps),
                 "ours": lambda: ours(model, rows, steps),
                 "extras": lambda: extras(model, rows, steps, folder),
                 "trainer": lambda: trainer(model, rows, steps, folder),
+                "hooks": lambda: hooks.take(hooks.points_per_write),
+                "hooks_each": lambda: hooks.take(1),
             },
             rounds,
             lambda text: print(text, file=sys.stderr),
         )
+    step = [t / steps for t in seconds["ours"]]
+    together, each = (
+        [t / hooks.NUM_STEPS for t in seconds.pop(name)] for name in ("hooks", "hooks_each")
+    )
+    print(f"{hooks.points_per_write} points of MLflow in one write", file=sys.stderr)
     ratios = {
+        "hooks_over_step": ratio(together, step, "< 0.01"),
+        "hooks_each_over_step": ratio(each, step, "reported"),
         "ours_over_plain": ratio(seconds["plain"], seconds["ours"], ">= 0.97"),
         "ours_over_trainer": ratio(seconds["trainer"], seconds["ours"], "> 1"),
         "extras_over_ours": ratio(seconds["ours"], seconds["extras"], ">= 0.99"),

@@ -1,0 +1,398 @@
+"""What Ray costs a scan, how a checkpoint is loaded, and how long a scan takes to start.
+
+    python benchmarks/scanning.py [--json] [--rounds 16] [--only ray,loading,start]
+
+1. The real scan engine against a loop written by hand, over the same checkpoints and with the same
+   number of threads in each process: one actor against one process, two actors against two
+   processes without Ray. The contenders run in turns of three seconds (``time_slices.py``); the
+   other's whole process tree is stopped meanwhile. The time between two finished checkpoints, on
+   a contender's own clock, is one pair of numbers: ``--rounds`` pairs, after one checkpoint per
+   worker that is not counted since it holds the start of the actors.
+2. Loading (``scan_loading.py``): bytes read per weight byte, memory while loading, and the
+   scorer's idle share when the next checkpoint comes from a slow server.
+3. The parts of the time from the command to the first scored token.
+
+OLMo shape: 6 layers, d_model 384, d_mlp 1,536, vocabulary 16,384 (107 MB in float32), random
+weights; as many instances of 1,024 tokens as make an item last six seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the engine sets it for its workers
+
+import numpy as np
+from interleaved import Ratio, ratio
+from scan_loading import measure_load, slow_server, write_listing
+from time_slices import Contender, race
+
+N_LAYERS, D_MODEL, D_MLP, N_HEADS, VOCABULARY = 6, 384, 1536, 6, 16384
+SEQUENCE = 1024
+MEASURES = ("knowledge_entropy",)
+ITEM_S = 6.0
+SLICE_S = 3.0
+THREADS = 2
+NUM_SLOW = 7  # checkpoints from a slow server
+SLOW_SHARE = 0.6  # of the time an item is scored, for one to arrive
+
+
+def save_checkpoint(folder: Path, seed: int, dtype: str = "float32") -> Path:
+    """Random weights in transformers' layout."""
+    import torch
+    from transformers import OlmoConfig, OlmoForCausalLM
+
+    config = OlmoConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=D_MODEL,
+        intermediate_size=D_MLP,
+        num_hidden_layers=N_LAYERS,
+        num_attention_heads=N_HEADS,
+        max_position_embeddings=SEQUENCE,
+        eos_token_id=0,
+        pad_token_id=1,
+    )
+    torch.manual_seed(seed)
+    OlmoForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(folder)
+    return folder
+
+
+def save_corpus(path: Path, num_instances: int) -> Path:
+    rows = np.random.default_rng(0).integers(2, VOCABULARY, (num_instances, SEQUENCE))
+    np.save(path, rows.astype(np.uint16))
+    return path
+
+
+def say(event: str, **values: Any) -> None:
+    print(json.dumps({"event": event, "at": time.monotonic(), **values}), flush=True)
+
+
+class Reporter:
+    """A scan's progress as events on standard output."""
+
+    def __init__(self, num_workers: int) -> None:
+        self._num_before_ready = num_workers
+
+    def start(self, **_: Any) -> None:
+        pass
+
+    def tokens(self, num_tokens: int) -> None:
+        pass
+
+    def checkpoint(self, ref: Any, rows: Sequence[dict[str, Any]]) -> None:
+        assert all(row["status"] == "ok" for row in rows), rows
+        say("done", checkpoint=ref.name, value=_total(rows))
+        self._num_before_ready -= 1
+        if self._num_before_ready == 0:
+            say("ready")
+
+    def stop(self) -> None:
+        pass
+
+
+def _total(rows: Sequence[dict[str, Any]]) -> float:
+    return next(
+        row["value"]
+        for row in rows
+        if row["measure"] == "knowledge_entropy" and row["layer"] is None
+    )
+
+
+def make_study(spec: str, corpus: str, output: str, **changes: Any) -> Any:
+    from ke_ray.studies.scan import ScanStudy
+
+    return ScanStudy.model_validate(
+        {
+            "checkpoints": {"spec": spec},
+            "data": {"corpus": corpus},
+            "sequence_length": SEQUENCE,
+            "measures": MEASURES,
+            "output": output,
+            "mlflow": {"enabled": False},
+            **changes,
+        }
+    )
+
+
+def run_engine(
+    spec: str, corpus: str, num_instances: int, num_workers: int, progress: Any, **changes: Any
+) -> Any:
+    """The real engine, driver and all."""
+    from ke_ray.engine.scan import run_scan
+    from ke_ray.engine.scan_setup import prepare_scan
+    from ke_ray.tracking import Tracker
+
+    changes |= {"num_instances": num_instances, "num_actors": num_workers}
+    with tempfile.TemporaryDirectory() as output:
+        study = make_study(spec, corpus, output, **changes)
+        with Tracker(study.mlflow) as tracker:
+            return run_scan(prepare_scan(study), progress, tracker)
+
+
+def run_loop(folder: str, corpus: str, num_instances: int, worker: int, num_workers: int) -> None:
+    """What anyone would write: load, score, note, next."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    from ke_ray.models.scoring import score_model
+
+    logging.disable_progress_bar()
+    torch.set_num_threads(THREADS // num_workers)
+    ids = torch.from_numpy(np.load(corpus)[:num_instances].astype(np.int64))
+    checkpoints = sorted(Path(folder).iterdir())[worker::num_workers]
+    with tempfile.TemporaryDirectory() as output:
+        for number, path in enumerate(checkpoints):
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+            found = score_model(model, ids, measures=MEASURES, batch_size=4)
+            rows = [vars(row) for row in found.rows]
+            Path(output, f"{path.name}.json").write_text(json.dumps(rows))
+            say("done", checkpoint=path.name, value=_total(rows))
+            if number == 0:
+                say("ready")
+
+
+def calibrate(folder: Path, corpus: str, threads: int) -> int:
+    """Instances that make an item last ``ITEM_S`` with so many threads."""
+    import torch
+
+    from ke_ray.models.loading import load_model
+    from ke_ray.models.scoring import score_model
+
+    torch.set_num_threads(threads)
+    model = load_model(folder)
+    ids = torch.from_numpy(np.load(corpus)[:8].astype(np.int64))
+    score_model(model, ids[:4], measures=MEASURES)
+    started = time.monotonic()
+    score_model(model, ids, measures=MEASURES, batch_size=4)
+    return max(4, round(ITEM_S * 8 / (time.monotonic() - started)))
+
+
+def periods(contender: Contender, num_workers: int) -> list[float]:
+    """Seconds, on its own clock, from one finished checkpoint of a worker to its next.
+
+    With two workers, whose items are equally long and alternate: from the last but one.
+    """
+    clocks = sorted(
+        contender.clock(event["at"]) for event in contender.events if event["event"] == "done"
+    )
+    return [later - earlier for earlier, later in zip(clocks, clocks[num_workers:], strict=False)]
+
+
+def compare_with_loop(
+    num_workers: int, folder: str, corpus: str, num_instances: int, target: str
+) -> tuple[Ratio, dict[str, Any]]:
+    """Speed of the engine over that of the loop, pair by pair."""
+    script, numbers = str(Path(__file__).resolve()), (str(num_instances), str(num_workers))
+    engine = Contender("engine", [[script, "--role", "engine", folder, corpus, *numbers]])
+    loops = Contender(
+        "loop",
+        [
+            [script, "--role", f"loop{worker}", folder, corpus, *numbers]
+            for worker in range(num_workers)
+        ],
+    )
+    race([engine, loops], SLICE_S)
+    values = [
+        {e["checkpoint"]: e["value"] for e in contender.events if e["event"] == "done"}
+        for contender in (engine, loops)
+    ]
+    assert values[0].keys() == values[1].keys(), "the two scored different checkpoints"
+    ours, by_hand = periods(engine, num_workers), periods(loops, num_workers)
+    return ratio(by_hand, ours, target), {
+        "threads_per_process": THREADS // num_workers,
+        "instances_per_item": num_instances,
+        "item_s": round(statistics.median(by_hand), 2),
+        "shortest_item_s": round(min(by_hand), 2),
+        "speed_over_all": round(sum(by_hand) / sum(ours), 4),
+        "largest_difference_nats": max(abs(values[0][k] - values[1][k]) for k in values[0]),
+    }
+
+
+def play(role: str, arguments: Sequence[str]) -> None:
+    if role == "start":
+        play_start(*arguments)
+        return
+    folder, corpus, num_instances, num_workers = arguments
+    if role == "engine":
+        workers = int(num_workers)
+        run_engine(folder, corpus, int(num_instances), workers, Reporter(workers))
+    else:
+        worker = int(role.removeprefix("loop"))
+        run_loop(folder, corpus, int(num_instances), worker, int(num_workers))
+
+
+def measure_ray(rounds: int) -> tuple[dict[str, Ratio], dict[str, Any]]:
+    ratios, details = {}, {}
+    with tempfile.TemporaryDirectory() as root:
+        corpus = str(save_corpus(Path(root, "ids.npy"), 256))
+        for num_workers, target in ((1, ">= 0.95"), (2, ">= 0.9")):
+            folder = Path(root, "series")
+            for number in range(rounds + num_workers):
+                if not (path := folder / f"step{number:04d}").exists():
+                    save_checkpoint(path, number)
+            num_instances = calibrate(folder / "step0000", corpus, THREADS // num_workers)
+            name = f"{num_workers}_actor_over_{num_workers}_process"
+            ratios[name], details[name] = compare_with_loop(
+                num_workers, str(folder), corpus, num_instances, target
+            )
+            print(f"{name}: {ratios[name].median:.3f} {details[name]}", file=sys.stderr)
+    return ratios, details
+
+
+class Times(Reporter):
+    """When checkpoints were finished."""
+
+    def __init__(self) -> None:
+        self.done: list[float] = []
+        self.started: float = 0.0
+
+    def start(self, **_: Any) -> None:
+        self.started = time.monotonic()
+
+    def checkpoint(self, ref: Any, rows: Sequence[dict[str, Any]]) -> None:
+        assert all(row["status"] == "ok" for row in rows), rows
+        self.done.append(time.monotonic())
+
+
+def measure_loading() -> tuple[dict[str, float], dict[str, Any]]:
+    """One load of a checkpoint, and a scan whose checkpoints come slowly."""
+    ratios, details = {}, {}
+    with tempfile.TemporaryDirectory() as root:
+        for stored in ("float32", "bfloat16"):
+            folder = save_checkpoint(Path(root, stored), 0, stored)
+            for dtype in ("float32", "bfloat16"):
+                found = measure_load(folder, dtype)
+                name = f"{stored}_to_{dtype}"
+                ratios[f"bytes_read.{name}"] = found["read"]
+                ratios[f"own_memory.{name}"] = found["own_memory"]
+                details[name] = {key: round(value, 3) for key, value in found.items()}
+        names = [f"step{number}" for number in range(NUM_SLOW)]
+        for number, name in enumerate(names):
+            save_checkpoint(Path(root, "series", name), number)
+        corpus = str(save_corpus(Path(root, "ids.npy"), 256))
+        num_instances = calibrate(Path(root, "series", names[0]), corpus, THREADS)
+        num_bytes = Path(root, "series", names[0], "model.safetensors").stat().st_size
+        times = Times()
+        with slow_server(Path(root, "series"), num_bytes / (SLOW_SHARE * ITEM_S)) as server:
+            listing = write_listing(Path(root, "list.csv"), server.url, names)
+            outcome = run_engine(
+                str(listing), corpus, num_instances, 1, times, cache_dir=f"{root}/cache"
+            )
+            ratios["bytes_sent"] = server.sent["model.safetensors"] / (NUM_SLOW * num_bytes)
+    scored = sum(item["score_s"] for item in outcome.timings[1:])
+    loaded = [item["fetch_s"] + item["load_s"] for item in outcome.timings[1:]]
+    ratios["idle_share"] = 1 - scored / (times.done[-1] - times.done[0])
+    ratios["idle_share_without_overlap"] = sum(loaded) / (sum(loaded) + scored)
+    details["slow_source"] = {
+        "score_s": round(scored / len(loaded), 2),
+        "fetch_and_load_s": round(statistics.median(loaded), 2),
+    }
+    return ratios, details
+
+
+def measure_start(rounds: int = 5) -> dict[str, dict[str, float]]:
+    """Seconds of the parts between the command and its first result; medians."""
+    script, runs = str(Path(__file__).resolve()), []
+    with tempfile.TemporaryDirectory() as root:
+        for number in range(2):
+            save_checkpoint(Path(root, "series", f"step{number}"), number)
+        corpus = str(save_corpus(Path(root, "ids.npy"), 1))
+        for number in range(rounds + 1):
+            command = [sys.executable, script, "--role", "start"]
+            started = time.monotonic()
+            answer = subprocess.run(
+                [*command, f"{root}/series", corpus, f"{root}/out{number}", str(started)],
+                stdout=subprocess.PIPE,
+                text=True,
+                check=True,
+            )
+            runs.append(json.loads(answer.stdout.splitlines()[-1]))
+    parts = runs[0].keys()  # the first run made MLflow's database and is not counted
+    return {part: statistics.median(run[part] for run in runs[1:]) for part in parts}
+
+
+def play_start(spec: str, corpus: str, output: str, started: str) -> None:
+    """What ``ke-ray scan`` does, one instance and the default number of actors."""
+    import ke_ray.cli  # noqa: F401
+    from ke_ray.cli.progress import ScanDisplay  # noqa: F401
+    from ke_ray.cli.publish import publish_scan  # noqa: F401
+    from ke_ray.engine.scan import run_scan
+    from ke_ray.engine.scan_setup import prepare_scan
+    from ke_ray.tracking import Tracker
+
+    marks = [float(started), time.monotonic()]
+    uri = f"sqlite:///{Path(output).parent}/mlflow.db"
+    study = make_study(spec, corpus, output, num_instances=1, mlflow={"uri": uri})
+    setup = prepare_scan(study)
+    marks.append(time.monotonic())
+    times = Times()
+    with Tracker(study.mlflow) as tracker:
+        outcome = run_scan(setup, times, tracker)
+    first = outcome.timings[0]
+    ray_started = times.started + outcome.phases_s["ray_start"]
+    own = first["fetch_s"] + first["load_s"] + first["wait_s"] + first["score_s"]
+    parts = {
+        "imports": marks[1] - marks[0],
+        "set-up": marks[2] - marks[1],
+        "MLflow": times.started - marks[2],
+        "Ray": outcome.phases_s["ray_start"],
+        "actors": times.done[0] - own - ray_started,
+        "load": first["fetch_s"] + first["load_s"],
+        "score": first["score_s"],
+        "all": times.done[0] - marks[0],
+    }
+    print(json.dumps(parts))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="one JSON object last")
+    parser.add_argument("--rounds", type=int, default=16, help="checkpoints that are counted")
+    parser.add_argument("--only", default="ray,loading,start", help="parts to run")
+    parser.add_argument("--role", help=argparse.SUPPRESS)
+    parser.add_argument("arguments", nargs="*", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.role:
+        play(options.role, options.arguments)
+        return
+    ratios: dict[str, Ratio] = {}
+    details: dict[str, Any] = {"load_average": os.getloadavg()}
+    parts = options.only.split(",")
+    if "ray" in parts:
+        ratios, details["ray"] = measure_ray(options.rounds)
+    measured: dict[str, float] = {}
+    if "loading" in parts:
+        measured, details["loading"] = measure_loading()
+    if "start" in parts:
+        details["start_s"] = measure_start()
+    for name, value in ratios.items():
+        print(f"{name:36} {value.median:.3f} [{value.low:.3f}, {value.high:.3f}]  {value.target}")
+    for name, number in measured.items():
+        print(f"{name:36} {number:.3f}")
+    for name, shown in details.items():
+        print(f"{name}: {shown}")
+    if options.json:
+        import torch
+
+        versions = {"python": platform.python_version(), "torch": torch.__version__}
+        found = {name: value.as_json() for name, value in ratios.items()} | measured
+        print(json.dumps({"ratios": found, **details, "versions": versions}))
+
+
+if __name__ == "__main__":
+    main()
