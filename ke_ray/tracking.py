@@ -9,30 +9,32 @@ process died without a word are closed as KILLED the next time anything is logge
 
 from __future__ import annotations
 
+import getpass
 import hashlib
+import json
 import logging
 import os
-import queue
 import socket
-import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from urllib.parse import quote
 
 from ke_ray.errors import StorageError
 from ke_ray.results.manifest import versions
 from ke_ray.secrets import redact
+from ke_ray.sender import Sender
 from ke_ray.studies.parts import TrackingSettings
 
 __all__ = ["TrackedRun", "Tracker", "flatten"]
 
 log = logging.getLogger(__name__)
 
-_GIVE_UP_AFTER_S = 180.0
-_SILENT_S = 60.0
 _MAX_VALUE_LENGTH = 5000
+_TRAINING = "&workflowType=machine_learning"
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -45,67 +47,6 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         elif value is not None:
             flat[name] = value
     return flat
-
-
-class _Sender(threading.Thread):
-    """Runs writes in order, each until it succeeds or the store is given up.
-
-    A store that has failed for ``give_up_after_s`` is left alone for ``silent_s``: what is written
-    meanwhile is lost at once, so that a scan of hundreds of checkpoints does not wait for each of
-    its writes in turn. A write that the store refuses for what it says is not tried again.
-    """
-
-    def __init__(
-        self, give_up_after_s: float = _GIVE_UP_AFTER_S, silent_s: float = _SILENT_S
-    ) -> None:
-        super().__init__(name="mlflow-sender", daemon=True)
-        self._give_up_after_s, self._silent_s = give_up_after_s, silent_s
-        self._failing_since: float | None = None
-        self._silent_until = 0.0
-        self._queue: queue.Queue[tuple[str, Callable[[], None]] | None] = queue.Queue()
-        self.lost: list[str] = []
-
-    def put(self, what: str, write: Callable[[], None]) -> None:
-        self._queue.put((what, write))
-
-    def run(self) -> None:
-        while (entry := self._queue.get()) is not None:
-            what, write = entry
-            self._send(what, write)
-            self._queue.task_done()
-        self._queue.task_done()
-
-    def _send(self, what: str, write: Callable[[], None]) -> None:
-        if time.monotonic() < self._silent_until:
-            self.lost.append(what)
-            return
-        pause_s = 0.2
-        while True:
-            try:
-                write()
-                self._failing_since = None
-                return
-            except Exception as error:  # MLflow raises its own, SQLAlchemy's and requests' kinds
-                now = time.monotonic()
-                refused = _is_refusal(error)
-                if not refused and self._failing_since is None:
-                    self._failing_since = now
-                is_gone = not refused and now - (self._failing_since or now) > self._give_up_after_s
-                if refused or is_gone:
-                    reason = redact(str(error)).splitlines()[0] if str(error) else repr(error)
-                    log.warning("MLflow: gave up on %s: %s", what, reason)
-                    self.lost.append(what)
-                    self._silent_until = now + self._silent_s if is_gone else 0.0
-                    return
-                time.sleep(pause_s)
-                pause_s = min(pause_s * 2, 5.0)
-
-    def flush(self) -> None:
-        self._queue.join()
-
-    def stop(self) -> None:
-        self._queue.put(None)
-        self.join()
 
 
 class Tracker:
@@ -123,7 +64,7 @@ class Tracker:
     def __init__(self, settings: TrackingSettings, default_uri: str | None = None) -> None:
         self.enabled = settings.enabled
         self.settings = settings
-        self._sender: _Sender | None = None
+        self._sender: Sender | None = None
         if not self.enabled:
             return
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -155,7 +96,7 @@ class Tracker:
                 f"The MLflow store '{redact(self.uri)}' cannot be used: {redact(reason)}. Start "
                 "it, set MLFLOW_TRACKING_URI, or switch it off with --no-mlflow."
             ) from error
-        self._sender = _Sender()
+        self._sender = Sender()
         self._sender.start()
 
     def _experiment_id(self) -> str:
@@ -168,7 +109,10 @@ class Tracker:
             database = Path(self.uri.removeprefix("sqlite:///")).absolute()
             location = (database.parent / "mlartifacts").as_uri()
         try:
-            return str(self.client.create_experiment(self.experiment, artifact_location=location))
+            # Recent servers sort experiments into training and GenAI by this tag.
+            kind = {"mlflow.experimentKind": "custom_model_development"}
+            made = self.client.create_experiment(self.experiment, location, kind)
+            return str(made)
         except Exception:
             again = self.client.get_experiment_by_name(self.experiment)
             if again is None:
@@ -215,7 +159,12 @@ class Tracker:
             "ke_ray.host": _host(),
             "ke_ray.pid": str(os.getpid()),
             "ke_ray.version": versions()["ke_ray"],
+            # What MLflow's own way to start a run sets, and its table of runs shows.
+            "mlflow.source.name": f"ke-ray {kind}",
+            "mlflow.source.type": "LOCAL",
         }
+        with suppress(OSError, KeyError):  # a container's user may have no name
+            own["mlflow.user"] = getpass.getuser()
         if parent_id:
             own["mlflow.parentRunId"] = parent_id
         every_tag = {**self.settings.tags, **(tags or {}), **own}
@@ -263,6 +212,14 @@ class Tracker:
             self.client.set_terminated(run.info.run_id, status)
         return len(left)
 
+    def compare_page(self, run_ids: Sequence[str]) -> str:
+        """Where the UI compares these runs, seen from the server's own address."""
+        runs, experiments = (
+            quote(json.dumps(ids)) for ids in (list(run_ids), [self.experiment_id])
+        )
+        # Without the last part a newcomer's browser opens MLflow's pages for GenAI.
+        return f"#/compare-runs?runs={runs}&experiments={experiments}{_TRAINING}"
+
     def run(self, run_id: str | None) -> TrackedRun:
         """A run by its id, to add to it; one that does nothing where the id is None."""
         return TrackedRun(run_id, self if self.enabled else None, self._sender)
@@ -295,10 +252,12 @@ class Tracker:
 class TrackedRun:
     """One MLflow run; all methods return at once. Without a tracker they do nothing."""
 
-    def __init__(self, run_id: str | None, tracker: Tracker | None, sender: _Sender | None) -> None:
+    def __init__(self, run_id: str | None, tracker: Tracker | None, sender: Sender | None) -> None:
         self.run_id = run_id
         self._tracker = tracker
         self._sender = sender
+        self._held: list[Any] = []  # metrics that wait for others
+        self._released = float("-inf")
 
     def _put(self, what: str, write: Callable[[Any, str], None]) -> None:
         if self._sender is None or self._tracker is None or self.run_id is None:
@@ -319,12 +278,18 @@ class TrackedRun:
             self._put_batch("parameters", params=items[start : start + 100])
 
     def log_metrics(
-        self, metrics: Mapping[str, float], step: int = 0, timestamp_ms: int | None = None
+        self,
+        metrics: Mapping[str, float],
+        step: int = 0,
+        timestamp_ms: int | None = None,
+        *,
+        hold_s: float = 0.0,
     ) -> None:
         """Metrics at one step; values that are not finite are left out.
 
         With a ``timestamp_ms`` of the caller's choice the same point may be logged again: MLflow
-        keeps one of points that agree in all.
+        keeps one of points that agree in all. With ``hold_s`` they may wait so long for later
+        ones: a write costs the same 15 ms for one point and for many.
         """
         if self._tracker is None:
             return
@@ -335,8 +300,19 @@ class TrackedRun:
             for name, value in metrics.items()
             if value is not None and abs(float(value)) < float("inf")
         ]
+        self._held += items
+        if time.monotonic() - self._released >= hold_s:
+            self._release()
+
+    def _release(self) -> None:
+        items, self._held = self._held, []
+        self._released = time.monotonic()
         for start in range(0, len(items), 1000):
             self._put_batch("metrics", metrics=items[start : start + 1000])
+
+    def describe(self, markdown: str) -> None:
+        """Set the description that the UI shows on the run's page."""
+        self.set_tags({"mlflow.note.content": markdown})
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set or replace tags."""
@@ -369,20 +345,14 @@ class TrackedRun:
 
     def finish(self, status: str = "FINISHED") -> None:
         """Close the run as ``FINISHED``, ``FAILED`` or ``KILLED`` after what was logged before."""
+        self._release()
         self._put("status", lambda c, r: c.set_terminated(r, status))
 
     def flush(self) -> None:
         """Wait until everything so far is written or given up."""
+        self._release()
         if self._sender is not None:
             self._sender.flush()
-
-
-def _is_refusal(error: Exception) -> bool:
-    """Whether the same write would be refused for ever: bad content, no right, no such file."""
-    if isinstance(error, FileNotFoundError):
-        return True
-    status = getattr(error, "get_http_status_code", lambda: 500)()
-    return 400 <= status < 500 and status not in (408, 429)
 
 
 def _shown(value: Any) -> str:

@@ -95,6 +95,7 @@ ORDER = {
     "config.py": 1,
     "studies": 2,
     "results": 2,
+    "sender.py": 3,
     "tracking.py": 3,
     "core": 2,
     "models": 3,

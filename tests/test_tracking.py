@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import getpass
+import json
 import os
 import signal
 import socket
@@ -10,12 +12,14 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from urllib.parse import parse_qs
 
 import pytest
 
 from ke_ray.errors import StorageError
+from ke_ray.sender import Sender
 from ke_ray.studies.parts import TrackingSettings
-from ke_ray.tracking import Tracker, _Sender, flatten
+from ke_ray.tracking import Tracker, flatten
 
 
 def settings(uri, **keys):
@@ -59,6 +63,7 @@ def test_a_run_is_found_again_by_its_key(sqlite_uri):
 def test_a_killed_process_leaves_no_run_that_says_running(sqlite_uri):
     code = f"""
 import time
+from ke_ray.sender import Sender
 from ke_ray.studies.parts import TrackingSettings
 from ke_ray.tracking import Tracker
 tracker = Tracker(TrackingSettings(uri={sqlite_uri!r}, experiment="tests"))
@@ -75,6 +80,25 @@ time.sleep(60)
     process.stdout.close()
     with Tracker(settings(sqlite_uri)) as tracker:
         assert tracker.client.get_run(run_id).info.status == "KILLED"
+
+
+def test_an_experiment_is_one_of_training_and_its_runs_have_a_page_to_compare(sqlite_uri):
+    with Tracker(settings(sqlite_uri)) as tracker:
+        found = tracker.client.get_experiment(tracker.experiment_id)
+        assert found.tags["mlflow.experimentKind"] == "custom_model_development"
+        assert found.artifact_location.startswith("file:///"), "not the folder of whoever logs"
+        page = tracker.compare_page(["a1", "b2"])
+        path, query = page.removeprefix("#").split("?")
+        given = {name: json.loads(value[0]) for name, value in list(parse_qs(query).items())[:2]}
+        assert path == "/compare-runs"
+        assert given == {"runs": ["a1", "b2"], "experiments": [tracker.experiment_id]}
+        run = tracker.start_run("x", key="x", kind="sweep")
+        run.describe(f"[compare]({page})")
+        run.flush()
+        tags = tracker.client.get_run(run.run_id).data.tags
+        assert tags["mlflow.note.content"] == f"[compare]({page})", "cut or redacted"
+        assert tags["mlflow.source.name"] == "ke-ray sweep"
+        assert tags["mlflow.user"] == getpass.getuser()
 
 
 def test_secrets_are_not_logged(sqlite_uri):
@@ -104,7 +128,7 @@ def test_a_store_that_stays_away_is_given_up_once_not_for_each_write():
         attempts.append(time.monotonic())
         raise ConnectionError("nobody there")
 
-    sender = _Sender(give_up_after_s=0.5, silent_s=3600.0)
+    sender = Sender(give_up_after_s=0.5, silent_s=3600.0)
     sender.start()
     for number in range(1000):
         sender.put(f"write {number}", write)
@@ -193,3 +217,22 @@ def test_a_real_server_that_is_gone_for_a_while_loses_nothing(tmp_path):
         assert tracker.client.get_run(run.run_id).info.status == "FINISHED"
     finally:
         stop_server(server)
+
+
+def test_points_that_may_wait_are_sent_together_and_none_is_lost(sqlite_uri):
+    def logged():
+        return [m.step for m in tracker.client.get_metric_history(run.run_id, "x")]
+
+    with Tracker(settings(sqlite_uri)) as tracker:
+        run = tracker.start_run("held", key="held", kind="pretrain")
+        for step in range(30):
+            run.log_metrics({"x": float(step)}, step=step, hold_s=600)
+        tracker._sender.flush()
+        assert logged() == [0], "the first is seen at once, the others wait"
+        run.log_metrics({"x": 30.0}, step=30)
+        tracker._sender.flush()
+        assert logged() == list(range(31)), "one that may not wait takes the others along"
+        run.log_metrics({"x": 31.0}, step=31, hold_s=600)
+        run.finish("FAILED")
+        tracker._sender.flush()
+        assert logged() == list(range(32))
