@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ke_ray import storage
 from ke_ray.errors import KeRayError
+from ke_ray.results.sweep_folder import read_trials
 
 if TYPE_CHECKING:
-    from ke_ray.tracking import TrackedRun
+    from ke_ray.tracking import Tracker
 
-__all__ = ["publish_sweep"]
+__all__ = ["describe_sweep", "publish_sweep", "settings_cells"]
 
 log = logging.getLogger(__name__)
 
 
-def publish_sweep(output: str, run: TrackedRun) -> None:
+#: Trials that are compared on one page; MLflow keeps 5,000 characters of a description.
+_MAX_COMPARED = 50
+_MAX_SETTINGS = 20
+
+
+def publish_sweep(output: str, tracker: Tracker, run_id: str | None) -> None:
     """Log the tables, each figure as a page of its own, and the report of the folder.
 
+    The description of the run has the best settings and a link to the comparison of its trials.
     Nothing here can fail a sweep: what cannot be drawn is left out.
     """
-    if run.run_id is None:
+    if run_id is None:
         return
+    run = tracker.run(run_id)
+    run.describe(describe_sweep(output, tracker))
     from ke_ray.report.terminal import headline_rows, rows_as_csv
 
     run.log_text(rows_as_csv(headline_rows([output])), "headline.csv")
@@ -42,6 +53,70 @@ def publish_sweep(output: str, run: TrackedRun) -> None:
         for name in ("trials.parquet", "settings.parquet", "manifest.json"):
             run.log_artifact(Path(storage.local_path(output), name))
     run.flush()
+
+
+def settings_cells(output: str) -> list[list[str]] | None:
+    """The settings of a sweep as cells, repeats aggregated: best first in the first objective.
+
+    The first row names the columns; None where no trial has ended. Values are in the units of the
+    table (A and F as fractions), with 95 % intervals where there are; a star marks the best, or
+    the Pareto front.
+    """
+    path = storage.join(output, "settings.parquet")
+    rows = storage.read_table(path).to_pylist() if storage.exists(path) else []
+    if not rows:
+        return None
+    metrics = list(dict.fromkeys(row["metric"] for row in rows))
+    points: dict[int, dict[str, Any]] = {}
+    for row in rows:
+        points.setdefault(row["point"], {})[row["metric"]] = row
+    sign = -1 if rows[0]["direction"] == "maximize" else 1
+
+    def order(point: dict[str, Any]) -> tuple[bool, float]:
+        value = point[metrics[0]]["value"]
+        return value is None, sign * (value or 0.0)
+
+    cells = [[*(f"{metric} (95 %)" for metric in metrics), "ok", "setting"]]
+    for point in sorted(points.values(), key=order):
+        first = point[metrics[0]]
+        text = " ".join(f"{k}={_value(v)}" for k, v in json.loads(first["params"]).items())
+        mark = " *" if first["on_front"] else ""
+        cells.append([*(_cell(point[m]) for m in metrics), str(first["num_ok"]), text + mark])
+    return cells
+
+
+def _value(value: Any) -> str:
+    return "none" if value is None else str(value)
+
+
+def _cell(row: Mapping[str, Any]) -> str:
+    if row["value"] is None:
+        return "–"
+    value, low, high = (
+        None if number is None else f"{number:.4f}".replace("-0.0000", "0.0000")
+        for number in (row["value"], row["low"], row["high"])
+    )
+    return f"{value} [{low}, {high}]" if low and high else str(value)
+
+
+def describe_sweep(output: str, tracker: Tracker) -> str:
+    """Markdown: how many trials, where they are compared, and the best settings."""
+    rows = read_trials(output)
+    known = [row["mlflow_run_id"] for row in rows if row["mlflow_run_id"]]
+    count = f"{len(rows)} trials in `{output}`."
+    # The link comes first: the page lays a veil over the end of what is long.
+    if 1 < len(known) <= _MAX_COMPARED:
+        text = [f"[Compare the trials]({tracker.compare_page(known)}): {count}"]
+    else:
+        text = [f"{count} Select up to {_MAX_COMPARED} in the table of runs to compare them."]
+    table = settings_cells(output)
+    if table is not None:
+        head, *lines = table
+        shown = [head, ["---"] * len(head), *lines[:_MAX_SETTINGS]]
+        text.append("\n".join(f"| {' | '.join(cells)} |" for cells in shown))
+    if len(lines := (table or [])[1:]) > _MAX_SETTINGS:
+        text.append(f"… and {len(lines) - _MAX_SETTINGS} more in `settings.csv`.")
+    return "\n\n".join(text)
 
 
 def _figures(output: str, folder: Path) -> list[Path]:

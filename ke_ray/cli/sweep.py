@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from ke_ray import storage
 from ke_ray.cli.options import DryRun, MlflowUri, NoMlflow, Output, Set
 from ke_ray.cli.train import Study
 
@@ -112,7 +113,7 @@ def execute_sweep(study: SweepStudy) -> SweepOutcome:
     with Tracker(study.mlflow) as tracker:
         outcome = run_sweep(plan, tracker, SweepDisplay())
         if outcome.rows:
-            publish_sweep(study.output, tracker.run(outcome.mlflow_run_id))
+            publish_sweep(study.output, tracker, outcome.mlflow_run_id)
     for line in settings_lines(study.output):
         typer.echo(line)
     for name, error in outcome.failures:
@@ -130,48 +131,21 @@ def execute_sweep(study: SweepStudy) -> SweepOutcome:
 
 
 def settings_lines(folder: str) -> list[str]:
-    """The settings of a sweep as a table, repeats aggregated: best first in the first objective.
+    """The settings of a sweep as a table for the terminal (``settings_cells``)."""
+    from ke_ray.cli.publish_sweep import settings_cells
 
-    Values in the units of the table (A and F as fractions), with 95 % intervals where there are.
-    """
-    import json
-
-    from ke_ray import storage
-
-    path = storage.join(folder, "settings.parquet")
-    rows = storage.read_table(path).to_pylist() if storage.exists(path) else []
-    if not rows:
+    table = settings_cells(folder)
+    if table is None:
         return []
-    metrics = list(dict.fromkeys(row["metric"] for row in rows))
-    points: dict[int, dict[str, Any]] = {}
-    for row in rows:
-        points.setdefault(row["point"], {})[row["metric"]] = row
-    sign = -1 if rows[0]["direction"] == "maximize" else 1
-
-    def order(point: dict[str, Any]) -> tuple[bool, float]:
-        value = point[metrics[0]]["value"]
-        return value is None, sign * (value or 0.0)
-
-    lines = ["  ".join([f"{m + ' (95 %)':<34}" for m in metrics] + ["ok", "setting"])]
-    for point in sorted(points.values(), key=order)[:_MAX_LINES]:
-        first = point[metrics[0]]
-        text = " ".join(f"{k}={v}" for k, v in json.loads(first["params"]).items())
-        cells = [f"{_cell(point[m]):<34}" for m in metrics]
-        mark = " *" if first["on_front"] else ""
-        lines.append("  ".join([*cells, f"{first['num_ok']:>2}", text + mark]))
-    if len(points) > _MAX_LINES:
-        lines.append(f"… and {len(points) - _MAX_LINES} more in {path}")
-    lines.append("* on the Pareto front" if len(metrics) > 1 else "* the best")
+    head, *rows = table
+    lines = ["  ".join([f"{cell:<34}" for cell in head[:-2]] + head[-2:])]
+    for *values, num_ok, text in rows[:_MAX_LINES]:
+        lines.append("  ".join([*(f"{cell:<34}" for cell in values), f"{num_ok:>2}", text]))
+    if len(rows) > _MAX_LINES:
+        path = storage.join(folder, "settings.parquet")
+        lines.append(f"… and {len(rows) - _MAX_LINES} more in {path}")
+    lines.append("* on the Pareto front" if len(head) > 3 else "* the best")
     return lines
-
-
-def _cell(row: Mapping[str, Any]) -> str:
-    if row["value"] is None:
-        return "–"
-    text = f"{row['value']:.4f}"
-    if row["low"] is not None and row["high"] is not None:
-        text += f" [{row['low']:.4f}, {row['high']:.4f}]"
-    return text
 
 
 def register(app: typer.Typer) -> None:

@@ -12,8 +12,8 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -24,9 +24,8 @@ from ke_ray.engine.session import ray_session
 from ke_ray.engine.shared_storage import check_nodes_see
 from ke_ray.engine.sweep_plan import SweepPlan, Trial, identity_keys
 from ke_ray.engine.sweep_resources import TrialResources, trial_resources
-from ke_ray.engine.sweep_trial import STOPPED_TAG, TIME, VALUE, config_of_trial, run_key
-from ke_ray.engine.sweep_tune import ENVIRONMENT, build_tuner, scratch
-from ke_ray.errors import ResultsError
+from ke_ray.engine.sweep_trial import STOPPED_TAG, TIME, VALUE, config_of_trial
+from ke_ray.engine.sweep_tune import ENVIRONMENT, alone, build_tuner, scratch
 from ke_ray.results.manifest import new_manifest, read_manifest, write_manifest
 from ke_ray.results.sweep_folder import (
     objective_value,
@@ -34,8 +33,9 @@ from ke_ray.results.sweep_folder import (
     settings_table,
     trials_table,
 )
-from ke_ray.tracking import TrackedRun, Tracker
-from ke_ray.training.runs import base_row, part_folder, write_failed, write_row
+from ke_ray.tracking import TrackedRun, Tracker, flatten
+from ke_ray.training.runs import base_row, part_folder, run_key, write_failed, write_row
+from ke_ray.training.track import run_params
 
 __all__ = ["SweepOutcome", "SweepProgress", "collect_sweep", "run_sweep"]
 
@@ -117,10 +117,10 @@ def run_sweep(
             )
             run.resources = trial_resources(study, _nodes(), pending)
             outcome.phases_s["ray_start"] = time.perf_counter() - started
-        held.enter_context(_alone(study.output))
+        held.enter_context(alone(study.output))
         parent = run.parent = tracker.start_run(
             study.name or study.output.rstrip("/").rsplit("/", 1)[-1],
-            key=f"sweep {storage.absolute(study.output)}",
+            key=f"sweep {run.folder_id}",
             kind="sweep",
             params=study.model_dump(mode="json", by_alias=True, exclude={"mlflow"}),
         )
@@ -147,6 +147,13 @@ def run_sweep(
     return outcome
 
 
+def _folder_id(output: str) -> str | None:
+    """What the folder calls itself; None where no sweep has begun there."""
+    if not storage.exists(storage.join(output, "manifest.json")):
+        return None
+    return str(read_manifest(output, "sweep").get("id", storage.absolute(output)))
+
+
 def _nodes() -> list[dict[str, float]]:
     import ray
 
@@ -165,6 +172,8 @@ class _Run:
         self.plan, self.tracker, self.progress = plan, tracker, progress
         self.parent = tracker.run(None)
         self.stopped: list[Trial] = []
+        # A folder that is removed and made again is another sweep.
+        self.folder_id = _folder_id(plan.study.output) or uuid.uuid4().hex
         self.command = uuid.uuid4().hex[:12]
         self.settings: dict[str, Any] = {}
         self.resources: TrialResources | None = None
@@ -218,6 +227,7 @@ class _Run:
         if storage.exists(storage.join(path, "manifest.json")):
             manifest["created_at"] = read_manifest(path, "sweep")["created_at"]
         manifest |= {
+            "id": self.folder_id,
             "identity": self.plan.identity,
             "identity_keys": identity_keys(study),
             "parameters": list(study.shown_keys),
@@ -280,7 +290,7 @@ class _Run:
         """
         for trial in self.stopped:
             row = trial.row()
-            run_id = self.tracker.find_run(run_key(trial.study, trial.spec))
+            run_id = self.tracker.find_run(run_key(trial.study, trial.spec, self.parent.run_id))
             if row is not None and run_id is not None:
                 write_row(trial.study, trial.spec, {**row, "mlflow_run_id": run_id})
                 self.tracker.run(run_id).set_tags({STOPPED_TAG: "asha"})
@@ -303,8 +313,9 @@ class _Run:
         found = {name: objective_value(row, metric) for name, metric in named.items()}
         run = self.tracker.run(run_id)
         # A group that is off has no keys, and MLflow would draw its trial beside the largest value.
-        off = {key: "none" for key, value in trial.params.items() if value is None}
-        run.log_params(off)
+        known = flatten(run_params(trial.study, trial.spec))
+        usual = flatten(run_params(self.plan.study.base, trial.spec))
+        run.log_params(dict.fromkeys({*usual, *trial.params} - set(known), "none"))
         run.log_metrics({k: v for k, v in found.items() if v is not None}, row["num_steps"] or 0)
         run.set_tags({"ke_ray.trial": trial.trial_id, "ke_ray.point": str(trial.point.number)})
 
@@ -366,26 +377,3 @@ def _log_parent(parent: TrackedRun, outcome: SweepOutcome) -> None:
         for status in ("ok", "failed", "stopped")
     }
     parent.log_metrics(counts)
-
-
-@contextmanager
-def _alone(output: str) -> Iterator[None]:
-    """One command at a time in a folder (where it is local).
-
-    Raises:
-        ResultsError: another one is at work there.
-    """
-    with ExitStack() as stack:
-        if storage.is_local(output):
-            from filelock import FileLock, Timeout
-
-            storage.check_writable(output)
-            lock = FileLock(str(storage.local_path(output) / ".lock"))
-            try:
-                stack.enter_context(lock.acquire(timeout=0))
-            except Timeout as error:
-                raise ResultsError(
-                    f"Another ke-ray sweep is at work in '{output}'; wait for it, or give another "
-                    "output."
-                ) from error
-        yield

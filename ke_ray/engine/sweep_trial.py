@@ -23,7 +23,7 @@ from ke_ray.engine.metrics import TrainingMeter
 from ke_ray.errors import KeRayError
 from ke_ray.studies.continual import ContinualStudy
 from ke_ray.studies.parts import TrackingSettings
-from ke_ray.training.runs import RunSpec, part_folder, read_row, write_failed
+from ke_ray.training.runs import RunSpec, part_folder, read_row, run_key, write_failed
 
 if TYPE_CHECKING:
     from ke_ray.engine.sweep_plan import Trial
@@ -35,7 +35,6 @@ __all__ = [
     "TIME",
     "VALUE",
     "config_of_trial",
-    "run_key",
     "run_trial",
     "study_of",
     "told",
@@ -69,11 +68,6 @@ def study_of(config: Mapping[str, Any]) -> tuple[ContinualStudy, RunSpec]:
     return study, RunSpec(config["name"], CheckpointRef(**config["ref"]), config["seed"])
 
 
-def run_key(study: ContinualStudy, spec: RunSpec) -> str:
-    """The key of a trial's MLflow run (as ``run_continual`` makes it)."""
-    return f"continual {study.output} {spec.name}"
-
-
 def told(error: BaseException) -> str:
     """An exception as the ``error`` of a row."""
     text = str(error).strip()
@@ -105,7 +99,7 @@ def run_trial(config: dict[str, Any], environment: Mapping[str, str] | None = No
             _execute(study, spec, config, tune.report)
             break
         except SystemExit:  # the scheduler's: raised in tune.report
-            _finish_stopped(study, spec)
+            _finish_stopped(study, spec, config["parent_id"])
             raise
         except Exception as error:
             log.warning("trial %s failed: %s", spec.name, error, exc_info=True)
@@ -262,12 +256,12 @@ def _train_worker(
     )
 
 
-def _finish_stopped(study: ContinualStudy, spec: RunSpec) -> None:
+def _finish_stopped(study: ContinualStudy, spec: RunSpec, parent_id: str | None) -> None:
     """A trial that a scheduler ended is finished in MLflow, neither failed nor killed."""
     from ke_ray.tracking import Tracker
 
     settings: TrackingSettings = study.mlflow
     with Tracker(settings) as tracker:
-        run = tracker.run(tracker.find_run(run_key(study, spec)))
+        run = tracker.run(tracker.find_run(run_key(study, spec, parent_id)))
         run.set_tags({STOPPED_TAG: "asha"})
         run.finish("FINISHED")

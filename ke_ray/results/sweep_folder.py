@@ -219,8 +219,8 @@ def sweep_summary(folder: str) -> list[dict[str, Any]]:
     """The ``sweep`` list of ``summary.json``: one entry a trial.
 
     Returns:
-        [trial_id, params, seed, status, acquisition, forgetting, mlflow_run_id, error]; A and F
-        are fractions, None where a trial has none.
+        [trial_id, parameters, seed, status, acquisition, forgetting, mlflow_run_id, error];
+        parameters are the swept keys, A and F fractions, None where a trial has none.
 
     Raises:
         ResultsError: no sweep there.
@@ -229,7 +229,7 @@ def sweep_summary(folder: str) -> list[dict[str, Any]]:
     return [
         {
             "trial_id": row["trial_id"],
-            "params": {key: row.get(key) for key in keys},
+            "parameters": {key: row.get(key) for key in keys},
             "seed": row["seed"],
             "status": row["status"],
             "acquisition": row["acquisition"],

@@ -31,6 +31,7 @@ from ke_ray.training.runs import (
     part_folder,
     read_row,
     run_identity,
+    run_key,
     write_row,
 )
 from ke_ray.training.snapshot import (
@@ -40,7 +41,7 @@ from ke_ray.training.snapshot import (
     forgotten,
     take_snapshot,
 )
-from ke_ray.training.track import log_progress, tracked_run
+from ke_ray.training.track import log_progress, run_params, tracked_run
 
 if TYPE_CHECKING:
     from torch import nn
@@ -99,15 +100,14 @@ def run_continual(
             study.mlflow,
             worker,
             name=spec.name,
-            key=f"continual {study.output} {spec.name}",
+            key=run_key(study, spec, parent_id),
             kind="continual",
-            params={
-                **study.model_dump(mode="json", exclude={"mlflow", "starts", "seeds"}),
-                "checkpoint": spec.ref.name,
-                "pretraining_step": spec.ref.step,
-                "seed": spec.seed,
+            params=run_params(study, spec),
+            tags={
+                "checkpoint": spec.ref.label,
+                "data_sha256": inputs.rows.sha256,
+                "ke_ray.output": study.output,
             },
-            tags={"checkpoint": spec.ref.label, "data_sha256": inputs.rows.sha256},
             parent_id=parent_id,
         ) as run:
             corpus = study.corpus

@@ -27,6 +27,7 @@ __all__ = [
     "part_folder",
     "read_row",
     "run_identity",
+    "run_key",
     "study_identity",
     "write_failed",
     "write_row",
@@ -114,6 +115,16 @@ def run_identity(study: ContinualStudy, spec: RunSpec) -> str:
 def part_folder(study: ContinualStudy, spec: RunSpec) -> str:
     """Where a run keeps what it has."""
     return storage.join(study.output, "runs", spec.name)
+
+
+def run_key(study: ContinualStudy, spec: RunSpec, parent_id: str | None = None) -> str:
+    """What a run's MLflow run is found again by.
+
+    Args:
+        parent_id: the sweep's run: two sweeps of one relative folder, written from two working
+            folders into one store, are not each other's.
+    """
+    return f"continual {parent_id or study.output} {spec.name}"
 
 
 def read_row(study: ContinualStudy, spec: RunSpec) -> dict[str, Any] | None:

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ke_ray.studies.parts import TrackingSettings
 from ke_ray.tracking import TrackedRun, Tracker
 from ke_ray.training.loop import Progress
 from ke_ray.training.parallel import Worker
 
-__all__ = ["log_progress", "tracked_run"]
+if TYPE_CHECKING:
+    from ke_ray.studies.continual import ContinualStudy
+    from ke_ray.training.runs import RunSpec
+
+__all__ = ["log_progress", "run_params", "tracked_run"]
 
 #: A run's curves have about this many points: enough to see, cheap enough to send.
 POINTS = 200
+#: They are sent together, as a write costs as much as a step of a small model.
+SEND_EVERY_S = 5.0
 
 
 @contextmanager
@@ -70,6 +76,23 @@ def log_progress(run: TrackedRun, num_steps: int) -> Callable[[Progress], None]:
             "train/tokens_per_s": record.tokens_per_s,
             "train/num_tokens": record.num_tokens,
         }
-        run.log_metrics(metrics, record.step)
+        run.log_metrics(metrics, record.step, hold_s=SEND_EVERY_S)
 
     return log
+
+
+def run_params(study: ContinualStudy, spec: RunSpec) -> dict[str, Any]:
+    """What the tracking store shows of a run: what its result depends on, to compare runs by.
+
+    Where coefficients came from, and whether they are of these weights, are tags of the run.
+    """
+    params = study.model_dump(
+        mode="json", exclude={"mlflow", "starts", "seeds", "kind", "output", "executor"}
+    )
+    keys = params.get("resuscitation")
+    if keys is not None:
+        hidden = {"coefficients", "allow_mismatch"}
+        hidden |= set() if keys["control"] == "random" else {"seed"}
+        params["resuscitation"] = {k: v for k, v in keys.items() if k not in hidden}
+    own = {"checkpoint": spec.ref.name, "pretraining_step": spec.ref.step, "seed": spec.seed}
+    return {**params, **own}

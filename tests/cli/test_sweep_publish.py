@@ -47,7 +47,7 @@ def swept(tmp_path: Path) -> Path:
 def test_tables_and_every_figure_are_on_the_parent(swept: Path, tmp_path: Path) -> None:
     with Tracker(TrackingSettings(uri=f"sqlite:///{tmp_path}/mlflow.db")) as tracker:
         run = tracker.start_run("sweep", key="s", kind="sweep")
-        publish_sweep(str(swept), run)
+        publish_sweep(str(swept), tracker, run.run_id)
         run.finish()
         run.flush()
         client = tracker.client
@@ -80,4 +80,4 @@ def test_the_settings_are_shown_best_first_with_their_repeats(swept: Path) -> No
 
 def test_without_mlflow_nothing_is_drawn(swept: Path) -> None:
     with Tracker(TrackingSettings(enabled=False)) as tracker:
-        publish_sweep(str(swept), tracker.run(None))
+        publish_sweep(str(swept), tracker, None)

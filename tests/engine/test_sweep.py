@@ -104,7 +104,11 @@ def test_trials_are_the_runs_of_the_continual_study(
         assert metrics["result/knowledge_entropy_change_nats"] == pytest.approx(change)
         assert child.data.params["optimizer.learning_rate"] == "0.005"
         factor = row["params"]["resuscitation.factor"]
-        assert child.data.params.get("resuscitation.factor") == (factor and str(float(factor)))
+        assert child.data.params["resuscitation.factor"] == (
+            "none" if factor is None else str(float(factor))
+        )
+        assert child.data.params["resuscitation.ratio"] == ("none" if factor is None else "0.5")
+        assert "resuscitation.coefficients" not in child.data.params, "a tag: it hides what differs"
 
     # All is done: nothing runs, nothing is written anew.
     files = sorted((tmp_path / "sweep" / "runs").rglob("run.json"))

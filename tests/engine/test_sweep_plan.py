@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,15 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 from tiny_studies import tiny_pretrain
 from tiny_sweep import begin, finish, tiny_sweep
 
-from ke_ray.engine.sweep import collect_sweep
+from ke_ray.engine.sweep import collect_sweep, run_sweep
 from ke_ray.engine.sweep_plan import SweepPlan, prepare_sweep
 from ke_ray.engine.sweep_resources import trial_resources
 from ke_ray.engine.sweep_search import LedgerSearcher
 from ke_ray.errors import ConfigError, ResultsError, UserError
 from ke_ray.results.sweep_folder import pareto_points, settings_rows, sweep_summary
+from ke_ray.tracking import Tracker
 from ke_ray.training.pretrain import run_pretrain
-from ke_ray.training.runs import write_failed
+from ke_ray.training.runs import run_key, write_failed
 
 
 @pytest.fixture(scope="module")
@@ -295,8 +297,8 @@ def test_tables_and_summary_of_a_sweep(tmp_path: Path, series: Path) -> None:
     assert outcome.failures == [(plan.trials[5].trial_id, "out of memory")]
     summary = sweep_summary(str(tmp_path))
     assert [entry["status"] for entry in summary] == ["ok"] * 5 + ["failed"]
-    assert summary[0]["params"]["resuscitation.factor"] is None
-    assert summary[2]["params"]["resuscitation.factor"] == 0.5
+    assert summary[0]["parameters"]["resuscitation.factor"] is None
+    assert summary[2]["parameters"]["resuscitation.factor"] == 0.5
     assert (summary[3]["acquisition"], summary[3]["forgetting"]) == (0.7, 0.1)
     assert (summary[5]["acquisition"], summary[5]["error"]) == (None, "out of memory")
     objectives = [("acquisition", "maximize"), ("forgetting", "minimize")]
@@ -307,6 +309,44 @@ def test_tables_and_summary_of_a_sweep(tmp_path: Path, series: Path) -> None:
     assert half["high"] - half["value"] == pytest.approx(12.7062 * 0.1, rel=1e-4)
     assert (settings[2, "forgetting"]["num_ok"], settings[2, "forgetting"]["num_failed"]) == (1, 1)
     assert [settings[p, "forgetting"]["on_front"] for p in (0, 1, 2)] == [False, True, True]
+
+
+def test_a_folder_that_is_made_anew_is_another_run(
+    tmp_path: Path, series: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two sweeps of one relative folder share a store; a resumed one goes on with its run."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "as users know it")
+    found = []
+    for place in ("one", "one", "two"):
+        shutil.rmtree(tmp_path / place, ignore_errors=True)
+        (tmp_path / place).mkdir()
+        monkeypatch.chdir(tmp_path / place)
+        study = tiny_sweep(Path("out"), series, base={"starts": {"steps": "3:3"}}, mlflow={})
+        plan = prepare_sweep(study)
+        begin(plan)
+        for trial in plan.trials:
+            finish(trial, 0.1, forgetting=0.2)
+        for _ in range(2):
+            with Tracker(study.mlflow) as tracker:
+                assert tracker.experiment == "as users know it"
+                found.append(run_sweep(prepare_sweep(study), tracker).mlflow_run_id)
+    assert found[0::2] == found[1::2]
+    keys = {run_key(plan.trials[0].study, plan.trials[0].spec, parent) for parent in found}
+    assert len(keys) == len(set(found)) == 3
+
+
+def test_an_objective_that_no_trial_reported_is_said(tmp_path: Path, series: Path) -> None:
+    from ke_ray.engine.sweep import SweepOutcome
+
+    plan = prepare_sweep(tiny_sweep(tmp_path, series, base={"starts": {"steps": "3:3"}}))
+    begin(plan)
+    for trial in plan.trials:  # as where every probability was 0 before: F is no number
+        finish(trial, 0.1, forgetting=None)
+    outcome = SweepOutcome(str(tmp_path))
+    collect_sweep(plan, outcome)
+    assert (outcome.missing, outcome.exit_code) == (["forgetting"], 1)
+    assert outcome.failures == []
 
 
 def test_the_front_against_a_loop() -> None:

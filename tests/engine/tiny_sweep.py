@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,11 @@ def finish(trial: Trial, acquisition: float | None, status: str = "ok", **more: 
 def begin(plan: SweepPlan) -> None:
     """Leave what a command writes at its start."""
     study = plan.study
-    keys = {"identity": plan.identity, "identity_keys": identity_keys(study)}
+    keys = {
+        "id": uuid.uuid4().hex,
+        "identity": plan.identity,
+        "identity_keys": identity_keys(study),
+    }
     config = study.model_dump(mode="json", by_alias=True)
     write_manifest(
         study.output, new_manifest("sweep", config) | keys | {"parameters": study.swept_keys}
