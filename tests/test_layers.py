@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "ke_ray"
@@ -50,6 +52,33 @@ def test_no_module_imports_what_its_layer_must_not(folders, forbidden):
 
 def test_the_package_itself_imports_nothing():
     assert modules_after("import ke_ray") & {"torch", "numpy", "ray", "yaml", "pydantic"} == set()
+
+
+def test_a_scan_is_set_up_without_torch(tmp_path):
+    """The driver needs neither: each costs a second of every command's start."""
+    config = {
+        "model_type": "olmo",
+        "vocab_size": 96,
+        "max_position_embeddings": 64,
+        "eos_token_id": 0,
+    }
+    (tmp_path / "step1").mkdir()
+    (tmp_path / "step1" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "step1" / "model.safetensors").write_bytes(b"not read")
+    np.save(tmp_path / "ids.npy", np.array([[1, 2, 3, 4]], np.uint16))
+    study = {
+        "checkpoints": {"spec": str(tmp_path)},
+        "data": {"d": str(tmp_path / "ids.npy")},
+        "num_instances": 1,
+        "sequence_length": 4,
+        "output": str(tmp_path / "out"),
+    }
+    loaded = modules_after(
+        "from ke_ray.engine.scan_setup import prepare_scan\n"
+        "from ke_ray.studies.scan import ScanStudy\n"
+        f"assert len(prepare_scan(ScanStudy.model_validate({study!r})).works) == 1"
+    )
+    assert loaded & {"torch", "transformers", "ray", "mlflow"} == set()
 
 
 def imports_of(path: Path) -> set[str]:

@@ -246,12 +246,12 @@ def _first_config(refs: Sequence[CheckpointRef]) -> tuple[Any, CheckpointRef | N
     Raises:
         UnsupportedArchitectureError: there are configs, and none can be scored.
     """
-    from ke_ray.models.remote_config import read_config
+    from ke_ray.models.remote_config import read_outline
 
     refused: UnsupportedArchitectureError | None = None
     for ref in refs[:20]:
         try:
-            return read_config(ref), ref
+            return read_outline(ref), ref
         except UnsupportedArchitectureError as error:
             refused = refused or error
         except CheckpointError:

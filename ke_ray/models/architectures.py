@@ -17,12 +17,13 @@ sees, and an average over tokens that an expert never saw would be a number with
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any, Literal
 
 from ke_ray.errors import UnsupportedArchitectureError, nearest
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 __all__ = [
     "ARCHITECTURES",
@@ -133,8 +134,7 @@ class FFNLayout:
 
     def up_weight(self) -> torch.Tensor:
         """The memory keys K as a view [d_mlp, d_model] of the model's own storage."""
-        weight = self.up.weight
-        assert isinstance(weight, torch.Tensor)
+        weight: Any = self.up.weight
         rows = weight.t() if self.transposed else weight
         return rows[self.d_mlp :] if self.fused == "gate_up" else rows
 
@@ -213,8 +213,7 @@ def describe(model: nn.Module) -> tuple[FFNLayout, ...]:
 def _layout(entry: Architecture, layer: nn.Module, config: Any) -> FFNLayout:
     ffn = layer.get_submodule(entry.ffn)
     second = ffn.get_submodule(entry.second_projection)
-    weight = second.weight
-    assert isinstance(weight, torch.Tensor)
+    weight: Any = second.weight
     transposed = not hasattr(second, "in_features")  # Conv1D has nx/nf and stores [in, out]
     activation = next(
         (

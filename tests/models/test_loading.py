@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from ke_ray.errors import CheckpointError, UnsupportedArchitectureError
 from ke_ray.models.loading import find_tokenizer, load_config, load_model, move
 from ke_ray.models.reference import CheckpointRef
+from ke_ray.models.remote_config import read_config, read_outline
 from ke_ray.models.saving import save_model
 
 FAMILIES = [
@@ -53,7 +54,27 @@ def test_every_architecture_loads_exactly_what_was_saved(
     assert torch.equal(loaded(IDS).logits, model(IDS).logits)
     assert not loaded.training
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
-    assert load_config(tmp_path / "x").model_type == family
+    config = load_config(tmp_path / "x")
+    assert config.model_type == family
+    outline = read_outline(CheckpointRef("x", str(tmp_path / "x"), "hf"))
+    for name in ("vocab_size", "max_position_embeddings", "eos_token_id"):
+        assert getattr(outline, name, None) == getattr(config, name, None), name
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"vocab_size": None}, {"vocab_size": "96"}, {"eos_token_id": [0, 3]}, {"model_type": "bert"}],
+)
+def test_an_outline_of_an_odd_config_is_what_transformers_says(folder: Path, values: dict) -> None:
+    reconfigure(folder, **values)
+    ref, answers = CheckpointRef("x", str(folder), "hf"), []
+    for read in (read_config, read_outline):
+        try:
+            found = read(ref)
+            answers.append([found.vocab_size, found.eos_token_id])
+        except (CheckpointError, UnsupportedArchitectureError) as error:
+            answers.append(str(error))
+    assert answers[0] == answers[1]
 
 
 def test_shards_load_as_one(tmp_path: Path, tiny_decoder) -> None:
