@@ -19,7 +19,8 @@ import numpy as np
 
 from ke_ray import storage
 from ke_ray.config import validate
-from ke_ray.errors import ConfigError, ResultsError, UserError, nearest
+from ke_ray.engine.sweep_inputs import check_inputs
+from ke_ray.errors import ConfigError, ResultsError, nearest
 from ke_ray.results.manifest import read_manifest
 from ke_ray.studies.continual import ContinualStudy
 from ke_ray.studies.sweep import Axis, SweepStudy, set_keys
@@ -314,7 +315,7 @@ def prepare_sweep(study: SweepStudy) -> SweepPlan:
     if drawn:
         _check_ends(plan)
     pending = [trial for trial in plan.trials if not trial.is_done]
-    _check_inputs(pending)
+    check_inputs(pending)
     return plan
 
 
@@ -365,34 +366,4 @@ def _check_ends(plan: SweepPlan) -> None:
         ((key, end) for end in axis.ends()) for key, axis in space.items()
     ):
         probe.add(Point(0, {**usual, key: value}))
-    _check_inputs(probe.trials[:1])
-
-
-def _check_inputs(trials: Sequence[Trial]) -> None:
-    """Read and pack what trials read, once for each corpus, shape, tokenizer and seed."""
-    from ke_ray.training.inputs import load_inputs, read_start
-
-    seen: set[str] = set()
-    for trial in trials:
-        _check_coefficients(trial.study)
-        if not trial.spec.ref.is_local:
-            continue
-        same = trial.study.model_dump(
-            mode="json", exclude={"optimizer", "schedule", "resuscitation", "mlflow", "precision"}
-        )
-        key = json.dumps([same, trial.spec.ref.location], sort_keys=True)
-        if key not in seen:
-            seen.add(key)
-            start = read_start(trial.study, trial.spec.ref, trial.spec.ref.location)
-            load_inputs(trial.study, start, trial.spec.seed)
-
-
-def _check_coefficients(study: ContinualStudy) -> None:
-    keys = study.resuscitation
-    if keys is None or keys.control == "attention_temperature" or keys.coefficients is None:
-        return
-    if not storage.exists(keys.coefficients):
-        raise UserError(
-            f"resuscitation.coefficients is '{keys.coefficients}', which is not there; give the "
-            "folder of a scan of the starting checkpoint ('ke-ray scan' makes it)."
-        )
+    check_inputs(probe.trials[:1])

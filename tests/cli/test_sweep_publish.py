@@ -51,6 +51,10 @@ def test_tables_and_every_figure_are_on_the_parent(swept: Path, tmp_path: Path) 
         run.finish()
         run.flush()
         client = tracker.client
+        note = client.get_run(run.run_id).data.tags["mlflow.note.content"]
+        assert note.startswith(f"10 trials in `{swept}`.")
+        assert "| acquisition (95 %) | forgetting (95 %) | ok | setting |" in note
+        assert len(note.splitlines()) == 2 + 2 + 5, "a line for each setting, repeats aggregated"
         files = {file.path for file in client.list_artifacts(run.run_id)}
         assert {"trials.csv", "settings.csv", "trials.parquet", "manifest.json"} <= files
         figures = {file.path for file in client.list_artifacts(run.run_id, "figures")}

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -20,6 +21,8 @@ from ke_ray.engine.sweep_plan import SweepPlan, prepare_sweep
 from ke_ray.engine.sweep_resources import trial_resources
 from ke_ray.engine.sweep_search import LedgerSearcher
 from ke_ray.errors import ConfigError, ResultsError, UserError
+from ke_ray.results.manifest import new_manifest
+from ke_ray.results.scan_folder import ScanFolder
 from ke_ray.results.sweep_folder import pareto_points, settings_rows, sweep_summary
 from ke_ray.tracking import Tracker
 from ke_ray.training.pretrain import run_pretrain
@@ -98,6 +101,24 @@ def test_what_is_missing_is_found_before_anything_runs(tmp_path: Path, series: P
     with pytest.raises(UserError, match="4096|rows"):
         prepare_sweep(tiny_sweep(tmp_path / "out", series, base=base, **too_big))
     assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_coefficients_of_other_weights_are_refused_before_anything_runs(
+    tmp_path: Path, series: Path
+) -> None:
+    row = {"checkpoint": "step3", "corpus": "x", "measure": "knowledge_entropy", "value": 1.0}
+    manifest = new_manifest("scan", {}) | {"identity": {"corpora": {"x": "0" * 64}}}
+    scan = ScanFolder(str(tmp_path / "scan"), manifest)
+    row |= {"weights_sha256": "0" * 64, "status": "ok"}
+    scan.write_part("step3", [row], None, {"x": np.ones((2, 48))})
+    scan.consolidate(final=True)
+    keys = {"ratio": 0.5, "factor": 1, "coefficients": scan.uri}
+    base = {"starts": {"steps": "3:3"}, "resuscitation": keys}
+    with pytest.raises(ResultsError, match="no coefficients of these weights.*allow_mismatch"):
+        prepare_sweep(tiny_sweep(tmp_path / "out", series, base=base))
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    base["resuscitation"] = {**keys, "allow_mismatch": True}
+    assert len(prepare_sweep(tiny_sweep(tmp_path / "out", series, base=base)).trials) == 3
 
 
 def test_a_changed_file_is_refused_with_what_changed(tmp_path: Path, series: Path) -> None:
