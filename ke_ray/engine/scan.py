@@ -30,7 +30,6 @@ from ke_ray.engine.session import (
     cluster_resources,
     most_cpus_of_a_node,
     ray_session,
-    worker_env,
 )
 from ke_ray.engine.shared_storage import check_nodes_see
 from ke_ray.errors import ResultsError, StorageError, UserError
@@ -179,7 +178,6 @@ def _score(setup: ScanSetup, run: TrackedRun, progress: ScanProgress, outcome: S
             max_concurrent_calls_per_actor=2,
             enable_true_multi_threading=True,
         ),
-        runtime_env={"env_vars": worker_env(settings.threads)},
         **per_actor,
     )
     meter = ScanMeter(progress, outcome, study_label(study), len(setup.works), num_actors)

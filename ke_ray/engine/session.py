@@ -46,14 +46,13 @@ _ENVIRONMENT = {
 }
 
 
-def worker_env(threads: int | None = None) -> dict[str, str]:
+def worker_env() -> dict[str, str]:
     """Environment of worker processes: sleeping instead of spinning OpenMP threads.
 
-    Two spinning threads on a busy core make small-model work many times slower.
+    Two spinning threads on a busy core make small-model work many times slower. How many threads
+    an actor has Ray says itself, from its CPUs.
     """
     env = {"OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false"}
-    if threads is not None:
-        env["OMP_NUM_THREADS"] = str(threads)
     for name in ("HF_HOME", "HF_HUB_OFFLINE", "HF_ENDPOINT"):
         if name in os.environ:
             env[name] = os.environ[name]
@@ -96,9 +95,12 @@ def ray_session(
     settings: dict[str, Any] = {
         "logging_level": logging.WARNING,
         "log_to_driver": bool(os.environ.get("KE_RAY_WORKER_LOGS")),
-        "runtime_env": {"env_vars": worker_env()},
     }
     if not address or address == "local":
+        # Workers of a local session inherit our environment. With one of their own, those that
+        # Ray starts beforehand would fit nobody, and each actor would wait for a new process.
+        for name, value in worker_env().items():
+            os.environ.setdefault(name, value)
         # address="local": a bare init() may find the stale address file of another session.
         settings |= {
             "address": "local",
@@ -108,7 +110,7 @@ def ray_session(
             "include_dashboard": bool(os.environ.get("KE_RAY_RAY_DASHBOARD")),
         }
     else:
-        settings["address"] = address
+        settings |= {"address": address, "runtime_env": {"env_vars": worker_env()}}
     try:
         with _held_stderr(), kept_handlers(signal.SIGTERM):
             ray.init(**settings)
