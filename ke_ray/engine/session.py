@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ke_ray.errors import UserError
+from ke_ray.errors import KeRayError, UserError
 
 __all__ = [
     "cluster_resources",
@@ -26,6 +26,8 @@ __all__ = [
     "ray_session",
     "worker_env",
 ]
+
+log = logging.getLogger(__name__)
 
 _OBJECT_STORE_BYTES = 512 << 20
 
@@ -113,7 +115,7 @@ def ray_session(
         settings |= {"address": address, "runtime_env": {"env_vars": worker_env()}}
     try:
         with _held_stderr(), kept_handlers(signal.SIGTERM):
-            ray.init(**settings)
+            _start(settings)
     except (ConnectionError, RuntimeError) as error:
         if not address:
             raise
@@ -125,6 +127,32 @@ def ray_session(
         yield
     finally:
         ray.shutdown()
+
+
+def _start(settings: dict[str, Any]) -> None:
+    """``ray.init``, tried once more where a local node did not come up in time.
+
+    Ray gives its own processes 30 seconds, which a machine under heavy load may need more of; the
+    second time what they read is in memory.
+    """
+    import ray
+
+    try:
+        ray.init(**settings)
+    except Exception as error:  # Ray raises a plain Exception here
+        if settings["address"] != "local" or "timed out" not in str(error).lower():
+            raise
+        log.warning("Ray did not start within 30 seconds (is this machine busy?); trying once more")
+        ray.shutdown()
+        try:
+            ray.init(**settings)
+        except Exception as again:
+            if "timed out" not in str(again).lower():
+                raise
+            raise KeRayError(
+                "Ray did not start within 30 seconds, twice: this machine is too busy. Run the "
+                "same command again when it is quieter."
+            ) from again
 
 
 @contextmanager
