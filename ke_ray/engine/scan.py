@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from ke_ray import storage
 from ke_ray.engine.metrics import ScanMeter, study_label
-from ke_ray.engine.plan import plan_items
+from ke_ray.engine.plan import load_tokens, plan_items
 from ke_ray.engine.scan_collect import Collector, ScanOutcome, ScanProgress
 from ke_ray.engine.scan_setup import ScanSetup
 from ke_ray.engine.scan_tracking import log_finished, start_scan_run
@@ -135,7 +135,9 @@ def _score(setup: ScanSetup, run: TrackedRun, progress: ScanProgress, outcome: S
     coefficients = study.resuscitation.coefficients if study.resuscitation else None
     check_nodes_see([*local, ("resuscitation.coefficients", coefficients)])
     num_actors, per_actor = _actors(setup)
-    items = plan_items(setup.works, num_actors)
+    fetched = any(not ref.is_local for ref in setup.refs)
+    load_cost = load_tokens(gpu="num_gpus" in per_actor, fetched=fetched)
+    items = plan_items(setup.works, num_actors, load_cost)
     num_actors = min(num_actors, len(items))
     settings = ScorerSettings(
         dtype=study.dtype,

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
 
+from ke_ray.engine.plan import (
+    BYTES_PER_S,
+    FLOPS_PER_S,
+    CheckpointWork,
+    CorpusWork,
+    load_tokens,
+    makespan,
+    plan_items,
+)
 from ke_ray.engine.scan_setup import select_checkpoints
 from ke_ray.errors import CheckpointError
 from ke_ray.models.reference import CheckpointRef
@@ -17,7 +27,10 @@ from ke_ray.studies.scan import ScanStudy
 
 __all__ = ["forecast", "measured_flops_per_s", "num_body_parameters"]
 
-_FETCH_BYTES_PER_S = 100e6
+#: GPUs to plan for, beside this machine.
+_NUM_GPUS = (1, 8, 64)
+#: All three entropies over a forward pass with LM head (benchmarks/README.md, Scoring).
+_THREE_ENTROPIES = 1.28
 
 
 def num_body_parameters(config: Any) -> int:
@@ -32,6 +45,41 @@ def num_body_parameters(config: Any) -> int:
     attention = d_model * d_model * (2 + 2 * kv_heads / heads)
     matrices = 2 if config.model_type in ("gpt2", "gpt_neox", "phi") else 3
     return int(n_layers * (attention + matrices * d_model * d_mlp))
+
+
+def _flops_per_token(config: Any, measures: Sequence[str]) -> float:
+    """Two operations a weight; entropies of attention and of the next token on top."""
+    parameters = num_body_parameters(config)
+    if not {"attention_entropy", "next_token_entropy"} & set(measures):
+        return 2.0 * parameters
+    return 2.0 * (parameters + config.hidden_size * config.vocab_size) * _THREE_ENTROPIES
+
+
+def _on_gpus(study: ScanStudy, sizes: list[int], flops: float, *, fetched: bool) -> str:
+    """Hours on GPUs, by the engine's own plan.
+
+    Args:
+        sizes: bytes of each checkpoint.
+        flops: of one token.
+    """
+    corpora = tuple(
+        CorpusWork(name, study.measures, study.num_instances, study.sequence_length)
+        for name in study.data
+    )
+    works = [CheckpointWork(index, corpora) for index in range(len(sizes))]
+    tokens_per_s = FLOPS_PER_S["gpu"] / flops
+    bytes_per_s = BYTES_PER_S["fetched" if fetched else "here"]
+    load_s = sum(sizes) / len(sizes) / bytes_per_s
+    shown = []
+    for number in _NUM_GPUS:
+        items = plan_items(works, number, load_tokens(gpu=True, fetched=fetched))
+        hours = makespan(items, number, load_s * tokens_per_s) / tokens_per_s / 3600
+        shown.append(f"{hours:.3g} on {number} ({number * hours:.3g} GPU-hours)")
+    return (
+        f"hours on GPUs of {FLOPS_PER_S['gpu'] / 1e12:.0f} TFLOP/s (60 % of an H100), each "
+        f"{'fetching' if fetched else 'loading'} {bytes_per_s / 1e6:,.0f} MB/s (assumed): "
+        + ", ".join(shown)
+    )
 
 
 def _first_config(refs: list[CheckpointRef]) -> Any:
@@ -111,11 +159,15 @@ def forecast(study: ScanStudy) -> str:
         lines.append("hours: not known (no checkpoint's config could be read)")
     else:
         flops_per_s = measured_flops_per_s(study.dtype)
-        score_s = 2 * num_body_parameters(config) * num_tokens / (0.6 * flops_per_s)
-        fetch_s = sum(known) / _FETCH_BYTES_PER_S
+        flops = _flops_per_token(config, study.measures)
+        score_s = flops * num_tokens / (0.6 * flops_per_s)
+        fetch_s = sum(known) / BYTES_PER_S["fetched"]
         lines.append(
             f"hours with one scorer like this machine: scoring {score_s / 3600:.2f} "
             f"({flops_per_s / 1e12:.2f} TFLOP/s measured, 60 % of it assumed), "
             f"fetching {fetch_s / 3600:.2f} (100 MB/s assumed); the two overlap"
         )
+        sizes = [ref.size_bytes or 0 for ref in refs] if not fetched else known
+        if sizes:
+            lines.append(_on_gpus(study, sizes, flops, fetched=bool(fetched)))
     return "\n".join(lines)
