@@ -70,9 +70,9 @@ def measure_sweep(study: SweepStudy) -> SweepForecast:
     trials = [(point, _validated(study, point)) for point in points]
     per_trial = [num_tokens(trial) for _, trial in trials]
     if drawn:
-        ends = {key: axis.ends()[0] for key, axis in study.space.items()}
+        ends = {key: axis.samples()[0] for key, axis in study.space.items()}
         for key, axis in study.space.items():
-            for end in axis.ends():
+            for end in axis.samples():
                 _validated(study, Point(0, {**ends, key: end}))
         typical = num_tokens(study.base)
         per_trial += [typical] * drawn

@@ -22,8 +22,9 @@ from ke_ray.config import validate
 from ke_ray.engine.sweep_inputs import check_inputs
 from ke_ray.errors import ConfigError, ResultsError, nearest
 from ke_ray.results.manifest import read_manifest
+from ke_ray.studies.axis import Axis
 from ke_ray.studies.continual import ContinualStudy
-from ke_ray.studies.sweep import Axis, SweepStudy, set_keys
+from ke_ray.studies.sweep import SweepStudy, set_keys
 from ke_ray.training.runs import NOT_IDENTITY, RunSpec, list_runs, read_row
 
 if TYPE_CHECKING:
@@ -358,12 +359,12 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _check_ends(plan: SweepPlan) -> None:
-    """Try both ends of every axis, so that a draw cannot turn out to be invalid later."""
+    """Try samples of every axis, so that a draw cannot turn out to be invalid later."""
     space = plan.study.space
-    usual = {key: axis.ends()[0] for key, axis in space.items()}
+    usual = {key: axis.samples()[0] for key, axis in space.items()}
     probe = SweepPlan(plan.study, plan.identity, _starts=plan._starts)
     for key, value in itertools.chain.from_iterable(
-        ((key, end) for end in axis.ends()) for key, axis in space.items()
+        ((key, end) for end in axis.samples()) for key, axis in space.items()
     ):
         probe.add(Point(0, {**usual, key: value}))
     check_inputs(probe.trials[:1])

@@ -20,7 +20,8 @@ from ray.tune.search import Searcher
 
 from ke_ray.engine.sweep_plan import Point, SweepPlan, Trial
 from ke_ray.results.sweep_folder import objective_value
-from ke_ray.studies.sweep import Axis, SweepStudy
+from ke_ray.studies.axis import Axis
+from ke_ray.studies.sweep import SweepStudy
 
 if TYPE_CHECKING:
     import optuna

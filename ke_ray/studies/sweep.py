@@ -12,7 +12,6 @@ starting checkpoints (name, pretraining step, ``first`` or ``last``), and ``seed
 from __future__ import annotations
 
 import itertools
-import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
@@ -22,13 +21,13 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 from ke_ray import storage
 from ke_ray.config import Strict, apply_overrides, parse_yaml, validate
 from ke_ray.errors import ConfigError, nearest
+from ke_ray.studies.axis import Axis, check_optuna
 from ke_ray.studies.continual import ContinualStudy
 from ke_ray.studies.parts import TrackingSettings
 
 __all__ = [
     "OBJECTIVES",
     "Asha",
-    "Axis",
     "Objective",
     "SweepStudy",
     "load_sweep",
@@ -54,7 +53,6 @@ OBJECTIVES: Mapping[str, tuple[Direction, str]] = {
 }
 
 _OWN_KEYS = ("checkpoint", "seed")
-_MAX_GRID_INTEGERS = 1000
 #: Keys of a continual study that say where and how it runs, or that a sweep has itself.
 _NOT_SWEPT = frozenset(
     {
@@ -63,66 +61,6 @@ _NOT_SWEPT = frozenset(
         *("num_workers", "output", "save_every", "seeds", "strategy", "use_gpu"),
     }
 )
-
-
-class Axis(Strict):
-    """The values of one key: exactly one of the four; a plain list is a ``choice``."""
-
-    choice: tuple[Any, ...] | None = None
-    uniform: tuple[float, float] | None = Field(None, description="[low, high]")
-    loguniform: tuple[float, float] | None = Field(None, description="[low, high], low above 0")
-    integer: tuple[int, int] | None = Field(
-        None, alias="int", description="[low, high], both ends included"
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _list_is_choice(cls, value: Any) -> Any:
-        return {"choice": value} if isinstance(value, list | tuple) else value
-
-    @model_validator(mode="after")
-    def _one_kind(self) -> Axis:
-        kinds = [name for name in ("choice", "uniform", "loguniform", "integer") if self._get(name)]
-        if self.choice is not None and not self.choice:
-            raise ValueError("choice has no values")
-        if len(kinds) != 1:
-            raise ValueError("give exactly one of choice, uniform, loguniform and int")
-        if self.choice is not None:
-            texts = [json.dumps(value, sort_keys=True) for value in self.choice]
-            if len(set(texts)) < len(texts):
-                raise ValueError(f"choice {list(self.choice)} holds a value twice")
-            return self
-        low, high = self._get(kinds[0])
-        if not low < high:
-            raise ValueError(f"{kinds[0]} [{low}, {high}] is empty; the low end comes first")
-        if self.loguniform is not None and low <= 0:
-            raise ValueError(f"loguniform [{low}, {high}] needs a low end above 0")
-        return self
-
-    def _get(self, name: str) -> Any:
-        return getattr(self, name)
-
-    def grid(self) -> tuple[Any, ...]:
-        """All values.
-
-        Raises:
-            ValueError: the axis is continuous, or too long.
-        """
-        if self.choice is not None:
-            return self.choice
-        if self.integer is not None:
-            low, high = self.integer
-            if high - low >= _MAX_GRID_INTEGERS:
-                raise ValueError(f"int [{low}, {high}] has more than {_MAX_GRID_INTEGERS} values")
-            return tuple(range(low, high + 1))
-        raise ValueError("a grid needs choice or int; uniform and loguniform go with random or tpe")
-
-    def ends(self) -> tuple[Any, ...]:
-        """Values that show whether the whole axis is valid: all choices, or both ends."""
-        if self.choice is not None:
-            return self.choice
-        ends: tuple[Any, ...] = self.uniform or self.loguniform or self.integer or ()
-        return ends
 
 
 class Objective(Strict):
@@ -231,7 +169,7 @@ class SweepStudy(Strict):
                 except ValueError as error:
                     raise ValueError(f"space.{key}: {error}") from error
         if self.search == "tpe":
-            _check_optuna(self.space)
+            check_optuna(self.space, self.num_trials)
         metrics = [objective.metric for objective in self.objectives]
         if len(set(metrics)) < len(metrics):
             raise ValueError(f"objectives {', '.join(metrics)}: one stands there twice")
@@ -288,16 +226,6 @@ class SweepStudy(Strict):
             return []
         axes = [axis.grid() for axis in self.space.values()]
         return [dict(zip(self.space, values, strict=True)) for values in itertools.product(*axes)]
-
-
-def _check_optuna(space: Mapping[str, Axis]) -> None:
-    for key, axis in space.items():
-        for value in axis.choice or ():
-            if value is not None and not isinstance(value, bool | int | float | str):
-                raise ValueError(
-                    f"space.{key}: Optuna takes numbers, texts, true, false and null as choices, "
-                    f"not {value!r}; sweep the keys of the group one by one, or put it under points"
-                )
 
 
 def sweep_keys() -> set[str]:
