@@ -9,8 +9,10 @@ from __future__ import annotations
 import http.server
 import json
 import os
+import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -18,9 +20,51 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["load_once", "measure_load", "slow_server", "write_listing"]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from scan_world import ITEM_S, THREADS, Times, calibrate, run_engine, save_checkpoint, save_corpus
+
+__all__ = ["measure_loading"]
 
 MIB = 2**20
+NUM_SLOW = 7  # checkpoints from a slow server
+SLOW_SHARE = 0.6  # of the time an item is scored, for one to arrive
+
+
+def measure_loading() -> tuple[dict[str, float], dict[str, Any]]:
+    """One load of a checkpoint, and a scan whose checkpoints come slowly."""
+    ratios, details = {}, {}
+    with tempfile.TemporaryDirectory() as root:
+        for stored in ("float32", "bfloat16"):
+            folder = save_checkpoint(Path(root, stored), 0, stored)
+            for dtype in ("float32", "bfloat16"):
+                found = measure_load(folder, dtype)
+                name = f"{stored}_to_{dtype}"
+                ratios[f"bytes_read.{name}"] = found["read"]
+                ratios[f"own_memory.{name}"] = found["own_memory"]
+                details[name] = {key: round(value, 3) for key, value in found.items()}
+        names = [f"step{number}" for number in range(NUM_SLOW)]
+        for number, name in enumerate(names):
+            save_checkpoint(Path(root, "series", name), number)
+        corpus = str(save_corpus(Path(root, "ids.npy"), 256))
+        num_instances = calibrate(Path(root, "series", names[0]), corpus, THREADS)
+        num_bytes = Path(root, "series", names[0], "model.safetensors").stat().st_size
+        times = Times()
+        with slow_server(Path(root, "series"), num_bytes / (SLOW_SHARE * ITEM_S)) as server:
+            listing = write_listing(Path(root, "list.csv"), server.url, names)
+            outcome = run_engine(
+                str(listing), corpus, num_instances, 1, times, cache_dir=f"{root}/cache"
+            )
+            ratios["bytes_sent"] = server.sent["model.safetensors"] / (NUM_SLOW * num_bytes)
+    scored = sum(item["score_s"] for item in outcome.timings[1:])
+    loaded = [item["fetch_s"] + item["load_s"] for item in outcome.timings[1:]]
+    ratios["idle_share"] = 1 - scored / (times.done[-1] - times.done[0])
+    ratios["idle_share_without_overlap"] = sum(loaded) / (sum(loaded) + scored)
+    details["slow_source"] = {
+        "score_s": round(scored / len(loaded), 2),
+        "fetch_and_load_s": round(statistics.median(loaded), 2),
+    }
+    return ratios, details
 
 
 def measure_load(folder: Path, dtype: str) -> dict[str, float]:
@@ -160,5 +204,4 @@ def write_listing(path: Path, url: str, names: list[str]) -> Path:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     print(json.dumps(load_once(sys.argv[1], Path(sys.argv[2]), sys.argv[3])))

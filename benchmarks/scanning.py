@@ -22,6 +22,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -38,70 +39,39 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the engine sets it for
 
 import numpy as np
 from interleaved import Ratio, ratio
-from scan_loading import measure_load, slow_server, write_listing
+from scan_loading import measure_loading
+from scan_world import (
+    MEASURES,
+    THREADS,
+    Quiet,
+    Times,
+    calibrate,
+    make_study,
+    run_engine,
+    save_checkpoint,
+    save_corpus,
+)
 from time_slices import Contender, race
 
-N_LAYERS, D_MODEL, D_MLP, N_HEADS, VOCABULARY = 6, 384, 1536, 6, 16384
-SEQUENCE = 1024
-MEASURES = ("knowledge_entropy",)
-ITEM_S = 6.0
-SLICE_S = 3.0
-THREADS = 2
-NUM_SLOW = 7  # checkpoints from a slow server
-SLOW_SHARE = 0.6  # of the time an item is scored, for one to arrive
-
-
-def save_checkpoint(folder: Path, seed: int, dtype: str = "float32") -> Path:
-    """Random weights in transformers' layout."""
-    import torch
-    from transformers import OlmoConfig, OlmoForCausalLM
-
-    config = OlmoConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=D_MODEL,
-        intermediate_size=D_MLP,
-        num_hidden_layers=N_LAYERS,
-        num_attention_heads=N_HEADS,
-        max_position_embeddings=SEQUENCE,
-        eos_token_id=0,
-        pad_token_id=1,
-    )
-    torch.manual_seed(seed)
-    OlmoForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(folder)
-    return folder
-
-
-def save_corpus(path: Path, num_instances: int) -> Path:
-    rows = np.random.default_rng(0).integers(2, VOCABULARY, (num_instances, SEQUENCE))
-    np.save(path, rows.astype(np.uint16))
-    return path
+SLICE_S = 3.0  # a turn
 
 
 def say(event: str, **values: Any) -> None:
     print(json.dumps({"event": event, "at": time.monotonic(), **values}), flush=True)
 
 
-class Reporter:
+class Reporter(Quiet):
     """A scan's progress as events on standard output."""
 
     def __init__(self, num_workers: int) -> None:
         self._num_before_ready = num_workers
 
-    def start(self, **_: Any) -> None:
-        pass
-
-    def tokens(self, num_tokens: int) -> None:
-        pass
-
     def checkpoint(self, ref: Any, rows: Sequence[dict[str, Any]]) -> None:
-        assert all(row["status"] == "ok" for row in rows), rows
+        super().checkpoint(ref, rows)
         say("done", checkpoint=ref.name, value=_total(rows))
         self._num_before_ready -= 1
         if self._num_before_ready == 0:
             say("ready")
-
-    def stop(self) -> None:
-        pass
 
 
 def _total(rows: Sequence[dict[str, Any]]) -> float:
@@ -110,37 +80,6 @@ def _total(rows: Sequence[dict[str, Any]]) -> float:
         for row in rows
         if row["measure"] == "knowledge_entropy" and row["layer"] is None
     )
-
-
-def make_study(spec: str, corpus: str, output: str, **changes: Any) -> Any:
-    from ke_ray.studies.scan import ScanStudy
-
-    return ScanStudy.model_validate(
-        {
-            "checkpoints": {"spec": spec},
-            "data": {"corpus": corpus},
-            "sequence_length": SEQUENCE,
-            "measures": MEASURES,
-            "output": output,
-            "mlflow": {"enabled": False},
-            **changes,
-        }
-    )
-
-
-def run_engine(
-    spec: str, corpus: str, num_instances: int, num_workers: int, progress: Any, **changes: Any
-) -> Any:
-    """The real engine, driver and all."""
-    from ke_ray.engine.scan import run_scan
-    from ke_ray.engine.scan_setup import prepare_scan
-    from ke_ray.tracking import Tracker
-
-    changes |= {"num_instances": num_instances, "num_actors": num_workers}
-    with tempfile.TemporaryDirectory() as output:
-        study = make_study(spec, corpus, output, **changes)
-        with Tracker(study.mlflow) as tracker:
-            return run_scan(prepare_scan(study), progress, tracker)
 
 
 def run_loop(folder: str, corpus: str, num_instances: int, worker: int, num_workers: int) -> None:
@@ -164,22 +103,6 @@ def run_loop(folder: str, corpus: str, num_instances: int, worker: int, num_work
             say("done", checkpoint=path.name, value=_total(rows))
             if number == 0:
                 say("ready")
-
-
-def calibrate(folder: Path, corpus: str, threads: int) -> int:
-    """Instances that make an item last ``ITEM_S`` with so many threads."""
-    import torch
-
-    from ke_ray.models.loading import load_model
-    from ke_ray.models.scoring import score_model
-
-    torch.set_num_threads(threads)
-    model = load_model(folder)
-    ids = torch.from_numpy(np.load(corpus)[:8].astype(np.int64))
-    score_model(model, ids[:4], measures=MEASURES)
-    started = time.monotonic()
-    score_model(model, ids, measures=MEASURES, batch_size=4)
-    return max(4, round(ITEM_S * 8 / (time.monotonic() - started)))
 
 
 def periods(contender: Contender, num_workers: int) -> list[float]:
@@ -254,58 +177,7 @@ def measure_ray(rounds: int) -> tuple[dict[str, Ratio], dict[str, Any]]:
     return ratios, details
 
 
-class Times(Reporter):
-    """When checkpoints were finished."""
-
-    def __init__(self) -> None:
-        self.done: list[float] = []
-        self.started: float = 0.0
-
-    def start(self, **_: Any) -> None:
-        self.started = time.monotonic()
-
-    def checkpoint(self, ref: Any, rows: Sequence[dict[str, Any]]) -> None:
-        assert all(row["status"] == "ok" for row in rows), rows
-        self.done.append(time.monotonic())
-
-
-def measure_loading() -> tuple[dict[str, float], dict[str, Any]]:
-    """One load of a checkpoint, and a scan whose checkpoints come slowly."""
-    ratios, details = {}, {}
-    with tempfile.TemporaryDirectory() as root:
-        for stored in ("float32", "bfloat16"):
-            folder = save_checkpoint(Path(root, stored), 0, stored)
-            for dtype in ("float32", "bfloat16"):
-                found = measure_load(folder, dtype)
-                name = f"{stored}_to_{dtype}"
-                ratios[f"bytes_read.{name}"] = found["read"]
-                ratios[f"own_memory.{name}"] = found["own_memory"]
-                details[name] = {key: round(value, 3) for key, value in found.items()}
-        names = [f"step{number}" for number in range(NUM_SLOW)]
-        for number, name in enumerate(names):
-            save_checkpoint(Path(root, "series", name), number)
-        corpus = str(save_corpus(Path(root, "ids.npy"), 256))
-        num_instances = calibrate(Path(root, "series", names[0]), corpus, THREADS)
-        num_bytes = Path(root, "series", names[0], "model.safetensors").stat().st_size
-        times = Times()
-        with slow_server(Path(root, "series"), num_bytes / (SLOW_SHARE * ITEM_S)) as server:
-            listing = write_listing(Path(root, "list.csv"), server.url, names)
-            outcome = run_engine(
-                str(listing), corpus, num_instances, 1, times, cache_dir=f"{root}/cache"
-            )
-            ratios["bytes_sent"] = server.sent["model.safetensors"] / (NUM_SLOW * num_bytes)
-    scored = sum(item["score_s"] for item in outcome.timings[1:])
-    loaded = [item["fetch_s"] + item["load_s"] for item in outcome.timings[1:]]
-    ratios["idle_share"] = 1 - scored / (times.done[-1] - times.done[0])
-    ratios["idle_share_without_overlap"] = sum(loaded) / (sum(loaded) + scored)
-    details["slow_source"] = {
-        "score_s": round(scored / len(loaded), 2),
-        "fetch_and_load_s": round(statistics.median(loaded), 2),
-    }
-    return ratios, details
-
-
-def measure_start(rounds: int = 5) -> dict[str, dict[str, float]]:
+def measure_start(rounds: int = 3) -> dict[str, dict[str, float]]:
     """Seconds of the parts between the command and its first result; medians."""
     script, runs = str(Path(__file__).resolve()), []
     with tempfile.TemporaryDirectory() as root:
@@ -370,6 +242,8 @@ def main() -> None:
     if options.role:
         play(options.role, options.arguments)
         return
+    # Leaves no stopped process behind where the benchmark itself is ended.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     ratios: dict[str, Ratio] = {}
     details: dict[str, Any] = {"load_average": os.getloadavg()}
     parts = options.only.split(",")

@@ -1,0 +1,123 @@
+"""The checkpoints, corpora and scans that the parts of ``scanning.py`` share."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+N_LAYERS, D_MODEL, D_MLP, N_HEADS, VOCABULARY = 6, 384, 1536, 6, 16384
+SEQUENCE = 1024
+MEASURES = ("knowledge_entropy",)
+ITEM_S = 6.0
+THREADS = 2
+
+
+def save_checkpoint(folder: Path, seed: int, dtype: str = "float32") -> Path:
+    """Random weights in transformers' layout."""
+    import torch
+    from transformers import OlmoConfig, OlmoForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    config = OlmoConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=D_MODEL,
+        intermediate_size=D_MLP,
+        num_hidden_layers=N_LAYERS,
+        num_attention_heads=N_HEADS,
+        max_position_embeddings=SEQUENCE,
+        eos_token_id=0,
+        pad_token_id=1,
+    )
+    torch.manual_seed(seed)
+    OlmoForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(folder)
+    return folder
+
+
+def save_corpus(path: Path, num_instances: int) -> Path:
+    rows = np.random.default_rng(0).integers(2, VOCABULARY, (num_instances, SEQUENCE))
+    np.save(path, rows.astype(np.uint16))
+    return path
+
+
+class Quiet:
+    """A scan's progress, unseen."""
+
+    def start(self, **_: Any) -> None:
+        pass
+
+    def tokens(self, num_tokens: int) -> None:
+        pass
+
+    def checkpoint(self, ref: Any, rows: Sequence[dict[str, Any]]) -> None:
+        assert all(row["status"] == "ok" for row in rows), rows
+
+    def stop(self) -> None:
+        pass
+
+
+class Times(Quiet):
+    """When checkpoints were finished."""
+
+    def __init__(self) -> None:
+        self.done: list[float] = []
+        self.started: float = 0.0
+
+    def start(self, **_: Any) -> None:
+        self.started = time.monotonic()
+
+    def checkpoint(self, ref: Any, rows: Sequence[dict[str, Any]]) -> None:
+        super().checkpoint(ref, rows)
+        self.done.append(time.monotonic())
+
+
+def make_study(spec: str, corpus: str, output: str, **changes: Any) -> Any:
+    from ke_ray.studies.scan import ScanStudy
+
+    return ScanStudy.model_validate(
+        {
+            "checkpoints": {"spec": spec},
+            "data": {"corpus": corpus},
+            "sequence_length": SEQUENCE,
+            "measures": MEASURES,
+            "output": output,
+            "mlflow": {"enabled": False},
+            **changes,
+        }
+    )
+
+
+def run_engine(
+    spec: str, corpus: str, num_instances: int, num_workers: int, progress: Any, **changes: Any
+) -> Any:
+    """The real engine, driver and all."""
+    from ke_ray.engine.scan import run_scan
+    from ke_ray.engine.scan_setup import prepare_scan
+    from ke_ray.tracking import Tracker
+
+    changes |= {"num_instances": num_instances, "num_actors": num_workers}
+    with tempfile.TemporaryDirectory() as output:
+        study = make_study(spec, corpus, output, **changes)
+        with Tracker(study.mlflow) as tracker:
+            return run_scan(prepare_scan(study), progress, tracker)
+
+
+def calibrate(folder: Path, corpus: str, threads: int) -> int:
+    """Instances that make an item last ``ITEM_S`` with so many threads."""
+    import torch
+
+    from ke_ray.models.loading import load_model
+    from ke_ray.models.scoring import score_model
+
+    torch.set_num_threads(threads)
+    model = load_model(folder)
+    ids = torch.from_numpy(np.load(corpus)[:8].astype(np.int64))
+    score_model(model, ids[:4], measures=MEASURES)
+    started = time.monotonic()
+    score_model(model, ids, measures=MEASURES, batch_size=4)
+    return max(4, round(ITEM_S * 8 / (time.monotonic() - started)))
