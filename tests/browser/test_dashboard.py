@@ -54,6 +54,20 @@ def _y_title(page: Any, number: int = 0) -> str:
     return page.locator(".js-plotly-plot").nth(number).locator(".ytitle").text_content()
 
 
+def test_all_servers_listen_on_loopback_alone(dashboard: Dashboard) -> None:
+    import psutil
+
+    family = [psutil.Process(started.pid) for started in dashboard.processes]
+    family += [child for process in family for child in process.children(recursive=True)]
+    listening = {
+        connection.laddr.ip
+        for process in family
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert listening == {"127.0.0.1"}
+
+
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (420, True)])
 def test_figures_are_drawn(
     dashboard: Dashboard, open_page: Callable, width: int, dark: bool
