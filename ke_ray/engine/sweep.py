@@ -230,6 +230,7 @@ class _Run:
             "id": self.folder_id,
             "identity": self.plan.identity,
             "identity_keys": identity_keys(study),
+            "files": self.plan.files,
             "parameters": list(study.shown_keys),
             "search": study.search,
             "objectives": [objective.model_dump() for objective in study.objectives],

@@ -2,17 +2,68 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ke_ray import storage
-from ke_ray.errors import UserError
+from ke_ray.errors import ResultsError, UserError
 
 if TYPE_CHECKING:
     from ke_ray.engine.sweep_plan import Trial
 
-__all__ = ["check_inputs"]
+__all__ = ["check_inputs", "check_unchanged", "fingerprints"]
+
+_MAX_HASHED_BYTES = 2**28
+
+
+def fingerprints(trials: Sequence[Trial]) -> dict[str, str]:
+    """The local files that the trials' studies name: path → sha256, or the size of a large one."""
+    found: dict[str, str] = {}
+    for trial in trials:
+        for value in _texts(trial.study.model_dump(mode="json", exclude={"mlflow", "output"})):
+            if value not in found and storage.is_local(value) and _is_file(value):
+                path = storage.local_path(value)
+                size = path.stat().st_size
+                small = size <= _MAX_HASHED_BYTES
+                found[value] = (
+                    hashlib.sha256(path.read_bytes()).hexdigest() if small else f"{size} bytes"
+                )
+    return found
+
+
+def check_unchanged(output: str, before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Refuse to go on with a sweep whose trials would read something else than the finished ones.
+
+    Raises:
+        ResultsError: names the files.
+    """
+    changed = [path for path, digest in now.items() if before.get(path, digest) != digest]
+    if changed:
+        raise ResultsError(
+            f"'{output}' was begun with other contents of {', '.join(map(repr, changed))}: its "
+            "finished trials and new ones could not be compared. Give a new name with --output "
+            "(or put the file back)."
+        )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for child in value.values():
+            yield from _texts(child)
+    elif isinstance(value, list | tuple):
+        for child in value:
+            yield from _texts(child)
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return storage.local_path(text).is_file()
+    except (OSError, ValueError):  # a text that can be no path
+        return False
 
 
 def check_inputs(trials: Sequence[Trial]) -> None:

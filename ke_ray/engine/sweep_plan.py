@@ -19,7 +19,7 @@ import numpy as np
 
 from ke_ray import storage
 from ke_ray.config import validate
-from ke_ray.engine.sweep_inputs import check_inputs
+from ke_ray.engine.sweep_inputs import check_inputs, check_unchanged, fingerprints
 from ke_ray.errors import ConfigError, ResultsError, nearest
 from ke_ray.results.manifest import read_manifest
 from ke_ray.studies.axis import Axis
@@ -98,6 +98,7 @@ class SweepPlan:
         points: fixed ones and those drawn so far, in order of their numbers.
         trials: of all points, by point and seed.
         num_points: points there will be at the end.
+        files: local files that the trials read, and their fingerprints.
     """
 
     study: SweepStudy
@@ -105,6 +106,7 @@ class SweepPlan:
     points: list[Point] = field(default_factory=list)
     trials: list[Trial] = field(default_factory=list)
     num_points: int = 0
+    files: dict[str, str] = field(default_factory=dict)
     _starts: dict[str, list[CheckpointRef]] = field(default_factory=dict)
 
     def add(self, point: Point) -> list[Trial]:
@@ -315,6 +317,9 @@ def prepare_sweep(study: SweepStudy) -> SweepPlan:
     plan.num_points = len(fixed) + drawn
     if drawn:
         _check_ends(plan)
+    plan.files = fingerprints(plan.trials)
+    if known:
+        check_unchanged(study.output, read_manifest(study.output).get("files", {}), plan.files)
     pending = [trial for trial in plan.trials if not trial.is_done]
     check_inputs(pending)
     return plan

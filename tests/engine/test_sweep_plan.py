@@ -138,6 +138,21 @@ def test_a_changed_file_is_refused_with_what_changed(tmp_path: Path, series: Pat
         )
 
 
+def test_a_corpus_that_changed_under_its_name_is_refused(tmp_path: Path, series: Path) -> None:
+    study = tiny_sweep(tmp_path / "out", series, base={"starts": {"steps": "3:3"}})
+    source = Path(study.base.corpus.source)
+    moved = tmp_path / source.name
+    moved.write_bytes(source.read_bytes())
+    keys = {"starts": {"steps": "3:3"}, "corpus": {**study.base.corpus.model_dump()}}
+    keys["corpus"]["source"] = str(moved)
+    study = tiny_sweep(tmp_path / "out", series, base=keys)
+    begin(prepare_sweep(study))
+    prepare_sweep(study)
+    moved.write_bytes(source.read_bytes() * 2)
+    with pytest.raises(ResultsError, match=f"other contents of '{moved}'.*new name with --output"):
+        prepare_sweep(study)
+
+
 def test_finished_trials_are_not_handed_out_again_and_failed_ones_are(
     tmp_path: Path, series: Path
 ) -> None:

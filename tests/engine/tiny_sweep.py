@@ -60,6 +60,7 @@ def begin(plan: SweepPlan) -> None:
         "id": uuid.uuid4().hex,
         "identity": plan.identity,
         "identity_keys": identity_keys(study),
+        "files": plan.files,
     }
     config = study.model_dump(mode="json", by_alias=True)
     write_manifest(
