@@ -17,7 +17,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -301,17 +301,47 @@ def write_table(uri: str | os.PathLike[str], table: pyarrow.Table) -> None:
     write_atomic(uri, buffer.getvalue())
 
 
+def write_tables(
+    uri: str | os.PathLike[str], schema: pyarrow.Schema, tables: Iterable[pyarrow.Table]
+) -> None:
+    """Write a Parquet file (zstd), whole or not at all; each table becomes a row group."""
+    import pyarrow.parquet as parquet
+
+    buffer = io.BytesIO()
+    with parquet.ParquetWriter(buffer, schema, compression="zstd") as writer:
+        for table in tables:
+            writer.write_table(table)
+    write_atomic(uri, buffer.getvalue())
+
+
 def read_table(uri: str | os.PathLike[str]) -> pyarrow.Table:
     """Read a Parquet file.
 
     Raises:
         StorageError: the file is not Parquet.
     """
-    import pyarrow
+    with _explained_table(uri):
+        return open_table(uri).read()
+
+
+def open_table(uri: str | os.PathLike[str]) -> pyarrow.parquet.ParquetFile:
+    """A Parquet file to be read by row groups; its compressed bytes are in memory.
+
+    Raises:
+        StorageError: the file is not Parquet.
+    """
     import pyarrow.parquet as parquet
 
+    with _explained_table(uri):
+        return parquet.ParquetFile(io.BytesIO(read_bytes(uri)))
+
+
+@contextmanager
+def _explained_table(uri: str | os.PathLike[str]) -> Iterator[None]:
+    import pyarrow
+
     try:
-        return parquet.read_table(io.BytesIO(read_bytes(uri)))
+        yield
     except pyarrow.ArrowException as error:
         raise StorageError(f"'{os.fspath(uri)}' is not a Parquet file: {error}.") from error
 

@@ -16,8 +16,9 @@ of the same key, and a row with a value replaces a failure.
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from ke_ray import storage
 from ke_ray.errors import ResultsError
 from ke_ray.results.manifest import read_manifest, write_manifest
 
-__all__ = ["ENTROPY_SCHEMA", "REPLICATES_SCHEMA", "ScanFolder", "check_identity", "flag_duplicates"]
+__all__ = ["ENTROPY_SCHEMA", "REPLICATES_SCHEMA", "ScanFolder", "check_identity"]
 
 ENTROPY_SCHEMA = pa.schema(
     [
@@ -116,24 +117,51 @@ class ScanFolder:
 
     def entropy(self) -> pa.Table:
         """All rows in the columns of ``ENTROPY_SCHEMA``, ordered by step, checkpoint, corpus."""
-        rows = _join_rows(self._tables("entropy", ENTROPY_SCHEMA))
-        flag_duplicates(rows)
-        return pa.Table.from_pylist(rows, ENTROPY_SCHEMA)
+        tables: list[pa.Table] = []
+        first: dict[str, str] = {}
+        for found in self._by_checkpoint("entropy", ENTROPY_SCHEMA):
+            rows = _join_rows(found)
+            _flag_duplicates(rows, first)
+            tables.append(pa.Table.from_pylist(rows, ENTROPY_SCHEMA))
+        return pa.concat_tables(tables) if tables else ENTROPY_SCHEMA.empty_table()
 
     def replicates(self) -> pa.Table:
         """Leave-one-out values in the columns of ``REPLICATES_SCHEMA``."""
-        tables = self._tables("replicates", REPLICATES_SCHEMA)
-        table = pa.concat_tables(tables) if tables else REPLICATES_SCHEMA.empty_table()
-        if len(tables) < 2:
-            return table
-        # The last value of a key wins, as in entropy(); done in numpy since there are 64 times
-        # as many rows.
-        frame = table.to_pandas()
-        frame = frame.drop_duplicates([*_KEY, "group"], keep="last")
-        frame = frame.sort_values(
-            ["step", "checkpoint", "corpus", "measure", "layer", "group"], kind="stable"
-        )
-        return pa.Table.from_pandas(frame, REPLICATES_SCHEMA, preserve_index=False)
+        tables = list(self._replicates())
+        return pa.concat_tables(tables) if tables else REPLICATES_SCHEMA.empty_table()
+
+    def _replicates(self, without: Collection[str] = ()) -> Iterator[pa.Table]:
+        """The same, a table for each checkpoint: there are 64 rows for each of entropy()."""
+        for found in self._by_checkpoint("replicates", REPLICATES_SCHEMA, without):
+            table = pa.concat_tables(found)
+            if len(found) > 1:  # the last value of a key wins, as in entropy()
+                frame = table.to_pandas().drop_duplicates([*_KEY, "group"], keep="last")
+                table = pa.Table.from_pandas(frame, REPLICATES_SCHEMA, preserve_index=False)
+            order = [(key, "ascending") for key in ("corpus", "measure", "layer", "group")]
+            yield table.sort_by(order)
+
+    def _by_checkpoint(
+        self, stem: str, schema: pa.Schema, without: Collection[str] = ()
+    ) -> Iterator[list[pa.Table]]:
+        """What table and parts have of one checkpoint, oldest first; checkpoints by step."""
+
+        @functools.lru_cache(2)
+        def read(file: Any, number: int) -> pa.Table:
+            return _conform(file.read_row_group(number), schema)
+
+        sources: dict[str, list[tuple[Any, int]]] = {}
+        steps: dict[str, int | None] = {}
+        for uri in self._uris(stem):
+            file = storage.open_table(uri)
+            for number in range(file.num_row_groups):
+                known = file.read_row_group(number, columns=["checkpoint", "step"])
+                for row in known.group_by(["checkpoint", "step"]).aggregate([]).to_pylist():
+                    steps[row["checkpoint"]] = row["step"]
+                    sources.setdefault(row["checkpoint"], []).append((file, number))
+        for name in sorted(sources, key=lambda name: (steps[name] is None, steps[name] or 0, name)):
+            if name not in without:
+                found = (read(*source) for source in dict.fromkeys(sources[name]))
+                yield [table.filter(pc.equal(table["checkpoint"], name)) for table in found]
 
     def mean_coefficients(self, checkpoint: str, corpus: str | None = None) -> np.ndarray:
         """C̄ of one checkpoint, float32 [n_layers, d_mlp].
@@ -183,7 +211,8 @@ class ScanFolder:
                 done.setdefault((checkpoint, corpus), set()).add(measure)
         return done
 
-    def _tables(self, stem: str, schema: pa.Schema) -> list[pa.Table]:
+    def _uris(self, stem: str) -> list[str]:
+        """The table and the parts of that kind, which are later."""
         uris = []
         whole = storage.join(self.uri, f"{stem}.parquet")
         if storage.exists(whole):
@@ -194,7 +223,7 @@ class ScanFolder:
             for name in storage.list_dir(parts)
             if name.endswith(f".{stem}.parquet") and not name.startswith(".")
         ]
-        return [_conform(storage.read_table(uri), schema) for uri in uris]
+        return uris
 
     # --- writing -------------------------------------------------------------------------------
 
@@ -239,16 +268,16 @@ class ScanFolder:
         parts = storage.join(self.uri, "parts")
         folded = storage.list_dir(parts)
         if folded or without or not storage.exists(storage.join(self.uri, "entropy.parquet")):
-            entropy, replicates = (
-                table.filter(
-                    pc.invert(pc.is_in(table["checkpoint"], pa.array(without, pa.string())))
-                )
-                if without
-                else table
-                for table in (self.entropy(), self.replicates())
+            storage.write_tables(
+                storage.join(self.uri, "replicates.parquet"),
+                REPLICATES_SCHEMA,
+                self._replicates(without),
             )
-            storage.write_table(storage.join(self.uri, "replicates.parquet"), replicates)
-            storage.write_table(storage.join(self.uri, "entropy.parquet"), entropy)
+            entropy = self.entropy()
+            dropped = pc.is_in(entropy["checkpoint"], pa.array(without, pa.string()))
+            storage.write_table(
+                storage.join(self.uri, "entropy.parquet"), entropy.filter(pc.invert(dropped))
+            )
             for name in folded:
                 storage.remove(storage.join(parts, name))
         for checkpoint in without:
@@ -314,9 +343,12 @@ def _order(row: Mapping[str, Any]) -> tuple[Any, ...]:
     )
 
 
-def flag_duplicates(rows: list[dict[str, Any]]) -> None:
-    """Set ``duplicate_of`` to the earliest checkpoint with the same weights, where there is one."""
-    first: dict[str, str] = {}
+def _flag_duplicates(rows: list[dict[str, Any]], first: dict[str, str]) -> None:
+    """Set ``duplicate_of`` to the earliest checkpoint with the same weights, where there is one.
+
+    Args:
+        first: sha256 of weights → the earliest checkpoint that has them, so far.
+    """
     for row in rows:
         sha256 = row["weights_sha256"]
         if sha256:

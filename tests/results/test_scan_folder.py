@@ -7,9 +7,11 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as parquet
 import pytest
 
 from ke_ray import storage
@@ -103,6 +105,23 @@ def test_parts_and_tables_read_the_same(tmp_path):
     )
     assert again.entropy()["checkpoint"].to_pylist() == ["a", "b"]
     assert again.manifest["status"] == "finished"
+
+
+def test_folding_goes_checkpoint_by_checkpoint_over_tables_of_any_layout(tmp_path):
+    folder = make_folder(tmp_path)
+    old = pa.concat_tables([replicates("c", 30, [5.0, 6.0]), replicates("a", 10, [1.0, 2.0])])
+    storage.write_table(
+        str(tmp_path / "replicates.parquet"), old
+    )  # one row group
+    folder.write_part("b", [row("b", 20)], replicates("b", 20, [3.0, 4.0]))
+    folder.write_part("a", [row("a", 10)], replicates("a", 10, [7.0, 8.0]))
+    folder.consolidate()
+    with parquet.ParquetFile(tmp_path / "replicates.parquet") as file:
+        groups = [file.read_row_group(n).to_pydict() for n in range(file.num_row_groups)]
+    assert [set(group["checkpoint"]) for group in groups] == [{"a"}, {"b"}, {"c"}]
+    assert [group["value"] for group in groups] == [[7.0, 8.0], [3.0, 4.0], [5.0, 6.0]]
+    assert [group["group"] for group in groups] == [[0, 1]] * 3
+    assert folder.replicates()["value"].to_pylist() == [7.0, 8.0, 3.0, 4.0, 5.0, 6.0]
 
 
 def test_a_later_value_ends_an_earlier_failure_and_is_not_doubled(tmp_path):
@@ -235,8 +254,8 @@ def test_a_writer_killed_at_any_moment_leaves_whole_files(tmp_path):
         process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
         assert process.stdout is not None
         process.stdout.readline()
-        import time
-
+        while not any((tmp_path / "out").glob("**/[!.]*.entropy.parquet")):
+            time.sleep(0.01)
         time.sleep(0.7)
         process.send_signal(signal.SIGKILL)
         process.wait()
