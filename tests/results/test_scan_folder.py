@@ -110,9 +110,7 @@ def test_parts_and_tables_read_the_same(tmp_path):
 def test_folding_goes_checkpoint_by_checkpoint_over_tables_of_any_layout(tmp_path):
     folder = make_folder(tmp_path)
     old = pa.concat_tables([replicates("c", 30, [5.0, 6.0]), replicates("a", 10, [1.0, 2.0])])
-    storage.write_table(
-        str(tmp_path / "replicates.parquet"), old
-    )  # one row group
+    storage.write_table(str(tmp_path / "replicates.parquet"), old)  # one row group
     folder.write_part("b", [row("b", 20)], replicates("b", 20, [3.0, 4.0]))
     folder.write_part("a", [row("a", 10)], replicates("a", 10, [7.0, 8.0]))
     folder.consolidate()
