@@ -1,13 +1,15 @@
 """How a scan grows: what Ray costs an item, the driver's memory, and when 1 to 128 GPUs are done.
 
-    python benchmarks/scale.py [--only overhead,times,makespan] [--sizes 10,100,1000] [--json]
+    python benchmarks/scale.py [--only overhead,folding,times,makespan] [--sizes 10,100] [--json]
     python benchmarks/scale.py --only makespan --price 2.50      # what a GPU-hour costs you
 
 1. ``overhead``: the real scan engine over 10, 100 and 1,000 checkpoints that cost nearly nothing
    (one random model of 2 layers and d_model 16 under many names, one instance of 32 tokens), each
    size in a process of its own. Beside it the same loading, scoring and evaluating in a plain loop.
-2. ``times``: seconds to load a model of OLMo-1B's shape and to score an instance of 2,048 tokens.
-3. ``makespan``: the engine's own plan of all checkpoints of OLMo-1B and 7B on the paper's D, played
+2. ``folding``: seconds and memory of the driver when it folds finished checkpoints into the tables,
+   as many rows each as OLMo-1B gives (16 layers, 8 measures, 64 groups).
+3. ``times``: seconds to load a model of OLMo-1B's shape and to score an instance of 2,048 tokens.
+4. ``makespan``: the engine's own plan of all checkpoints of OLMo-1B and 7B on the paper's D, played
    through with the times below, against the earliest end that is possible.
 """
 
@@ -192,6 +194,48 @@ def run_loop(number: int) -> dict[str, float]:
     return {"checkpoints": number, "item_ms": 1e3 * statistics.median(times)}
 
 
+def run_folding(number: int) -> dict[str, float]:
+    """Write ``number`` checkpoints with as many rows as OLMo-1B's, and fold them, 32 at a time."""
+    import resource
+
+    import psutil
+    import pyarrow as pa
+
+    from ke_ray.results.scan_folder import REPLICATES_SCHEMA, ScanFolder
+    from ke_ray.studies.scan import DEFAULT_MEASURES
+
+    rng = np.random.default_rng(0)
+    places = [(layer, m) for layer in (None, *range(16)) for m in DEFAULT_MEASURES]
+    times, rss = [], []
+    with tempfile.TemporaryDirectory() as root:
+        folder = ScanFolder(root, {"kind": "scan", "identity": {"corpora": {"D": ""}}})
+        for step in range(number):
+            name = f"step{step}"
+            common = {"checkpoint": name, "step": step, "corpus": "D"}
+            rows = [{**common, "layer": layer, "measure": m} for layer, m in places]
+            results = {"value": 1.0, "stderr": 0.1, "weights_sha256": f"{step:064}", "status": "ok"}
+            groups = [
+                {**row, "group": group, "value": rng.random()}
+                for row in rows
+                for group in range(64)
+            ]
+            replicates = pa.Table.from_pylist(groups, REPLICATES_SCHEMA)
+            folder.write_part(name, [row | results for row in rows], replicates)
+            if step % 32 == 31:
+                started = time.monotonic()
+                folder.consolidate()
+                times.append(time.monotonic() - started)
+                rss.append(psutil.Process().memory_info().rss / 2**20)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {
+        "checkpoints": number,
+        "last_fold_s": times[-1],
+        "rss_first_mib": rss[0],
+        "rss_last_mib": rss[-1],
+        "rss_peak_mib": peak,
+    }
+
+
 def measure_times() -> dict[str, float]:
     """Load and score a model of OLMo-1B's shape, float32, on all cores."""
     import torch
@@ -277,6 +321,10 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
     print(flush=True)
 
 
+#: Parts that need a process of their own, and what they are given.
+ROLES = {"engine": run_engine, "loop": run_loop, "folding": run_folding}
+
+
 def in_own_process(role: str, number: int) -> dict[str, float]:
     command = [sys.executable, __file__, "--role", role, "--sizes", str(number)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
@@ -285,15 +333,15 @@ def in_own_process(role: str, number: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="overhead,times,makespan", help="parts to run")
+    parser.add_argument("--only", default="overhead,folding,times,makespan", help="parts to run")
     parser.add_argument("--sizes", default="10,100,1000", help="numbers of tiny checkpoints")
     parser.add_argument("--price", type=float, help="of a GPU-hour, for a column of costs")
     parser.add_argument("--json", action="store_true", help="one JSON object last")
-    parser.add_argument("--role", choices=["engine", "loop"], help=argparse.SUPPRESS)
+    parser.add_argument("--role", choices=list(ROLES), help=argparse.SUPPRESS)
     options = parser.parse_args()
     sizes = [int(size) for size in options.sizes.split(",")]
     if options.role:
-        print(json.dumps((run_engine if options.role == "engine" else run_loop)(sizes[0])))
+        print(json.dumps(ROLES[options.role](sizes[0])))
         return
     results: dict[str, Any] = {"load_average": os.getloadavg(), "python": platform.python_version()}
     parts = options.only.split(",")
@@ -304,6 +352,9 @@ def main() -> None:
         for size in sizes:
             results["overhead"].append(in_own_process("engine", size))
             show(results["overhead"][-1:])
+    if "folding" in parts:
+        results["folding"] = [in_own_process("folding", size) for size in (32, 352)]
+        show(results["folding"])
     if "times" in parts:
         results["times"] = [measure_times()]
         show(results["times"])
