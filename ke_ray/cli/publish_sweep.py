@@ -112,8 +112,9 @@ def describe_sweep(output: str, tracker: Tracker) -> str:
     table = settings_cells(output)
     if table is not None:
         head, *lines = table
-        shown = [head, ["---"] * len(head), *lines[:_MAX_SETTINGS]]
-        text.append("\n".join(f"| {' | '.join(cells)} |" for cells in shown))
+        gap = "&emsp;| "  # MLflow draws cells side by side without one
+        shown = [f"| {gap.join(cells)} |" for cells in (head, *lines[:_MAX_SETTINGS])]
+        text.append("\n".join([shown[0], "|" + "---|" * len(head), *shown[1:]]))
     if len(lines := (table or [])[1:]) > _MAX_SETTINGS:
         text.append(f"… and {len(lines) - _MAX_SETTINGS} more in `settings.csv`.")
     return "\n\n".join(text)

@@ -53,7 +53,7 @@ def test_tables_and_every_figure_are_on_the_parent(swept: Path, tmp_path: Path) 
         client = tracker.client
         note = client.get_run(run.run_id).data.tags["mlflow.note.content"]
         assert note.startswith(f"10 trials in `{swept}`.")
-        assert "| acquisition (95 %) | forgetting (95 %) | ok | setting |" in note
+        assert "| acquisition (95 %)&emsp;| forgetting (95 %)&emsp;| ok&emsp;| setting |" in note
         assert len(note.splitlines()) == 2 + 2 + 5, "a line for each setting, repeats aggregated"
         files = {file.path for file in client.list_artifacts(run.run_id)}
         assert {"trials.csv", "settings.csv", "trials.parquet", "manifest.json"} <= files

@@ -68,6 +68,18 @@ def test_a_shipped_sweep_has_only_valid_points(name: str) -> None:
     assert study.base.keep_final is False, "dozens of models would be kept"
 
 
+def test_the_sweep_of_the_documentation_is_one(tmp_path: Path) -> None:
+    text = (SWEEPS.parent / "docs" / "sweeps.md").read_text("utf-8")
+    path = tmp_path / "sweep.yaml"
+    path.write_text(
+        text.split("```yaml\n")[1].split("```")[0].replace("base: ", f"base: {SWEEPS}/")
+    )
+    found = measure_sweep(load_sweep(path))
+    assert (found.num_points, found.num_trials) == (2 + 9, 2 * 11)
+    assert all(f"`{name}`" in text for name in OBJECTIVES)
+    assert all(f"`{name}`" in text for name in SHIPPED if not name.startswith("dolma"))
+
+
 def test_table1_has_the_papers_rows_at_every_stage() -> None:
     study = load_sweep(SWEEPS / "table1.yaml")
     stages: dict[int, set[tuple[int, float, int]]] = {}
