@@ -135,6 +135,7 @@ def scan(rounds: int, say: Callable[[str], None]) -> list[dict[str, float]]:
     """Scans of 1×, 4× and 16× as many checkpoints, ``rounds`` times in turn."""
     import torch
     from transformers import OlmoConfig, OlmoForCausalLM
+    from transformers.utils import logging
 
     from ke_ray.engine.scan import run_scan
     from ke_ray.engine.scan_setup import prepare_scan
@@ -142,6 +143,7 @@ def scan(rounds: int, say: Callable[[str], None]) -> list[dict[str, float]]:
     from ke_ray.studies.scan import ScanStudy
     from ke_ray.tracking import Tracker
 
+    logging.disable_progress_bar()
     config = OlmoConfig(
         vocab_size=512,
         hidden_size=64,

@@ -142,6 +142,9 @@ def compare_with_loop(
         "item_s": round(statistics.median(by_hand), 2),
         "shortest_item_s": round(min(by_hand), 2),
         "speed_over_all": round(sum(by_hand) / sum(ours), 4),
+        "cpu_over_all": round(
+            engine.cpu_share() * sum(ours) / (loops.cpu_share() * sum(by_hand)), 4
+        ),
         "largest_difference_nats": max(abs(values[0][k] - values[1][k]) for k in values[0]),
     }
 

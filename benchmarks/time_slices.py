@@ -40,6 +40,7 @@ class Contender:
         self._lines: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self._processes: list[subprocess.Popen[str]] = []
         self._num_open = len(commands)
+        self._cpu: list[tuple[float, float]] = []  # clock, CPU seconds of the tree
 
     def start(self, timeout_s: float = 180.0) -> None:
         """Start the commands, and stop them when each has printed ``ready``."""
@@ -83,11 +84,19 @@ class Contender:
 
     def pause(self) -> None:
         self._signal(signal.SIGSTOP)
-        self._turns[-1][1] = time.monotonic()
+        self._turns[-1][1] = now = time.monotonic()
+        self._cpu.append((self.clock(now), sum(map(_cpu_seconds, self._tree()))))
 
     def clock(self, at: float) -> float:
         """Seconds of own turns up to the moment ``at``."""
         return sum(max(0.0, min(at, end) - start) for start, end in self._turns)
+
+    def cpu_share(self) -> float:
+        """CPU seconds for each second of its clock, from ``ready`` to its last full turn."""
+        # A process that ends takes its seconds along: the tree is counted while it is whole.
+        most = max(range(len(self._cpu)), key=lambda index: self._cpu[index][1])
+        (first_clock, first), (last_clock, last) = self._cpu[0], self._cpu[most]
+        return (last - first) / (last_clock - first_clock)
 
     def end(self) -> None:
         """Ask what has not ended by itself to end."""
@@ -105,22 +114,33 @@ class Contender:
             else:
                 self.events.append(event)
 
+    def _tree(self) -> list[psutil.Process]:
+        tree = []
+        for process in self._processes:
+            with suppress(psutil.NoSuchProcess):
+                root = psutil.Process(process.pid)
+                tree += [root, *root.children(recursive=True)]
+        return tree
+
     def _signal(self, number: signal.Signals) -> None:
         """To every process of the tree; again while new ones appear."""
         reached: set[int] = set()
         while True:
-            tree = []
-            for process in self._processes:
-                with suppress(psutil.NoSuchProcess):
-                    root = psutil.Process(process.pid)
-                    tree += [root, *root.children(recursive=True)]
-            fresh = [process for process in tree if process.pid not in reached]
+            fresh = [process for process in self._tree() if process.pid not in reached]
             if not fresh:
                 return
             for process in fresh:
                 reached.add(process.pid)
                 with suppress(psutil.NoSuchProcess):
                     process.send_signal(number)
+
+
+def _cpu_seconds(process: psutil.Process) -> float:
+    try:
+        times = process.cpu_times()
+    except psutil.NoSuchProcess:
+        return 0.0
+    return float(times.user + times.system)
 
 
 def race(contenders: Sequence[Contender], slice_s: float) -> None:
