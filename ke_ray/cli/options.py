@@ -55,7 +55,13 @@ def parse_resuscitate(text: str) -> dict[str, Any]:
     Raises:
         ConfigError: not KEY=VALUE pairs.
     """
-    return apply_overrides({}, [pair for pair in text.split(",") if pair.strip()])
+    pairs = [pair for pair in text.split(",") if pair.strip()]
+    if not pairs or not all("=" in pair for pair in pairs):
+        raise ConfigError(
+            f"--resuscitate is {text!r}; expected KEY=VALUE pairs, for example "
+            "ratio=0.5,factor=2,coefficients=SCAN."
+        )
+    return apply_overrides({}, pairs)
 
 
 def read_study(

@@ -79,7 +79,7 @@ def scan(
         "dtype": dtype,
         "cache_dir": cache_dir,
         "cache_bytes": cache_bytes,
-        "resuscitation": parse_resuscitate(resuscitate) if resuscitate else None,
+        "resuscitation": parse_resuscitate(resuscitate) if resuscitate is not None else None,
         "output": output,
         "mlflow.uri": mlflow_uri,
         "mlflow.enabled": False if no_mlflow else None,

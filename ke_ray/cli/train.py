@@ -92,7 +92,7 @@ def continual(
     from ke_ray.studies.continual import ContinualStudy
 
     options = given(output, mlflow_uri, no_mlflow)
-    if resuscitate:
+    if resuscitate is not None:
         options["resuscitation"] = parse_resuscitate(resuscitate)
     loaded = read_study(study, ContinualStudy, options, overrides, "ke-ray continual")
     if dry_run:

@@ -156,6 +156,8 @@ def test_more_instances_than_the_corpus_has(refused, checkpoint, ids, tmp_path):
         (["--measures", "knowlege_entropy"], "Did you mean 'knowledge_entropy'"),
         (["--dtype", "int8"], "dtype"),
         (["--resuscitate", "ratio=2,factor=1"], "resuscitation.ratio"),
+        (["--resuscitate", ""], "--resuscitate is ''; expected KEY=VALUE"),
+        (["--resuscitate", "ratio"], "--resuscitate is 'ratio'; expected KEY=VALUE"),
         (["--resuscitate", "ratio=0.5,factor=0"], "resuscitation.factor"),
     ],
 )

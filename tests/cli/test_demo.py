@@ -54,6 +54,12 @@ def test_the_demo_runs_whole_and_then_skips_what_is_done(tmp_path):
         before, after = entry["probe_logprob_before"], entry["probe_logprob_after"]
         assert entry["acquisition"] == pytest.approx((after - before) / abs(before))
 
+    trials = summary["sweep"]
+    assert [t["parameters"]["resuscitation.factor"] for t in trials] == [None, 0.5, 1, 2]
+    for trial in trials:
+        assert trial["status"] == "ok"
+        assert all(isinstance(trial[name], float) for name in ("acquisition", "forgetting"))
+
     phases = summary["phases_s"]
     assert {"pretrain", "pretrain_start", "scan", "scan_start", "continual"} <= phases.keys()
     assert (folder / "scan" / "entropy.png").stat().st_size > 10_000
@@ -74,3 +80,8 @@ def test_the_demo_runs_whole_and_then_skips_what_is_done(tmp_path):
     assert {run.info.status for run in runs} == {"FINISHED"}
     kinds = [run.data.tags["ke_ray.kind"] for run in runs]
     assert kinds.count("scan") == kinds.count("pretrain") == 1
+    found = {run.info.run_id: run.data for run in runs}
+    for trial in trials:
+        child = found[trial["mlflow_run_id"]]
+        assert child.metrics["result/acquisition"] == pytest.approx(trial["acquisition"])
+        assert found[child.tags["mlflow.parentRunId"]].tags["ke_ray.kind"] == "sweep"
