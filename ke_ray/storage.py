@@ -234,23 +234,40 @@ def remove_leftovers(folder: Path, prefix: str, suffixes: tuple[str, ...] = ("",
 
     Args:
         folder: where they lie, on this machine.
-        prefix, suffixes: how their names begin and end.
+        prefix, suffixes: how their names begin (with a dot) and end.
     """
-    for entry in os.scandir(folder):
-        if not entry.name.startswith(prefix) or not entry.name.endswith(suffixes):
+    for name in _hidden_names(folder):
+        if not name.startswith(prefix) or not name.endswith(suffixes):
             continue
+        path = folder / name
         with suppress(OSError):  # somebody works on it, or has just removed or renamed it
-            if time.time() - entry.stat(follow_symlinks=False).st_mtime < _LEFTOVER_AGE_S:
+            if time.time() - path.lstat().st_mtime < _LEFTOVER_AGE_S:
                 continue
-            descriptor = os.open(entry.path, os.O_RDONLY)
+            descriptor = os.open(path, os.O_RDONLY)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if entry.is_dir(follow_symlinks=False):
-                    shutil.rmtree(entry.path, ignore_errors=True)
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path, ignore_errors=True)
                 else:
-                    os.unlink(entry.path)
+                    path.unlink()
             finally:
                 os.close(descriptor)
+
+
+def _hidden_names(folder: Path) -> list[str]:
+    """Names that begin with a dot; of a large folder as they were up to half a minute ago.
+
+    Each file that is written asks: looking through all of them every time, n files would take n².
+    """
+    looked_at, names = _large_folders.get(folder, (0.0, []))
+    if looked_at and time.monotonic() - looked_at < _LARGE_FOLDER_S:
+        return names
+    with os.scandir(folder) as entries:
+        every = [entry.name for entry in entries]
+    names = [name for name in every if name.startswith(".")]
+    if len(every) >= _LARGE_FOLDER:
+        _large_folders[folder] = (time.monotonic(), names)
+    return names
 
 
 def _read_umask() -> int:
@@ -263,6 +280,9 @@ def _read_umask() -> int:
 _UMASK = _read_umask()
 # Between its creation and its lock a temporary file looks like one whose writer is dead.
 _LEFTOVER_AGE_S = 2.0
+_LARGE_FOLDER, _LARGE_FOLDER_S = 200, 30.0
+_ROWS_OF_A_GROUP = 10_000
+_large_folders: dict[Path, tuple[float, list[str]]] = {}
 
 
 def write_json(uri: str | os.PathLike[str], value: Any) -> None:
@@ -304,13 +324,23 @@ def write_table(uri: str | os.PathLike[str], table: pyarrow.Table) -> None:
 def write_tables(
     uri: str | os.PathLike[str], schema: pyarrow.Schema, tables: Iterable[pyarrow.Table]
 ) -> None:
-    """Write a Parquet file (zstd), whole or not at all; each table becomes a row group."""
+    """Write a Parquet file (zstd), whole or not at all, from tables that come one by one.
+
+    Row groups have ten thousand rows or a few more, so that reading one takes little memory.
+    """
+    import pyarrow as pa
     import pyarrow.parquet as parquet
 
     buffer = io.BytesIO()
     with parquet.ParquetWriter(buffer, schema, compression="zstd") as writer:
+        group: list[pyarrow.Table] = []
         for table in tables:
-            writer.write_table(table)
+            group.append(table)
+            if sum(part.num_rows for part in group) >= _ROWS_OF_A_GROUP:
+                writer.write_table(pa.concat_tables(group))
+                group = []
+        if group:
+            writer.write_table(pa.concat_tables(group))
     write_atomic(uri, buffer.getvalue())
 
 

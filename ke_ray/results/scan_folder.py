@@ -117,13 +117,16 @@ class ScanFolder:
 
     def entropy(self) -> pa.Table:
         """All rows in the columns of ``ENTROPY_SCHEMA``, ordered by step, checkpoint, corpus."""
-        tables: list[pa.Table] = []
+        tables = list(self._entropy())
+        return pa.concat_tables(tables) if tables else ENTROPY_SCHEMA.empty_table()
+
+    def _entropy(self, without: Collection[str] = ()) -> Iterator[pa.Table]:
+        """The same, a table for each checkpoint."""
         first: dict[str, str] = {}
-        for found in self._by_checkpoint("entropy", ENTROPY_SCHEMA):
+        for found in self._by_checkpoint("entropy", ENTROPY_SCHEMA, without):
             rows = _join_rows(found)
             _flag_duplicates(rows, first)
-            tables.append(pa.Table.from_pylist(rows, ENTROPY_SCHEMA))
-        return pa.concat_tables(tables) if tables else ENTROPY_SCHEMA.empty_table()
+            yield pa.Table.from_pylist(rows, ENTROPY_SCHEMA)
 
     def replicates(self) -> pa.Table:
         """Leave-one-out values in the columns of ``REPLICATES_SCHEMA``."""
@@ -268,16 +271,11 @@ class ScanFolder:
         parts = storage.join(self.uri, "parts")
         folded = storage.list_dir(parts)
         if folded or without or not storage.exists(storage.join(self.uri, "entropy.parquet")):
-            storage.write_tables(
-                storage.join(self.uri, "replicates.parquet"),
-                REPLICATES_SCHEMA,
-                self._replicates(without),
-            )
-            entropy = self.entropy()
-            dropped = pc.is_in(entropy["checkpoint"], pa.array(without, pa.string()))
-            storage.write_table(
-                storage.join(self.uri, "entropy.parquet"), entropy.filter(pc.invert(dropped))
-            )
+            for stem, schema, tables in (
+                ("replicates", REPLICATES_SCHEMA, self._replicates(without)),
+                ("entropy", ENTROPY_SCHEMA, self._entropy(without)),
+            ):
+                storage.write_tables(storage.join(self.uri, f"{stem}.parquet"), schema, tables)
             for name in folded:
                 storage.remove(storage.join(parts, name))
         for checkpoint in without:

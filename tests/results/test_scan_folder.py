@@ -114,12 +114,18 @@ def test_folding_goes_checkpoint_by_checkpoint_over_tables_of_any_layout(tmp_pat
     folder.write_part("b", [row("b", 20)], replicates("b", 20, [3.0, 4.0]))
     folder.write_part("a", [row("a", 10)], replicates("a", 10, [7.0, 8.0]))
     folder.consolidate()
+    for number in range(3):
+        name = f"long{number}"
+        folder.write_part(name, [row(name, number)], replicates(name, number, range(8000)))
+    folder.consolidate()
     with parquet.ParquetFile(tmp_path / "replicates.parquet") as file:
         groups = [file.read_row_group(n).to_pydict() for n in range(file.num_row_groups)]
-    assert [set(group["checkpoint"]) for group in groups] == [{"a"}, {"b"}, {"c"}]
-    assert [group["value"] for group in groups] == [[7.0, 8.0], [3.0, 4.0], [5.0, 6.0]]
-    assert [group["group"] for group in groups] == [[0, 1]] * 3
-    assert folder.replicates()["value"].to_pylist() == [7.0, 8.0, 3.0, 4.0, 5.0, 6.0]
+    names = [list(dict.fromkeys(group["checkpoint"])) for group in groups]
+    assert names == [["long0", "long1"], ["long2", "a", "b", "c"]]
+    assert groups[0]["value"] == [*range(8000)] * 2
+    assert groups[1]["value"][8000:] == [7.0, 8.0, 3.0, 4.0, 5.0, 6.0]
+    assert groups[1]["group"][8000:] == [0, 1] * 3
+    assert folder.replicates()["value"].to_pylist()[24000:] == groups[1]["value"][8000:]
 
 
 def test_a_later_value_ends_an_earlier_failure_and_is_not_doubled(tmp_path):
