@@ -91,3 +91,18 @@ def test_what_a_killed_writer_left_goes_with_the_next_write(tmp_path, monkeypatc
         storage.write_atomic(target, b"whole")
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == [".a.json.alive", ".a.jsonl.x", "a.json"]
+
+
+def test_a_large_folder_is_not_looked_through_for_every_file(tmp_path, monkeypatch):
+    looks = []
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda *place: (looks.append(place), scandir(*place))[1])
+    for number in range(260):
+        storage.write_atomic(tmp_path / f"{number}.json", "{}")
+    assert 200 <= len(looks) <= 202
+    leftover = tmp_path / ".1.json.abcdefgh"
+    leftover.touch()
+    os.utime(leftover, (0, 0))
+    monkeypatch.setattr(storage, "_LARGE_FOLDER_S", 0.0)  # half a minute later
+    storage.write_atomic(tmp_path / "1.json", "{}")
+    assert not leftover.exists()
