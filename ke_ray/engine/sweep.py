@@ -276,6 +276,10 @@ class _Run:
                 self.stopped.append(trial)
             row = trial.row()
         assert row is not None
+        if row.get("mlflow_run_id") is None:  # it did not live to write its own
+            found = self.tracker.find_run(run_key(trial.study, trial.spec, self.parent.run_id))
+            row = {**row, "mlflow_run_id": found}
+            write_row(trial.study, trial.spec, row)
         self._log_child(trial, row)
         record("ke_ray_sweep_trials", 1, study=study_label(self.plan.study), status=row["status"])
         if self.progress is not None:
@@ -317,7 +321,9 @@ class _Run:
         known = flatten(run_params(trial.study, trial.spec))
         usual = flatten(run_params(self.plan.study.base, trial.spec))
         run.log_params(dict.fromkeys({*usual, *trial.params} - set(known), "none"))
-        run.log_metrics({k: v for k, v in found.items() if v is not None}, row["num_steps"] or 0)
+        run.log_metrics(
+            {k: v for k, v in found.items() if v is not None}, row.get("num_steps") or 0
+        )
         run.set_tags({"ke_ray.trial": trial.trial_id, "ke_ray.point": str(trial.point.number)})
 
 

@@ -142,6 +142,8 @@ def test_a_failing_trial_is_retried_then_a_row_and_the_others_finish(
     assert attempts["count"] == 3
     runs = mlflow_runs(uri)
     assert runs[name].info.status == "FAILED"
+    assert outcome.rows[1]["mlflow_run_id"] == runs[name].info.run_id
+    assert runs[name].data.tags["ke_ray.trial"] == name
     assert runs["sweep"].info.status == "FAILED"
     manifest = read_json(tmp_path / "sweep" / "manifest.json")
     assert (manifest["status"], manifest["num_failed"]) == ("failed", 1)
