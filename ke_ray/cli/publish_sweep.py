@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from ke_ray import storage
 from ke_ray.errors import KeRayError
-from ke_ray.results.sweep_folder import read_trials
 
 if TYPE_CHECKING:
     from ke_ray.tracking import Tracker
@@ -101,6 +100,8 @@ def _cell(row: Mapping[str, Any]) -> str:
 
 def describe_sweep(output: str, tracker: Tracker) -> str:
     """Markdown: how many trials, where they are compared, and the best settings."""
+    from ke_ray.results.sweep_folder import read_trials
+
     rows = read_trials(output)
     known = [row["mlflow_run_id"] for row in rows if row["mlflow_run_id"]]
     count = f"{len(rows)} trials in `{output}`."
