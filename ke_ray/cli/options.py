@@ -58,8 +58,7 @@ def parse_resuscitate(text: str) -> dict[str, Any]:
     pairs = [pair for pair in text.split(",") if pair.strip()]
     if not pairs or not all("=" in pair for pair in pairs):
         raise ConfigError(
-            f"--resuscitate is {text!r}; expected KEY=VALUE pairs, for example "
-            "ratio=0.5,factor=2,coefficients=SCAN."
+            f"--resuscitate is {text!r}; expected KEY=VALUE pairs, for example ratio=0.5,factor=2."
         )
     return apply_overrides({}, pairs)
 

@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from ke_ray.engine.metrics import ScanMeter
 from ke_ray.engine.plan import CheckpointWork
+from ke_ray.engine.scan_prediction import write_revived
 from ke_ray.engine.scan_setup import ScanSetup
 from ke_ray.engine.scan_tracking import log_scan_metrics
 from ke_ray.engine.scorer_output import ScorerSettings, evaluated_columns, sums_from_bytes
@@ -115,6 +116,8 @@ class Collector:
         timing = {k: output[k] for k in ("fetch_s", "load_s", "score_s", "wait_s") if output[k]}
         if timing:
             self._outcome.timings.append(timing)
+        if output.get("revived"):
+            write_revived(self._setup.study.output, self._setup.refs[index].name, output["revived"])
         if output["status"] == "ok" and output["sums"] is not None:
             output = self._merge(pending, output)
         if output["status"] == "ok" and output["rows"] is None:

@@ -7,22 +7,27 @@
 A scan of resuscitated checkpoints (``--resuscitate``, or folders that ``ke-ray resuscitate`` wrote)
 gets ``resuscitation.parquet``: one row per checkpoint, corpus and layer, null for the total over
 layers. ``before`` and ``predicted`` are on the corpus of C̄, which is the scan's where both were
-made with the same data; only then the first layer's prediction is exact (gated FFN). Everything is
-computed from files, so a scan that was resumed has the same table. Needs no Ray.
+made with the same data; only then the first layer's prediction is exact (gated FFN). What a scorer
+knows of it is kept in ``resuscitated/``, so a scan that was resumed has the same table.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from ke_ray import storage
 from ke_ray.engine.resuscitated import PROVENANCE
-from ke_ray.errors import KeRayError
-from ke_ray.results.coefficients import find_coefficients
 from ke_ray.results.scan_folder import ScanFolder
-from ke_ray.studies.parts import Resuscitation
+from ke_ray.secrets import redact
 
-__all__ = ["TABLE", "prediction_lines", "read_predictions", "write_predictions"]
+__all__ = [
+    "TABLE",
+    "prediction_lines",
+    "read_predictions",
+    "write_predictions",
+    "write_revived",
+]
 
 TABLE = "resuscitation.parquet"
 _MEASURE = "knowledge_entropy"
@@ -92,7 +97,7 @@ def _rows(folder: ScanFolder) -> list[dict[str, Any]]:
         name = row["checkpoint"]
         if name not in told:
             if keys is not None:
-                told[name] = _in_memory(Resuscitation(**keys), row)
+                told[name] = _in_memory(folder.uri, keys, name)
             else:
                 told[name] = _written(places.get(name))
         known = told[name]
@@ -117,35 +122,28 @@ def _at(values: list[float], layer: int | None) -> float | None:
     return sum(values) if layer is None else values[layer]
 
 
-def _in_memory(keys: Resuscitation, row: dict[str, Any]) -> dict[str, Any]:
-    """For a scan that resuscitated after load: C̄ found again as the scorer found it."""
-    about: dict[str, Any] = {"ratio": keys.ratio, "factor": keys.factor, "control": keys.control}
-    nothing = {"before": [], "predicted": [], "about": about}
-    if keys.control == "attention_temperature" or keys.coefficients is None:
-        return nothing
-    import torch
-
-    from ke_ray.core.entropy import entropy_nats
-    from ke_ray.core.resuscitation import multipliers, predicted_entropy_nats
-
-    try:
-        found = find_coefficients(
-            keys.coefficients,
-            weights_sha256=row["weights_sha256"],
-            checkpoint=row["checkpoint"],
-            allow_mismatch=keys.allow_mismatch,
-        )
-    except KeRayError:  # the folder they came from is not there any more
-        return nothing
-    mean = torch.from_numpy(found.values).double()
-    before = entropy_nats(mean).tolist()
-    if keys.control == "matched_norm":  # one factor for all rows of a layer: shares stay
-        predicted = before
-    else:
-        rows = multipliers(mean, keys.ratio, keys.factor, control=keys.control, seed=keys.seed)
-        predicted = predicted_entropy_nats(mean, rows).tolist()
-    about |= {"coefficients": found.source, "coefficients_verified": found.verified}
+def _in_memory(output: str, keys: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """For a scan that resuscitated after load: what its scorer told."""
+    path = _revived_path(output, name)
+    known = storage.read_json(path) if storage.exists(path) else {}
+    notes = known.get("notes", {})
+    about = {
+        **{key: keys[key] for key in ("ratio", "factor", "control")},
+        "coefficients": notes.get("coefficients"),
+        # What was measured on the model itself is of its weights.
+        "coefficients_verified": notes.get("coefficients_verified") != "False" if notes else None,
+    }
+    before, predicted = (known.get(key, []) for key in ("before_nats", "predicted_nats"))
     return {"before": before, "predicted": predicted, "about": about}
+
+
+def write_revived(output: str, name: str, told: str) -> None:
+    """Keep what a scorer told of a checkpoint (JSON) until the table is written."""
+    storage.write_atomic(_revived_path(output, name), redact(told))
+
+
+def _revived_path(output: str, name: str) -> str:
+    return storage.join(output, "resuscitated", f"{storage.slug(name)}.json")
 
 
 def _written(location: str | None) -> dict[str, Any] | None:

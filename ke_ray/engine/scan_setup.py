@@ -97,9 +97,7 @@ def prepare_scan(study: ScanStudy) -> ScanSetup:
         "dtype": study.dtype,
         "top_k_fraction": study.top_k_fraction,
         "dormant_threshold": study.dormant_threshold,
-        "resuscitation": redacted(study.resuscitation.model_dump())
-        if study.resuscitation
-        else None,
+        "resuscitation": _resuscitation(study, corpora),
         "corpora": {name: corpus.sha256 for name, corpus in corpora.items()},
     }
     folder, known = _open_output(study, identity, corpora)
@@ -118,6 +116,17 @@ def prepare_scan(study: ScanStudy) -> ScanSetup:
     storage.check_writable(study.output)
     setup.duration_s = time.monotonic() - started
     return setup
+
+
+def _resuscitation(study: ScanStudy, corpora: dict[str, Corpus]) -> dict[str, Any] | None:
+    """The keys, with where C̄ comes from: measured on the first corpus where they name nothing."""
+    keys = study.resuscitation
+    if keys is None:
+        return None
+    told: dict[str, Any] = redacted(keys.model_dump())
+    if keys.coefficients is None and keys.control != "attention_temperature":
+        told["coefficients"] = f"measured on {next(iter(corpora.values())).sha256}"
+    return told
 
 
 def _missing(

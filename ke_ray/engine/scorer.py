@@ -12,13 +12,14 @@ is given up after ``MAX_ATTEMPTS`` by count of the monitor, which outlives the a
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     import torch
 
     from ke_ray.core.statistics import GroupSums
+    from ke_ray.training.revive import Revived
 
 __all__ = ["CheckpointScorer", "ScanMonitor"]
 
@@ -83,6 +85,7 @@ class _Loaded:
     fetch_s: float
     load_s: float
     sha256: Future[str]
+    revived: Revived | None = None
 
 
 @dataclass
@@ -176,7 +179,8 @@ class CheckpointScorer:
             "score_s": ended - started,
             "wait_s": started - waiting,
         }
-        outputs[0] |= timings  # once an item
+        told = None if loaded.revived is None else json.dumps(asdict(loaded.revived))
+        outputs[0] |= {**timings, "revived": told}  # once an item
         return output_table(outputs)
 
     def _sum(self, model: Any, stretch: Stretch, report: Any) -> GroupSums:
@@ -260,11 +264,25 @@ class CheckpointScorer:
         try:
             dtype: torch.dtype = getattr(torch, self._settings.dtype)
             model = load_model(folder, dtype=dtype, device=self._device)
-            if self._settings.resuscitation:
-                revive(model, folder, ref, _no_measure, self._settings.resuscitation)
+            keys = self._settings.resuscitation
+            revived = revive(model, folder, ref, self._measured, keys) if keys else None
         finally:
             digest.add_done_callback(lambda _: self._store.release(ref))
-        return _Loaded(model, fetched - started, time.monotonic() - fetched, digest)
+        return _Loaded(model, fetched - started, time.monotonic() - fetched, digest, revived)
+
+    def _measured(self, model: Any) -> torch.Tensor:
+        """C̄ of the model as it is, on the whole of the scan's first corpus."""
+        from ke_ray.models.scoring import score_instances
+
+        input_ids, lengths = next(iter(self._corpora.values()))
+        return score_instances(
+            model,
+            input_ids,
+            lengths,
+            measures=("knowledge_entropy",),
+            num_instances=len(input_ids),
+            batch_size=self._settings.batch_size,
+        ).mean("coefficients")
 
     def _reporter(self, item: int) -> Any:
         total = 0
@@ -304,8 +322,3 @@ class _Exclusive:
                 self._inside -= 1
                 self._taken = False
                 self._condition.notify_all()
-
-
-def _no_measure(model: Any) -> Any:
-    """In place of measuring C̄ first: a scan study with resuscitation always names its source."""
-    raise AssertionError("a scan study was accepted without resuscitation.coefficients")

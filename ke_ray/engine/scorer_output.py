@@ -51,6 +51,8 @@ OUTPUT_SCHEMA = pa.schema(
         ("rows", pa.large_binary()),
         ("replicates", pa.large_binary()),
         ("coefficients", pa.large_binary()),
+        # JSON of what resuscitation was predicted to do; on an item's first row.
+        ("revived", pa.string()),
         ("fetch_s", pa.float64()),
         ("load_s", pa.float64()),
         ("score_s", pa.float64()),

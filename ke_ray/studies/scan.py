@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from ke_ray.config import Strict
 from ke_ray.errors import nearest
@@ -46,7 +46,9 @@ class ScanStudy(Strict):
     num_actors: int | None = Field(None, ge=1, description="default: one per GPU, else per CPU")
     cache_dir: str | None = Field(None, description="where fetched checkpoints lie while in use")
     cache_bytes: int | None = Field(None, ge=1, description="disk budget of the cache per node")
-    resuscitation: Resuscitation | None = None
+    resuscitation: Resuscitation | None = Field(
+        None, description="without coefficients they are measured first, on the first corpus"
+    )
     output: str = Field(description="folder or URI for the results")
     mlflow: TrackingSettings = TrackingSettings()
 
@@ -62,16 +64,6 @@ class ScanStudy(Strict):
                     f"Measures: {', '.join(ALL_MEASURES)}"
                 )
         return tuple(m for m in ALL_MEASURES if m in measures)
-
-    @model_validator(mode="after")
-    def _coefficients(self) -> ScanStudy:
-        keys = self.resuscitation
-        if keys and keys.coefficients is None and keys.control != "attention_temperature":
-            raise ValueError(
-                "resuscitation needs mean coefficients: name the scan folder that has them "
-                "(resuscitation.coefficients, or --resuscitate …,coefficients=SCAN)"
-            )
-        return self
 
     @field_validator("data")
     @classmethod

@@ -191,8 +191,8 @@ class _Run:
         original = None
         if known is None and self.worker.is_main:
             original = take_snapshot(model, self.study, self.inputs.asked)
-        predicted, notes = revive(model, checkpoint, self.spec.ref, self._measured, keys)
-        return _Start(model, original, predicted, notes)
+        revived = revive(model, checkpoint, self.spec.ref, self._measured, keys)
+        return _Start(model, original, revived.predicted_entropy_nats, revived.notes)
 
     def _measured(self, model: Any) -> Any:
         """C̄ of the start on the study's own entropy corpus."""

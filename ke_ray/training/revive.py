@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ke_ray.studies.parts import Resuscitation
@@ -10,7 +11,27 @@ from ke_ray.studies.parts import Resuscitation
 if TYPE_CHECKING:
     from ke_ray.models.reference import CheckpointRef
 
-__all__ = ["revive"]
+__all__ = ["Revived", "revive"]
+
+
+@dataclass(frozen=True)
+class Revived:
+    """What is known of a model that was resuscitated in memory.
+
+    Attributes:
+        before_nats, predicted_nats: knowledge entropy by layer of C̄ and, inputs of every layer held
+            fixed, of u · C̄; empty for the attention control, which scales no memory.
+        notes: tags about the coefficients.
+    """
+
+    before_nats: list[float] = field(default_factory=list)
+    predicted_nats: list[float] = field(default_factory=list)
+    notes: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def predicted_entropy_nats(self) -> float | None:
+        """The predicted total over layers."""
+        return sum(self.predicted_nats) if self.predicted_nats else None
 
 
 def revive(
@@ -19,16 +40,12 @@ def revive(
     ref: CheckpointRef,
     measure: Callable[[Any], Any],
     keys: Resuscitation,
-) -> tuple[float | None, dict[str, str]]:
+) -> Revived:
     """Change ``model`` in place as ``keys`` say.
 
     Args:
         model: as loaded from ``folder``.
         measure: gives the model's C̄ [n_layers, d_mlp] where ``keys`` name no coefficients.
-
-    Returns:
-        The knowledge entropy predicted with layer inputs held fixed (nats; None for the attention
-        control, which scales no memory), and tags about the coefficients.
 
     Raises:
         ResultsError: the coefficients are those of other weights.
@@ -36,14 +53,15 @@ def revive(
     """
     import torch
 
+    from ke_ray.core.entropy import entropy_nats
     from ke_ray.core.resuscitation import predicted_entropy_nats
     from ke_ray.models.resuscitate import apply_attention_temperature, resuscitate
 
     if keys.control == "attention_temperature":
         apply_attention_temperature(model, keys.factor)
-        return None, {}
+        return Revived()
     if keys.coefficients is None:
-        mean, notes = measure(model), {"coefficients": "measured on the entropy corpus"}
+        mean, notes = measure(model), {"coefficients": "measured before"}
     else:
         from ke_ray.models.fingerprint import weights_sha256
         from ke_ray.results.coefficients import find_coefficients
@@ -59,5 +77,6 @@ def revive(
     rows = resuscitate(
         model, mean, ratio=keys.ratio, factor=keys.factor, control=keys.control, seed=keys.seed
     )
-    predicted = predicted_entropy_nats(mean.cpu(), rows.cpu()).sum()
-    return float(predicted), notes
+    mean, rows = mean.double().cpu(), rows.cpu()
+    predicted = predicted_entropy_nats(mean, rows).tolist()
+    return Revived(entropy_nats(mean).tolist(), predicted, notes)

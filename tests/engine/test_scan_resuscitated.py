@@ -7,6 +7,7 @@ import torch
 
 from ke_ray.core.resuscitation import multipliers, predicted_entropy_nats
 from ke_ray.engine.scan_prediction import prediction_lines, read_predictions, write_predictions
+from ke_ray.errors import ResultsError
 from ke_ray.results import ScanFolder
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -53,3 +54,29 @@ def test_the_first_layer_becomes_what_was_predicted(scan, scan_study, series, tm
     numbers = [f"{rows[None][name]:.4f}" for name in ("before_nats", "predicted_nats")]
     assert lines[-1].split() == ["step20", *numbers, f"{found['step20', None]:.4f}", "ids"]
     assert write_predictions(plain.output) == []
+
+
+def test_without_coefficients_they_are_measured_first(scan, scan_study, series, tmp_path):
+    """``--resuscitate ratio=0.5,factor=2`` alone: the same as from a scan of the same data."""
+    plain = scan_study(measures=("knowledge_entropy",), checkpoints={"spec": f"{series}/step20"})
+    scan(plain)
+    found = []
+    for coefficients in (plain.output, None):
+        keys = {"ratio": 0.5, "factor": 2.0, "coefficients": coefficients}
+        study = scan_study(
+            measures=("knowledge_entropy",),
+            checkpoints={"spec": f"{series}/step20"},
+            resuscitation=keys,
+            output=str(tmp_path / f"revived{coefficients is None}"),
+        )
+        assert scan(study).exit_code == 0
+        found.append({row["layer"]: row for row in write_predictions(study.output)})
+    for layer, row in found[0].items():
+        for name in ("before_nats", "predicted_nats", "measured_nats"):
+            assert found[1][layer][name] == pytest.approx(row[name], abs=1e-6)
+    assert found[1][None]["coefficients"] == "measured before"
+    assert found[1][None]["coefficients_verified"] is True
+    # C̄ of other data would be another model's: not to be mixed into the same folder.
+    other = study.model_copy(update={"num_instances": 40, "data": {"more": study.data["ids"]}})
+    with pytest.raises(ResultsError, match="resuscitation"):
+        scan(other)
