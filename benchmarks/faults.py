@@ -141,11 +141,11 @@ def run_all(
         world.build(workloads)
         for kind in (kind for kind in numbers if kind not in ("node", "driver")):
             outcomes += inject(kind, numbers[kind], seed, world, options, say)
-    if "driver" in numbers:  # its commands start sessions of their own
-        outcomes += inject("driver", numbers["driver"], seed, world, options, say)
     if "node" in numbers:
         with two_nodes() as cluster:
             outcomes += inject("node", numbers["node"], seed, world, options | cluster, say)
+    if "driver" in numbers:  # its commands start sessions of their own
+        outcomes += inject("driver", numbers["driver"], seed, world, options, say)
     return outcomes
 
 
