@@ -64,7 +64,7 @@ def h100(checkpoints: int, gigabytes: float, parameters: float, gigabytes_per_s:
 
 #: Counts and sizes of the published lists: 4.71 GB and 27.5 GB, float32.
 TIMES = {
-    "1B, 2 CPU cores": Times(351, 4.0, 2048 * 40.0, False, False, "--only times"),
+    "1B, 2 CPU cores": Times(351, 0.3, 2048 * 43.0, False, False, "--only times, 2026-11-23"),
     "1B, H100, 1 GB/s": h100(351, 4.71, 1.18e9, 1.0),
     "1B, H100, 0.1 GB/s": h100(351, 4.71, 1.18e9, 0.1),
     "7B, H100, 1 GB/s": h100(527, 27.5, 6.69e9, 1.0),
