@@ -30,7 +30,7 @@ def sweep_figures(study: Result, prefix: str) -> tuple[list[Figure], list[str]]:
     frame = runs.good_runs(study)
     if frame.empty:
         return [], ["No trial has finished yet."]
-    frame = frame.assign(control=frame["control"].map(_control))
+    frame = _own_originals(frame.assign(control=frame["control"].map(_control)))
     missing: list[str] = []
     figures = [
         *_factor_curve(study, prefix, frame, missing),
@@ -39,6 +39,18 @@ def sweep_figures(study: Result, prefix: str) -> tuple[list[Figure], list[str]]:
         *_parameters(study, prefix, frame),
     ]
     return figures, missing
+
+
+def _own_originals(frame: pd.DataFrame) -> pd.DataFrame:
+    """Give trials of an unchanged start their A and F against it: it is its own original."""
+    unchanged = frame["variant"] == "original"
+    for name in ("acquisition", "forgetting"):
+        for end in ("", "_low", "_high"):
+            against, plain = f"{name}_vs_original{end}", f"{name}{end}"
+            if against in frame and plain in frame:
+                own = frame[plain].where(unchanged)
+                frame = frame.assign(**{against: frame[against].fillna(own)})
+    return frame
 
 
 def _control(value: Any) -> str:

@@ -221,3 +221,24 @@ def test_building_imports_neither_torch_nor_ray_nor_mlflow(
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_original_is_its_own_original_in_the_factor_curve(tmp_path: Path) -> None:
+    folder = synthetic.make_sweep(tmp_path / "sweep")
+    path = folder / "trials.parquet"
+    trials = pq.read_table(path).to_pandas()
+    resuscitated = trials["amplifying_factor"].notna()
+    trials["acquisition_vs_original"] = trials["acquisition"].where(resuscitated) / 2
+    pq.write_table(pa.Table.from_pandas(trials), path)
+
+    page = _built(tmp_path, folder)
+    part = page[page.index('<figure id="sweep-factor-curve"') :].split("</figure>")[0]
+    with_line = [
+        json.loads(re.search(r'<script type="application/json">(.*?)</script>', panel, re.S)[1])[
+            "y"
+        ]
+        for panel in part.split('class="plots"')[1:]
+        if ">original</text>" in panel
+    ]
+    assert "Acquisition A (%)" in with_line
+    assert "A against the original start (%)" in with_line
