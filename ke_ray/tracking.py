@@ -77,6 +77,9 @@ class Tracker:
             or default_uri
             or "sqlite:///" + str(Path("mlflow.db").absolute())
         )
+        if redact(self.uri) != self.uri:
+            # MLflow prints a run's address when it ends, with the password that stands in it.
+            os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
         self.experiment = settings.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME", "ke_ray")
         import mlflow
         from mlflow.tracking import MlflowClient
