@@ -1,0 +1,172 @@
+"""Secrets are planted, everything is run, and everything that was written is searched for them."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import http.server
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import urllib.parse
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+from fault_kinds import start_server
+from tiny_studies import tiny_continual, tiny_pretrain
+
+from ke_ray.training.pretrain import run_pretrain
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+USER, PASSWORD = "planted-user", "planted@pass word"
+SECRETS = {
+    "HF_TOKEN": "hf_plantedtoken0123456789",
+    "RAY_AUTH_TOKEN": "ab12" * 16,
+    "MLFLOW_TRACKING_PASSWORD": "planted-mlflow-password",
+    "a password in MLFLOW_TRACKING_URI": "planted-uri-password",
+    "a password in a source": PASSWORD,
+    "the same, quoted": urllib.parse.quote(PASSWORD, safe=""),
+    "the same, as it is sent": base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode(),
+}
+
+LOGINS = (PASSWORD, SECRETS["the same, quoted"])
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    """Files for those who log in."""
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def send_head(self):  # type: ignore[no-untyped-def]
+        given = self.headers.get("Authorization", "")
+        if given != "Basic " + SECRETS["the same, as it is sent"]:
+            self.send_error(401)
+            return None
+        return super().send_head()
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Path]:
+    """Inputs in ``in/``, served over HTTP; everything else under it may hold no secret."""
+    run_pretrain(tiny_pretrain(tmp_path / "in" / "series"))
+    return tmp_path
+
+
+@pytest.fixture
+def site(place: Path) -> Iterator[str]:
+    """The base URL of ``in/``, with user name and password."""
+    handler = functools.partial(Handler, directory=str(place / "in"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        login = f"{USER}:{SECRETS['the same, quoted']}"
+        yield f"http://{login}@127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.fixture
+def mlflow_uri(place: Path) -> Iterator[str]:
+    """A real MLflow server's address, with a password that it does not ask for."""
+    (place / "server").mkdir()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    process = start_server(place / "server", port)
+    try:
+        password = SECRETS["a password in MLFLOW_TRACKING_URI"]
+        yield f"http://planted-user:{password}@127.0.0.1:{port}"
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def test_no_output_holds_a_planted_secret(place: Path, site: str, mlflow_uri: str) -> None:
+    ray_folder = Path(tempfile.mkdtemp(prefix="kr"))  # short: socket paths have 107 characters
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))}
+    environment |= {name: value for name, value in SECRETS.items() if name.isidentifier()}
+    environment |= {
+        "MLFLOW_TRACKING_URI": mlflow_uri,
+        "RAY_AUTH_MODE": "token",
+        "RAY_TMPDIR": str(ray_folder),
+        "KE_RAY_CACHE": str(place / "cache"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    checkpoint = f"{site}/series/checkpoints/step10"
+    documents = f"{site}/series/world/documents.jsonl.gz"
+    study = tiny_continual(
+        place / "continual",
+        place / "in" / "series",
+        starts={"spec": checkpoint, "steps": None},
+        tokenizer=f"{checkpoint}/tokenizer.json",
+        corpus={"source": f"{site}/series/world/other_documents.jsonl.gz"},
+        injection=None,
+        downstream=None,
+        held_out=None,
+        entropy={"source": documents},
+        executor="ray",
+        cpus_per_worker=1,
+        mlflow={"enabled": True},
+    )
+    (place / "in" / "continual.yaml").write_text(study.model_dump_json(exclude_unset=True))
+    (place / "in" / "sweep.yaml").write_text(
+        "kind: sweep\nbase: continual.yaml\nspace: {optimizer.learning_rate: [0.001, 0.002]}\n"
+        f"objectives: [knowledge_entropy_after_nats]\noutput: {place / 'sweep'}\n"
+    )
+    (place / "in" / "list.csv").write_text(f"step,url\n10,{checkpoint}\n5,{site}/absent/step5\n")
+    scan = ["--data", f"x={documents}", "--tokenizer", f"{checkpoint}/tokenizer.json"]
+    scan += ["--num-instances", "8", "--sequence-length", "32", "-o", str(place / "scan")]
+    said = ""
+    for command, code in (
+        (["scan", f"{place}/in/list.csv", *scan], 1),  # one of the two is not there
+        (["scan", checkpoint, *scan, "--dry-run"], 0),
+        (["scan", f"{site}/absent", *scan], 2),
+        (["checkpoints", checkpoint, "--json"], 0),
+        (["continual", f"{place}/in/continual.yaml"], 0),
+        (["continual", f"{place}/in/continual.yaml", "--dry-run"], 0),
+        (["sweep", f"{place}/in/sweep.yaml"], 0),
+        (["report", str(place / "scan"), str(place / "sweep"), "-o", str(place / "r.html")], 0),
+        (["submit", str(place / "in" / "job.yaml")], 2),
+    ):
+        (place / "in" / "job.yaml").write_text(f"kind: job\nentrypoint: ke-ray scan {checkpoint}\n")
+        done = subprocess.run(
+            [sys.executable, "-m", "ke_ray", "-v", *command],
+            cwd=place,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+        )
+        said += done.stdout + done.stderr
+        assert done.returncode == code, f"{command[0]}: {done.stdout + done.stderr}"
+    for folder in ("scan", "continual", "sweep"):
+        assert (place / folder / "manifest.json").is_file()
+    assert list((place / "server").rglob("*.html")), "no artifact was logged"
+    assert list(ray_folder.rglob("raylet.out")), "Ray's logs are elsewhere"
+
+    found = [f"the terminal shows {name}" for name, secret in SECRETS.items() if secret in said]
+    for root in (place, ray_folder):
+        for path in sorted(root.rglob("*")):
+            if path.is_file() and place / "in" not in path.parents:
+                content = path.read_bytes()
+                found += [
+                    f"{path} holds {name}"
+                    for name, secret in SECRETS.items()
+                    if (secret.encode() in content or secret in path.name)
+                    # Ray Tune writes each trial's configuration into Ray's folder (SECURITY.md).
+                    and not (path.name.startswith("experiment_state") and secret in LOGINS)
+                ]
+    shutil.rmtree(ray_folder, ignore_errors=True)
+    assert found == [], "\n".join(found)
