@@ -24,7 +24,7 @@ from ke_ray.engine.session import ray_session
 from ke_ray.engine.shared_storage import check_nodes_see
 from ke_ray.engine.sweep_plan import SweepPlan, Trial, identity_keys
 from ke_ray.engine.sweep_resources import TrialResources, trial_resources
-from ke_ray.engine.sweep_trial import STOPPED_TAG, TIME, VALUE, config_of_trial
+from ke_ray.engine.sweep_trial import STOPPED_TAG, TIME, VALUE, Handout, config_of_trial
 from ke_ray.engine.sweep_tune import ENVIRONMENT, alone, build_tuner, scratch
 from ke_ray.results.manifest import new_manifest, read_manifest, write_manifest
 from ke_ray.results.sweep_folder import (
@@ -177,6 +177,7 @@ class _Run:
         self.command = uuid.uuid4().hex[:12]
         self.settings: dict[str, Any] = {}
         self.resources: TrialResources | None = None
+        self.handout: Any = None
 
     def go(self, pending: int, outcome: SweepOutcome) -> None:
         """Run the trials that are missing."""
@@ -199,12 +200,17 @@ class _Run:
             "parent_id": self.parent.run_id,
             "watch": study.scheduler is not None,
         }
+        import ray
+
         from ke_ray.engine.sweep_search import LedgerSearcher
 
+        self.handout = ray.remote(num_cpus=0)(Handout).remote()
         began, began_at = time.perf_counter(), time.time()
         searcher = LedgerSearcher(self.plan, self.config, self.settle)
         with scratch(study.output) as place:
-            build_tuner(study, searcher, resources, place, pending, self.command).fit()
+            build_tuner(
+                study, searcher, resources, place, pending, self.command, self.handout
+            ).fit()
         took_s = time.perf_counter() - began
         waited_s = min(max(0.0, self._first_begun_at() - began_at), took_s)
         outcome.phases_s |= {"worker_start": waited_s, "trials": took_s - waited_s}
@@ -240,7 +246,9 @@ class _Run:
         self.plan.save_points()
 
     def config(self, trial: Trial) -> dict[str, Any]:
-        """What an actor gets of a trial."""
+        """What Tune gets of a trial: where its actor finds the rest."""
+        import ray
+
         if self.progress is not None:
             self.progress.begun(trial.trial_id)
         config = config_of_trial(trial, self.settings)
@@ -250,7 +258,8 @@ class _Run:
             # Else each trial would take all of the cluster's CPUs for its workers.
             config["study"]["cpus_per_worker"] = resources.cpus
             config["study"]["use_gpu"] = bool(resources.gpus)
-        return config
+        ray.get(self.handout.put.remote(trial.trial_id, config))
+        return {"trial": trial.trial_id}
 
     def _mlflow(self) -> dict[str, Any]:
         settings = self.plan.study.mlflow

@@ -34,6 +34,7 @@ __all__ = [
     "STOPPED_TAG",
     "TIME",
     "VALUE",
+    "Handout",
     "config_of_trial",
     "run_trial",
     "study_of",
@@ -74,18 +75,41 @@ def told(error: BaseException) -> str:
     return text if isinstance(error, KeRayError) else f"{type(error).__name__}: {text}"[:2000]
 
 
-def run_trial(config: dict[str, Any], environment: Mapping[str, str] | None = None) -> None:
+class Handout:
+    """An actor that holds the configs of trials.
+
+    Tune writes what it passes to a trial into files of its own, and sources may hold a login. So
+    Tune passes a name.
+    """
+
+    def __init__(self) -> None:
+        self._configs: dict[str, dict[str, Any]] = {}
+
+    def put(self, name: str, config: dict[str, Any]) -> None:
+        """Leave the config of a trial."""
+        self._configs[name] = config
+
+    def get(self, name: str) -> dict[str, Any]:
+        """The config of a trial."""
+        return self._configs[name]
+
+
+def run_trial(named: dict[str, str], handout: Any, environment: Mapping[str, str]) -> None:
     """Tune's trainable.
 
     Args:
-        config: from :func:`config_of_trial`; with ``cwd``, ``threads``, ``device``, ``retries``,
-            ``command`` (names the command that runs the sweep), ``parent_id`` and ``watch``
-            (whether a scheduler wants intermediate results).
+        named: ``trial``, the name of a config in the handout: what :func:`config_of_trial` makes,
+            with ``cwd``, ``threads``, ``device``, ``retries``, ``command`` (names the command that
+            runs the sweep), ``parent_id`` and ``watch`` (whether a scheduler wants intermediate
+            results).
+        handout: the :class:`Handout`.
         environment: variables that are not to be written down (MLflow's credentials).
     """
+    import ray
     from ray import tune
 
-    os.environ.update(environment or {})
+    config = ray.get(handout.get.remote(named["trial"]))
+    os.environ.update(environment)
     if Path(config["cwd"]).is_dir():
         os.chdir(config["cwd"])  # relative paths mean what they mean to the driver
     import ke_ray.training.continual  # noqa: F401  (seconds, which are the actor's, not a trial's)

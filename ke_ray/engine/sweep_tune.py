@@ -43,6 +43,7 @@ def build_tuner(
     place: str,
     num_trials: int,
     command: str,
+    handout: Any,
 ) -> Any:
     """The tuner over what is missing of a sweep; nothing starts before ``fit``.
 
@@ -50,6 +51,7 @@ def build_tuner(
         place: a local folder for what Tune insists on writing.
         num_trials: what the searcher hands out in all.
         command: names this command's files in ``place``.
+        handout: the actor that has the trials' configs.
     """
     from ray import tune
     from ray.tune.schedulers import AsyncHyperBandScheduler
@@ -76,8 +78,9 @@ def build_tuner(
         # The actor only waits for its workers. It needs something of Ray's, or Tune refuses it,
         # and no CPU, or it would hold what they wait for: a byte of memory, which every node has.
         asked = {"cpu": 0, "memory": 1}
+    trainable = tune.with_parameters(run_trial, handout=handout, environment=environment)
     return tune.Tuner(
-        tune.with_resources(tune.with_parameters(run_trial, environment=environment), asked),
+        tune.with_resources(trainable, asked),
         tune_config=tune.TuneConfig(
             search_alg=searcher,
             scheduler=scheduler,
