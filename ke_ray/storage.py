@@ -115,6 +115,10 @@ def _filesystem(uri: str | os.PathLike[str]) -> tuple[Any, str]:
     if is_local(text):
         text = os.fspath(local_path(text).absolute())
     try:
+        if text.startswith(("http://", "https://")):
+            from yarl import URL  # aiohttp's, which fsspec needs for these
+
+            URL(text)  # as fsspec will at the first request
         return fsspec.core.url_to_fs(text)
     except (ValueError, ImportError) as error:
         raise StorageError(

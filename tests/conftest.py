@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).parent))  # tests of all folders start the same servers
 
@@ -19,6 +20,12 @@ os.environ.setdefault("RAY_AUTH_MODE", "token")
 # interrupts mean the ordinary answer.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# What passed once passes again. `pytest --hypothesis-profile=search` looks for new inputs.
+settings.register_profile("same", derandomize=True)
+settings.register_profile("search", derandomize=False)
+settings.load_profile("same")
 
 
 @pytest.fixture(scope="session")

@@ -106,3 +106,9 @@ def test_a_large_folder_is_not_looked_through_for_every_file(tmp_path, monkeypat
     monkeypatch.setattr(storage, "_LARGE_FOLDER_S", 0.0)  # half a minute later
     storage.write_atomic(tmp_path / "1.json", "{}")
     assert not leftover.exists()
+
+
+@pytest.mark.parametrize("url", ["http://[.csv", "https://a\\b/c", "http://h:port/x"])
+def test_what_is_no_address_is_one_message(url):
+    with pytest.raises(StorageError, match="cannot be opened"):
+        storage.exists(url)
