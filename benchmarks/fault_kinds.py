@@ -61,6 +61,8 @@ class Outcome:
 
 
 _RESTART = "fault-restart"
+#: Ray's own, which find out within two minutes that their node is gone; they do no work of ours.
+RAY_DAEMONS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 
 
 class Trigger(threading.Thread):
@@ -201,11 +203,12 @@ def driver(world: World, outcome: Outcome, rng: random.Random, _: dict[str, Any]
             while process.poll() is None and pieces(outcome.workload, output) < after + 1:
                 time.sleep(0.02)
             time.sleep(delay_s / 3)
-            family = [process.pid, *(p.pid for p in processes(process.pid, titles=("",)))]
+            daemons = {p.pid for p in processes(process.pid, titles=RAY_DAEMONS)}
+            family = {process.pid, *(p.pid for p in processes(process.pid, titles=("",)))}
             outcome.hits += process.poll() is None
             process.kill()
             process.wait()
-            left = outliving(family)
+            left = outliving(sorted(family - daemons))
             outcome.problems += [f"process {pid} outlived its driver" for pid in left]
         last = subprocess.run(command, stdout=sink, stderr=sink, stdin=subprocess.DEVNULL)
     outcome.duration_s = time.monotonic() - started

@@ -53,14 +53,18 @@ def check_nodes_see(inputs: Iterable[tuple[str, str | None]], output: str | None
         found.append((f"The output folder '{output}'", mark))
     try:
         missing = ray.remote(num_cpus=0, max_retries=2)(_missing)
-        answers = ray.get(
-            [
-                missing.options(
-                    scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-                ).remote([path for _, path in found])
-                for node in others
-            ]
-        )
+        asked = [
+            missing.options(
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            ).remote([path for _, path in found])
+            for node in others
+        ]
+        answers = []
+        for answer in asked:
+            try:
+                answers.append(ray.get(answer))
+            except ray.exceptions.RayError:  # a node that has just gone runs no work either
+                answers.append([])
     finally:
         if mark is not None:
             storage.remove(mark)

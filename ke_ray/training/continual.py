@@ -352,6 +352,10 @@ class _Run:
             {"when": when, **found.perplexity} for when, found in known.items() if found.perplexity
         ]
         write_tables(self.folder, records, self.spec.name)
+        # The row ends the run for good, so MLflow hears of it first: a command killed between the
+        # two is done again, and no later one would mend the status.
+        self.run.finish("FINISHED")
+        self.run.flush()
         write_row(self.study, self.spec, row)
         if not self.study.keep_state:
             remove_states(self.states)

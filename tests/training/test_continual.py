@@ -335,3 +335,22 @@ def test_probes_of_the_run_are_those_of_the_facts(finished: ContinualStudy) -> N
     scores = score_probes(model, inputs.asked.probes)
     np.testing.assert_allclose(items["logprob_summed"], scores.logprob_summed, atol=1e-6)
     assert build_probes([], start.tokenizer) == []
+
+
+def test_mlflow_knows_the_end_before_the_row_says_finished(
+    tmp_path: Path, series: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    from ke_ray.training import continual
+
+    uri, statuses = f"sqlite:///{tmp_path}/mlflow.db", []
+
+    def write_row(study: ContinualStudy, spec: object, row: dict) -> None:
+        statuses.append(MlflowClient(uri).get_run(row["mlflow_run_id"]).info.status)
+
+    monkeypatch.setattr(continual, "write_row", write_row)
+    only = dict.fromkeys(("injection", "downstream", "held_out", "entropy"))
+    study = tiny_continual(tmp_path / "out", series, **only, mlflow={"enabled": True, "uri": uri})
+    run_continual(study, list_runs(study)[-1])
+    assert statuses == ["FINISHED"]
