@@ -310,7 +310,7 @@ def node(world: World, outcome: Outcome, rng: random.Random, options: dict[str, 
         return True
 
     disturbed(world, outcome, rng, act, 1)
-    orphans = [pid for pid in known if _parent(pid) == 1]
+    orphans = outliving([pid for pid in known if _parent(pid) == 1])
     outcome.problems += [f"process {pid} outlived its node" for pid in orphans]
     if not nodes:
         nodes.append(cluster.add_node(num_cpus=1))

@@ -27,6 +27,7 @@ from ke_ray.engine.scan_tracking import log_finished, start_scan_run
 from ke_ray.engine.scorer import CheckpointScorer, ScanMonitor
 from ke_ray.engine.scorer_output import ScorerSettings, item_to_json
 from ke_ray.engine.session import (
+    beside_driver,
     cluster_resources,
     most_cpus_of_a_node,
     ray_session,
@@ -149,7 +150,7 @@ def _score(setup: ScanSetup, run: TrackedRun, progress: ScanProgress, outcome: S
         cache_bytes=study.cache_bytes,
         resuscitation=study.resuscitation,
     )
-    monitor = ray.remote(num_cpus=0, max_restarts=0)(ScanMonitor).remote()
+    monitor = ray.remote(ScanMonitor).options(max_restarts=0, **beside_driver()).remote()
     arrays = {
         name: ray.put((corpus.input_ids, corpus.lengths)) for name, corpus in setup.corpora.items()
     }

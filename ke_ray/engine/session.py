@@ -20,6 +20,7 @@ from typing import Any
 from ke_ray.errors import KeRayError, UserError
 
 __all__ = [
+    "beside_driver",
     "cluster_resources",
     "kept_handlers",
     "most_cpus_of_a_node",
@@ -194,6 +195,21 @@ def _held_stderr() -> Iterator[None]:
             sys.stderr.flush()
             os.dup2(kept, 2)
             os.close(kept)
+
+
+def beside_driver() -> dict[str, Any]:
+    """Options of an actor that must live as long as the driver: on its node, and of no CPU.
+
+    Elsewhere it would go with a node that the work itself survives.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    node = ray.get_runtime_context().get_node_id()
+    return {
+        "num_cpus": 0,
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False),
+    }
 
 
 def cluster_resources() -> dict[str, float]:

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from ke_ray import storage
 from ke_ray.engine.continual import read_by_workers
 from ke_ray.engine.metrics import record, study_label
-from ke_ray.engine.session import ray_session
+from ke_ray.engine.session import beside_driver, ray_session
 from ke_ray.engine.shared_storage import check_nodes_see
 from ke_ray.engine.sweep_plan import SweepPlan, Trial, identity_keys
 from ke_ray.engine.sweep_resources import TrialResources, trial_resources
@@ -204,7 +204,7 @@ class _Run:
 
         from ke_ray.engine.sweep_search import LedgerSearcher
 
-        self.handout = ray.remote(num_cpus=0)(Handout).remote()
+        self.handout = ray.remote(Handout).options(**beside_driver()).remote()
         began, began_at = time.perf_counter(), time.time()
         searcher = LedgerSearcher(self.plan, self.config, self.settle)
         with scratch(study.output) as place:

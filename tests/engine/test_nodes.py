@@ -78,10 +78,14 @@ class TwoNodes:
         found = client.search_runs(ids, f"tags.`ke_ray.kind` = '{kind}'", order_by=["start_time"])
         return [run.info.status for run in found]
 
-    def alive(self) -> set[str]:
+    def alive(self, *, head_only: bool = False) -> set[str]:
         """The nodes that are up."""
         found = self.head.get("/api/v0/nodes", self.head.token).json()["data"]["result"]["result"]
-        return {node["node_id"] for node in found if node["state"] == "ALIVE"}
+        return {
+            node["node_id"]
+            for node in found
+            if node["state"] == "ALIVE" and (node["is_head_node"] or not head_only)
+        }
 
 
 def hiding(folder: Path) -> list[str]:
@@ -189,6 +193,8 @@ def test_a_submitted_scan(two_nodes: TwoNodes, on_s3: str) -> None:
     result = two_nodes.ke_ray("submit", "job.yaml", "--address", two_nodes.head.address)
     assert result.returncode == 0, result.stdout + result.stderr
     assert two_nodes.nodes_of("CheckpointScorer") == two_nodes.alive()
+    # Where the command runs: it may not go with another node.
+    assert two_nodes.nodes_of("ScanMonitor") == two_nodes.alive(head_only=True)
 
     import torch
 
@@ -239,6 +245,7 @@ def test_a_sweep_over_both_nodes(two_nodes: TwoNodes, on_s3: str, tmp_path: Path
     result = two_nodes.ke_ray("sweep", "sweep.yaml")
     assert result.returncode == 0, result.stdout + result.stderr
     assert two_nodes.nodes_of("ImplicitFunc") == two_nodes.alive()
+    assert two_nodes.nodes_of("Handout") == two_nodes.alive(head_only=True)
 
     trials = storage.read_table(f"{output}/trials.parquet").to_pylist()
     assert [row["status"] for row in trials] == ["ok"] * 4
