@@ -139,7 +139,7 @@ def wait_for(condition: Any, process: subprocess.Popen[bytes], log: Path) -> Non
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_the_same_file_goes_on_after_the_driver_ended(command, series, tmp_path, number):
     path = write(
         tmp_path,

@@ -1,4 +1,4 @@
-"""The short form of ``benchmarks/faults.py``: one disturbed run of four kinds, by the same code."""
+"""The short form of ``benchmarks/faults.py``: one disturbed run of two kinds, by the same code."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import fault_world
 from fault_world import difference, leftovers
 from faults import run_all, summary
 
-KINDS = ("scorer", "trial", "disk", "source")
+KINDS = ("scorer", "source")
 
 
 @pytest.mark.ray
