@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from mutation import mutated
 
 from ke_ray.data.corpus import build_corpus, parse_data_option
 from ke_ray.data.hub_dataset import parse_hub_source
@@ -43,34 +44,16 @@ SNIPPETS = st.sampled_from(
 )
 
 
-@st.composite
-def mutated(draw: st.DrawFn, original: bytes) -> bytes:
-    """The original with one to four places overwritten, cut out, doubled or replaced."""
-    content = bytearray(original)
-    for _ in range(draw(st.integers(1, 4))):
-        place = draw(st.integers(0, len(content)))
-        length = draw(st.integers(0, 12))
-        match draw(st.integers(0, 4)):
-            case 0:
-                content[place : place + length] = draw(st.binary(max_size=length))
-            case 1:
-                del content[place : place + length]
-            case 2:
-                content[place:place] = content[place : place + length]
-            case 3:
-                content[place : place + length] = draw(SNIPPETS)
-            case 4:
-                content = content[:place]
-    return bytes(content)
-
-
 def local_file(path: Path, content: bytes) -> SourceFile:
     path.write_bytes(content)
     return list_files(str(path))[0]
 
 
 @THOUSAND
-@given(header=mutated(SAFETENSORS_HEADER), length_change=st.sampled_from([0, 0, 0, -1, 7, 1 << 40]))
+@given(
+    header=mutated(SAFETENSORS_HEADER, SNIPPETS),
+    length_change=st.sampled_from([0, 0, 0, -1, 7, 1 << 40]),
+)
 def test_fuzz_safetensors_headers(tmp_path: Path, header: bytes, length_change: int) -> None:
     length = max(len(header) + length_change, 0).to_bytes(8, "little")
     file = local_file(tmp_path / "a.safetensors", length + header + bytes(72))
@@ -84,7 +67,7 @@ def test_fuzz_safetensors_headers(tmp_path: Path, header: bytes, length_change: 
 
 
 @THOUSAND
-@given(content=mutated(NPY_HEADER + bytes(64)))
+@given(content=mutated(NPY_HEADER + bytes(64), SNIPPETS))
 def test_fuzz_npy_headers(tmp_path: Path, content: bytes) -> None:
     file = local_file(tmp_path / "a.npy", content)
     try:
@@ -96,7 +79,7 @@ def test_fuzz_npy_headers(tmp_path: Path, content: bytes) -> None:
 
 
 @THOUSAND
-@given(content=mutated(OLMO_YAML))
+@given(content=mutated(OLMO_YAML, SNIPPETS))
 def test_fuzz_olmo_descriptions(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "olmo.yaml"
     path.write_bytes(content)
@@ -138,7 +121,7 @@ def test_fuzz_data_options_and_sources(
 @given(data=st.data())
 def test_fuzz_tokenizer_files(tmp_path: Path, data: st.DataObject) -> None:
     path = tmp_path / "tokenizer.json"
-    path.write_bytes(data.draw(mutated(TOKENIZER_JSON)))
+    path.write_bytes(data.draw(mutated(TOKENIZER_JSON, SNIPPETS)))
     try:
         tokenizer = load_tokenizer(path)
     except DataError:

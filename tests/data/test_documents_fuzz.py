@@ -12,6 +12,7 @@ import pytest
 import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from mutation import mutated
 
 from ke_ray.data.documents import iter_documents, parse_document
 from ke_ray.data.facts import load_facts, parse_facts
@@ -39,28 +40,8 @@ SNIPPETS = st.sampled_from(
 )
 
 
-@st.composite
-def mutated(draw: st.DrawFn, original: bytes) -> bytes:
-    content = bytearray(original)
-    for _ in range(draw(st.integers(1, 4))):
-        place = draw(st.integers(0, len(content)))
-        length = draw(st.integers(0, 12))
-        match draw(st.integers(0, 4)):
-            case 0:
-                content[place : place + length] = draw(st.binary(max_size=length))
-            case 1:
-                del content[place : place + length]
-            case 2:
-                content[place:place] = content[place : place + length]
-            case 3:
-                content[place : place + length] = draw(SNIPPETS)
-            case 4:
-                content = content[:place]
-    return bytes(content)
-
-
 @THOUSAND
-@given(line=mutated(LINE))
+@given(line=mutated(LINE, SNIPPETS))
 def test_fuzz_dolma_lines(line: bytes) -> None:
     try:
         text = parse_document(line, "file, line 7")
@@ -85,7 +66,7 @@ PACKED = {
 def test_fuzz_files_of_documents(tmp_path: Path, suffix: str, data: st.DataObject) -> None:
     content = PACKED[suffix]((LINE + b"\n") * 3)
     path = tmp_path / f"documents.{suffix}"
-    path.write_bytes(data.draw(mutated(content)))
+    path.write_bytes(data.draw(mutated(content, SNIPPETS)))
     try:
         documents = list(iter_documents(str(path)))
     except DataError as error:
@@ -135,7 +116,7 @@ def test_fuzz_the_values_of_facts(edits: dict[str, Any], drop: set[str], setting
 
 
 @THOUSAND
-@given(content=mutated(json.dumps([FACT, FACT]).encode()))
+@given(content=mutated(json.dumps([FACT, FACT]).encode(), SNIPPETS))
 def test_fuzz_the_text_of_facts(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "facts.json"
     path.write_bytes(content)

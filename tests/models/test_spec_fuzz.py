@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from mutation import mutated
 
 from ke_ray.errors import CheckpointError, CheckpointSpecError, UserError
 from ke_ray.models.catalog import list_checkpoints
@@ -89,29 +90,12 @@ def test_fuzz_specs(place: Path, spec, revisions, steps, every, limit) -> None:
     assert all(ref.name == slug(ref.name) for ref in refs)
 
 
+CSV_SNIPPETS = st.sampled_from([b'"', b",", b"\n", b"\r", b"\0", b"-1", b"9" * 30, b"\xff", b"1e3"])
 CSV = b"Step,Checkpoint Directory,Ingredient\n1000,https://host/run/step1000-unsharded/,1\n2,b/c,\n"
 
 
-@st.composite
-def mutated(draw: st.DrawFn, original: bytes, snippets: tuple[bytes, ...]) -> bytes:
-    content = bytearray(original)
-    for _ in range(draw(st.integers(1, 4))):
-        place = draw(st.integers(0, len(content)))
-        length = draw(st.integers(0, 12))
-        match draw(st.integers(0, 3)):
-            case 0:
-                content[place : place + length] = draw(st.binary(max_size=length))
-            case 1:
-                del content[place : place + length]
-            case 2:
-                content[place : place + length] = draw(st.sampled_from(snippets))
-            case 3:
-                content[place:place] = content[place : place + 40]
-    return bytes(content)
-
-
 @THOUSAND
-@given(content=mutated(CSV, (b'"', b",", b"\n", b"\r", b"\0", b"-1", b"9" * 30, b"\xff", b"1e3")))
+@given(content=mutated(CSV, CSV_SNIPPETS))
 def test_fuzz_lists(content: bytes) -> None:
     try:
         rows = parse_csv_list(content, base="/base", where="list.csv")
@@ -141,10 +125,32 @@ NATIVE = NativeConfig(
     max_sequence_length=64, rope_theta=10000.0, norm_eps=1e-5, tied=True, eos_token_id=0,
     pad_token_id=1,
 ).to_yaml().encode()  # fmt: skip
-SNIPPETS = (
-    *(b"[", b"{", b"&a ", b"*a", b": ", b"\n", b"\t", b"null", b"true", b"-1", b"1e999", b".nan"),
-    *(b"9" * 400, b"!!python/object/apply:os.system", b"\0", b"\xff", b"[[[[[[[[" * 20, b"model:"),
-    *(b"0x1F", b"1_0", b"2001-01-01", b"<<: {a: 1}", b"? [a]\n: b"),
+SNIPPETS = st.sampled_from(
+    (
+        *(
+            b"[",
+            b"{",
+            b"&a ",
+            b"*a",
+            b": ",
+            b"\n",
+            b"\t",
+            b"null",
+            b"true",
+            b"-1",
+            b"1e999",
+            b".nan",
+        ),
+        *(
+            b"9" * 400,
+            b"!!python/object/apply:os.system",
+            b"\0",
+            b"\xff",
+            b"[[[[[[[[" * 20,
+            b"model:",
+        ),
+        *(b"0x1F", b"1_0", b"2001-01-01", b"<<: {a: 1}", b"? [a]\n: b"),
+    )
 )
 
 

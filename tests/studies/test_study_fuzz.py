@@ -12,6 +12,7 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from mutation import mutated
 
 from ke_ray.cli.options import parse_resuscitate, read_study
 from ke_ray.config import load_study
@@ -90,26 +91,6 @@ def loaded_or_refused(call: Callable[[], object]) -> None:
     assert peak_kib() - before < 128 * 1024
 
 
-@st.composite
-def mutated(draw: st.DrawFn, original: bytes) -> bytes:
-    content = bytearray(original)
-    for _ in range(draw(st.integers(1, 4))):
-        place = draw(st.integers(0, len(content)))
-        length = draw(st.integers(0, 12))
-        match draw(st.integers(0, 4)):
-            case 0:
-                content[place : place + length] = draw(st.binary(max_size=length))
-            case 1:
-                del content[place : place + length]
-            case 2:
-                content[place:place] = content[place : place + 30]
-            case 3:
-                content[place : place + length] = draw(SNIPPETS)
-            case 4:
-                content = content[:place]
-    return bytes(content)
-
-
 def paths_of(values: Any, prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
     """The key paths of nested mappings."""
     found = []
@@ -127,7 +108,7 @@ def test_fuzz_studies(tmp_path: Path, kind: str, data: st.DataObject) -> None:
     """Damaged text, and any value under any key: what no check expects."""
     original, load = KINDS[kind]
     if data.draw(st.booleans()):
-        content = data.draw(mutated(original.read_bytes()))
+        content = data.draw(mutated(original.read_bytes(), SNIPPETS))
     else:
         values = yaml.load(original.read_bytes(), Loader=yaml.CSafeLoader)
         if isinstance(values.get("base"), str):
@@ -210,7 +191,7 @@ def test_fuzz_runtime_environments(tmp_path: Path, data: st.DataObject) -> None:
         "kind: job\nentrypoint: 'true'\nruntime_env: runtime_env.yaml\n"
     )
     job = load_job(str(tmp_path / "job.yaml"), [], {})
-    content = data.draw(mutated((ROOT / "jobs" / "runtime_env.yaml").read_bytes()))
+    content = data.draw(mutated((ROOT / "jobs" / "runtime_env.yaml").read_bytes(), SNIPPETS))
     (tmp_path / "runtime_env.yaml").write_bytes(content)
     loaded_or_refused(lambda: runtime_env_of(job, {"MLFLOW_TRACKING_PASSWORD": PLANTED}))
 
