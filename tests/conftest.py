@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
-
-sys.path.insert(0, str(Path(__file__).parent))  # tests of all folders start the same servers
 
 # Before any test module imports Ray, which reads it then (see ke_ray.engine.session).
 os.environ.setdefault("RAY_AUTH_MODE", "token")

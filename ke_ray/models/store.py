@@ -181,7 +181,12 @@ class Store:
 
     def used_bytes(self) -> int:
         """Bytes of entries and partial fetches on the disk."""
-        return sum(_tree_bytes(self._root / name) for name in ("entries", "partial"))
+        with self._budget_lock():
+            return sum(_tree_bytes(self._root / name) for name in ("entries", "partial"))
+
+    def _budget_lock(self) -> FileLock:
+        """Held to count bytes, and for whatever moves counted bytes: evicting, and finishing."""
+        return FileLock(self._root / "budget.lock")
 
     def _key(self, ref: CheckpointRef) -> str:
         place = redact(ref.location).rstrip("/")
@@ -220,7 +225,8 @@ class Store:
             fetch_into(
                 ref, partial, endpoint=self._endpoint, policy=self._policy, should_stop=should_stop
             )
-            partial.rename(entry)
+            with self._budget_lock():  # else a count could see it in neither place
+                partial.rename(entry)
         finally:
             self._reservation(key).unlink(missing_ok=True)
         _LOG.info("Fetched %s (%d bytes)", ref.label, _tree_bytes(entry))
@@ -246,7 +252,7 @@ class Store:
             )
         deadline = time.monotonic() + self._wait_s
         while True:
-            with FileLock(self._root / "budget.lock"):
+            with self._budget_lock():
                 missing = self._missing(key, need)
                 in_use = missing > 0 and self._evict(missing, key)
                 missing = self._missing(key, need) if missing > 0 else missing

@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
-from types import ModuleType
 
+import interleaved
 import pytest
 import torch
+from naive_scoring import NaiveScorer
 from safetensors.torch import load_file
 
 from ke_ray.models.scoring import score_model
-
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-
-
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize("name", ["tiny-seed0", "tiny-seed1"])
@@ -39,7 +25,7 @@ def test_naive_peer_equals_the_published_script(reference_data, name, batch_size
     ids = load_file(folder / "inputs.safetensors")["input_ids"]
     golden = load_file(folder / "golden.safetensors")
     official = json.loads((folder / "golden.json").read_text())["official"]["knowledge_entropy"]
-    naive = load("naive_scoring").NaiveScorer(model)
+    naive = NaiveScorer(model)
     torch.testing.assert_close(
         naive.mean_coefficients(ids, batch_size),
         golden["official_avg_act_abs"],
@@ -53,7 +39,6 @@ def test_naive_peer_equals_the_published_script(reference_data, name, batch_size
 
 
 def test_rounds_are_interleaved_and_ratios_taken_within_a_round():
-    interleaved = load("interleaved")
     order: list[str] = []
     contenders = {name: lambda name=name: order.append(name) for name in "abc"}
     seconds = interleaved.run_rounds(contenders, 2)

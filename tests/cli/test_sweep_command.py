@@ -13,10 +13,6 @@ from typing import Any
 
 import pytest
 import yaml
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
-
 from tiny_studies import tiny_pretrain
 from tiny_sweep import tiny_sweep
 

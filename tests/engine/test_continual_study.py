@@ -11,9 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
-
+import tiny_studies
 from tiny_studies import tiny_continual, tiny_pretrain
 
 from ke_ray.engine.continual import RunProgress, prepare_continual, run_continual_study
@@ -128,7 +126,7 @@ def test_a_killed_driver_is_resumed_by_the_same_command(tmp_path: Path, series: 
         "print(run_continual_study(study).rows)\n"
     )
     command = [sys.executable, "-c", script, str(tmp_path), str(series)]
-    command.append(str(Path(__file__).parents[1] / "training"))
+    command.append(str(Path(tiny_studies.__file__).parent))
     with (tmp_path / "driver.log").open("w") as log:
         driver = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
         first, second = (tmp_path / "runs" / f"step10-seed{seed}" for seed in (0, 1))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 import threading
 import urllib.request
 from collections import defaultdict
@@ -14,10 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
-
 from tiny_studies import tiny_pretrain
 from tiny_sweep import tiny_sweep
 

@@ -6,7 +6,6 @@ driver's working folder does not exist.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -19,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ray_head
 import s3fs
 from servers import running_mlflow, running_s3
 
@@ -27,16 +27,9 @@ from ke_ray.config import validate
 from ke_ray.results import ScanFolder
 from ke_ray.studies.continual import ContinualStudy
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
-
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
-
-_spec = importlib.util.spec_from_file_location("ray_head", Path(__file__).with_name("ray_head.py"))
-ray_head = importlib.util.module_from_spec(_spec)
-sys.modules["ray_head"] = ray_head
-_spec.loader.exec_module(ray_head)
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import pty
 import signal
@@ -13,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import ray_head
 import yaml
 
 from ke_ray.results import ScanFolder
@@ -21,11 +21,6 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
 PLANTED = "hf_planted0secret1value2"
-
-_spec = importlib.util.spec_from_file_location("ray_head", Path(__file__).with_name("ray_head.py"))
-ray_head = importlib.util.module_from_spec(_spec)
-sys.modules["ray_head"] = ray_head
-_spec.loader.exec_module(ray_head)
 
 
 @pytest.fixture(scope="module")

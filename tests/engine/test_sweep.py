@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -14,10 +13,6 @@ from typing import Any
 import psutil
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
-
 from tiny_studies import tiny_pretrain
 from tiny_sweep import tiny_sweep
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import re
 from pathlib import Path
 
 import jsonschema
+import kuberay_fields as kuberay
 import pytest
 import yaml
 
@@ -16,12 +16,6 @@ from ke_ray.secrets import is_secret_name
 
 ROOT = Path(__file__).parents[2]
 MANIFESTS = [ROOT / "jobs" / f"kuberay-{kind}.yaml" for kind in ("cpu", "gpu")]
-
-_spec = importlib.util.spec_from_file_location(
-    "kuberay_fields", Path(__file__).with_name("kuberay_fields.py")
-)
-kuberay = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(kuberay)
 
 
 @pytest.fixture(params=MANIFESTS, ids=lambda path: path.stem)

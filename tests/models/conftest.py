@@ -1,12 +1,17 @@
-"""A tiny random decoder of every supported architecture, two or three layers of width 32."""
+"""A tiny random decoder of every supported architecture, and three checkpoints on a server."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from checkpoint_site import Site
+
+from ke_ray.models.saving import save_model
 
 BASE = {
     "vocab_size": 97,
@@ -81,3 +86,22 @@ def tiny_decoder() -> Callable[..., Any]:
         return model.eval()
 
     return build
+
+
+@pytest.fixture
+def site(
+    tmp_path: Path, tiny_decoder: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Site]:
+    """Three native checkpoints behind an HTTP server."""
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    root = tmp_path / "site"
+    for seed in range(3):
+        model = tiny_decoder("olmo", seed=seed, hidden_size=64, intermediate_size=512)
+        save_model(model, root / f"step{seed}-unsharded", layout="native")
+    server = Site(root)
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()

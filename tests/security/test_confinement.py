@@ -89,12 +89,9 @@ def test_rows_of_a_list_get_plain_unique_names(tmp_path: Path) -> None:
 
 
 def test_a_run_of_any_checkpoint_stays_in_the_output(tmp_path: Path) -> None:
-    import sys
+    from tiny_studies import tiny_continual
 
     from ke_ray.training.runs import RunSpec, part_folder, write_failed
-
-    sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
-    from tiny_studies import tiny_continual
 
     study = tiny_continual(tmp_path / "outer" / "out", tmp_path)
     for name in HOSTILE:

@@ -18,10 +18,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
 from fault_kinds import start_server
 from tiny_studies import tiny_continual, tiny_pretrain
 

@@ -1,13 +1,10 @@
-"""Makes the tiny set-ups importable by the tests of this folder, and pretrains a tiny series."""
+"""A tiny pretrained series."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(scope="session")

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 import uuid
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 
 from tiny_studies import tiny_continual
 
