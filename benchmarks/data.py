@@ -42,11 +42,8 @@ from typing import Any
 
 import numpy as np
 import tokenizers
-from tokenizers import Tokenizer
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 from interleaved import Ratio, ratio, run_rounds
+from tokenizers import Tokenizer
 
 from ke_ray.data.biographies import iter_biographies, make_people
 from ke_ray.data.documents import iter_documents

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import psutil
 from safetensors.numpy import load as load_safetensors
+from shape import Shape
 
 from ke_ray import storage
 from ke_ray.config import validate
@@ -156,14 +157,7 @@ class World:
 
 def make_checkpoint(folder: Path, seed: int) -> None:
     """A random two-layer OLMo in Hugging Face layout."""
-    import torch
-    from transformers import OlmoConfig, OlmoForCausalLM
-
-    torch.manual_seed(seed)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    ids = {"vocab_size": 128, "eos_token_id": 0, "pad_token_id": 1}
-    config = OlmoConfig(**sizes, **ids, num_attention_heads=4, max_position_embeddings=64)
-    OlmoForCausalLM(config).save_pretrained(folder)
+    Shape(2, 32, 48, 4, 128, 64).model(seed=seed).save_pretrained(folder)
 
 
 class Silent:

@@ -30,7 +30,6 @@ from typing import Any
 # Before Ray is imported, which reads it then.
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-sys.path.insert(0, str(Path(__file__).parent))
 
 from fault_kinds import KINDS, Outcome
 from fault_world import World

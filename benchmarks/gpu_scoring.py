@@ -14,75 +14,44 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from interleaved import clock_of, run_rounds
+from shape import OLMO_1B, Shape
 
 from ke_ray.models.scoring import score_instances
 
 THREE = ("knowledge_entropy", "attention_entropy", "next_token_entropy")
 
 
-@dataclass(frozen=True)
-class Shape:
-    n_layers: int = 16
-    d_model: int = 2048
-    d_mlp: int = 8192
-    n_heads: int = 16
-    vocabulary: int = 50304
-    length: int = 2048
-
-    def flops(self, tokens: int, *, head: bool) -> float:
-        """Floating-point operations of one scored pass, two a multiply-add."""
-        layer = 4 * self.d_model**2 + 3 * self.d_model * self.d_mlp
-        attention = self.d_model * self.length  # QK and PV over half of the keys
-        body = self.n_layers * (layer + attention)
-        rest = self.d_model * self.vocabulary if head else -self.d_model * self.d_mlp
-        return 2.0 * tokens * (body + rest)
-
-    def model(self, device: str) -> Any:
-        from transformers import OlmoConfig, OlmoForCausalLM
-
-        torch.manual_seed(0)
-        config = OlmoConfig(
-            vocab_size=self.vocabulary,
-            hidden_size=self.d_model,
-            intermediate_size=self.d_mlp,
-            num_hidden_layers=self.n_layers,
-            num_attention_heads=self.n_heads,
-            max_position_embeddings=self.length,
-        )
-        with torch.device(device):
-            return OlmoForCausalLM(config).eval().to(torch.bfloat16)
-
-
-def seconds(run: Callable[[], object], device: str) -> float:
-    """Wall-clock seconds of one run, the device idle before and after."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+def flops(shape: Shape, tokens: int, *, head: bool) -> float:
+    """Floating-point operations of one scored pass, two a multiply-add."""
+    body = shape.body_flops_per_token + shape.attention_flops_per_token
+    last_projection = 2 * shape.d_model * shape.d_mlp
+    return float(tokens) * (body + (shape.head_flops_per_token if head else -last_projection))
 
 
 def peak_flops(device: str, size: int) -> float:
+    """Operations per second of the best of 30 large bfloat16 products."""
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    best = min(seconds(lambda: torch.mm(a, b), device) for _ in range(30))
+    clock, best = clock_of(device), math.inf
+    for _ in range(30):
+        start = clock()
+        torch.mm(a, b)
+        best = min(best, clock() - start)
     return 2.0 * size**3 / best
 
 
 def measure(shape: Shape, device: str, batch: int, rounds: int) -> dict[str, Any]:
-    model = shape.model(device)
+    model = shape.model().to(device, torch.bfloat16)
     count = 2 * batch
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(2, shape.vocabulary, (count, shape.length), generator=generator)
@@ -98,19 +67,14 @@ def measure(shape: Shape, device: str, batch: int, rounds: int) -> dict[str, Any
             model.base_model(part.to(device), use_cache=False)
 
     ways = {"body": body, "ke": score("knowledge_entropy"), "three": score(*THREE)}
-    for way in ways.values():
-        way()
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(rounds):
-        for name, way in ways.items():
-            times[name].append(seconds(way, device))
+    times = run_rounds(ways, rounds, clock=clock_of(device))
     peak = peak_flops(device, 8192 if device.startswith("cuda") else 512)
     tokens = count * shape.length
     middle = {name: statistics.median(values) for name, values in times.items()}
     return {
         "ratios": {
-            "ke_share_of_peak": shape.flops(tokens, head=False) / middle["ke"] / peak,
-            "three_share_of_peak": shape.flops(tokens, head=True) / middle["three"] / peak,
+            "ke_share_of_peak": flops(shape, tokens, head=False) / middle["ke"] / peak,
+            "three_share_of_peak": flops(shape, tokens, head=True) / middle["three"] / peak,
             "ke_over_body": middle["ke"] / middle["body"],
         },
         "targets": {"ke_share_of_peak": ">= 0.60", "three_share_of_peak": ">= 0.45"},
@@ -132,7 +96,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         sys.exit("no CUDA device here; this benchmark needs one (or --device cpu --tiny)")
-    shape = Shape(2, 64, 128, 4, 512, 64) if options.tiny else Shape()
+    shape = Shape(2, 64, 128, 4, 512, 64) if options.tiny else OLMO_1B
     result = measure(shape, options.device, options.batch, options.rounds)
     for name, value in result["ratios"].items():
         print(f"{name:24s} {value:.3f}")

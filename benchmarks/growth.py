@@ -29,15 +29,15 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
+from shape import Shape
 
 INSTANCES, SEQUENCE, LAYERS, CHECKPOINTS = 8, 128, 2, 4
 FACTORS = (1, 4, 16)
-D_MODEL, D_MLP, N_HEADS, VOCABULARY = 256, 1024, 8, 4096
+SIZES, VOCABULARY = (256, 1024, 8), 4096  # d_model, d_mlp, heads
 
 
 def resident(field: str) -> int:
@@ -55,22 +55,13 @@ def forget_peak() -> None:
 def score(instances: int, sequence: int, layers: int, rounds: int) -> dict[str, float]:
     """One size, in this process."""
     import torch
-    from transformers import OlmoConfig, OlmoForCausalLM
 
     from ke_ray.models.scoring import score_instances
     from ke_ray.studies.scan import DEFAULT_MEASURES
 
     torch.set_num_threads(2)
     torch.manual_seed(0)
-    config = OlmoConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=D_MODEL,
-        intermediate_size=D_MLP,
-        num_hidden_layers=layers,
-        num_attention_heads=N_HEADS,
-        max_position_embeddings=SEQUENCE * max(FACTORS),
-    )
-    model = OlmoForCausalLM(config).eval()
+    model = Shape(layers, *SIZES, VOCABULARY, SEQUENCE * max(FACTORS)).model()
     ids = torch.randint(2, VOCABULARY, (instances, sequence))
 
     def run() -> None:
@@ -133,8 +124,6 @@ class Watch:
 
 def scan(rounds: int, say: Callable[[str], None]) -> list[dict[str, float]]:
     """Scans of 1×, 4× and 16× as many checkpoints, ``rounds`` times in turn."""
-    import torch
-    from transformers import OlmoConfig, OlmoForCausalLM
     from transformers.utils import logging
 
     from ke_ray.engine.scan import run_scan
@@ -144,20 +133,11 @@ def scan(rounds: int, say: Callable[[str], None]) -> list[dict[str, float]]:
     from ke_ray.tracking import Tracker
 
     logging.disable_progress_bar()
-    config = OlmoConfig(
-        vocab_size=512,
-        hidden_size=64,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        eos_token_id=0,
-    )
+    shape = Shape(2, 64, 256, 4, 512, 64)
     found: dict[int, list[dict[str, float]]] = {factor: [] for factor in FACTORS}
     with tempfile.TemporaryDirectory() as root, ray_session(num_cpus=2):
         for number in range(CHECKPOINTS * max(FACTORS)):
-            torch.manual_seed(number)
-            OlmoForCausalLM(config).save_pretrained(Path(root, "series", f"step{number:03d}"))
+            shape.model(seed=number).save_pretrained(Path(root, "series", f"step{number:03d}"))
         corpus = Path(root, "ids.npy")
         np.save(corpus, np.random.default_rng(0).integers(2, 512, (64, 64)).astype(np.uint16))
         for factor in [FACTORS[0], *FACTORS * rounds]:  # the first is not counted

@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
+from shape import OLMO_1B, Shape
 
 from ke_ray.engine.plan import CheckpointWork, CorpusWork, load_tokens, makespan, plan_items
 
@@ -74,21 +75,7 @@ TIMES = {
 
 def tiny_series(root: Path, number: int) -> tuple[str, str]:
     """One tiny checkpoint under ``number`` names, and one short instance."""
-    import torch
-    from transformers import OlmoConfig, OlmoForCausalLM
-
-    torch.manual_seed(0)
-    config = OlmoConfig(
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=32,
-        eos_token_id=0,
-        pad_token_id=1,
-    )
-    OlmoForCausalLM(config).save_pretrained(root / "model")
+    Shape(2, 16, 32, 2, 64, 32).model().save_pretrained(root / "model")
     (root / "series").mkdir()
     for index in range(number):
         (root / "series" / f"step{index}").symlink_to(root / "model")
@@ -239,23 +226,15 @@ def run_folding(number: int) -> dict[str, float]:
 def measure_times() -> dict[str, float]:
     """Load and score a model of OLMo-1B's shape, float32, on all cores."""
     import torch
-    from transformers import OlmoConfig, OlmoForCausalLM
+    from transformers import OlmoForCausalLM
 
     from ke_ray.models.loading import load_model
     from ke_ray.models.scoring import score_instances
     from ke_ray.studies.scan import DEFAULT_MEASURES
 
-    config = OlmoConfig(
-        vocab_size=50304,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        num_attention_heads=16,
-        max_position_embeddings=LENGTH,
-    )
     with tempfile.TemporaryDirectory() as root:
         with torch.device("meta"):
-            model = OlmoForCausalLM(config)
+            model = OlmoForCausalLM(OLMO_1B.config())
         model = model.to_empty(device="cpu")
         with torch.no_grad():
             for parameter in model.parameters():

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from shape import SMALL
 
-N_LAYERS, D_MODEL, D_MLP, N_HEADS, VOCABULARY = 6, 384, 1536, 6, 16384
-SEQUENCE = 1024
+SEQUENCE = SMALL.length
 MEASURES = ("knowledge_entropy",)
 ITEM_S = 6.0
 THREADS = 2
@@ -20,27 +20,15 @@ THREADS = 2
 def save_checkpoint(folder: Path, seed: int, dtype: str = "float32") -> Path:
     """Random weights in transformers' layout."""
     import torch
-    from transformers import OlmoConfig, OlmoForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    config = OlmoConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=D_MODEL,
-        intermediate_size=D_MLP,
-        num_hidden_layers=N_LAYERS,
-        num_attention_heads=N_HEADS,
-        max_position_embeddings=SEQUENCE,
-        eos_token_id=0,
-        pad_token_id=1,
-    )
-    torch.manual_seed(seed)
-    OlmoForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(folder)
+    SMALL.model(seed=seed).to(getattr(torch, dtype)).save_pretrained(folder)
     return folder
 
 
 def save_corpus(path: Path, num_instances: int) -> Path:
-    rows = np.random.default_rng(0).integers(2, VOCABULARY, (num_instances, SEQUENCE))
+    rows = np.random.default_rng(0).integers(2, SMALL.vocabulary, (num_instances, SEQUENCE))
     np.save(path, rows.astype(np.uint16))
     return path
 

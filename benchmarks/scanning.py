@@ -33,7 +33,6 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the engine sets it for its workers
 

@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 # Threads that spin while another process has their core would count as CPU time.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -35,53 +34,41 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 from interleaved import Ratio, ratio, run_rounds
 from naive_scoring import NaiveScorer
+from shape import MIDDLE
 
 from ke_ray.models.scoring import score_instances, score_model
 
-T = 2048
-N_LAYERS, D_MODEL, D_MLP, N_HEADS, VOCABULARY = 8, 512, 2048, 8, 50304
+T = MIDDLE.length
 THREE = ("knowledge_entropy", "attention_entropy", "next_token_entropy")
 
 
 def build(attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> Any:
-    from transformers import OlmoConfig, OlmoForCausalLM
-
-    torch.manual_seed(0)
-    config = OlmoConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=D_MODEL,
-        intermediate_size=D_MLP,
-        num_hidden_layers=N_LAYERS,
-        num_attention_heads=N_HEADS,
-        max_position_embeddings=T,
-        attn_implementation=attention,
-    )
-    return OlmoForCausalLM(config).eval().to(dtype)
+    return MIDDLE.model(attn_implementation=attention).to(dtype)
 
 
 def instances(count: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
-    return torch.randint(2, VOCABULARY, (count, T), generator=generator)
+    return torch.randint(2, MIDDLE.vocabulary, (count, T), generator=generator)
 
 
 def gemms(batch: int) -> Any:
     """The body's products of one forward pass, on operands of the right shapes."""
-    tokens = batch * T
-    x = torch.randn(tokens, D_MODEL)
-    wide = torch.randn(tokens, D_MLP)
+    tokens, d_model, d_mlp = batch * T, MIDDLE.d_model, MIDDLE.d_mlp
+    x = torch.randn(tokens, d_model)
+    wide = torch.randn(tokens, d_mlp)
     square, up, down = (
-        torch.randn(D_MODEL, D_MODEL),
-        torch.randn(D_MODEL, D_MLP),
-        torch.randn(D_MLP, D_MODEL),
+        torch.randn(d_model, d_model),
+        torch.randn(d_model, d_mlp),
+        torch.randn(d_mlp, d_model),
     )
-    query = torch.randn(batch * N_HEADS, T, D_MODEL // N_HEADS)
+    query = torch.randn(batch * MIDDLE.num_heads, T, d_model // MIDDLE.num_heads)
     # Causal attention needs half of each T × T product: half of the keys for every query.
     half_keys = query[:, : T // 2].transpose(1, 2).contiguous()
-    scores = torch.randn(batch * N_HEADS, T, T // 2)
+    scores = torch.randn(batch * MIDDLE.num_heads, T, T // 2)
     half_values = query[:, : T // 2].contiguous()
 
     def run() -> None:
-        for _ in range(N_LAYERS):
+        for _ in range(MIDDLE.num_layers):
             for _ in range(4):
                 torch.mm(x, square)
             for _ in range(2):

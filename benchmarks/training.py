@@ -33,14 +33,15 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 # A waiting thread must not spin: its CPU time would count as work.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 import torch
+from gpu_scoring import peak_flops
 from interleaved import Ratio, ratio, run_rounds
+from shape import OLMO_1B, SMALL
 
 from ke_ray.data.injection import InjectionPlan
 from ke_ray.engine.train import ProgressFile
@@ -51,14 +52,16 @@ from ke_ray.training.loop import Hooks, Progress, StepRecord, train
 from ke_ray.training.parallel import Worker
 from ke_ray.training.track import SEND_EVERY_S, log_progress
 
-N_LAYERS, D_MODEL, D_MLP, N_HEADS, VOCABULARY = 6, 384, 1536, 6, 16384
 SEQUENCE, BATCH = 256, 4
+LENGTH_GPU = 1024  # of continual learning, on OLMo-1B's shape
 
 
 class Rows:
     """Random token rows."""
 
-    def __init__(self, count: int, width: int = SEQUENCE, vocabulary: int = VOCABULARY) -> None:
+    def __init__(
+        self, count: int, width: int = SEQUENCE, vocabulary: int = SMALL.vocabulary
+    ) -> None:
         generator = np.random.default_rng(0)
         self.ids = generator.integers(2, vocabulary, (count, width))
 
@@ -70,23 +73,6 @@ class Rows:
 
     def order(self, epoch: int) -> np.ndarray:
         return np.arange(len(self))
-
-
-def build_model(device: str = "cpu") -> Any:
-    from transformers import OlmoConfig, OlmoForCausalLM
-
-    config = OlmoConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=D_MODEL,
-        intermediate_size=D_MLP,
-        num_hidden_layers=N_LAYERS,
-        num_attention_heads=N_HEADS,
-        max_position_embeddings=SEQUENCE,
-        eos_token_id=0,
-        pad_token_id=1,
-    )
-    torch.manual_seed(0)
-    return OlmoForCausalLM(config).to(device)
 
 
 def make_keys(**changes: Any) -> TrainingKeys:
@@ -111,7 +97,7 @@ def plain(model: Any, rows: Rows, steps: int) -> None:
             group["lr"] = 4e-4 * (0.1 + 0.45 * (1 + math.cos(math.pi * step / steps)))
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
         loss = torch.nn.functional.cross_entropy(
-            logits.reshape(-1, VOCABULARY), ids[:, 1:].reshape(-1)
+            logits.reshape(-1, SMALL.vocabulary), ids[:, 1:].reshape(-1)
         )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -201,7 +187,7 @@ def trainer(model: Any, rows: Rows, steps: int, folder: str) -> None:
 
 def measure(rounds: int, steps: int) -> tuple[dict[str, Ratio], dict[str, float]]:
     """Ratios of speeds, and tokens per CPU second of each contender."""
-    rows, model = Rows(BATCH * steps), build_model()
+    rows, model = Rows(BATCH * steps), SMALL.model()
     ours(model, rows, 1)
     started = time.perf_counter()
     ours(model, rows, steps)
@@ -241,38 +227,21 @@ def measure(rounds: int, steps: int) -> tuple[dict[str, Ratio], dict[str, float]
     return ratios, speeds
 
 
-def measure_gpu(micro_batch_size: int, steps: int, peak_tflops: float) -> dict[str, float]:
+def measure_gpu(micro_batch_size: int, steps: int) -> dict[str, float]:
     """OLMo-1B shape, bfloat16 autocast, T 1,024: model-FLOPs utilisation and memory.
 
-    FLOPs of a token: 6 · (weights of matrices, the tied head once) + causal attention
-    6 · L · T · d; the optimizer is not counted.
+    Three forward passes' operations a step; the optimizer is not counted. The peak is measured.
     """
-    from transformers import OlmoConfig, OlmoForCausalLM
-
-    layers, width, hidden, vocabulary, length = 16, 2048, 8192, 50304, 1024
-    config = OlmoConfig(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        intermediate_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=16,
-        max_position_embeddings=length,
-        tie_word_embeddings=True,
-        eos_token_id=0,
-        pad_token_id=1,
-    )
-    torch.manual_seed(0)
-    with torch.device("cuda"):
-        model = OlmoForCausalLM(config)
+    model = OLMO_1B.model(tie_word_embeddings=True).to("cuda")
     batch = 4 * micro_batch_size
     keys = make_keys(
-        sequence_length=length,
+        sequence_length=LENGTH_GPU,
         global_batch_size=batch,
         micro_batch_size=micro_batch_size,
         precision="bfloat16",
         log_every=steps,
     )
-    worker, rows = Worker(device="cuda:0"), Rows(batch * steps, length, vocabulary)
+    worker, rows = Worker(device="cuda:0"), Rows(batch * steps, LENGTH_GPU, OLMO_1B.vocabulary)
     train(model, rows, keys, num_steps=2, worker=worker)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -280,12 +249,12 @@ def measure_gpu(micro_batch_size: int, steps: int, peak_tflops: float) -> dict[s
     train(model, rows, keys, num_steps=steps, worker=worker)
     torch.cuda.synchronize()
     duration_s = time.perf_counter() - started
-    matrices = layers * (4 * width**2 + 3 * width * hidden) + vocabulary * width
-    flops = 6 * matrices + 6 * layers * length * width
-    speed = batch * length * steps / duration_s
+    products = OLMO_1B.body_flops_per_token + OLMO_1B.head_flops_per_token
+    attention = OLMO_1B.attention_flops_per_token * LENGTH_GPU / OLMO_1B.length
+    speed = batch * LENGTH_GPU * steps / duration_s
     return {
         "tokens_per_s": speed,
-        "mfu": speed * flops / (peak_tflops * 1e12),
+        "mfu": speed * 3 * (products + attention) / peak_flops("cuda", 8192),
         "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30,
     }
 
@@ -298,11 +267,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--micro-batch-size", type=int, default=16, help="on a GPU")
-    parser.add_argument("--peak-tflops", type=float, default=989.0, help="matrix peak of the GPU")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.device == "cuda":
-        found = measure_gpu(options.micro_batch_size, options.steps, options.peak_tflops)
+        found = measure_gpu(options.micro_batch_size, options.steps)
         print(json.dumps({"ratios": {"mfu": found["mfu"]}, **found}))
         return
     started = time.perf_counter()
