@@ -180,7 +180,9 @@ def _start_mlflow(
     chosen = _port(host, port, 5000)
     command = ["mlflow", "server", "--host", host, "--port", str(chosen), "--workers", "1"]
     # In the environment: a database URI may hold a password, and `ps` shows command lines.
-    processes.append(_spawn(command, sink, MLFLOW_BACKEND_STORE_URI=uri))
+    # Without its job runner, which serves GenAI's judges: two processes and seconds less.
+    variables = {"MLFLOW_BACKEND_STORE_URI": uri, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    processes.append(_spawn(command, sink, **variables))
     return f"http://{host}:{chosen}"
 
 

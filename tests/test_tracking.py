@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import getpass
 import json
-import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from pathlib import Path
 from urllib.parse import parse_qs
 
 import pytest
+from servers import free_port, running_mlflow
 
 from ke_ray.errors import StorageError
 from ke_ray.sender import Sender
@@ -159,64 +158,28 @@ def test_switched_off_it_does_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def start_server(folder: Path, port: int) -> subprocess.Popen:
-    """A real ``mlflow server`` on loopback, healthy when this returns."""
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"),
-            *("--port", str(port), "--workers", "1"),
-            *("--backend-store-uri", f"sqlite:///{folder}/server.db"),
-            *("--artifacts-destination", str(folder / "artifacts")),
-        ],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"},
-        start_new_session=True,
-    )
-    deadline = time.monotonic() + 180
-    while time.monotonic() < deadline:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
-                return process
-        except OSError:
-            assert process.poll() is None, "mlflow server ended"
-            time.sleep(0.3)
-    stop_server(process)
-    raise AssertionError("mlflow server did not become healthy")
-
-
-def stop_server(process: subprocess.Popen) -> None:
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
 @pytest.mark.slow
 def test_a_real_server_that_is_gone_for_a_while_loses_nothing(tmp_path):
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    server = start_server(tmp_path, port)
-    try:
-        tracker = Tracker(settings(f"http://127.0.0.1:{port}"))
+    port = free_port()
+    with running_mlflow(tmp_path, port) as uri:
+        tracker = Tracker(settings(uri))
         run = tracker.start_run("survivor", key="survivor", kind="scan", params={"a": 1})
         run.log_metrics({"x": 0.0}, step=0)
         run.flush()
-        stop_server(server)
-        for step in range(1, 6):
-            started = time.monotonic()
-            run.log_metrics({"x": float(step)}, step=step)
-            assert time.monotonic() - started < 1, "logging waited for the server"
-        (tmp_path / "table.csv").write_text("a,b\n1,2\n")
-        run.log_artifact(tmp_path / "table.csv")
-        time.sleep(3)
-        server = start_server(tmp_path, port)
+    for step in range(1, 6):
+        started = time.monotonic()
+        run.log_metrics({"x": float(step)}, step=step)
+        assert time.monotonic() - started < 1, "logging waited for the server"
+    (tmp_path / "table.csv").write_text("a,b\n1,2\n")
+    run.log_artifact(tmp_path / "table.csv")
+    time.sleep(3)
+    with running_mlflow(tmp_path, port):
         run.finish()
         assert tracker.close() == []
         history = tracker.client.get_metric_history(run.run_id, "x")
         assert [(m.step, m.value) for m in history] == [(s, float(s)) for s in range(6)]
         assert [a.path for a in tracker.client.list_artifacts(run.run_id)] == ["table.csv"]
         assert tracker.client.get_run(run.run_id).info.status == "FINISHED"
-    finally:
-        stop_server(server)
 
 
 def test_points_that_may_wait_are_sent_together_and_none_is_lost(sqlite_uri):

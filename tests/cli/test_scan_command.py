@@ -37,7 +37,7 @@ def work(tmp_path):
             pad_token_id=1,
         )
         OlmoForCausalLM(config).save_pretrained(tmp_path / "series" / f"step{number}-tokens1B")
-    ids = np.random.default_rng(0).integers(2, 64, (400, 32)).astype(np.uint16)
+    ids = np.random.default_rng(0).integers(2, 64, (200, 32)).astype(np.uint16)
     np.save(tmp_path / "ids.npy", ids)
     return tmp_path
 
@@ -45,7 +45,7 @@ def work(tmp_path):
 def command(work, output, *more):
     return [
         *(sys.executable, "-m", "ke_ray", "scan", str(work / "series")),
-        *("--data", f"ids={work / 'ids.npy'}", "--num-instances", "400"),
+        *("--data", f"ids={work / 'ids.npy'}", "--num-instances", "200"),
         *("--sequence-length", "32", "--batch-size", "1", "--num-actors", "1"),
         *("--measures", "knowledge_entropy,attention_entropy"),
         *("--output", str(work / output), "--mlflow-uri", f"sqlite:///{work}/mlflow.db"),

@@ -5,17 +5,17 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import requests
 
 RAY = str(Path(sys.executable).with_name("ray"))
@@ -76,7 +76,7 @@ def free_ports(number: int) -> list[int]:
 
 @contextmanager
 def running_head(num_cpus: int = 2) -> Iterator[Head]:
-    """Start a head node, wait until its job server answers, and end it by SIGTERM."""
+    """Start a head node, wait until its job server answers, and end it."""
     folder = Path(tempfile.mkdtemp(prefix="kr"))  # short: socket paths have 107 characters
     token = secrets.token_hex(32)
     (folder / "token").write_text(token)
@@ -105,10 +105,13 @@ def running_head(num_cpus: int = 2) -> Iterator[Head]:
 
 
 @contextmanager
-def node(command: list[str], head: Head, log: Path) -> Iterator[subprocess.Popen]:
-    """A ``ray start --block`` child, ended by SIGTERM to it alone."""
+def node(command: list[str], head: Head, log: Path) -> Iterator[psutil.Popen]:
+    """A ``ray start --block`` child, ended with all that it started.
+
+    By SIGKILL, since Ray takes half a minute over a SIGTERM.
+    """
     with log.open("wb") as output:
-        process = subprocess.Popen(
+        process = psutil.Popen(
             command,
             env=head.environment,
             stdout=output,
@@ -120,9 +123,9 @@ def node(command: list[str], head: Head, log: Path) -> Iterator[subprocess.Popen
     finally:
         if process.poll() is not None:
             print(f"The node ended by itself, with {process.returncode}:\n{log.read_text()}")
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(timeout=60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        else:
+            family = [process, *process.children(recursive=True)]
+            for member in family:
+                with suppress(psutil.NoSuchProcess):
+                    member.kill()
+            psutil.wait_procs(family, timeout=60)

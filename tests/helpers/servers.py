@@ -56,16 +56,21 @@ def running_server(
 
 
 @contextmanager
-def running_mlflow(folder: Path) -> Iterator[str]:
+def running_mlflow(folder: Path, port: int | None = None) -> Iterator[str]:
     """``mlflow server`` over SQLite in ``folder``; yields its URI."""
-    uri = f"http://127.0.0.1:{free_port()}"
+    port = port or free_port()
+    uri = f"http://127.0.0.1:{port}"
     command = [
         *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"),
-        *("--port", uri.rsplit(":", 1)[1], "--workers", "1"),
+        *("--port", str(port), "--workers", "1"),
         *("--backend-store-uri", f"sqlite:///{folder}/server.db"),
         *("--artifacts-destination", str(folder / "artifacts")),
     ]
-    environment = {"MLFLOW_DISABLE_TELEMETRY": "true"}
+    # Its job runner would be one more process that imports MLflow, for GenAI's judges.
+    environment = {
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    }
     with running_server(command, f"{uri}/health", folder / "mlflow-server.log", environment):
         yield uri
 

@@ -7,8 +7,6 @@ import functools
 import http.server
 import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fault_kinds import start_server
+from servers import running_mlflow
 from tiny_studies import tiny_continual, tiny_pretrain
 
 from ke_ray.training.pretrain import run_pretrain
@@ -73,16 +71,9 @@ def site(place: Path) -> Iterator[str]:
 def mlflow_uri(place: Path) -> Iterator[str]:
     """A real MLflow server's address, with a password that it does not ask for."""
     (place / "server").mkdir()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    process = start_server(place / "server", port)
-    try:
+    with running_mlflow(place / "server") as uri:
         password = SECRETS["a password in MLFLOW_TRACKING_URI"]
-        yield f"http://planted-user:{password}@127.0.0.1:{port}"
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        yield uri.replace("http://", f"http://planted-user:{password}@")
 
 
 def test_no_output_holds_a_planted_secret(place: Path, site: str, mlflow_uri: str) -> None:
