@@ -261,7 +261,7 @@ def run_pretrain(
         study.mlflow,
         worker,
         name=_run_name(study),
-        key=f"pretrain {study.output}",
+        key=f"pretrain {storage.absolute(study.output)}",
         kind="pretrain",
         params=study.model_dump(mode="json", exclude={"mlflow"}),
         tags={"data_sha256": data.rows.sha256, "identity": identity},

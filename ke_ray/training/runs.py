@@ -121,10 +121,10 @@ def run_key(study: ContinualStudy, spec: RunSpec, parent_id: str | None = None) 
     """What a run's MLflow run is found again by.
 
     Args:
-        parent_id: the sweep's run: two sweeps of one relative folder, written from two working
-            folders into one store, are not each other's.
+        parent_id: the sweep's run, else the output folder tells runs of one name apart; absolute,
+            since two working folders may log into one store.
     """
-    return f"continual {parent_id or study.output} {spec.name}"
+    return f"continual {parent_id or storage.absolute(study.output)} {spec.name}"
 
 
 def read_row(study: ContinualStudy, spec: RunSpec) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_studies import tiny_continual
+from tiny_studies import tiny_continual, tiny_pretrain
 from tiny_training import start_process
 
 from ke_ray.config import validate
@@ -26,6 +26,7 @@ from ke_ray.studies.continual import ALL_TASKS, ContinualStudy
 from ke_ray.training.continual import run_continual
 from ke_ray.training.inputs import load_inputs, probe_steps, read_start
 from ke_ray.training.loop import Progress
+from ke_ray.training.pretrain import run_pretrain
 from ke_ray.training.runs import list_runs, part_folder, read_row
 from ke_ray.training.snapshot import take_snapshot
 
@@ -354,3 +355,22 @@ def test_mlflow_knows_the_end_before_the_row_says_finished(
     study = tiny_continual(tmp_path / "out", series, **only, mlflow={"enabled": True, "uri": uri})
     run_continual(study, list_runs(study)[-1])
     assert statuses == ["FINISHED"]
+
+
+def test_one_relative_folder_in_two_places_makes_two_mlflow_runs(
+    tmp_path: Path, series: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    mlflow = {"enabled": True, "uri": f"sqlite:///{tmp_path}/mlflow.db", "experiment": "both"}
+    only = dict.fromkeys(("injection", "downstream", "held_out", "entropy"))
+    for place in ("here", "there"):
+        (tmp_path / place).mkdir()
+        monkeypatch.chdir(tmp_path / place)
+        run_pretrain(tiny_pretrain(Path("start"), mlflow=mlflow))
+        study = tiny_continual(Path("out"), series, **only, mlflow=mlflow)
+        run_continual(study, list_runs(study)[-1])
+    client = MlflowClient(mlflow["uri"])
+    experiment = client.get_experiment_by_name("both")
+    kinds = [r.data.tags["ke_ray.kind"] for r in client.search_runs([experiment.experiment_id])]
+    assert sorted(kinds) == ["continual", "continual", "pretrain", "pretrain"]
