@@ -27,17 +27,19 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Two processes of one thread each: the tests are many and small. Those that need a CUDA device
-# run here where there is one, and skip saying so elsewhere.
+# Two processes of one thread each: the models are tiny, and a start of Ray is waiting as much as
+# work. Tests of one file stay together, for what they share.
+PYTEST_BY_TWO = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Tests that need a CUDA device run here where there is one, and skip saying so elsewhere.
 test-fast: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile \
-		-m "not ray and not slow and not browser"
+	$(PYTEST_BY_TWO) -m "not ray and not slow and not browser"
 
 test-ray: install
-	$(BIN)/python -m pytest -m "ray and not slow"
+	$(PYTEST_BY_TWO) -m "ray and not slow"
 
 test-slow: install
-	$(BIN)/python -m pytest -m "slow"
+	$(PYTEST_BY_TWO) -m "slow"
 
 test-browser: install
 	$(BIN)/python -m pytest -m "browser and not slow and not ray"

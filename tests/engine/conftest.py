@@ -105,6 +105,7 @@ def scan_study(series: Path, token_ids: Path, tmp_path: Path) -> Callable[..., S
             "data": {"ids": str(token_ids)},
             "num_instances": 70,
             "sequence_length": 24,
+            "num_actors": 1,  # a second one imports torch and transformers for another 3 seconds
             "output": str(tmp_path / "scan"),
             "mlflow": {"enabled": False},
         }
