@@ -218,9 +218,9 @@ def _actors(setup: ScanSetup) -> tuple[int, dict[str, float]]:
         return min(asked or num_gpus, num_gpus), {"num_gpus": 1, "num_cpus": 1}
     num_actors = min(asked or num_cpus, num_cpus)
     if asked is None:
-        largest = max((ref.size_bytes or 0 for ref in setup.refs), default=0)
-        if largest:
-            num_actors = max(1, min(num_actors, int(resources.get("memory", 0) / (2.5 * largest))))
+        if setup.model_bytes:  # one that is scored, one that loads, and room to work
+            fitting = int(resources.get("memory", 0) / (2.5 * setup.model_bytes))
+            num_actors = max(1, min(num_actors, fitting))
         num_actors = min(num_actors, max(1, len(setup.works)))
     # An actor lives on one node: more cores than the largest has would never be granted.
     return num_actors, {"num_cpus": max(1, min(num_cpus // num_actors, most_cpus_of_a_node()))}

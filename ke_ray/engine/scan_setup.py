@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 __all__ = ["ScanSetup", "prepare_scan", "select_checkpoints"]
 
+_ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
 
 @dataclass
 class ScanSetup:
@@ -46,6 +48,7 @@ class ScanSetup:
         folder: the output folder with its manifest (not yet written).
         works: what is missing, one entry per checkpoint that is not finished.
         num_skipped: checkpoints that were finished already.
+        model_bytes: of the largest model in the dtype it is scored in; 0 where no size is known.
         changed: checkpoints whose results in the folder are of other weights, in order.
         duration_s: how long the set-up took.
     """
@@ -56,6 +59,7 @@ class ScanSetup:
     folder: ScanFolder
     works: list[CheckpointWork]
     num_skipped: int
+    model_bytes: int
     duration_s: float
     known: dict[str, dict[str, Any]] = field(default_factory=dict)
     changed: list[str] = field(default_factory=list)
@@ -91,7 +95,8 @@ def prepare_scan(study: ScanStudy) -> ScanSetup:
     """
     started = time.monotonic()
     refs = select_checkpoints(study.checkpoints)
-    corpora = _build_corpora(study, refs)
+    config, ref = _first_config(refs)
+    corpora = _build_corpora(study, config, ref)
     identity = {
         "measure_version": MEASURE_VERSION,
         "dtype": study.dtype,
@@ -110,8 +115,18 @@ def prepare_scan(study: ScanStudy) -> ScanSetup:
         missing = tuple(_missing(study, ref, corpora.values(), finished))
         if missing:
             works.append(CheckpointWork(index, missing))
-    setup = ScanSetup(study, refs, corpora, folder, works, len(refs) - len(works), 0.0, known)
-    setup.changed = changed
+    setup = ScanSetup(
+        study,
+        refs,
+        corpora,
+        folder,
+        works,
+        num_skipped=len(refs) - len(works),
+        model_bytes=_model_bytes(refs, config, study.dtype),
+        duration_s=0.0,
+        known=known,
+        changed=changed,
+    )
     folder.manifest["checkpoints"] = setup.checkpoint_entries()
     storage.check_writable(study.output)
     setup.duration_s = time.monotonic() - started
@@ -218,8 +233,14 @@ def _describe(corpus: Corpus) -> dict[str, Any]:
     }
 
 
-def _build_corpora(study: ScanStudy, refs: Sequence[CheckpointRef]) -> dict[str, Corpus]:
-    config, ref = _first_config(refs)
+def _model_bytes(refs: Sequence[CheckpointRef], config: Any, dtype: str) -> int:
+    stored = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None) or "float32"
+    stored_item_bytes = _ITEM_BYTES.get(str(stored).removeprefix("torch."), 4)
+    largest = max((ref.size_bytes or 0 for ref in refs), default=0)
+    return largest * _ITEM_BYTES[dtype] // stored_item_bytes
+
+
+def _build_corpora(study: ScanStudy, config: Any, ref: CheckpointRef | None) -> dict[str, Corpus]:
     vocab_size = getattr(config, "vocab_size", None)
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and study.sequence_length > positions and ref is not None:
