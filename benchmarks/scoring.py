@@ -178,27 +178,23 @@ def peak_of(way: str, batch: int, count: int) -> int:
 
 
 def memory(say: Any) -> tuple[dict[str, float], dict[str, int]]:
-    """Ratios of peaks, and the peaks in bytes."""
-    peaks = {}
-    for way, batch, count in (
-        ("naive", 4, 4),
-        ("ke", 4, 4),
-        ("ke", 4, 16),
-        ("three", 4, 4),
-        ("three", 4, 8),
-    ):
-        command = [sys.executable, __file__, "--peak", way, str(batch), str(count)]
+    """Ratios of peaks at batch 4, and the peaks in bytes."""
+
+    def peak(way: str, count: int) -> int:
+        command = [sys.executable, __file__, "--peak", way, "4", str(count)]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         peaks[f"{way}.{count}_instances"] = int(done.stdout.split()[-1])
-        say(f"peak memory of {way}, batch {batch}, {count} instances: measured")
-    naive = peaks["naive.4_instances"]
-    return {
-        "memory.ke_over_naive": peaks["ke.4_instances"] / naive,
-        "memory.three_over_naive": peaks["three.4_instances"] / naive,
-        "memory.ke_16_over_4_instances": peaks["ke.16_instances"] / peaks["ke.4_instances"],
-        "memory.three_16_over_4_instances": peaks["three.16_instances"]
-        / peaks["three.4_instances"],
-    }, peaks
+        say(f"peak memory of {way}, {count} instances: measured")
+        return peaks[f"{way}.{count}_instances"]
+
+    peaks: dict[str, int] = {}
+    naive = peak("naive", 4)
+    ratios = {}
+    for way, more in (("ke", 16), ("three", 8)):
+        few = peak(way, 4)
+        ratios[f"memory.{way}_over_naive"] = few / naive
+        ratios[f"memory.{way}_{more}_over_4_instances"] = peak(way, more) / few
+    return ratios, peaks
 
 
 def machine() -> dict[str, str]:
@@ -246,14 +242,13 @@ def main() -> None:
     for batch, rounds in ((1, options.rounds), (4, later)):
         if rounds:
             found, seconds = measure(batch, rounds, batch == 1 or options.everything, say)
+            for name, value in found.items():
+                spread = f"[{value.low:.3f}, {value.high:.3f}]"
+                print(f"{name:32s} {value.median:6.3f}  {spread}  {value.target}", flush=True)
             timed |= found
             cpu_seconds |= {f"batch{batch}.{k}": v for k, v in seconds.items()}
     sizes, peaks = ({}, {}) if options.skip_memory else memory(say)
     error = bf16_error()
-    for name, value in timed.items():
-        print(
-            f"{name:32s} {value.median:6.3f}  [{value.low:.3f}, {value.high:.3f}]  {value.target}"
-        )
     for name, number in sizes.items():
         print(f"{name:32s} {number:6.3f}")
     for name, nats in error.items():
