@@ -190,12 +190,13 @@ def test_many_threads_within_a_small_budget(site: Site, tmp_path: Path) -> None:
 def test_no_fetch_ends_while_bytes_are_counted(site: Site, tmp_path: Path) -> None:
     ref = refs_of(site, tmp_path)[0]
     cache = tmp_path / "cache"
-    site.pause_s = 0.02
+    site.pause_s = 0.5
     with Store(cache, policy=QUICK) as store:
         fetcher = threading.Thread(target=store.fetch, args=(ref,))
         fetcher.start()
-        wait_for(lambda: any(cache.glob("partial/*/*.incomplete")))
+        wait_for(lambda: any(cache.glob("partial/*/model.safetensors.incomplete")))
         with FileLock(cache / "budget.lock"):
+            site.pause_s = 0.0
             wait_for(lambda: any(cache.glob("partial/*/model.safetensors")))
             time.sleep(0.3)
             assert not store.is_cached(ref)
