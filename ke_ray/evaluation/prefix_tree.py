@@ -12,6 +12,10 @@ a pass of its own. A tree without branches is a plain sequence and needs no mask
 
 The last target token is only predicted, so it is never a node.
 
+Short trees are then joined into rows of about the same length (``join_short``). A node still
+attends to its ancestors only, so trees of one row do not see each other, and a batch of such rows
+has next to no padding whatever the lengths of its sequences are.
+
 Numpy only.
 """
 
@@ -23,7 +27,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["PrefixTree", "Span", "build_trees", "plan_batches"]
+__all__ = ["PrefixTree", "Span", "build_trees", "join_short", "plan_batches"]
 
 #: A sequence joins a tree when it shares at least this part of its own tokens with its neighbour:
 #: below it, attention over the longer row costs more than the shared tokens save.
@@ -31,6 +35,10 @@ _MIN_SHARED = 0.25
 
 #: Nodes of a tree at most, unless one sequence is longer: the mask is quadratic in them.
 _MAX_NODES = 1024
+
+#: Nodes of a row of joined trees, about: enough for several trees to fill it evenly, and few enough
+#: for attention over the other trees' nodes, computed and masked, to cost little.
+_ROW_NODES = 128
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,7 @@ class Span:
 
 @dataclass
 class PrefixTree:
-    """Nodes in an order in which ancestors come first.
+    """Nodes in an order in which ancestors come first; after ``join_short``, of several trees.
 
     Attributes:
         tokens, depths: per node.
@@ -130,6 +138,53 @@ def build_trees(spans: Sequence[Span], *, share: bool = True) -> list[PrefixTree
             for token, span, position in wanted[node]
         ]
     return trees
+
+
+def join_short(trees: Sequence[PrefixTree]) -> list[PrefixTree]:
+    """Join trees of at most half a row (64 nodes) into rows of about 128 nodes; keep the others.
+
+    The number of rows follows from the number of nodes. Trees go into the fullest row that has
+    room for them, longest first, and the rows' length is the smallest with which this succeeds.
+    """
+    short = [tree for tree in trees if len(tree.tokens) <= _ROW_NODES // 2]
+    rows = [tree for tree in trees if len(tree.tokens) > _ROW_NODES // 2]
+    short.sort(key=lambda tree: -len(tree.tokens))
+    sizes = [len(tree.tokens) for tree in short]
+    num_rows = -(-sum(sizes) // _ROW_NODES)
+    row_nodes = max([-(-sum(sizes) // max(1, num_rows)), *sizes[:1]])
+    while len(places := _fill_rows(sizes, row_nodes)) > num_rows:
+        row_nodes += 1
+    return rows + [_joined([short[index] for index in members]) for members in places]
+
+
+def _fill_rows(sizes: Sequence[int], row_nodes: int) -> list[list[int]]:
+    """Best fit: the indices of the sizes in each row, for sizes in falling order."""
+    rows: list[list[int]] = []
+    by_room: list[list[int]] = [[] for _ in range(row_nodes + 1)]
+    for index, size in enumerate(sizes):
+        room = next((room for room in range(size, row_nodes + 1) if by_room[room]), None)
+        if room is None:
+            room, row = row_nodes, len(rows)
+            rows.append([])
+        else:
+            row = by_room[room].pop()
+        rows[row].append(index)
+        by_room[room - size].append(row)
+    return rows
+
+
+def _joined(trees: Sequence[PrefixTree]) -> PrefixTree:
+    row = PrefixTree()
+    for tree in trees:
+        node, read = len(row.tokens), len(row.reads)
+        row.tokens.extend(tree.tokens)
+        row.depths.extend(tree.depths)
+        row.blocks.extend((first + node, shared + node) for first, shared in tree.blocks)
+        row.reads.extend(place + node for place in tree.reads)
+        row.targets.extend(
+            (place + read, token, span, position) for place, token, span, position in tree.targets
+        )
+    return row
 
 
 def plan_batches(

@@ -5,11 +5,12 @@
 Symbols: span = (context ids, target ids); nats; logits [reads, vocab] in float32.
 
 What is saved, against one padded batch through the whole model: shared prefixes are computed once
-(``prefix_tree``), batches are sorted by length, padding is on the right (which under causal
-attention needs no mask), and the LM head sees only positions whose next token is scored. A branched
-tree needs a custom attention mask and explicit positions; where a model cannot take those (an
-unknown architecture, attention other than ``sdpa`` or ``eager``, or sequences beyond a sliding
-window) every sequence is passed on its own and the result is the same.
+and short sequences share a row (``prefix_tree``), batches are sorted by length, padding is on the
+right (which under causal attention needs no mask), and the LM head sees only positions whose next
+token is scored. A branched tree or a shared row needs a custom attention mask and explicit
+positions; where a model cannot take those (an unknown architecture, attention other than ``sdpa``
+or ``eager``, or sequences beyond a sliding window) every sequence is passed on its own and the
+result is the same.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from ke_ray.evaluation.forward import (
     plain_model,
     read_logits,
 )
-from ke_ray.evaluation.prefix_tree import PrefixTree, Span, build_trees, plan_batches
+from ke_ray.evaluation.prefix_tree import PrefixTree, Span, build_trees, join_short, plan_batches
 from ke_ray.models.architectures import supported_model_types
 
 __all__ = ["SpanScores", "score_spans"]
@@ -151,7 +152,10 @@ def score_spans(
             )
     sizes = np.array([len(span.target_ids) for span in spans], dtype=np.int64)
     starts = np.concatenate([[0], np.cumsum(sizes)])
-    trees = build_trees(spans, share=share_prefixes and _can_share(plain, longest))
+    share = share_prefixes and _can_share(plain, longest)
+    trees = build_trees(spans, share=share)
+    if share:
+        trees = join_short(trees)
     kind = "cpu" if device.type == "cpu" else "cuda"
     batches = plan_batches(
         trees,

@@ -6,17 +6,20 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ke_ray.evaluation.prefix_tree import Span, build_trees, plan_batches
+from ke_ray.evaluation.prefix_tree import Span, build_trees, join_short, plan_batches
 
 tokens = st.lists(st.integers(0, 2), min_size=1, max_size=6)
 span_lists = st.lists(st.builds(Span, tokens, tokens), min_size=1, max_size=12)
 
 
 @settings(max_examples=300, deadline=None)
-@given(spans=span_lists, share=st.booleans())
-def test_every_target_is_read_behind_its_own_prefix(spans: list[Span], share: bool) -> None:
+@given(spans=span_lists, share=st.booleans(), join=st.booleans())
+def test_every_target_is_read_behind_its_own_prefix(
+    spans: list[Span], share: bool, join: bool
+) -> None:
     seen = set()
-    for tree in build_trees(spans, share=share):
+    trees = build_trees(spans, share=share)
+    for tree in join_short(trees) if join else trees:
         allowed = tree.allowed()
         for place, token, index, position in tree.targets:
             node = tree.reads[place]
@@ -53,6 +56,26 @@ def test_one_token_choices_need_the_context_only() -> None:
 def test_little_in_common_is_not_shared() -> None:
     spans = [Span([1, *range(10, 30)], [2]), Span([1, *range(40, 60)], [2])]
     assert len(build_trees(spans)) == 2
+
+
+@settings(max_examples=100, deadline=None)
+@given(sizes=st.lists(st.integers(1, 150), max_size=60))
+def test_short_sequences_share_rows_with_little_padding(sizes: list[int]) -> None:
+    # A sequence of its own for each size: the first token tells them apart.
+    trees = build_trees([Span([first] * size, [0]) for first, size in enumerate(sizes)])
+    rows = join_short(trees)
+    assert sorted(token for row in rows for token in row.tokens) == sorted(
+        token for tree in trees for token in tree.tokens
+    )
+    long = [row for row in rows if len(row.tokens) > 64 and row.is_chain]
+    assert [len(row.tokens) for row in long] == [size for size in sizes if size > 64]
+    short = [size for size in sizes if size <= 64]
+    joined = [row for row in rows if row not in long]
+    assert len(joined) <= -(-sum(short) // 128)
+    # One sequence more than the mean, at worst.
+    assert all(
+        len(row.tokens) <= sum(short) / len(joined) + max(short, default=0) for row in joined
+    )
 
 
 @settings(max_examples=100, deadline=None)
