@@ -100,7 +100,7 @@ class ProbeScores:
 def score_probes(
     model: Any, probes: Sequence[Probe], *, batch_tokens: int | None = None
 ) -> ProbeScores:
-    """Score probes with a model in memory, in one length-sorted pass.
+    """Score probes with a model in memory, in as few passes as memory allows.
 
     Args:
         model: a causal language model of transformers; its mode (train, eval) is put back.
