@@ -16,8 +16,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
-import pyarrow as pa
-
 from ke_ray import storage
 from ke_ray.engine.metrics import ScanMeter, study_label
 from ke_ray.engine.plan import load_tokens, plan_items
@@ -160,7 +158,10 @@ def _score(setup: ScanSetup, run: TrackedRun, progress: ScanProgress, outcome: S
     context.print_on_execution_start = False
     # One block per item, so that Ray Data schedules and retries exactly our items. It restarts
     # actors and retries items without end; the scorer gives an item up after MAX_ATTEMPTS.
-    dataset = ray.data.from_arrow([pa.table({"item": [item_to_json(item)]}) for item in items])
+    # ``from_items`` makes the blocks here; ``from_arrow`` waits for a task to describe them.
+    dataset = ray.data.from_items(
+        [{"item": item_to_json(item)} for item in items], override_num_blocks=len(items)
+    )
     dataset = dataset.map_batches(
         CheckpointScorer,
         fn_constructor_kwargs={
