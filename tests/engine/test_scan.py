@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -251,32 +249,6 @@ def test_other_weights_under_one_name_are_scored_from_scratch(
     outcome, _ = scan(scan_study(checkpoints=spec, measures=(*both, "top_k_mass")))
     assert [name for name, _ in outcome.failures] == ["step20"]
     assert values_of(study.output).keys() > wanted.keys()
-
-
-def test_ray_leaves_the_answer_to_sigterm_alone():
-    """As a process of its own, since Ray's handler is set once, when it starts."""
-    code = """
-import os, signal
-from ke_ray.engine.session import ray_session
-def terminated(number, frame):
-    raise KeyboardInterrupt
-signal.signal(signal.SIGTERM, terminated)
-try:
-    with ray_session(num_cpus=1):
-        os.kill(os.getpid(), signal.SIGTERM)
-        signal.pause()
-except KeyboardInterrupt:
-    print("mine")
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert (done.returncode, done.stdout) == (0, "mine\n"), done.stderr
 
 
 def scorer_pids():

@@ -1,8 +1,11 @@
-"""Starting Ray on a machine that is busy."""
+"""Starting Ray: on a machine that is busy, and beside a program's own signal handlers."""
 
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -50,3 +53,30 @@ def test_another_failure_is_not_tried_again(starts) -> None:
     with pytest.raises(ValueError, match="no such option"), ray_session():
         pass
     assert len(starts) == 1
+
+
+@pytest.mark.ray
+def test_ray_leaves_the_answer_to_sigterm_alone() -> None:
+    """As a process of its own, since Ray's handler is set once, when it starts."""
+    code = """
+import os, signal
+from ke_ray.engine.session import ray_session
+def terminated(number, frame):
+    raise KeyboardInterrupt
+signal.signal(signal.SIGTERM, terminated)
+try:
+    with ray_session(num_cpus=1):
+        os.kill(os.getpid(), signal.SIGTERM)
+        signal.pause()
+except KeyboardInterrupt:
+    print("mine")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "mine\n"), done.stderr
