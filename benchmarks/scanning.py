@@ -1,13 +1,14 @@
 """What Ray costs a scan, how a checkpoint is loaded, and how long a scan takes to start.
 
-    python benchmarks/scanning.py [--json] [--rounds 16] [--only ray,loading,start]
+    python benchmarks/scanning.py [--json] [--rounds 16] [--only ray,loading,start] [--equal]
 
 1. The real scan engine against a loop written by hand, over the same checkpoints and with the same
    number of threads in each process: one actor against one process, two actors against two
    processes without Ray. The contenders run in turns of three seconds (``time_slices.py``); the
    other's whole process tree is stopped meanwhile. The time between two finished checkpoints, on
    a contender's own clock, is one pair of numbers: ``--rounds`` pairs, after one checkpoint per
-   worker that is not counted since it holds the start of the actors.
+   worker that is not counted since it holds the start of the actors. The loop runs with glibc's
+   own settings, as anyone would run it; ``--equal`` gives it those of the engine's workers.
 2. Loading (``scan_loading.py``): bytes read per weight byte, memory while loading, and the
    scorer's idle share when the next checkpoint comes from a slow server.
 3. The parts of the time from the command to the first scored token.
@@ -34,7 +35,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the engine sets it for its workers
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the engine's workers have it
 
 import numpy as np
 from interleaved import Ratio, ratio
@@ -51,6 +52,8 @@ from scan_world import (
     save_corpus,
 )
 from time_slices import Contender, race
+
+from ke_ray.engine.session import worker_env
 
 SLICE_S = 3.0  # a turn
 
@@ -238,12 +241,15 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object last")
     parser.add_argument("--rounds", type=int, default=16, help="checkpoints that are counted")
     parser.add_argument("--only", default="ray,loading,start", help="parts to run")
+    parser.add_argument("--equal", action="store_true", help="the workers' settings for the loop")
     parser.add_argument("--role", help=argparse.SUPPRESS)
     parser.add_argument("arguments", nargs="*", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.role:
         play(options.role, options.arguments)
         return
+    if options.equal:
+        os.environ |= worker_env()
     # Leaves no stopped process behind where the benchmark itself is ended.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     ratios: dict[str, Ratio] = {}

@@ -50,12 +50,22 @@ _ENVIRONMENT = {
 
 
 def worker_env() -> dict[str, str]:
-    """Environment of worker processes: sleeping instead of spinning OpenMP threads.
+    """Environment of worker processes, which OpenMP and glibc read when a process starts.
 
-    Two spinning threads on a busy core make small-model work many times slower. How many threads
-    an actor has Ray says itself, from its CPUs.
+    OpenMP threads sleep instead of spinning: two spinning threads on a busy core make small-model
+    work many times slower. How many threads an actor has Ray says itself, from its CPUs.
+
+    glibc keeps freed memory, in one heap for all threads. It would give blocks of 128 KiB to
+    32 MiB back to the system, more or less of them by the chance of what was freed first, and each
+    batch would fault its activations in again: up to 15 % of the time (benchmarks/README.md).
     """
-    env = {"OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false"}
+    env = {
+        "OMP_WAIT_POLICY": "passive",
+        "MALLOC_ARENA_MAX": "1",
+        "MALLOC_MMAP_THRESHOLD_": str(32 << 20),  # the largest that glibc takes
+        "MALLOC_TRIM_THRESHOLD_": str(256 << 20),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     for name in ("HF_HOME", "HF_HUB_OFFLINE", "HF_ENDPOINT"):
         if name in os.environ:
             env[name] = os.environ[name]
