@@ -40,6 +40,9 @@ _MAX_NODES = 1024
 #: for attention over the other trees' nodes, computed and masked, to cost little.
 _ROW_NODES = 128
 
+#: Lengths of rows that are tried.
+_MAX_TRIES = 8
+
 
 @dataclass(frozen=True)
 class Span:
@@ -144,16 +147,21 @@ def join_short(trees: Sequence[PrefixTree]) -> list[PrefixTree]:
     """Join trees of at most half a row (64 nodes) into rows of about 128 nodes; keep the others.
 
     The number of rows follows from the number of nodes. Trees go into the fullest row that has
-    room for them, longest first, and the rows' length is the smallest with which this succeeds.
+    room for them, longest first, and the rows' length is the smallest with which this succeeds;
+    after a few tries (trees of 60 nodes never fill 128) as many rows as it takes.
     """
     short = [tree for tree in trees if len(tree.tokens) <= _ROW_NODES // 2]
+    if not short:
+        return list(trees)
     rows = [tree for tree in trees if len(tree.tokens) > _ROW_NODES // 2]
     short.sort(key=lambda tree: -len(tree.tokens))
     sizes = [len(tree.tokens) for tree in short]
     num_rows = -(-sum(sizes) // _ROW_NODES)
-    row_nodes = max([-(-sum(sizes) // max(1, num_rows)), *sizes[:1]])
-    while len(places := _fill_rows(sizes, row_nodes)) > num_rows:
-        row_nodes += 1
+    row_nodes = max(sizes[0], -(-sum(sizes) // num_rows))
+    for extra in range(_MAX_TRIES):
+        places = _fill_rows(sizes, row_nodes + extra)
+        if len(places) <= num_rows:
+            break
     return rows + [_joined([short[index] for index in members]) for members in places]
 
 
