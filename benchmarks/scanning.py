@@ -253,7 +253,7 @@ def main() -> None:
     # Leaves no stopped process behind where the benchmark itself is ended.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     ratios: dict[str, Ratio] = {}
-    details: dict[str, Any] = {"load_average": os.getloadavg()}
+    details: dict[str, Any] = {"load_average": os.getloadavg(), "equal": options.equal}
     parts = options.only.split(",")
     if "ray" in parts:
         ratios, details["ray"] = measure_ray(options.rounds)

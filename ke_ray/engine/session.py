@@ -58,14 +58,17 @@ def worker_env() -> dict[str, str]:
     glibc keeps freed memory, in one heap for all threads. It would give blocks of 128 KiB to
     32 MiB back to the system, more or less of them by the chance of what was freed first, and each
     batch would fault its activations in again: up to 15 % of the time (benchmarks/README.md).
+
+    What the driver's environment has already is kept.
     """
-    env = {
+    defaults = {
         "OMP_WAIT_POLICY": "passive",
         "MALLOC_ARENA_MAX": "1",
-        "MALLOC_MMAP_THRESHOLD_": str(32 << 20),  # the largest that glibc takes
+        "MALLOC_MMAP_THRESHOLD_": str(32 << 20),  # the largest that glibc would come to by itself
         "MALLOC_TRIM_THRESHOLD_": str(256 << 20),
         "TOKENIZERS_PARALLELISM": "false",
     }
+    env = {name: os.environ.get(name, value) for name, value in defaults.items()}
     for name in ("HF_HOME", "HF_HUB_OFFLINE", "HF_ENDPOINT"):
         if name in os.environ:
             env[name] = os.environ[name]

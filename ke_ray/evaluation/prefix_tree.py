@@ -14,7 +14,7 @@ The last target token is only predicted, so it is never a node.
 
 Short trees are then joined into rows of about the same length (``join_short``). A node still
 attends to its ancestors only, so trees of one row do not see each other, and a batch of such rows
-has next to no padding whatever the lengths of its sequences are.
+has little padding although its sequences differ in length.
 
 Numpy only.
 """
@@ -143,25 +143,34 @@ def build_trees(spans: Sequence[Span], *, share: bool = True) -> list[PrefixTree
     return trees
 
 
-def join_short(trees: Sequence[PrefixTree]) -> list[PrefixTree]:
+def join_short(trees: Sequence[PrefixTree], *, batch_tokens: int) -> list[PrefixTree]:
     """Join trees of at most half a row (64 nodes) into rows of about 128 nodes; keep the others.
 
-    The number of rows follows from the number of nodes. Trees go into the fullest row that has
-    room for them, longest first, and the rows' length is the smallest with which this succeeds;
-    after a few tries (trees of 60 nodes never fill 128) as many rows as it takes.
+    Trees go into the fullest row that has room for them, longest first. The number of rows follows
+    from the number of nodes, their length is the smallest with which so many rows suffice; where
+    none of a few lengths does (trees of 60 nodes never fill 128), the one with the least padding.
+
+    Args:
+        trees: from ``build_trees``.
+        batch_tokens: no row is longer than this.
     """
-    short = [tree for tree in trees if len(tree.tokens) <= _ROW_NODES // 2]
+    most = min(_ROW_NODES, batch_tokens)
+    short = [tree for tree in trees if len(tree.tokens) <= most // 2]
     if not short:
         return list(trees)
-    rows = [tree for tree in trees if len(tree.tokens) > _ROW_NODES // 2]
+    rows = [tree for tree in trees if len(tree.tokens) > most // 2]
     short.sort(key=lambda tree: -len(tree.tokens))
     sizes = [len(tree.tokens) for tree in short]
-    num_rows = -(-sum(sizes) // _ROW_NODES)
-    row_nodes = max(sizes[0], -(-sum(sizes) // num_rows))
-    for extra in range(_MAX_TRIES):
-        places = _fill_rows(sizes, row_nodes + extra)
+    num_rows = -(-sum(sizes) // most)
+    first = max(sizes[0], -(-sum(sizes) // num_rows))
+    found: list[tuple[int, list[list[int]]]] = []
+    for row_nodes in range(first, min(first + _MAX_TRIES, batch_tokens + 1)):
+        places = _fill_rows(sizes, row_nodes)
+        width = max(sum(sizes[index] for index in members) for members in places)
+        found.append((len(places) * width, places))
         if len(places) <= num_rows:
             break
+    places = min(found, key=lambda plan: plan[0])[1]
     return rows + [_joined([short[index] for index in members]) for members in places]
 
 

@@ -125,8 +125,8 @@ def score_spans(
         model: on any device, in any dtype; left in the mode (train, eval) it came in.
         spans: each with at least one context and one target token.
         batch_tokens: tokens of a forward pass at most, padding included (a single longer sequence
-            still passes); default 2,048 on a CPU and 32,768 on a GPU. Changes speed and memory,
-            the result only to rounding.
+            or tree still passes); default 2,048 on a CPU and 32,768 on a GPU. Changes speed and
+            memory, the result only to rounding.
         share_prefixes: False passes every sequence on its own.
 
     Raises:
@@ -152,14 +152,15 @@ def score_spans(
             )
     sizes = np.array([len(span.target_ids) for span in spans], dtype=np.int64)
     starts = np.concatenate([[0], np.cumsum(sizes)])
+    kind = "cpu" if device.type == "cpu" else "cuda"
+    batch_tokens = batch_tokens or _BATCH_TOKENS[kind]
     share = share_prefixes and _can_share(plain, longest)
     trees = build_trees(spans, share=share)
     if share:
-        trees = join_short(trees)
-    kind = "cpu" if device.type == "cpu" else "cuda"
+        trees = join_short(trees, batch_tokens=batch_tokens)
     batches = plan_batches(
         trees,
-        batch_tokens=batch_tokens or _BATCH_TOKENS[kind],
+        batch_tokens=batch_tokens,
         batch_reads=logit_rows(device, vocab_size),
         batch_overhead=_BATCH_OVERHEAD[kind],
     )

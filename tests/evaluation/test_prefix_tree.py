@@ -20,7 +20,7 @@ def test_every_target_is_read_behind_its_own_prefix(
 ) -> None:
     seen = set()
     trees = build_trees(spans, share=share)
-    for tree in join_short(trees) if join else trees:
+    for tree in join_short(trees, batch_tokens=64) if join else trees:
         allowed = tree.allowed()
         for place, token, index, position in tree.targets:
             node = tree.reads[place]
@@ -64,7 +64,7 @@ def test_little_in_common_is_not_shared() -> None:
 def test_rows_hold_every_short_sequence(sizes: list[int]) -> None:
     # A sequence of its own for each size: the first token tells them apart.
     trees = build_trees([Span([first] * size, [0]) for first, size in enumerate(sizes)])
-    rows = join_short(trees)
+    rows = join_short(trees, batch_tokens=2048)
     assert sorted(token for row in rows for token in row.tokens) == sorted(
         token for tree in trees for token in tree.tokens
     )
@@ -82,7 +82,8 @@ def test_rows_hold_every_short_sequence(sizes: list[int]) -> None:
 @pytest.mark.parametrize("number", [60, 2000])
 def test_rows_have_next_to_no_padding(shortest: int, longest: int, number: int) -> None:
     sizes = np.random.default_rng(0).integers(shortest, longest + 1, number)
-    rows = join_short(build_trees([Span([i] * n, [0]) for i, n in enumerate(sizes)]))
+    trees = build_trees([Span([i] * n, [0]) for i, n in enumerate(sizes)])
+    rows = join_short(trees, batch_tokens=2048)
     padded = len(rows) * max(len(row.tokens) for row in rows)
     assert padded <= 1.05 * sizes.sum()
 
@@ -92,7 +93,10 @@ def test_rows_have_next_to_no_padding(shortest: int, longest: int, number: int) 
 def test_batches_hold_every_tree_within_the_limits(
     spans: list[Span], batch_tokens: int, batch_reads: int
 ) -> None:
-    trees = build_trees(spans)
+    apart = build_trees(spans)
+    trees = join_short(apart, batch_tokens=batch_tokens)
+    longest = max(len(tree.tokens) for tree in apart)
+    assert all(len(tree.tokens) <= max(longest, batch_tokens) for tree in trees)
     batches = plan_batches(trees, batch_tokens=batch_tokens, batch_reads=batch_reads)
     assert sorted(id(tree) for batch in batches for tree in batch) == sorted(map(id, trees))
     for batch in batches:
