@@ -12,9 +12,10 @@ a pass of its own. A tree without branches is a plain sequence and needs no mask
 
 The last target token is only predicted, so it is never a node.
 
-Short trees are then joined into rows of about the same length (``join_short``). A node still
+Short trees can then be joined into rows of about the same length (``join_short``). A node still
 attends to its ancestors only, so trees of one row do not see each other, and a batch of such rows
-has little padding although its sequences differ in length.
+has little padding although its sequences differ in length. ``plan_batches`` does so where it pays:
+many sequences, sorted by length, have little padding as they are.
 
 Numpy only.
 """
@@ -42,6 +43,9 @@ _ROW_NODES = 128
 
 #: Lengths of rows that are tried.
 _MAX_TRIES = 8
+
+#: What the mask and the longer rows add to a joined row's cost, at most (measured: 0 to 6 %).
+_JOINED_COST = 1.06
 
 
 @dataclass(frozen=True)
@@ -205,7 +209,12 @@ def _joined(trees: Sequence[PrefixTree]) -> PrefixTree:
 
 
 def plan_batches(
-    trees: Sequence[PrefixTree], *, batch_tokens: int, batch_reads: int, batch_overhead: int = 32
+    trees: Sequence[PrefixTree],
+    *,
+    batch_tokens: int,
+    batch_reads: int,
+    batch_overhead: int = 32,
+    join: bool = False,
 ) -> list[list[PrefixTree]]:
     """Trees in batches of similar size, longest first, cut where that costs least.
 
@@ -217,7 +226,28 @@ def plan_batches(
         batch_tokens: nodes of a batch at most, padding included (one tree always fits).
         batch_reads: hidden states that go through the LM head, at most (same).
         batch_overhead: cost of a pass, in tokens.
+        join: join short trees (``join_short``) where that is cheaper.
     """
+    apart = _batches(trees, batch_tokens, batch_reads, batch_overhead)
+    if not join:
+        return apart
+    rows = join_short(trees, batch_tokens=batch_tokens)
+    joined = _batches(rows, batch_tokens, batch_reads, batch_overhead)
+    is_cheaper = _JOINED_COST * _cost(joined, batch_overhead) < _cost(apart, batch_overhead)
+    return joined if is_cheaper else apart
+
+
+def _cost(batches: Sequence[Sequence[PrefixTree]], batch_overhead: int) -> int:
+    """Tokens with padding and overhead."""
+    widths = [max(len(tree.tokens) for tree in batch) for batch in batches]
+    return sum(
+        len(batch) * width + batch_overhead for batch, width in zip(batches, widths, strict=True)
+    )
+
+
+def _batches(
+    trees: Sequence[PrefixTree], batch_tokens: int, batch_reads: int, batch_overhead: int
+) -> list[list[PrefixTree]]:
     batches: list[list[PrefixTree]] = []
     for is_chain in (True, False):
         group = [tree for tree in trees if tree.is_chain is is_chain]

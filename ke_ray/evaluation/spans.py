@@ -5,12 +5,12 @@
 Symbols: span = (context ids, target ids); nats; logits [reads, vocab] in float32.
 
 What is saved, against one padded batch through the whole model: shared prefixes are computed once
-and short sequences share a row (``prefix_tree``), batches are sorted by length, padding is on the
-right (which under causal attention needs no mask), and the LM head sees only positions whose next
-token is scored. A branched tree or a shared row needs a custom attention mask and explicit
-positions; where a model cannot take those (an unknown architecture, attention other than ``sdpa``
-or ``eager``, or sequences beyond a sliding window) every sequence is passed on its own and the
-result is the same.
+and short sequences share a row where that pays (``prefix_tree``), batches are sorted by length,
+padding is on the right (which under causal attention needs no mask), and the LM head sees only
+positions whose next token is scored. A branched tree or a shared row needs a custom attention mask
+and explicit positions; where a model cannot take those (an unknown architecture, attention other
+than ``sdpa`` or ``eager``, or sequences beyond a sliding window) every sequence is passed on its
+own and the result is the same.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ke_ray.evaluation.forward import (
     plain_model,
     read_logits,
 )
-from ke_ray.evaluation.prefix_tree import PrefixTree, Span, build_trees, join_short, plan_batches
+from ke_ray.evaluation.prefix_tree import PrefixTree, Span, build_trees, plan_batches
 from ke_ray.models.architectures import supported_model_types
 
 __all__ = ["SpanScores", "score_spans"]
@@ -156,13 +156,12 @@ def score_spans(
     batch_tokens = batch_tokens or _BATCH_TOKENS[kind]
     share = share_prefixes and _can_share(plain, longest)
     trees = build_trees(spans, share=share)
-    if share:
-        trees = join_short(trees, batch_tokens=batch_tokens)
     batches = plan_batches(
         trees,
         batch_tokens=batch_tokens,
         batch_reads=logit_rows(device, vocab_size),
         batch_overhead=_BATCH_OVERHEAD[kind],
+        join=share,
     )
     values: list[Tensor] = []
     firsts: list[Tensor] = []

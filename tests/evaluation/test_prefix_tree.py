@@ -88,6 +88,17 @@ def test_rows_have_next_to_no_padding(shortest: int, longest: int, number: int) 
     assert padded <= 1.05 * sizes.sum()
 
 
+@pytest.mark.parametrize(("number", "joins"), [(60, True), (2000, False)])
+def test_trees_are_joined_where_they_would_be_padded(number: int, joins: bool) -> None:
+    sizes = np.random.default_rng(0).integers(15, 50, number)
+    trees = build_trees([Span([i] * n, [0]) for i, n in enumerate(sizes)])
+    limits = {"batch_tokens": 2048, "batch_reads": 600}
+    batches = plan_batches(trees, **limits, join=True)
+    assert any(not tree.is_chain for batch in batches for tree in batch) is joins
+    if joins:
+        assert len(batches) < len(plan_batches(trees, **limits))
+
+
 @settings(max_examples=100, deadline=None)
 @given(spans=span_lists, batch_tokens=st.integers(1, 40), batch_reads=st.integers(1, 20))
 def test_batches_hold_every_tree_within_the_limits(
