@@ -169,20 +169,20 @@ class Silent:
 
 def run(study: Any) -> Any:
     """Run a study in the Ray session of this process."""
-    from ke_ray.tracking import Tracker
+    from ke_ray.tracking.runs import Tracker
 
     if study.kind == "pretrain":
-        from ke_ray.engine.train import run_pretrain_on_ray
+        from ke_ray.engine.train.trainer import run_pretrain_on_ray
 
         return run_pretrain_on_ray(study)
     with Tracker(study.mlflow) as tracker:
         if study.kind == "sweep":
-            from ke_ray.engine.sweep import run_sweep
-            from ke_ray.engine.sweep_plan import prepare_sweep
+            from ke_ray.engine.sweep.run import run_sweep
+            from ke_ray.planning.sweep import prepare_sweep
 
             return run_sweep(prepare_sweep(study), tracker)
-        from ke_ray.engine.scan import run_scan
-        from ke_ray.engine.scan_setup import prepare_scan
+        from ke_ray.engine.scan.run import run_scan
+        from ke_ray.planning.scan import prepare_scan
 
         return run_scan(prepare_scan(study), Silent(), tracker)
 

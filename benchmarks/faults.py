@@ -34,7 +34,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 from fault_kinds import KINDS, Outcome
 from fault_world import World
 
-from ke_ray.engine.session import ray_session
+from ke_ray.engine.cluster.session import ray_session
 
 _MISSES_ALLOWED = 3  # in a row: the fault came when the work was over
 

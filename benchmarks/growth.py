@@ -126,11 +126,11 @@ def scan(rounds: int, say: Callable[[str], None]) -> list[dict[str, float]]:
     """Scans of 1×, 4× and 16× as many checkpoints, ``rounds`` times in turn."""
     from transformers.utils import logging
 
-    from ke_ray.engine.scan import run_scan
-    from ke_ray.engine.scan_setup import prepare_scan
-    from ke_ray.engine.session import ray_session
+    from ke_ray.engine.cluster.session import ray_session
+    from ke_ray.engine.scan.run import run_scan
+    from ke_ray.planning.scan import prepare_scan
     from ke_ray.studies.scan import ScanStudy
-    from ke_ray.tracking import Tracker
+    from ke_ray.tracking.runs import Tracker
 
     logging.disable_progress_bar()
     shape = Shape(2, 64, 256, 4, 512, 64)

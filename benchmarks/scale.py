@@ -37,7 +37,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import numpy as np
 from shape import OLMO_1B, Shape
 
-from ke_ray.engine.plan import CheckpointWork, CorpusWork, load_tokens, makespan, plan_items
+from ke_ray.planning.scan_items import CheckpointWork, CorpusWork, load_tokens, makespan, plan_items
 
 NUM_INSTANCES, LENGTH = 2048, 2048  # the paper's D: 4.2M tokens
 NUM_SCORERS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -111,10 +111,10 @@ class Watch:
 
 def run_engine(number: int) -> dict[str, float]:
     """The real engine over ``number`` checkpoints; two scorers of one thread."""
-    from ke_ray.engine.scan import run_scan
-    from ke_ray.engine.scan_setup import prepare_scan
+    from ke_ray.engine.scan.run import run_scan
+    from ke_ray.planning.scan import prepare_scan
     from ke_ray.studies.scan import ScanStudy
-    from ke_ray.tracking import Tracker
+    from ke_ray.tracking.runs import Tracker
 
     with tempfile.TemporaryDirectory() as root:
         spec, ids = tiny_series(Path(root), number)
@@ -155,8 +155,8 @@ def run_loop(number: int) -> dict[str, float]:
     """What a scorer does with an item, without Ray, in one process of one thread."""
     import torch
 
+    from ke_ray.checkpoints.formats.fingerprint import weights_sha256
     from ke_ray.core.measures import evaluate
-    from ke_ray.models.fingerprint import weights_sha256
     from ke_ray.models.loading import load_model
     from ke_ray.models.scoring import score_instances
     from ke_ray.studies.scan import DEFAULT_MEASURES

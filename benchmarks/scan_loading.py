@@ -90,7 +90,7 @@ def load_once(what: str, folder: Path, dtype: str) -> dict[str, float]:
 
     import torch
 
-    from ke_ray.models.fingerprint import weights_sha256
+    from ke_ray.checkpoints.formats.fingerprint import weights_sha256
     from ke_ray.models.loading import load_config, load_model
 
     _build(load_config(folder))  # imports only

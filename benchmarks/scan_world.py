@@ -84,9 +84,9 @@ def run_engine(
     spec: str, corpus: str, num_instances: int, num_workers: int, progress: Any, **changes: Any
 ) -> Any:
     """The real engine, driver and all."""
-    from ke_ray.engine.scan import run_scan
-    from ke_ray.engine.scan_setup import prepare_scan
-    from ke_ray.tracking import Tracker
+    from ke_ray.engine.scan.run import run_scan
+    from ke_ray.planning.scan import prepare_scan
+    from ke_ray.tracking.runs import Tracker
 
     changes |= {"num_instances": num_instances, "num_actors": num_workers}
     with tempfile.TemporaryDirectory() as output:

@@ -53,7 +53,7 @@ from scan_world import (
 )
 from time_slices import Contender, race
 
-from ke_ray.engine.session import worker_env
+from ke_ray.engine.cluster.session import worker_env
 
 SLICE_S = 3.0  # a turn
 
@@ -208,9 +208,9 @@ def play_start(spec: str, corpus: str, output: str, started: str) -> None:
     import ke_ray.cli  # noqa: F401
     from ke_ray.cli.progress import ScanDisplay  # noqa: F401
     from ke_ray.cli.publish import publish_scan  # noqa: F401
-    from ke_ray.engine.scan import run_scan
-    from ke_ray.engine.scan_setup import prepare_scan
-    from ke_ray.tracking import Tracker
+    from ke_ray.engine.scan.run import run_scan
+    from ke_ray.planning.scan import prepare_scan
+    from ke_ray.tracking.runs import Tracker
 
     marks = [float(started), time.monotonic()]
     uri = f"sqlite:///{Path(output).parent}/mlflow.db"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-# Before any test module imports Ray, which reads it then (see ke_ray.engine.session).
+# Before any test module imports Ray, which reads it then (see ke_ray.engine.cluster.session).
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 # A shell starts background jobs with Ctrl-C ignored, and children inherit that; the tests of

@@ -74,7 +74,7 @@ def test_a_scan_is_set_up_without_torch(tmp_path):
         "output": str(tmp_path / "out"),
     }
     loaded = modules_after(
-        "from ke_ray.engine.scan_setup import prepare_scan\n"
+        "from ke_ray.planning.scan import prepare_scan\n"
         "from ke_ray.studies.scan import ScanStudy\n"
         f"assert len(prepare_scan(ScanStudy.model_validate({study!r})).works) == 1"
     )

@@ -16,9 +16,9 @@ import pytest
 from servers import free_port, running_mlflow
 
 from ke_ray.errors import StorageError
-from ke_ray.sender import Sender
 from ke_ray.studies.parts import TrackingSettings
-from ke_ray.tracking import Tracker, flatten
+from ke_ray.tracking.runs import Tracker, flatten
+from ke_ray.tracking.sender import Sender
 
 
 def settings(uri, **keys):
@@ -62,9 +62,9 @@ def test_a_run_is_found_again_by_its_key(sqlite_uri):
 def test_a_killed_process_leaves_no_run_that_says_running(sqlite_uri):
     code = f"""
 import time
-from ke_ray.sender import Sender
+from ke_ray.tracking.sender import Sender
 from ke_ray.studies.parts import TrackingSettings
-from ke_ray.tracking import Tracker
+from ke_ray.tracking.runs import Tracker
 tracker = Tracker(TrackingSettings(uri={sqlite_uri!r}, experiment="tests"))
 run = tracker.start_run("dies", key="dies", kind="scan")
 run.flush()

@@ -32,7 +32,7 @@ def checkpoints(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """List the checkpoints that SPEC names, with step, size and duplicates."""
-    from ke_ray.models.catalog import list_checkpoints
+    from ke_ray.checkpoints.find.catalog import list_checkpoints
 
     refs = list_checkpoints(spec, revisions=revisions, steps=steps, every=every, limit=limit)
     if as_json:

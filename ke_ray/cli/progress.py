@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 if TYPE_CHECKING:
-    from ke_ray.models.reference import CheckpointRef
+    from ke_ray.checkpoints.reference import CheckpointRef
     from ke_ray.training.loop import Progress as TrainingProgress
 
 __all__ = ["ScanDisplay", "TrainingDisplay", "duration"]
@@ -40,7 +40,7 @@ class ScanDisplay:
         self._printed = 0.0
 
     def start(self, *, num_checkpoints: int, num_skipped: int, num_tokens: int) -> None:
-        """See ``ke_ray.engine.scan.ScanProgress``."""
+        """See ``ke_ray.engine.scan.run.ScanProgress``."""
         self._total, self._num_tokens = num_checkpoints, num_tokens
         if num_skipped:
             print(f"{num_skipped} checkpoints are finished already and skipped.", file=sys.stderr)
@@ -59,14 +59,14 @@ class ScanDisplay:
             self._bar.add_task(self._text(), total=num_tokens)
 
     def tokens(self, num_tokens: int) -> None:
-        """See ``ke_ray.engine.scan.ScanProgress``."""
+        """See ``ke_ray.engine.scan.run.ScanProgress``."""
         self._scored = max(self._scored, num_tokens)
         if self._first is None and num_tokens:
             self._first = (time.monotonic(), num_tokens)
         self._show()
 
     def checkpoint(self, ref: CheckpointRef, rows: Sequence[dict[str, Any]]) -> None:
-        """See ``ke_ray.engine.scan.ScanProgress``."""
+        """See ``ke_ray.engine.scan.run.ScanProgress``."""
         if any(row["status"] != "ok" for row in rows):
             self._failed += 1
         else:
@@ -74,7 +74,7 @@ class ScanDisplay:
         self._show()
 
     def stop(self) -> None:
-        """See ``ke_ray.engine.scan.ScanProgress``."""
+        """See ``ke_ray.engine.scan.run.ScanProgress``."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

@@ -12,7 +12,7 @@ from ke_ray.errors import KeRayError
 
 if TYPE_CHECKING:
     from ke_ray.studies.parts import TrackingSettings
-    from ke_ray.tracking import TrackedRun
+    from ke_ray.tracking.runs import TrackedRun
 
 __all__ = ["publish_report", "publish_scan"]
 
@@ -24,9 +24,9 @@ def publish_scan(output: str, run: TrackedRun) -> None:
 
     A scan whose checkpoints all failed has nothing to draw; that is no error here.
     """
-    from ke_ray.engine.scan_prediction import read_predictions
     from ke_ray.report.picture import picture
     from ke_ray.report.terminal import headline_rows, rows_as_csv
+    from ke_ray.resuscitation.prediction import read_predictions
 
     run.log_text(rows_as_csv(headline_rows([output])), "headline.csv")
     names = ["entropy.parquet", "manifest.json"]
@@ -47,7 +47,7 @@ def publish_scan(output: str, run: TrackedRun) -> None:
 
 def publish_report(output: str, settings: TrackingSettings, run_ids: Iterable[str | None]) -> None:
     """Leave ``report.html`` in a result folder and log it to MLflow runs."""
-    from ke_ray.tracking import Tracker
+    from ke_ray.tracking.runs import Tracker
 
     name = _write_report(output)
     known = sorted({run_id for run_id in run_ids if run_id})

@@ -10,7 +10,7 @@ from ke_ray.cli.checkpoints import Revisions
 from ke_ray.errors import ConfigError
 
 if TYPE_CHECKING:
-    from ke_ray.engine.resuscitated import Resuscitated
+    from ke_ray.resuscitation.export import Resuscitated
 
 
 def resuscitate(
@@ -43,7 +43,7 @@ def resuscitate(
     cache_dir: Annotated[str | None, typer.Option(help="Where fetched checkpoints lie.")] = None,
 ) -> None:
     """Scale the weights of the least used memories (Algorithm 1), or a control of it."""
-    from ke_ray.engine.resuscitated import (
+    from ke_ray.resuscitation.export import (
         Measurement,
         check_request,
         one_checkpoint,

@@ -22,7 +22,7 @@ from ke_ray.cli.options import (
 from ke_ray.errors import ConfigError
 
 if TYPE_CHECKING:
-    from ke_ray.engine.scan import ScanOutcome
+    from ke_ray.engine.scan.run import ScanOutcome
     from ke_ray.studies.scan import ScanStudy
 
 
@@ -86,7 +86,7 @@ def scan(
     }
     study = read_study(file, ScanStudy, given, overrides, "ke-ray scan")
     if dry_run:
-        from ke_ray.engine.scan_forecast import forecast
+        from ke_ray.planning.scan_forecast import forecast
 
         print(forecast(study))
         return
@@ -112,11 +112,11 @@ def execute_scan(study: ScanStudy) -> ScanOutcome:
     """Run a scan study with progress on the terminal, and print its table."""
     from ke_ray.cli.progress import ScanDisplay
     from ke_ray.cli.publish import publish_scan
-    from ke_ray.engine.scan import run_scan
-    from ke_ray.engine.scan_prediction import write_predictions
-    from ke_ray.engine.scan_setup import prepare_scan
-    from ke_ray.engine.scan_tracking import log_predictions
-    from ke_ray.tracking import Tracker
+    from ke_ray.engine.scan.run import run_scan
+    from ke_ray.planning.scan import prepare_scan
+    from ke_ray.resuscitation.prediction import write_predictions
+    from ke_ray.tracking.runs import Tracker
+    from ke_ray.tracking.scan import log_predictions
 
     setup = prepare_scan(study)
     with Tracker(study.mlflow) as tracker:
@@ -161,8 +161,8 @@ def results(
 
 def print_results(path: str | Path) -> None:
     """The headline table of a result folder, and what resuscitation made of a scan's entropy."""
-    from ke_ray.engine.scan_prediction import prediction_lines, read_predictions
     from ke_ray.report.terminal import print_results as show
+    from ke_ray.resuscitation.prediction import prediction_lines, read_predictions
 
     for result in show([str(path)]):
         for line in prediction_lines(read_predictions(result.path)):

@@ -13,7 +13,7 @@ from ke_ray.cli.options import DryRun, Set
 from ke_ray.errors import KeRayError
 
 if TYPE_CHECKING:
-    from ke_ray.engine.submit import JobServer
+    from ke_ray.engine.cluster.submit import JobServer
 
 __all__ = ["register", "submit"]
 
@@ -42,7 +42,7 @@ def submit(
         print(yaml.safe_dump(plan | {"runtime_env": runtime_env}, sort_keys=False), end="")
         return
 
-    from ke_ray.engine.submit import JobServer, new_submission_id, run_job
+    from ke_ray.engine.cluster.submit import JobServer, new_submission_id, run_job
 
     server = JobServer(address)
     if not wait:

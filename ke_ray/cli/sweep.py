@@ -14,7 +14,7 @@ from ke_ray.cli.options import DryRun, MlflowUri, NoMlflow, Output, Set
 from ke_ray.cli.train import Study
 
 if TYPE_CHECKING:
-    from ke_ray.engine.sweep import SweepOutcome
+    from ke_ray.engine.sweep.run import SweepOutcome
     from ke_ray.studies.sweep import SweepStudy
 
 __all__ = ["SweepDisplay", "execute_sweep", "settings_lines", "sweep"]
@@ -32,18 +32,18 @@ class SweepDisplay:
         self._took_s: list[float] = []
 
     def start(self, *, num_trials: int, num_skipped: int, concurrency: int) -> None:
-        """See ``ke_ray.engine.sweep.SweepProgress``."""
+        """See ``ke_ray.engine.sweep.run.SweepProgress``."""
         self._total, self._concurrency = num_trials, concurrency
         if num_skipped:
             print(f"{num_skipped} trials are finished already and skipped.", file=sys.stderr)
         print(f"sweep: {num_trials} trials, {concurrency} at a time", file=sys.stderr, flush=True)
 
     def begun(self, trial_id: str) -> None:
-        """See ``ke_ray.engine.sweep.SweepProgress``."""
+        """See ``ke_ray.engine.sweep.run.SweepProgress``."""
         self._began[trial_id] = time.monotonic()
 
     def ended(self, trial_id: str, row: Mapping[str, Any]) -> None:
-        """See ``ke_ray.engine.sweep.SweepProgress``."""
+        """See ``ke_ray.engine.sweep.run.SweepProgress``."""
         self._counts[row["status"]] += 1
         began = self._began.pop(trial_id, None)
         if began is not None:
@@ -51,7 +51,7 @@ class SweepDisplay:
         print(self._text(trial_id, row), file=sys.stderr, flush=True)
 
     def stop(self) -> None:
-        """See ``ke_ray.engine.sweep.SweepProgress``."""
+        """See ``ke_ray.engine.sweep.run.SweepProgress``."""
 
     def _text(self, trial_id: str, row: Mapping[str, Any]) -> str:
         done = sum(self._counts.values())
@@ -94,7 +94,7 @@ def sweep(
     options += ["mlflow.enabled=false"] if no_mlflow else []
     loaded = load_sweep(study, [*options, *(overrides or [])])
     if dry_run:
-        from ke_ray.engine.sweep_forecast import forecast
+        from ke_ray.planning.sweep_forecast import forecast
 
         print(forecast(loaded))
         return
@@ -105,9 +105,9 @@ def sweep(
 def execute_sweep(study: SweepStudy) -> SweepOutcome:
     """Run a sweep with progress on the terminal; publish and print what came of it."""
     from ke_ray.cli.publish_sweep import publish_sweep
-    from ke_ray.engine.sweep import run_sweep
-    from ke_ray.engine.sweep_plan import prepare_sweep
-    from ke_ray.tracking import Tracker
+    from ke_ray.engine.sweep.run import run_sweep
+    from ke_ray.planning.sweep import prepare_sweep
+    from ke_ray.tracking.runs import Tracker
 
     plan = prepare_sweep(study)
     with Tracker(study.mlflow) as tracker:

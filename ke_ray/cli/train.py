@@ -23,7 +23,7 @@ from ke_ray.secrets import redacted
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-    from ke_ray.engine.continual import ContinualOutcome
+    from ke_ray.engine.train.continual import ContinualOutcome
     from ke_ray.studies.continual import ContinualStudy
     from ke_ray.studies.training import PretrainStudy
     from ke_ray.training.pretrain import PretrainOutcome
@@ -64,7 +64,7 @@ def execute_pretrain(study: PretrainStudy) -> PretrainOutcome:
 
             outcome = run_pretrain(study, display)
         else:
-            from ke_ray.engine.train import run_pretrain_on_ray
+            from ke_ray.engine.train.trainer import run_pretrain_on_ray
 
             outcome = run_pretrain_on_ray(study, display)
     finally:
@@ -112,7 +112,7 @@ def execute_continual(study: ContinualStudy) -> ContinualOutcome:
     from ke_ray.cli.progress import TrainingDisplay
     from ke_ray.cli.publish import publish_report
     from ke_ray.cli.scan import print_results
-    from ke_ray.engine.continual import RunProgress, run_continual_study
+    from ke_ray.engine.train.continual import RunProgress, run_continual_study
 
     display = TrainingDisplay("continual")
 

@@ -19,12 +19,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ke_ray.checkpoints.formats.layout import Layout
+from ke_ray.checkpoints.formats.olmo import split
+from ke_ray.checkpoints.formats.olmo_config import read_native_config
+from ke_ray.checkpoints.formats.weights import WeightFiles, is_buffer, open_weights, read_layout
+from ke_ray.checkpoints.reference import CheckpointRef
 from ke_ray.errors import CheckpointError, UserError
-from ke_ray.models.layout import Layout
-from ke_ray.models.native import split
-from ke_ray.models.native_config import read_native_config
-from ke_ray.models.reference import CheckpointRef
-from ke_ray.models.weights import WeightFiles, is_buffer, open_weights, read_layout
 from ke_ray.storage import local_path
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def local_folder(checkpoint: CheckpointRef | str | Path) -> Path:
         if not checkpoint.is_local:
             raise CheckpointError(
                 f"'{checkpoint.label}' is not on this machine; fetch it with "
-                "ke_ray.models.store.Store first."
+                "ke_ray.checkpoints.fetch.cache.Store first."
             )
         checkpoint = checkpoint.location
     return local_path(checkpoint)

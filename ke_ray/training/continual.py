@@ -1,7 +1,7 @@
 """One continual-learning run: a start, a corpus, injected facts, and what became of both.
 
 load → [resuscitate] → snapshot → train with injections, probes at chosen steps → snapshot. No Ray:
-``ke_ray.engine.continual`` runs it on Ray Train, sweep trials in their own actors.
+``ke_ray.engine.train.continual`` runs it on Ray Train, sweep trials in their own actors.
 
 A run keeps everything in ``<output>/runs/<run>/``: ``before.json`` (so that a resumed run still
 knows its start), ``state/`` while it trains, its part of each table, ``final/`` (the trained model)
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ke_ray import storage
 from ke_ray.results.training_folder import write_tables
 from ke_ray.studies.continual import ContinualStudy
+from ke_ray.tracking.training import log_progress, run_params, tracked_run
 from ke_ray.training.checkpoint import TrainingState, remove_states
 from ke_ray.training.dynamics import dynamics_tables
 from ke_ray.training.export import export_model, whole_model
@@ -41,7 +42,6 @@ from ke_ray.training.snapshot import (
     forgotten,
     take_snapshot,
 )
-from ke_ray.training.track import log_progress, run_params, tracked_run
 
 if TYPE_CHECKING:
     from torch import nn
@@ -82,7 +82,7 @@ def run_continual(
     Raises:
         KeRayError: bad input, a broken checkpoint, a loss that is not finite.
     """
-    from ke_ray.models.store import Store
+    from ke_ray.checkpoints.fetch.cache import Store
 
     worker = worker or Worker()
     row = read_row(study, spec)
@@ -185,7 +185,7 @@ class _Run:
         keys = self.study.resuscitation
         if keys is None:
             return _Start(model)
-        from ke_ray.training.revive import revive
+        from ke_ray.resuscitation.start import revive
 
         known = self._read_before()
         original = None

@@ -19,10 +19,10 @@ from ke_ray.training.snapshot import Asked
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+    from ke_ray.checkpoints.reference import CheckpointRef
     from ke_ray.data.facts import FactSet
     from ke_ray.data.injection import InjectionPlan
     from ke_ray.data.training_set import PackedDataset
-    from ke_ray.models.reference import CheckpointRef
 
 __all__ = ["RunInputs", "StartConfig", "load_inputs", "probe_steps", "read_start"]
 

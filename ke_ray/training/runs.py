@@ -17,7 +17,7 @@ from ke_ray.secrets import redact, redacted
 from ke_ray.studies.continual import ContinualStudy
 
 if TYPE_CHECKING:
-    from ke_ray.models.reference import CheckpointRef
+    from ke_ray.checkpoints.reference import CheckpointRef
 
 __all__ = [
     "NOT_IDENTITY",
@@ -74,7 +74,7 @@ def list_runs(study: ContinualStudy) -> list[RunSpec]:
     Raises:
         CheckpointSpecError: the selection names nothing.
     """
-    from ke_ray.models.catalog import list_checkpoints
+    from ke_ray.checkpoints.find.catalog import list_checkpoints
 
     keys = study.starts
     refs = list_checkpoints(

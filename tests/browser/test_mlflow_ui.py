@@ -16,11 +16,11 @@ from tiny_studies import tiny_pretrain
 from tiny_sweep import tiny_sweep
 
 from ke_ray.cli.publish_sweep import publish_sweep
-from ke_ray.engine.sweep import SweepOutcome, _Run, collect_sweep
-from ke_ray.engine.sweep_plan import prepare_sweep
+from ke_ray.engine.sweep.run import SweepOutcome, _Run, collect_sweep
+from ke_ray.planning.sweep import prepare_sweep
 from ke_ray.results.sweep_folder import objective_value
 from ke_ray.studies.parts import TrackingSettings
-from ke_ray.tracking import Tracker
+from ke_ray.tracking.runs import Tracker
 from ke_ray.training.continual import run_continual
 from ke_ray.training.pretrain import run_pretrain
 

@@ -29,7 +29,7 @@ def make_scan(folder, golden, values, name="golden"):
     import pyarrow
 
     from ke_ray import storage
-    from ke_ray.models.fingerprint import weights_sha256
+    from ke_ray.checkpoints.formats.fingerprint import weights_sha256
     from ke_ray.results import ScanFolder, new_manifest
     from ke_ray.results.scan_folder import ENTROPY_SCHEMA
 
@@ -140,7 +140,7 @@ def test_the_golden_resuscitated_tensors_and_their_entropy(
 
 
 def test_the_written_folder_is_a_checkpoint_with_the_recorded_hash(ke_ray, golden, scan, tmp_path):
-    from ke_ray.models.fingerprint import weights_sha256
+    from ke_ray.checkpoints.formats.fingerprint import weights_sha256
 
     hashes = []
     for layout in ("hf", "native"):
@@ -178,7 +178,7 @@ def test_a_scan_of_the_written_folder_shows_what_was_predicted(
     ke_ray, golden, values, scan, tmp_path
 ):
     from ke_ray import storage
-    from ke_ray.engine.scan_prediction import prediction_lines, write_predictions
+    from ke_ray.resuscitation.prediction import prediction_lines, write_predictions
 
     out = tmp_path / "new"
     arguments = ["--coefficients", scan, "--ratio", 0.5, "--factor", 2, "--output", out]

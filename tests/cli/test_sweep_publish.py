@@ -10,10 +10,10 @@ from tiny_sweep import begin, finish, tiny_sweep
 
 from ke_ray.cli.publish_sweep import publish_sweep
 from ke_ray.cli.sweep import settings_lines
-from ke_ray.engine.sweep import SweepOutcome, collect_sweep
-from ke_ray.engine.sweep_plan import prepare_sweep
+from ke_ray.engine.sweep.run import SweepOutcome, collect_sweep
+from ke_ray.planning.sweep import prepare_sweep
 from ke_ray.studies.parts import TrackingSettings
-from ke_ray.tracking import Tracker
+from ke_ray.tracking.runs import Tracker
 from ke_ray.training.pretrain import run_pretrain
 
 

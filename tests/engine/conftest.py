@@ -57,7 +57,7 @@ def token_ids(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """One local Ray session of two CPUs, shared by the tests of a run."""
-    from ke_ray.engine.session import ray_session
+    from ke_ray.engine.cluster.session import ray_session
 
     os.environ.pop("RAY_ADDRESS", None)
     with ray_session(num_cpus=2):
@@ -85,9 +85,9 @@ def scan() -> Callable[[ScanStudy], Any]:
     """Runs a scan study in the test's Ray session."""
 
     def run(study: ScanStudy) -> Any:
-        from ke_ray.engine.scan import run_scan
-        from ke_ray.engine.scan_setup import prepare_scan
-        from ke_ray.tracking import Tracker
+        from ke_ray.engine.scan.run import run_scan
+        from ke_ray.planning.scan import prepare_scan
+        from ke_ray.tracking.runs import Tracker
 
         with Tracker(study.mlflow) as tracker:
             return run_scan(prepare_scan(study), Silent(), tracker)

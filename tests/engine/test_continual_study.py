@@ -14,7 +14,7 @@ import pytest
 import tiny_studies
 from tiny_studies import tiny_continual, tiny_pretrain
 
-from ke_ray.engine.continual import RunProgress, prepare_continual, run_continual_study
+from ke_ray.engine.train.continual import RunProgress, prepare_continual, run_continual_study
 from ke_ray.errors import CheckpointSpecError, ResultsError
 from ke_ray.storage import read_json, read_table
 from ke_ray.training.pretrain import run_pretrain
@@ -119,7 +119,7 @@ def test_a_killed_driver_is_resumed_by_the_same_command(tmp_path: Path, series: 
         "import sys; sys.path.insert(0, sys.argv[3])\n"
         "from pathlib import Path\n"
         "from tiny_studies import tiny_continual\n"
-        "from ke_ray.engine.continual import run_continual_study\n"
+        "from ke_ray.engine.train.continual import run_continual_study\n"
         "study = tiny_continual(Path(sys.argv[1]), Path(sys.argv[2]), executor='ray',\n"
         "    cpus_per_worker=1, starts={'steps': '10:'}, seeds=(0, 1), save_every=2,\n"
         "    micro_batch_size=1, epochs=20, injection={'every': 60})\n"

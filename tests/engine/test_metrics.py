@@ -16,12 +16,12 @@ import pytest
 from tiny_studies import tiny_pretrain
 from tiny_sweep import tiny_sweep
 
-from ke_ray.engine import metrics
-from ke_ray.engine.metrics import METRICS, ScanMeter
-from ke_ray.engine.scan_collect import ScanOutcome
-from ke_ray.engine.sweep import run_sweep
-from ke_ray.engine.sweep_plan import prepare_sweep
-from ke_ray.tracking import Tracker
+from ke_ray.engine.cluster import metrics
+from ke_ray.engine.cluster.metrics import METRICS, ScanMeter
+from ke_ray.engine.scan.collect import ScanOutcome
+from ke_ray.engine.sweep.run import run_sweep
+from ke_ray.planning.sweep import prepare_sweep
+from ke_ray.tracking.runs import Tracker
 from ke_ray.training.loop import Progress, StepRecord
 from ke_ray.training.pretrain import run_pretrain
 from ke_ray.training.snapshot import Snapshot
@@ -99,7 +99,7 @@ def test_dashboards_can_be_imported(path: Path) -> None:
 
 def test_the_idle_share_is_that_of_the_last_minute(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
-    monkeypatch.setattr("ke_ray.engine.metrics.time.monotonic", lambda: now)
+    monkeypatch.setattr("ke_ray.engine.cluster.metrics.time.monotonic", lambda: now)
     meter = ScanMeter(None, ScanOutcome(""), "s", 5, num_scorers=2)
     now += 10
     assert meter._idle_share(5.0) == pytest.approx(1 - 5 / 20)

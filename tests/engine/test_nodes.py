@@ -159,7 +159,7 @@ def list_temporary(output: str) -> list[str]:
 
 def here(tmp_path: Path, series: str, **changes: Any) -> list[dict[str, Any]]:
     """The rows of the same study in this process, from local files."""
-    from ke_ray.engine.continual import run_continual_study
+    from ke_ray.engine.train.continual import run_continual_study
 
     keys = continual_keys(series, str(tmp_path / "here"), **changes) | {
         "executor": "inline",

@@ -13,13 +13,13 @@ import numpy as np
 import psutil
 import pytest
 
-from ke_ray.engine import plan
-from ke_ray.engine.scan import run_scan
-from ke_ray.engine.scan_setup import prepare_scan
+from ke_ray.engine.scan.run import run_scan
+from ke_ray.planning import scan_items as plan
+from ke_ray.planning.scan import prepare_scan
 from ke_ray.results import ScanFolder, read_manifest
 from ke_ray.studies.parts import TrackingSettings
 from ke_ray.studies.scan import ALL_MEASURES
-from ke_ray.tracking import Tracker
+from ke_ray.tracking.runs import Tracker
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -294,8 +294,8 @@ def test_an_item_that_keeps_killing_its_actor_is_given_up(scan_study, series, to
     import pyarrow as pa
     import ray
 
-    from ke_ray.engine.scorer import CheckpointScorer, ScanMonitor
-    from ke_ray.engine.scorer_output import ScorerSettings, item_to_json
+    from ke_ray.engine.scan.scorer import CheckpointScorer, ScanMonitor
+    from ke_ray.engine.scan.scorer_output import ScorerSettings, item_to_json
 
     setup = prepare_scan(scan_study(measures=("knowledge_entropy",)))
     monitor = ray.remote(num_cpus=0)(ScanMonitor).remote()

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from ke_ray.engine.plan import FLOPS_PER_S
-from ke_ray.engine.scan_forecast import forecast
+from ke_ray.planning.scan_forecast import forecast
+from ke_ray.planning.scan_items import FLOPS_PER_S
 from ke_ray.studies.scan import ScanStudy
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from ke_ray.core.resuscitation import multipliers, predicted_entropy_nats
-from ke_ray.engine.scan_prediction import prediction_lines, read_predictions, write_predictions
 from ke_ray.errors import ResultsError
 from ke_ray.results import ScanFolder
+from ke_ray.resuscitation.prediction import prediction_lines, read_predictions, write_predictions
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 

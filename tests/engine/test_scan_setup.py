@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ke_ray.engine.scan_setup import prepare_scan
+from ke_ray.planning.scan import prepare_scan
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from ke_ray.engine.session import ray_session
+from ke_ray.engine.cluster.session import ray_session
 from ke_ray.errors import KeRayError
 
 TIMED_OUT = Exception("The current node timed out during startup. This could happen because …")
@@ -60,7 +60,7 @@ def test_ray_leaves_the_answer_to_sigterm_alone() -> None:
     """As a process of its own, since Ray's handler is set once, when it starts."""
     code = """
 import os, signal
-from ke_ray.engine.session import ray_session
+from ke_ray.engine.cluster.session import ray_session
 def terminated(number, frame):
     raise KeyboardInterrupt
 signal.signal(signal.SIGTERM, terminated)

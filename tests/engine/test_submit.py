@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 import yaml
 
-from ke_ray.engine.submit import _Log, _prepare_token, exit_code_of, new_submission_id
+from ke_ray.engine.cluster.submit import _Log, _prepare_token, exit_code_of, new_submission_id
 from ke_ray.errors import UserError
 
 

@@ -16,12 +16,12 @@ import torch
 from tiny_studies import tiny_pretrain
 from tiny_sweep import tiny_sweep
 
-from ke_ray.engine.sweep import SweepOutcome, run_sweep
-from ke_ray.engine.sweep_plan import prepare_sweep
+from ke_ray.engine.sweep.run import SweepOutcome, run_sweep
 from ke_ray.errors import ConfigError, ResultsError
+from ke_ray.planning.sweep import prepare_sweep
 from ke_ray.storage import read_json, read_table
 from ke_ray.studies.sweep import SweepStudy
-from ke_ray.tracking import Tracker
+from ke_ray.tracking.runs import Tracker
 from ke_ray.training.continual import run_continual
 from ke_ray.training.pretrain import run_pretrain
 

@@ -11,15 +11,15 @@ import pytest
 from tiny_studies import tiny_pretrain
 from tiny_sweep import begin, finish, tiny_sweep
 
-from ke_ray.engine.sweep import collect_sweep, run_sweep
-from ke_ray.engine.sweep_plan import SweepPlan, prepare_sweep
-from ke_ray.engine.sweep_resources import trial_resources
-from ke_ray.engine.sweep_search import LedgerSearcher
+from ke_ray.engine.sweep.resources import trial_resources
+from ke_ray.engine.sweep.run import collect_sweep, run_sweep
+from ke_ray.engine.sweep.search import LedgerSearcher
 from ke_ray.errors import ConfigError, ResultsError, UserError
+from ke_ray.planning.sweep import SweepPlan, prepare_sweep
 from ke_ray.results.manifest import new_manifest
 from ke_ray.results.scan_folder import ScanFolder
 from ke_ray.results.sweep_folder import pareto_points, settings_rows, sweep_summary
-from ke_ray.tracking import Tracker
+from ke_ray.tracking.runs import Tracker
 from ke_ray.training.pretrain import run_pretrain
 from ke_ray.training.runs import run_key, write_failed
 
@@ -313,7 +313,7 @@ def test_a_trial_that_can_never_run_is_refused(
 
 
 def test_tables_and_summary_of_a_sweep(tmp_path: Path, series: Path) -> None:
-    from ke_ray.engine.sweep import SweepOutcome
+    from ke_ray.engine.sweep.run import SweepOutcome
 
     study = tiny_sweep(tmp_path, series, base={"starts": {"steps": "3:3"}}, seeds=[0, 1])
     plan = prepare_sweep(study)
@@ -368,7 +368,7 @@ def test_a_folder_that_is_made_anew_is_another_run(
 
 
 def test_an_objective_that_no_trial_reported_is_said(tmp_path: Path, series: Path) -> None:
-    from ke_ray.engine.sweep import SweepOutcome
+    from ke_ray.engine.sweep.run import SweepOutcome
 
     plan = prepare_sweep(tiny_sweep(tmp_path, series, base={"starts": {"steps": "3:3"}}))
     begin(plan)

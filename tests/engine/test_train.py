@@ -14,7 +14,7 @@ import torch
 from tiny_studies import tiny_pretrain
 
 from ke_ray import storage
-from ke_ray.engine.train import ProgressFile, run_pretrain_on_ray, worker_resources
+from ke_ray.engine.train.trainer import ProgressFile, run_pretrain_on_ray, worker_resources
 from ke_ray.errors import ConfigError, NonFiniteLossError, ResultsError
 from ke_ray.storage import read_table
 from ke_ray.studies.training import PretrainStudy

@@ -9,7 +9,7 @@ from typing import Any
 from tiny_studies import tiny_continual
 
 from ke_ray.config import validate
-from ke_ray.engine.sweep_plan import SweepPlan, Trial, identity_keys
+from ke_ray.planning.sweep import SweepPlan, Trial, identity_keys
 from ke_ray.results.manifest import new_manifest, write_manifest
 from ke_ray.studies.sweep import SweepStudy
 from ke_ray.training.runs import base_row, write_row

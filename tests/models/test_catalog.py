@@ -12,11 +12,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ke_ray.checkpoints.find.catalog import list_checkpoints
+from ke_ray.checkpoints.find.csv_list import parse_csv_list
+from ke_ray.checkpoints.find.duplicates import flag_duplicates, folder_fingerprint
+from ke_ray.checkpoints.reference import CheckpointRef
 from ke_ray.errors import CheckpointSpecError, KeRayError
-from ke_ray.models.catalog import list_checkpoints
-from ke_ray.models.csv_list import parse_csv_list
-from ke_ray.models.duplicates import flag_duplicates, folder_fingerprint
-from ke_ray.models.reference import CheckpointRef
 
 
 def make(folder: Path, content: bytes = b"w", config: str = "config.json") -> Path:

@@ -11,9 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ke_ray.checkpoints.formats.fingerprint import (
+    HashingStoppedError,
+    tensors_sha256,
+    weights_sha256,
+)
+from ke_ray.checkpoints.formats.saving import save_model
 from ke_ray.errors import CheckpointError
-from ke_ray.models.fingerprint import HashingStoppedError, tensors_sha256, weights_sha256
-from ke_ray.models.saving import save_model
 
 
 def rename(folder: Path, change) -> None:

@@ -6,7 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ke_ray.models.names import CheckpointName, parse_checkpoint_name, parse_step_and_tokens
+from ke_ray.checkpoints.find.names import (
+    CheckpointName,
+    parse_checkpoint_name,
+    parse_step_and_tokens,
+)
 
 
 @pytest.mark.parametrize(

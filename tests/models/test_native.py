@@ -10,12 +10,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from ke_ray.checkpoints.formats.fingerprint import weights_sha256
+from ke_ray.checkpoints.formats.olmo import fuse, native_shapes, split
+from ke_ray.checkpoints.formats.olmo_config import (
+    NativeConfig,
+    parse_native_config,
+    read_native_config,
+)
+from ke_ray.checkpoints.formats.saving import save_model
 from ke_ray.errors import CheckpointError, KeRayError, UnsupportedArchitectureError
-from ke_ray.models.fingerprint import weights_sha256
 from ke_ray.models.loading import load_config, load_model
-from ke_ray.models.native import fuse, native_shapes, split
-from ke_ray.models.native_config import NativeConfig, parse_native_config, read_native_config
-from ke_ray.models.saving import save_model
 
 TINY = """\
 model:

@@ -10,13 +10,13 @@ from safetensors.torch import load_file
 from ke_ray.core.resuscitation import predicted_entropy_nats
 from ke_ray.errors import UnsupportedArchitectureError, UserError
 from ke_ray.models.architectures import describe
-from ke_ray.models.resuscitate import (
+from ke_ray.models.scoring import score_instances, score_model
+from ke_ray.resuscitation.apply import (
     apply_attention_temperature,
     apply_multipliers,
     resuscitate,
     up_row_norms,
 )
-from ke_ray.models.scoring import score_instances, score_model
 
 ALL = [
     *("olmo", "olmo2", "olmo3", "llama", "mistral", "qwen2", "qwen3"),

@@ -10,11 +10,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mutation import mutated
 
+from ke_ray.checkpoints.find.catalog import list_checkpoints
+from ke_ray.checkpoints.find.csv_list import parse_csv_list
+from ke_ray.checkpoints.find.names import parse_checkpoint_name
+from ke_ray.checkpoints.formats.olmo_config import NativeConfig, parse_native_config
 from ke_ray.errors import CheckpointError, CheckpointSpecError, UserError
-from ke_ray.models.catalog import list_checkpoints
-from ke_ray.models.csv_list import parse_csv_list
-from ke_ray.models.names import parse_checkpoint_name
-from ke_ray.models.native_config import NativeConfig, parse_native_config
 from ke_ray.storage import slug
 
 THOUSAND = settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))

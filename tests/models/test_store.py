@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from checkpoint_site import QUICK, WEIGHTS, Site, refs_of, truth
 
+from ke_ray.checkpoints.fetch.cache import Store
+from ke_ray.checkpoints.fetch.transfer import redact
+from ke_ray.checkpoints.find.catalog import list_checkpoints
+from ke_ray.checkpoints.formats.fingerprint import weights_sha256
+from ke_ray.checkpoints.reference import CheckpointRef
 from ke_ray.errors import CheckpointError, CheckpointSpecError, StorageError
-from ke_ray.models.catalog import list_checkpoints
-from ke_ray.models.fingerprint import weights_sha256
-from ke_ray.models.reference import CheckpointRef
-from ke_ray.models.remote_config import read_config
-from ke_ray.models.store import Store
-from ke_ray.models.transfer import redact
+from ke_ray.models.configuration import read_config
 
 
 def test_fetched_whole_once_and_shared(site: Site, tmp_path: Path) -> None:

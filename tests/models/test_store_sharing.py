@@ -15,9 +15,9 @@ import pytest
 from checkpoint_site import QUICK, WEIGHTS, Site, refs_of, truth
 from filelock import FileLock
 
+from ke_ray.checkpoints.fetch.cache import Store
+from ke_ray.checkpoints.formats.fingerprint import weights_sha256
 from ke_ray.errors import StorageError
-from ke_ray.models.fingerprint import weights_sha256
-from ke_ray.models.store import Store
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -98,8 +98,8 @@ def test_a_checkpoint_larger_than_the_budget_is_said_at_once(site: Site, tmp_pat
 
 CHILD = """
 import sys, time
-from ke_ray.models.catalog import list_checkpoints
-from ke_ray.models.store import Store
+from ke_ray.checkpoints.find.catalog import list_checkpoints
+from ke_ray.checkpoints.fetch.cache import Store
 store = Store(sys.argv[1])
 folder = store.fetch(list_checkpoints(sys.argv[2])[int(sys.argv[3])])
 print(folder, flush=True)

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from ke_ray import storage
+from ke_ray.checkpoints.find.catalog import list_checkpoints
+from ke_ray.checkpoints.reference import CheckpointRef
 from ke_ray.errors import KeRayError, StorageError, UserError
-from ke_ray.models.catalog import list_checkpoints
-from ke_ray.models.reference import CheckpointRef
 from ke_ray.results import ScanFolder, new_manifest
 
 HOSTILE = (
@@ -103,7 +103,7 @@ def test_a_run_of_any_checkpoint_stays_in_the_output(tmp_path: Path) -> None:
 
 def test_the_index_of_a_checkpoint_names_files_inside_it(tmp_path: Path) -> None:
     """Also over HTTP and on the Hub, where the index decides what is fetched."""
-    from ke_ray.models.layout import layout_of
+    from ke_ray.checkpoints.formats.layout import layout_of
 
     names = ["config.json", "../model.safetensors", "/etc/model.safetensors", "a/model.pt"]
     layout = layout_of([*names, "model-00001-of-00002.safetensors", "../model-1-of-1.safetensors"])

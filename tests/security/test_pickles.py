@@ -105,7 +105,7 @@ def test_in_a_checkpoint(tmp_path: Path, mark: Path, bomb: bytes, name: str, wri
 
 @pytest.mark.parametrize("wrap", [lambda b: b, lambda b: [b], lambda b: {"layer0": b}])
 def test_in_the_authors_coefficients(tmp_path: Path, mark: Path, bomb: bytes, wrap) -> None:
-    from ke_ray.results.coefficients import find_coefficients
+    from ke_ray.resuscitation.coefficients import find_coefficients
 
     path = tmp_path / "mlp_average_coefficients.pt"
     for content in (bomb, torch_bytes(wrap(Bomb(mark)))):

@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from ke_ray.config import validate
-from ke_ray.engine.sweep_forecast import measure_sweep, num_tokens
-from ke_ray.engine.sweep_plan import fixed_points, resolve, value_at
 from ke_ray.errors import ConfigError
+from ke_ray.planning.sweep import fixed_points, resolve, value_at
+from ke_ray.planning.sweep_forecast import measure_sweep, num_tokens
 from ke_ray.studies.continual import ContinualStudy
 from ke_ray.studies.sweep import OBJECTIVES, SweepStudy, load_sweep, sweep_keys
 

@@ -13,8 +13,8 @@ import torch
 from tiny_studies import tiny_pretrain
 from tiny_training import start_process
 
+from ke_ray.checkpoints.find.catalog import list_checkpoints
 from ke_ray.errors import ConfigError, DataError, ResultsError, UnsupportedArchitectureError
-from ke_ray.models.catalog import list_checkpoints
 from ke_ray.models.loading import load_model
 from ke_ray.studies.training import Architecture
 from ke_ray.training.initial import build_config, build_model

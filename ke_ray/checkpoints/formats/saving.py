@@ -1,0 +1,155 @@
+"""A model written as a checkpoint folder that appears whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ke_ray.checkpoints.formats.layout import TOKENIZER_FILES
+from ke_ray.checkpoints.formats.olmo import fuse
+from ke_ray.checkpoints.formats.olmo_config import NativeConfig
+from ke_ray.errors import StorageError
+from ke_ray.models.loading import quiet
+from ke_ray.storage import (
+    exists,
+    hold,
+    is_local,
+    join,
+    list_dir,
+    local_path,
+    make_dirs,
+    remove,
+    remove_leftovers,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["save_model"]
+
+
+def save_model(
+    model: PreTrainedModel,
+    folder: str | os.PathLike[str],
+    *,
+    layout: Literal["hf", "native"] = "hf",
+    tokenizer: Any | None = None,
+    overwrite: bool = False,
+) -> str:
+    """Write a checkpoint that :func:`~ke_ray.models.loading.load_model` reads back exactly.
+
+    Parameters keep their dtype. ``hf`` is ``config.json`` and ``model.safetensors``; ``native`` is
+    OLMo's ``config.yaml`` and ``model.safetensors`` under OLMo's names, for OLMo models only.
+
+    Args:
+        model: on any device.
+        folder: a path, or the URI of a folder (which is filled file by file, configuration last).
+        layout: ``hf`` or ``native``.
+        tokenizer: a ``tokenizers.Tokenizer``, a ``tokenizer.json``, or a folder that holds one.
+        overwrite: replace what is there.
+
+    Returns:
+        ``folder``.
+
+    Raises:
+        UnsupportedArchitectureError: the native layout cannot hold this model.
+        StorageError: the folder is not empty, or the disk is full or forbidden.
+    """
+    target = os.fspath(folder)
+    if not overwrite and exists(target) and (not is_local(target) or _filled(local_path(target))):
+        raise StorageError(f"'{target}' exists already; choose another folder for the checkpoint.")
+    native = NativeConfig.from_transformers(model.config) if layout == "native" else None
+    if not is_local(target):
+        with tempfile.TemporaryDirectory(prefix="ke_ray-") as temporary:
+            _fill(Path(temporary), model, native, tokenizer)
+            _upload(Path(temporary), target)
+        return target
+    final = local_path(target).absolute()
+    make_dirs(final.parent)
+    # A leading dot: listings of checkpoint folders pass over it.
+    temporary_folder = final.parent / f".{final.name}.{uuid.uuid4().hex[:12]}.tmp"
+    remove_leftovers(final.parent, ".", (".tmp", ".old"))
+    lock = None
+    try:
+        temporary_folder.mkdir()
+        lock = os.open(temporary_folder, os.O_RDONLY)
+        hold(lock)
+        _fill(temporary_folder, model, native, tokenizer)
+        _replace(temporary_folder, final)
+    except OSError as error:
+        raise StorageError(
+            f"Cannot write the checkpoint '{target}': {error.strerror or error}. Free some space "
+            "or choose another folder."
+        ) from error
+    finally:
+        shutil.rmtree(temporary_folder, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+    return target
+
+
+def _fill(
+    folder: Path, model: PreTrainedModel, native: NativeConfig | None, tokenizer: Any | None
+) -> None:
+    if native is None:
+        with quiet():
+            model.save_pretrained(folder)
+    else:
+        from safetensors.torch import save_file
+
+        fused = fuse(model.state_dict(), native)
+        tensors = {name: tensor.detach().cpu().clone() for name, tensor in fused.items()}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "config.yaml").write_text(native.to_yaml(), "utf-8")
+    if tokenizer is not None:
+        _save_tokenizer(tokenizer, folder)
+    for path in folder.iterdir():
+        # A rename can outlive the bytes in a power cut unless they are on the disk first.
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    if not isinstance(tokenizer, str | os.PathLike):
+        tokenizer.save(str(folder / "tokenizer.json"))
+        return
+    source = local_path(tokenizer)
+    if source.is_file():
+        shutil.copyfile(source, folder / "tokenizer.json")
+        return
+    present = [name for name in TOKENIZER_FILES if (source / name).is_file()]
+    if "tokenizer.json" not in present:
+        raise StorageError(f"'{source}' is no tokenizer.json and holds none.")
+    for name in present:
+        shutil.copyfile(source / name, folder / name)
+
+
+def _filled(path: Path) -> bool:
+    return not path.is_dir() or any(path.iterdir())
+
+
+def _replace(source: Path, final: Path) -> None:
+    if not final.exists():
+        source.rename(final)
+        return
+    old = final.parent / f".{final.name}.{uuid.uuid4().hex[:12]}.old"
+    final.rename(old)
+    source.rename(final)
+    shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink()
+
+
+def _upload(folder: Path, target: str) -> None:
+    import fsspec
+
+    make_dirs(target)
+    fs, path = fsspec.core.url_to_fs(target)
+    names = sorted(entry.name for entry in folder.iterdir())
+    for name in list_dir(target):
+        if name not in names:  # leftovers of another layout would change what is loaded
+            remove(join(target, name))
+    for name in sorted(names, key=lambda name: name.startswith("config")):
+        fs.put_file(str(folder / name), f"{path.rstrip('/')}/{name}")

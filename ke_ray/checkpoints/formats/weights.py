@@ -1,0 +1,246 @@
+"""The tensors of a checkpoint folder, by name, without executing or copying anything.
+
+safetensors files are memory-mapped: a tensor costs nothing until its bytes are used, and each
+byte is read once. Pickled files (``model.pt``, ``pytorch_model.bin``) are read by
+``torch.load(weights_only=True)``, which builds tensors and refuses every other object.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ke_ray.checkpoints.formats.layout import Layout, layout_of
+from ke_ray.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["WeightFiles", "is_buffer", "open_weights", "read_layout"]
+
+_BUFFER_ENDINGS = (
+    # Constants that older versions of transformers stored: causal masks and rotary tables.
+    ".attn.bias",
+    ".attn.masked_bias",
+    ".attention.bias",
+    ".attention.masked_bias",
+    "rotary_emb.inv_freq",
+    "rotary_emb.cos_cached",
+    "rotary_emb.sin_cached",
+)
+_INDEX_LIMIT = 64 * 2**20  # bytes; an index of 10,000 tensors has about one million
+
+
+def is_buffer(name: str) -> bool:
+    """Whether a stored tensor is a derived constant (mask, rotary table) and not a weight."""
+    return name.endswith(_BUFFER_ENDINGS)
+
+
+def read_layout(folder: str | Path) -> Layout:
+    """The layout of a local checkpoint folder that has a configuration and weights.
+
+    Raises:
+        CheckpointError: no such folder, or the configuration or the weights are missing.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise CheckpointError(f"There is no checkpoint folder '{path}'.")
+    names = [entry.name for entry in path.iterdir() if entry.is_file()]
+    layout = layout_of(names)
+    expected = (
+        "config.json with model.safetensors (or shards, or pytorch_model.bin), or OLMo's own "
+        "config.yaml with model.safetensors or model.pt"
+    )
+    if layout is None:
+        raise CheckpointError(f"'{path}' is not a checkpoint; expected {expected}.")
+    if layout.config not in names:
+        raise CheckpointError(f"'{path}' has no {layout.config}; expected {expected}.")
+    if not layout.weights:
+        raise CheckpointError(f"'{path}' holds no weights; expected {expected}.")
+    return layout
+
+
+class WeightFiles(Mapping[str, "torch.Tensor"]):
+    """Tensor name to tensor over one or more open weight files.
+
+    Values are views of memory-mapped files: read-only, and valid after :meth:`close` too.
+    """
+
+    def __init__(self, folder: Path, layout: Layout) -> None:
+        self._folder = folder
+        self._handles: list[Any] = []
+        self._source: dict[str, Any] = {}
+        indexed = _read_index(folder, layout)
+        for name in layout.weights if indexed is None else sorted(set(indexed.values())):
+            opened = _open_file(folder / name)
+            self._handles.append(opened)
+            for key in opened.keys():  # noqa: SIM118 (safe_open is no mapping)
+                if key in self._source:
+                    raise CheckpointError(f"'{folder}' holds the tensor '{key}' twice.")
+                self._source[key] = opened
+        if indexed is not None:
+            absent = sorted(set(indexed) - set(self._source))
+            if absent:
+                raise CheckpointError(
+                    f"'{folder}': the index names {len(absent)} tensors that its files do not "
+                    f"hold, the first '{absent[0]}'; fetch the checkpoint again."
+                )
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        source = self._source[name]
+        try:
+            return source[name] if isinstance(source, dict) else source.get_tensor(name)
+        except Exception as error:
+            raise CheckpointError(f"'{self._folder}': cannot read '{name}': {error}.") from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._source)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, from the header alone."""
+        source = self._source[name]
+        if isinstance(source, dict):
+            return tuple(source[name].shape)
+        return tuple(source.get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype | None:
+        """Stored dtype of a tensor, from the header alone; None for one torch does not know."""
+        source = self._source[name]
+        if isinstance(source, dict):
+            return source[name].dtype
+        return safetensors_dtype(source.get_slice(name).get_dtype())
+
+    def num_elements(self) -> int:
+        """Elements over all tensors."""
+        total = 0
+        for name in self:
+            count = 1
+            for size in self.shape(name):
+                count *= size
+            total += count
+        return total
+
+
+def open_weights(folder: str | Path, layout: Layout | None = None) -> WeightFiles:
+    """Open the weight files of a local checkpoint folder.
+
+    Raises:
+        CheckpointError: a file is missing, truncated, malformed, or a pickle that holds anything
+            but tensors (which is refused, never executed).
+    """
+    path = Path(folder)
+    return WeightFiles(path, layout or read_layout(path))
+
+
+def safetensors_dtype(name: str) -> torch.dtype | None:
+    """The torch dtype of a safetensors type name such as ``BF16``."""
+    import torch
+
+    return {
+        "F64": torch.float64,
+        "F32": torch.float32,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+        "I64": torch.int64,
+        "I32": torch.int32,
+        "I16": torch.int16,
+        "I8": torch.int8,
+        "U8": torch.uint8,
+        "BOOL": torch.bool,
+    }.get(name)
+
+
+def _open_file(path: Path) -> Any:
+    if not path.is_file():
+        raise CheckpointError(f"The weight file '{path}' is missing; fetch the checkpoint again.")
+    return _open_safetensors(path) if path.suffix == ".safetensors" else _open_pickle(path)
+
+
+def _open_safetensors(path: Path) -> Any:
+    from safetensors import safe_open
+
+    _check_header(path)
+    try:
+        return safe_open(str(path), framework="pt", device="cpu")
+    except Exception as error:  # SafetensorError, OSError, and what a broken header may cause
+        raise CheckpointError(
+            f"'{path}' is truncated or not a safetensors file: {error}. Fetch it again."
+        ) from error
+
+
+def _check_header(path: Path) -> None:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+    length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
+    if length < 0 or length > size - 8:
+        raise CheckpointError(
+            f"'{path}' is truncated or not a safetensors file: its header would end at byte "
+            f"{length + 8:,} of {size:,}. Fetch it again."
+        )
+
+
+def _open_pickle(path: Path) -> dict[str, torch.Tensor]:
+    import torch
+
+    try:
+        try:
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "mmap" not in str(error):
+                raise
+            # Files from before torch 1.6 are no zip archives and cannot be mapped.
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "Unsupported" in str(error) or "GLOBAL" in str(error):
+            raise CheckpointError(
+                f"'{path}' is a pickle that holds code or objects other than tensors. It was "
+                "refused and nothing of it was executed; ask for a safetensors file."
+            ) from error
+        raise CheckpointError(f"'{path}' is truncated or not a weight file.") from error
+    except Exception as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"'{path}' is truncated or not a weight file: {first}. Fetch it again."
+        ) from error
+    if not isinstance(loaded, dict):
+        raise CheckpointError(f"'{path}' holds a {type(loaded).__name__}, expected named tensors.")
+    for name, value in loaded.items():
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            raise CheckpointError(
+                f"'{path}' holds a {type(value).__name__} under {name!r}, expected only tensors."
+            )
+    return loaded
+
+
+def _read_index(folder: Path, layout: Layout) -> dict[str, str] | None:
+    if layout.index is None:
+        return None
+    path = folder / layout.index
+    if not path.is_file():
+        return None
+    problem = f"'{path}' is not the index of a sharded checkpoint"
+    if path.stat().st_size > _INDEX_LIMIT:
+        raise CheckpointError(f"{problem}: it has more than {_INDEX_LIMIT:,} bytes.")
+    try:
+        weight_map = json.loads(path.read_bytes())["weight_map"]
+        files = set(weight_map.values())
+        plain = all(isinstance(name, str) and name == Path(name).name for name in files)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{problem}: {error}.") from error
+    if not files or not plain:
+        raise CheckpointError(
+            f"{problem}: its weight_map must name files inside the folder, got "
+            f"{sorted(map(str, files))[:3]}."
+        )
+    suffix = Path(layout.index.removesuffix(".index.json")).suffix
+    if any(Path(name).suffix != suffix for name in files):
+        raise CheckpointError(f"{problem}: it mixes kinds of files, expected only '{suffix}'.")
+    return weight_map

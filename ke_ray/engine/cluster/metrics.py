@@ -1,0 +1,192 @@
+"""What a running study tells Prometheus, through Ray's metrics.
+
+Every metric is declared once, in :data:`METRICS`; ``dashboards/grafana`` shows them. Ray exports
+them on each node with the prefix ``ray_`` (counters end in ``_total`` there) and adds labels of its
+own (``NodeAddress``, ``WorkerId``, …). Two of Ray's habits shape the table: it forgets a gauge that
+was not set for twenty seconds, so gauges are set again and again; and it rebuilds histograms from
+the middles of their buckets, so seconds are counted instead, exactly.
+
+Nothing is recorded per token: the scan's driver records once a second, a training worker when the
+loop has looked at its losses, at most once a second.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from ke_ray.checkpoints.reference import CheckpointRef
+    from ke_ray.engine.scan.collect import ScanOutcome, ScanProgress
+    from ke_ray.training.loop import Progress
+    from ke_ray.training.snapshot import Snapshot
+
+__all__ = ["METRICS", "Metric", "ScanMeter", "TrainingMeter", "record", "study_label"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric: counters add what is recorded, gauges hold the last of it."""
+
+    kind: Literal["counter", "gauge"]
+    unit: str
+    description: str
+    tags: tuple[str, ...] = ("study",)
+
+
+METRICS = {
+    "ke_ray_scan_checkpoints": Metric(
+        "counter", "checkpoints", "Checkpoints that came to an end.", ("study", "status")
+    ),
+    "ke_ray_scan_queue": Metric("gauge", "checkpoints", "Checkpoints still to be scored."),
+    "ke_ray_scan_tokens": Metric("counter", "tokens", "Tokens scored, over all corpora."),
+    "ke_ray_scan_scorers": Metric("gauge", "scorers", "Scorers of the running scan."),
+    "ke_ray_scan_idle_share": Metric(
+        "gauge", "fraction", "Share of the scorers' last minute in which they did not score."
+    ),
+    "ke_ray_scan_loads": Metric("counter", "loads", "Checkpoints loaded; again for each cut."),
+    "ke_ray_scan_load_seconds": Metric("counter", "seconds", "Time of loading checkpoints."),
+    "ke_ray_scan_fetch_seconds": Metric("counter", "seconds", "Time of fetching checkpoints."),
+    "ke_ray_training_tokens": Metric("counter", "tokens", "Tokens trained on.", ("study", "run")),
+    "ke_ray_training_loss_nats": Metric(
+        "gauge", "nats per token", "Training loss of the last step.", ("study", "run")
+    ),
+    "ke_ray_training_left_seconds": Metric(
+        "gauge", "seconds", "Time until the last step at the speed so far.", ("study", "run")
+    ),
+    "ke_ray_probe_knowledge_nats": Metric(
+        "gauge", "nats per token", "K of the last probes.", ("study", "run", "setting")
+    ),
+    "ke_ray_sweep_trials_planned": Metric("counter", "trials", "Trials that commands began with."),
+    "ke_ray_sweep_trials": Metric(
+        "counter", "trials", "Trials that came to an end.", ("study", "status")
+    ),
+}
+
+_EVERY_S = 1.0
+_IDLE_WINDOW_S = 60.0
+_made: dict[str, Any] = {}
+
+
+def record(name: str, value: float, **tags: str) -> None:
+    """Add to a counter or set a gauge of :data:`METRICS`; nothing without a Ray session."""
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
+        return
+    metric = METRICS[name]
+    if metric.kind == "counter" and value <= 0:
+        return
+    if name not in _made:
+        from ray.util import metrics
+
+        made = metrics.Counter if metric.kind == "counter" else metrics.Gauge
+        text = f"{metric.description} Unit: {metric.unit}."
+        _made[name] = made(name, text, tag_keys=metric.tags)
+    (_made[name].inc if metric.kind == "counter" else _made[name].set)(value, tags)
+
+
+def study_label(study: Any) -> str:
+    """The ``study`` tag: its name, else its output folder's."""
+    return getattr(study, "name", None) or study.output.rstrip("/").rsplit("/", 1)[-1]
+
+
+class ScanMeter:
+    """Stands between a scan and its display: passes everything on, and records it."""
+
+    def __init__(
+        self, shown: ScanProgress, outcome: ScanOutcome, study: str, queue: int, num_scorers: int
+    ) -> None:
+        self._shown, self._outcome, self._study = shown, outcome, study
+        self._queue, self._num_scorers = queue, num_scorers
+        self._num_tokens = self._num_timed = 0
+        self._busy: deque[tuple[float, float]] = deque([(time.monotonic(), 0.0)])
+
+    def tick(self, num_tokens: int, busy_s: float) -> None:
+        """Once a second: tokens scored and seconds of scoring so far, over all scorers."""
+        self._shown.tokens(num_tokens)
+        self._record("tokens", num_tokens - self._num_tokens)
+        self._num_tokens = num_tokens
+        for timing in self._outcome.timings[self._num_timed :]:
+            self._record("loads", "load_s" in timing)
+            self._record("load_seconds", timing.get("load_s", 0.0))
+            self._record("fetch_seconds", timing.get("fetch_s", 0.0))
+            self._num_timed += 1
+        self._record("queue", self._queue)
+        self._record("scorers", self._num_scorers)
+        self._record("idle_share", self._idle_share(busy_s))
+
+    def checkpoint(self, ref: CheckpointRef, rows: Sequence[dict[str, Any]]) -> None:
+        """One checkpoint is done."""
+        self._shown.checkpoint(ref, rows)
+        self._queue -= 1
+        status = "ok" if all(row["status"] == "ok" for row in rows) else "failed"
+        record("ke_ray_scan_checkpoints", 1, study=self._study, status=status)
+
+    def _record(self, name: str, value: float) -> None:
+        record(f"ke_ray_scan_{name}", value, study=self._study)
+
+    def _idle_share(self, busy_s: float) -> float:
+        now = time.monotonic()
+        self._busy.append((now, busy_s))
+        while now - self._busy[1][0] > _IDLE_WINDOW_S:
+            self._busy.popleft()
+        began, busy_before = self._busy[0]
+        share = (busy_s - busy_before) / max((now - began) * self._num_scorers, 1e-9)
+        return min(max(1.0 - share, 0.0), 1.0)
+
+
+class TrainingMeter:
+    """Stands between the training loop's main worker and those who watch it.
+
+    Args:
+        study: the training study.
+        run: its run.
+        on_progress, on_probes: told everything too.
+    """
+
+    def __init__(
+        self,
+        study: Any,
+        run: str,
+        on_progress: Callable[..., None],
+        on_probes: Callable[[int, Snapshot], None] | None = None,
+    ) -> None:
+        self._tags = {"study": study_label(study), "run": run}
+        self._on_progress, self._on_probes = on_progress, on_probes
+        self._knowledge: dict[str, float] = {}
+        self._num_tokens: int | None = None
+        self._last = 0.0
+
+    def __call__(self, progress: Progress, **more: Any) -> None:
+        """The loop has looked at its losses."""
+        self._on_progress(progress, **more)
+        row, now = progress.record, time.monotonic()
+        if self._num_tokens is None:  # a run that goes on has tokens of earlier processes
+            self._num_tokens = row.num_tokens - row.num_tokens // row.step
+        if now - self._last < _EVERY_S and row.step < progress.num_steps:
+            return
+        self._last = now
+        record("ke_ray_training_tokens", row.num_tokens - self._num_tokens, **self._tags)
+        self._num_tokens = row.num_tokens
+        record("ke_ray_training_loss_nats", row.loss, **self._tags)
+        record("ke_ray_training_left_seconds", progress.time_left_s, **self._tags)
+        self._record_knowledge()
+
+    def probes(self, step: int, found: Snapshot) -> None:
+        """The probes were asked after ``step`` steps."""
+        if self._on_probes is not None:
+            self._on_probes(step, found)
+        values = np.array(found.paragraphs)
+        settings = np.array(found.settings)
+        self._knowledge = {str(s): float(values[settings == s].mean()) for s in set(settings)}
+        self._record_knowledge()
+
+    def _record_knowledge(self) -> None:
+        for setting, value in self._knowledge.items():
+            record("ke_ray_probe_knowledge_nats", value, setting=setting, **self._tags)

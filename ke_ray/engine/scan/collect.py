@@ -1,0 +1,220 @@
+"""What comes back from the scorers of a scan, made into result files.
+
+Partial sums are merged in float64; a checkpoint is written when all of it is there.
+"""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import pyarrow as pa
+
+from ke_ray.checkpoints.reference import CheckpointRef
+from ke_ray.engine.cluster.metrics import ScanMeter
+from ke_ray.engine.scan.scorer_output import ScorerSettings, evaluated_columns, sums_from_bytes
+from ke_ray.errors import KeRayError
+from ke_ray.planning.scan import ScanSetup
+from ke_ray.planning.scan_items import CheckpointWork
+from ke_ray.results.scan_folder import REPLICATES_SCHEMA
+from ke_ray.resuscitation.prediction import write_revived
+from ke_ray.tracking.runs import TrackedRun
+from ke_ray.tracking.scan import log_scan_metrics
+
+__all__ = ["Collector", "ScanOutcome", "ScanProgress"]
+
+_FOLD_EVERY_S = 15.0
+_FOLD_SHARE = 0.05  # of the driver's time, at most
+
+
+class ScanProgress(Protocol):
+    """What a scan tells about itself while it runs."""
+
+    def start(self, *, num_checkpoints: int, num_skipped: int, num_tokens: int) -> None:
+        """Before the first item; tokens to score, padding included."""
+
+    def tokens(self, num_tokens: int) -> None:
+        """Tokens scored so far, about once a second."""
+
+    def checkpoint(self, ref: CheckpointRef, rows: Sequence[dict[str, Any]]) -> None:
+        """One checkpoint is done; its result rows, some of which may have failed."""
+
+    def stop(self) -> None:
+        """After the last item."""
+
+
+@dataclass
+class ScanOutcome:
+    """What came of a scan.
+
+    Attributes:
+        scanned, skipped: checkpoints scored now, and found finished.
+        failures: (checkpoint, message) of those that failed.
+        phases_s: seconds of set-up, Ray start, scoring (actor start included) and closing.
+        timings: seconds of fetch, load, score and wait, one entry per item.
+    """
+
+    output: str
+    scanned: int = 0
+    skipped: int = 0
+    failures: list[tuple[str, str]] = field(default_factory=list)
+    phases_s: dict[str, float] = field(default_factory=dict)
+    timings: list[dict[str, float]] = field(default_factory=list)
+    num_tokens: int = 0
+    mlflow_run_id: str | None = None
+
+    @property
+    def exit_code(self) -> int:
+        """1 where a checkpoint failed, else 0."""
+        return 1 if self.failures else 0
+
+
+@dataclass
+class _Pending:
+    """What has come back so far of one checkpoint."""
+
+    work: CheckpointWork
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    replicates: list[pa.Table] = field(default_factory=list)
+    coefficients: dict[str, Any] = field(default_factory=dict)
+    sums: dict[str, Any] = field(default_factory=dict)
+    done: set[str] = field(default_factory=set)
+
+    @property
+    def is_done(self) -> bool:
+        return len(self.done) == len(self.work.corpora)
+
+
+class Collector:
+    """Turns scorer output into result files."""
+
+    def __init__(
+        self,
+        setup: ScanSetup,
+        settings: ScorerSettings,
+        run: TrackedRun,
+        meter: ScanMeter,
+        outcome: ScanOutcome,
+    ) -> None:
+        self._setup = setup
+        self._settings = settings
+        self._run = run
+        self._meter = meter
+        self._outcome = outcome
+        self._pending = {work.index: _Pending(work) for work in setup.works}
+        self._fold_after = time.monotonic() + _FOLD_EVERY_S
+
+    def add(self, output: dict[str, Any]) -> None:
+        """Take one row of ``OUTPUT_SCHEMA``."""
+        index, corpus = output["checkpoint"], output["corpus"]
+        pending = self._pending.get(index)
+        if pending is None or corpus in pending.done:
+            return  # the rest of a checkpoint that has failed already
+        timing = {k: output[k] for k in ("fetch_s", "load_s", "score_s", "wait_s") if output[k]}
+        if timing:
+            self._outcome.timings.append(timing)
+        if output.get("revived"):
+            write_revived(self._setup.study.output, self._setup.refs[index].name, output["revived"])
+        if output["status"] == "ok" and output["sums"] is not None:
+            output = self._merge(pending, output)
+        if output["status"] == "ok" and output["rows"] is None:
+            return  # more pieces are to come
+        pending.done.add(corpus)
+        self._take(pending, output)
+        if pending.is_done:
+            self._finish(index, pending)
+
+    def give_up(self, reason: str) -> None:
+        """Record everything that has not come back as failed."""
+        for index, pending in list(self._pending.items()):
+            for work in pending.work.corpora:
+                if work.corpus not in pending.done:
+                    pending.done.add(work.corpus)
+                    failed = {"corpus": work.corpus, "status": "failed", "error": reason}
+                    self._take(pending, failed)
+            self._finish(index, pending)
+
+    def _merge(self, pending: _Pending, output: dict[str, Any]) -> dict[str, Any]:
+        corpus = output["corpus"]
+        part = sums_from_bytes(output["sums"])
+        merged = pending.sums.get(corpus)
+        merged = part if merged is None else merged.merge(part)
+        pending.sums[corpus] = merged
+        if not merged.is_complete():
+            return output
+        work = next(work for work in pending.work.corpora if work.corpus == corpus)
+        del pending.sums[corpus]
+        try:
+            return {**output, **evaluated_columns(merged, work.measures, self._settings)}
+        except KeRayError as error:
+            return {**output, "status": "failed", "error": str(error)}
+
+    def _take(self, pending: _Pending, output: dict[str, Any]) -> None:
+        ref = self._setup.refs[pending.work.index]
+        corpus = self._setup.corpora[output["corpus"]]
+        common = {
+            "checkpoint": ref.name,
+            "step": ref.step,
+            "revision": ref.revision,
+            "corpus": corpus.name,
+            "num_instances": output.get("num_instances"),
+            "num_tokens": output.get("num_tokens"),
+            "weights_sha256": output.get("weights_sha256"),
+            "data_sha256": corpus.sha256,
+            "status": output["status"],
+            "error": output.get("error"),
+        }
+        if output["status"] != "ok":
+            pending.rows.append(common)
+            return
+        pending.rows += [{**common, **row} for row in _from_ipc(output["rows"]).to_pylist()]
+        replicates = _from_ipc(output["replicates"])
+        size = replicates.num_rows
+        for name, value, kind in (
+            ("corpus", corpus.name, pa.string()),
+            ("step", ref.step, pa.int64()),
+            ("checkpoint", ref.name, pa.string()),
+        ):
+            column = pa.repeat(pa.scalar(value, kind), size)
+            replicates = replicates.add_column(0, pa.field(name, kind), column)
+        pending.replicates.append(replicates.cast(REPLICATES_SCHEMA))
+        if output["coefficients"] is not None:
+            from safetensors.numpy import load
+
+            pending.coefficients[corpus.name] = load(output["coefficients"])[
+                "mean_abs_coefficients"
+            ]
+
+    def _finish(self, index: int, pending: _Pending) -> None:
+        del self._pending[index]
+        ref = self._setup.refs[index]
+        folder = self._setup.folder
+        folder.write_part(
+            ref.name,
+            pending.rows,
+            pa.concat_tables(pending.replicates) if pending.replicates else None,
+            pending.coefficients,
+        )
+        errors = list(dict.fromkeys(r["error"] for r in pending.rows if r["status"] != "ok"))
+        if errors:
+            self._outcome.failures.append((ref.name, " ".join(errors)))
+        else:
+            self._outcome.scanned += 1
+        self._outcome.num_tokens += sum(
+            row["num_tokens"] or 0 for row in {row["corpus"]: row for row in pending.rows}.values()
+        )
+        log_scan_metrics(self._run, pending.rows, index, self._setup)
+        self._meter.checkpoint(ref, pending.rows)
+        # Folding reads and writes all tables again, which takes ever longer in a long series.
+        if (started := time.monotonic()) > self._fold_after:
+            folder.consolidate()
+            ended = time.monotonic()
+            self._fold_after = ended + max(_FOLD_EVERY_S, (ended - started) / _FOLD_SHARE)
+
+
+def _from_ipc(payload: bytes) -> pa.Table:
+    with pa.ipc.open_stream(io.BytesIO(payload)) as reader:
+        return reader.read_all()

@@ -1,0 +1,252 @@
+"""The scan: entropies of many checkpoints on Ray Data.
+
+Driver side. It lists checkpoints, packs the corpora, leaves out what the output folder already
+has, deals work items to scorers (``ke_ray.engine.scan.scorer``), merges partial sums in float64, and
+writes each checkpoint's results as it finishes. Memory on the driver is that of the corpora and of
+the checkpoints that are being scored, whatever the length of the series.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from typing import Any
+
+from ke_ray import storage
+from ke_ray.engine.cluster.metrics import ScanMeter, study_label
+from ke_ray.engine.cluster.session import (
+    beside_driver,
+    cluster_resources,
+    most_cpus_of_a_node,
+    ray_session,
+)
+from ke_ray.engine.cluster.shared_storage import check_nodes_see
+from ke_ray.engine.scan.collect import Collector, ScanOutcome, ScanProgress
+from ke_ray.engine.scan.scorer import CheckpointScorer, ScanMonitor
+from ke_ray.engine.scan.scorer_output import ScorerSettings, item_to_json
+from ke_ray.errors import ResultsError, StorageError, UserError
+from ke_ray.planning.scan import ScanSetup
+from ke_ray.planning.scan_items import load_tokens, plan_items
+from ke_ray.tracking.runs import TrackedRun, Tracker
+from ke_ray.tracking.scan import log_finished, start_scan_run
+
+__all__ = ["ScanOutcome", "ScanProgress", "run_scan"]
+
+log = logging.getLogger(__name__)
+
+
+def run_scan(setup: ScanSetup, progress: ScanProgress, tracker: Tracker) -> ScanOutcome:
+    """Score what is missing and write it.
+
+    Args:
+        setup: from ``prepare_scan``.
+        progress: told what happens.
+        tracker: where the run is logged.
+
+    Returns:
+        What was done; failed checkpoints are in it and in the results, never raised.
+
+    Raises:
+        StorageError: the output folder cannot be written (what was finished before is kept).
+    """
+    outcome = ScanOutcome(setup.study.output, skipped=setup.num_skipped)
+    outcome.phases_s["setup"] = setup.duration_s
+    with _sole_writer(setup.study.output):
+        setup.folder.manifest.update(status="running")
+        if setup.changed:
+            log.warning("Other weights than before, scanned anew: %s", ", ".join(setup.changed))
+        setup.folder.consolidate(without=setup.changed)
+        run = start_scan_run(setup, tracker)
+        outcome.mlflow_run_id = run.run_id
+        status = "FAILED"
+        try:
+            log_finished(run, setup)
+            _run(setup, progress, run, outcome)
+            status = "FAILED" if outcome.failures else "FINISHED"
+        except KeyboardInterrupt:
+            status = "KILLED"
+            raise
+        finally:
+            progress.stop()
+            if setup.folder.manifest["status"] == "running":
+                # It did not come to its end: finished parts stay, and the same command goes on.
+                word = "interrupted" if status == "KILLED" else "failed"
+                setup.folder.manifest["status"] = word
+                with suppress(StorageError):  # a full disk must not hide its own message
+                    setup.folder.write_manifest()
+            run.set_tags({"ke_ray.num_failed": str(len(outcome.failures))})
+            run.finish(status)
+    return outcome
+
+
+def _run(setup: ScanSetup, progress: ScanProgress, run: TrackedRun, outcome: ScanOutcome) -> None:
+    num_tokens = sum(work.num_tokens for work in setup.works)
+    progress.start(
+        num_checkpoints=len(setup.works), num_skipped=setup.num_skipped, num_tokens=num_tokens
+    )
+    if setup.works:
+        started = time.monotonic()
+        with ray_session():
+            outcome.phases_s["ray_start"] = time.monotonic() - started
+            started = time.monotonic()
+            _score(setup, run, progress, outcome)
+            outcome.phases_s["scoring"] = time.monotonic() - started
+    started = time.monotonic()
+    setup.folder.manifest["checkpoints"] = setup.checkpoint_entries()
+    setup.folder.consolidate(final=not outcome.failures)
+    if outcome.failures:
+        setup.folder.manifest["status"] = "failed"
+        setup.folder.write_manifest()
+    outcome.phases_s["closing"] = time.monotonic() - started
+
+
+@contextmanager
+def _sole_writer(output: str) -> Iterator[None]:
+    """Refuse a second scan into one local folder: each would fold the other's parts away."""
+    if not storage.is_local(output):
+        yield
+        return
+    from filelock import FileLock, Timeout
+
+    storage.make_dirs(output)
+    lock = FileLock(storage.local_path(output) / ".scan.lock", blocking=False)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ResultsError(
+            f"Another scan is writing '{output}' right now; wait for it, or choose another folder."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _score(setup: ScanSetup, run: TrackedRun, progress: ScanProgress, outcome: ScanOutcome) -> None:
+    import ray
+
+    study = setup.study
+    local = [("The checkpoint", ref.location) for ref in setup.refs if ref.is_local]
+    coefficients = study.resuscitation.coefficients if study.resuscitation else None
+    check_nodes_see([*local, ("resuscitation.coefficients", coefficients)])
+    num_actors, per_actor = _actors(setup)
+    fetched = any(not ref.is_local for ref in setup.refs)
+    load_cost = load_tokens(gpu="num_gpus" in per_actor, fetched=fetched)
+    items = plan_items(setup.works, num_actors, load_cost)
+    num_actors = min(num_actors, len(items))
+    settings = ScorerSettings(
+        dtype=study.dtype,
+        batch_size=study.batch_size,
+        top_k_fraction=study.top_k_fraction,
+        dormant_threshold=study.dormant_threshold,
+        threads=int(per_actor.get("num_cpus", 1)) if "num_gpus" not in per_actor else None,
+        cache_dir=storage.absolute(study.cache_dir) if study.cache_dir else None,
+        cache_bytes=study.cache_bytes,
+        resuscitation=study.resuscitation,
+    )
+    monitor = ray.remote(ScanMonitor).options(max_restarts=0, **beside_driver()).remote()
+    arrays = {
+        name: ray.put((corpus.input_ids, corpus.lengths)) for name, corpus in setup.corpora.items()
+    }
+    context = ray.data.DataContext.get_current()
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    # One block per item, so that Ray Data schedules and retries exactly our items. It restarts
+    # actors and retries items without end; the scorer gives an item up after MAX_ATTEMPTS.
+    # ``from_items`` makes the blocks here; ``from_arrow`` waits for a task to describe them.
+    dataset = ray.data.from_items(
+        [{"item": item_to_json(item)} for item in items], override_num_blocks=len(items)
+    )
+    dataset = dataset.map_batches(
+        CheckpointScorer,
+        fn_constructor_kwargs={
+            "settings": settings,
+            # A cluster that was joined runs its workers in a folder of its own.
+            "checkpoints": [
+                replace(ref, location=storage.absolute(ref.location)) if ref.is_local else ref
+                for ref in setup.refs
+            ],
+            "corpora": arrays,
+            "monitor": monitor,
+        },
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(
+            size=num_actors,
+            max_tasks_in_flight_per_actor=2,
+            max_concurrent_calls_per_actor=2,
+            enable_true_multi_threading=True,
+        ),
+        **per_actor,
+    )
+    meter = ScanMeter(progress, outcome, study_label(study), len(setup.works), num_actors)
+    collector = Collector(setup, settings, run, meter, outcome)
+    with _ticking(monitor, meter):
+        try:
+            for batch in dataset.iter_batches(
+                batch_size=None, batch_format="pyarrow", prefetch_batches=0
+            ):
+                for output in batch.to_pylist():
+                    collector.add(output)
+        except ray.exceptions.RayError as error:
+            reason = str(error).strip().splitlines()[-1] if str(error).strip() else repr(error)
+            log.exception("Ray ended the scan")
+            collector.give_up(f"Ray ended the scan before this checkpoint was scored: {reason}")
+        else:
+            collector.give_up("Ray returned only a part of this checkpoint's results; run again.")
+
+
+def _actors(setup: ScanSetup) -> tuple[int, dict[str, float]]:
+    """How many scorers, and the resources of each.
+
+    One per GPU where there are any. On CPUs as many as asked for, else one per core, fewer where
+    memory could not hold two models for each.
+    """
+    resources = cluster_resources()
+    num_gpus, num_cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
+    if not num_gpus and not num_cpus:
+        raise UserError(
+            "The cluster has neither CPUs nor GPUs right now; wait until its nodes are up "
+            "(ray status) and run the command again."
+        )
+    asked = setup.study.num_actors
+    if num_gpus:
+        return min(asked or num_gpus, num_gpus), {"num_gpus": 1, "num_cpus": 1}
+    num_actors = min(asked or num_cpus, num_cpus)
+    if asked is None:
+        if setup.model_bytes:  # one that is scored, one that loads, and room to work
+            fitting = int(resources.get("memory", 0) / (2.5 * setup.model_bytes))
+            num_actors = max(1, min(num_actors, fitting))
+        num_actors = min(num_actors, max(1, len(setup.works)))
+    # An actor lives on one node: more cores than the largest has would never be granted.
+    return num_actors, {"num_cpus": max(1, min(num_cpus // num_actors, most_cpus_of_a_node()))}
+
+
+@contextmanager
+def _ticking(monitor: Any, meter: ScanMeter) -> Iterator[None]:
+    """Ask the monitor for what was scored, once a second, on a thread."""
+    import ray
+
+    stopped = threading.Event()
+
+    def tick() -> None:
+        while not stopped.wait(1.0):
+            try:
+                meter.tick(*ray.get(monitor.scored.remote(), timeout=5))
+            except ray.exceptions.RayError:
+                continue
+
+    thread = threading.Thread(target=tick, name="scan-progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stopped.set()
+        thread.join(timeout=10)
+    with suppress(ray.exceptions.RayError):
+        meter.tick(*ray.get(monitor.scored.remote(), timeout=5))

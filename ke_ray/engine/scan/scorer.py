@@ -1,0 +1,324 @@
+"""The scorer: an actor that loads checkpoints and turns work items into rows or partial sums.
+
+Ray Data calls an actor for two items at a time, on two threads. One lock is held while loading and
+another while scoring, so the next checkpoint is fetched and loaded while this one is scored.
+Whatever goes wrong with an item becomes a row with its error; an item that keeps killing its actor
+is given up after ``MAX_ATTEMPTS`` by count of the monitor, which outlives the actors.
+
+    input    one row    ``item`` (JSON of the work item and its checkpoint)
+    output   one row for each corpus of the item, columns of ``scorer_output.OUTPUT_SCHEMA``
+    resources   ``num_cpus`` or ``num_gpus`` per actor, chosen by the scan
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from ke_ray.checkpoints.reference import CheckpointRef
+from ke_ray.engine.scan.scorer_output import (
+    ScorerSettings,
+    evaluated_columns,
+    failed_table,
+    item_from_json,
+    output_table,
+    save_tensors,
+)
+from ke_ray.errors import KeRayError
+from ke_ray.planning.scan_items import Stretch, WorkItem
+
+if TYPE_CHECKING:
+    import torch
+
+    from ke_ray.core.statistics import GroupSums
+    from ke_ray.resuscitation.start import Revived
+
+__all__ = ["CheckpointScorer", "ScanMonitor"]
+
+log = logging.getLogger(__name__)
+
+MAX_ATTEMPTS = 3
+_REPORT_EVERY_S = 0.5
+
+
+class ScanMonitor:
+    """Counts attempts and tokens for all scorers; a small actor that needs no CPU of its own."""
+
+    def __init__(self) -> None:
+        self._attempts: dict[int, int] = {}
+        self._scored: dict[int, tuple[int, float]] = {}
+
+    def begin(self, item: int) -> int:
+        """Count an attempt at an item; returns how many there were, this one included."""
+        self._attempts[item] = self._attempts.get(item, 0) + 1
+        self._scored[item] = (0, 0.0)
+        return self._attempts[item]
+
+    def attempts(self, item: int) -> int:
+        """How often an item was begun."""
+        return self._attempts.get(item, 0)
+
+    def report(self, item: int, num_tokens: int, busy_s: float) -> None:
+        """Tokens scored of an item so far, and the seconds that took."""
+        self._scored[item] = (num_tokens, busy_s)
+
+    def scored(self) -> tuple[int, float]:
+        """Tokens and seconds of all items so far."""
+        tokens, seconds = zip(*self._scored.values(), strict=True) if self._scored else ((), ())
+        return sum(tokens), sum(seconds)
+
+
+@dataclass
+class _Loaded:
+    """A model that one or two items use."""
+
+    model: Any
+    fetch_s: float
+    load_s: float
+    sha256: Future[str]
+    revived: Revived | None = None
+
+
+@dataclass
+class _Slot:
+    ready: Future[_Loaded] = field(default_factory=Future)
+    users: int = 0
+
+
+class CheckpointScorer:
+    """One scorer: a callable class for ``Dataset.map_batches``.
+
+    Args:
+        settings: the same for all.
+        checkpoints: the listing; work items name a checkpoint by its index.
+        corpora: name → object reference of (input_ids, lengths).
+        monitor: handle of the ``ScanMonitor``.
+    """
+
+    def __init__(
+        self,
+        settings: ScorerSettings,
+        checkpoints: Sequence[CheckpointRef],
+        corpora: dict[str, Any],
+        monitor: Any,
+    ) -> None:
+        import ray
+        import torch
+
+        from ke_ray.checkpoints.fetch.cache import Store
+
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        self._settings = settings
+        self._checkpoints = checkpoints
+        self._corpora = {name: ray.get(ref) for name, ref in corpora.items()}
+        self._monitor = monitor
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._store = Store(settings.cache_dir, settings.cache_bytes)
+        self._slots: dict[int, _Slot] = {}
+        self._guard = threading.Lock()
+        self._load_lock = threading.Lock()
+        self._score_lock = threading.Lock()
+        self._alone = _Exclusive()
+        self._hasher = ThreadPoolExecutor(1, "weights-hash")
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Score the item of a one-row table."""
+        import ray
+
+        item = item_from_json(batch["item"][0].as_py())
+        ref = self._checkpoints[item.checkpoint]
+        earlier = ray.get(self._monitor.attempts.remote(item.index))
+        # An item that was lost with its actor runs alone the next time, so that an item which
+        # kills its actor takes no neighbour's attempts with it.
+        with self._alone.enter(exclusive=earlier > 0):
+            if earlier >= MAX_ATTEMPTS:
+                return failed_table(
+                    item,
+                    f"'{ref.label}' ended the process that scored it {earlier} times "
+                    "(most likely it does not fit into memory); given up.",
+                )
+            ray.get(self._monitor.begin.remote(item.index))
+            try:
+                return self._score(item, ref)
+            except KeRayError as error:
+                text = str(error)
+                return failed_table(item, text if ref.label in text else f"'{ref.label}': {text}")
+            except Exception as error:
+                log.exception("Scoring '%s' failed", ref.label)
+                return failed_table(item, f"'{ref.label}': {type(error).__name__}: {error}")
+
+    def _score(self, item: WorkItem, ref: CheckpointRef) -> pa.Table:
+        outputs = []
+        with self._model(item.checkpoint, ref) as loaded:
+            waiting = time.monotonic()
+            with self._score_lock:
+                started = time.monotonic()
+                report = self._reporter(item.index)
+                sums = [self._sum(loaded.model, stretch, report) for stretch in item.stretches]
+                ended = time.monotonic()
+            scored = sum(part.total_tokens for part in sums)
+            self._monitor.report.remote(item.index, scored, ended - started)
+            for stretch, part in zip(item.stretches, sums, strict=True):
+                outputs.append(self._output(item, ref, stretch, part))
+            sha256 = loaded.sha256.result()
+        for output in outputs:
+            output["weights_sha256"] = sha256
+        timings = {
+            "fetch_s": loaded.fetch_s,
+            "load_s": loaded.load_s,
+            "score_s": ended - started,
+            "wait_s": started - waiting,
+        }
+        told = None if loaded.revived is None else json.dumps(asdict(loaded.revived))
+        outputs[0] |= {**timings, "revived": told}  # once an item
+        return output_table(outputs)
+
+    def _sum(self, model: Any, stretch: Stretch, report: Any) -> GroupSums:
+        from ke_ray.models.scoring import score_instances
+
+        input_ids, lengths = self._corpora[stretch.work.corpus]
+        rows = slice(stretch.start, stretch.stop)
+        return score_instances(
+            model,
+            input_ids[rows],
+            lengths[rows],
+            measures=stretch.work.measures,
+            num_instances=stretch.work.num_instances,
+            first_instance=stretch.start,
+            batch_size=self._settings.batch_size,
+            on_batch=report,
+        )
+
+    def _output(
+        self, item: WorkItem, ref: CheckpointRef, stretch: Stretch, sums: GroupSums
+    ) -> dict[str, Any]:
+        output: dict[str, Any] = {
+            "item": item.index,
+            "checkpoint": item.checkpoint,
+            "corpus": stretch.work.corpus,
+            "status": "ok",
+            "num_instances": sums.total_instances,
+            "num_tokens": sums.total_tokens,
+        }
+        if not stretch.is_whole:
+            return {**output, "sums": save_tensors(sums.to_tensors())}
+        try:
+            return {**output, **evaluated_columns(sums, stretch.work.measures, self._settings)}
+        except KeRayError as error:
+            return {**output, "status": "failed", "error": f"'{ref.label}': {error}"}
+
+    @contextmanager
+    def _model(self, index: int, ref: CheckpointRef) -> Iterator[_Loaded]:
+        """The model of a checkpoint, loaded once for all items that use it at the same time."""
+        with self._guard:
+            slot = self._slots.get(index)
+            is_owner = slot is None
+            if slot is None:
+                slot = self._slots[index] = _Slot()
+            slot.users += 1
+        try:
+            if is_owner:
+                try:
+                    with self._load_lock:
+                        self._drop_idle(index)
+                        slot.ready.set_result(self._load(ref))
+                except BaseException as error:
+                    slot.ready.set_exception(error)
+            loaded = slot.ready.result()
+            # Whoever finds it loaded has waited for nothing.
+            yield loaded if is_owner else replace(loaded, fetch_s=0.0, load_s=0.0)
+        finally:
+            with self._guard:
+                slot.users -= 1
+                if slot.ready.exception() is not None and not slot.users:
+                    self._slots.pop(index, None)
+
+    def _drop_idle(self, wanted: int) -> None:
+        with self._guard:
+            for index in [i for i, s in self._slots.items() if not s.users and i != wanted]:
+                del self._slots[index]
+
+    def _load(self, ref: CheckpointRef) -> _Loaded:
+        import torch
+
+        from ke_ray.checkpoints.formats.fingerprint import weights_sha256
+        from ke_ray.models.loading import load_model
+        from ke_ray.resuscitation.start import revive
+
+        started = time.monotonic()
+        folder = self._store.fetch(ref)
+        fetched = time.monotonic()
+        # Hashed on a thread of its own while the model loads and scores; fetched files stay
+        # until both loading and hashing are done with them.
+        digest = self._hasher.submit(weights_sha256, folder)
+        try:
+            dtype: torch.dtype = getattr(torch, self._settings.dtype)
+            model = load_model(folder, dtype=dtype, device=self._device)
+            keys = self._settings.resuscitation
+            revived = revive(model, folder, ref, self._measured, keys) if keys else None
+        finally:
+            digest.add_done_callback(lambda _: self._store.release(ref))
+        return _Loaded(model, fetched - started, time.monotonic() - fetched, digest, revived)
+
+    def _measured(self, model: Any) -> torch.Tensor:
+        """C̄ of the model as it is, on the whole of the scan's first corpus."""
+        from ke_ray.models.scoring import score_instances
+
+        input_ids, lengths = next(iter(self._corpora.values()))
+        return score_instances(
+            model,
+            input_ids,
+            lengths,
+            measures=("knowledge_entropy",),
+            num_instances=len(input_ids),
+            batch_size=self._settings.batch_size,
+        ).mean("coefficients")
+
+    def _reporter(self, item: int) -> Any:
+        total = 0
+        last = started = time.monotonic()
+
+        def report(num_tokens: int) -> None:
+            nonlocal total, last
+            total += num_tokens
+            now = time.monotonic()
+            if now - last >= _REPORT_EVERY_S:
+                last = now
+                self._monitor.report.remote(item, total, now - started)
+
+        return report
+
+
+class _Exclusive:
+    """Lets any number in together, or one alone."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._inside = 0
+        self._taken = False
+
+    @contextmanager
+    def enter(self, *, exclusive: bool) -> Iterator[None]:
+        with self._condition:
+            self._condition.wait_for(
+                lambda: not self._taken and (not exclusive or self._inside == 0)
+            )
+            self._inside += 1
+            self._taken = exclusive
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._inside -= 1
+                self._taken = False
+                self._condition.notify_all()

@@ -1,0 +1,199 @@
+"""What goes to a scorer and what comes back: the rows of a scan's Ray Data pipeline."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from ke_ray.errors import CheckpointError
+from ke_ray.planning.scan_items import CorpusWork, Stretch, WorkItem
+from ke_ray.secrets import redact
+from ke_ray.studies.parts import Resuscitation
+
+if TYPE_CHECKING:
+    import torch
+
+    from ke_ray.core.measures import Evaluation
+    from ke_ray.core.statistics import GroupSums
+
+__all__ = [
+    "OUTPUT_SCHEMA",
+    "ScorerSettings",
+    "evaluated_columns",
+    "failed_table",
+    "item_from_json",
+    "item_to_json",
+    "output_table",
+    "save_tensors",
+    "sums_from_bytes",
+]
+
+OUTPUT_SCHEMA = pa.schema(
+    [
+        ("item", pa.int64()),
+        ("checkpoint", pa.int64()),
+        ("corpus", pa.string()),
+        ("status", pa.string()),
+        ("error", pa.string()),
+        ("num_instances", pa.int64()),
+        ("num_tokens", pa.int64()),
+        ("weights_sha256", pa.string()),
+        # Either partial sums (safetensors), or, where the item is all of the corpus, their
+        # evaluation: rows and replicates (Arrow IPC) and mean coefficients (safetensors).
+        ("sums", pa.large_binary()),
+        ("rows", pa.large_binary()),
+        ("replicates", pa.large_binary()),
+        ("coefficients", pa.large_binary()),
+        # JSON of what resuscitation was predicted to do; on an item's first row.
+        ("revived", pa.string()),
+        ("fetch_s", pa.float64()),
+        ("load_s", pa.float64()),
+        ("score_s", pa.float64()),
+        ("wait_s", pa.float64()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class ScorerSettings:
+    """What every scorer of a scan needs to know."""
+
+    dtype: str
+    batch_size: int
+    top_k_fraction: float
+    dormant_threshold: float
+    threads: int | None
+    cache_dir: str | None
+    cache_bytes: int | None
+    resuscitation: Resuscitation | None = None
+
+
+def evaluated_columns(
+    sums: GroupSums, measures: Sequence[str], settings: ScorerSettings
+) -> dict[str, Any]:
+    """Rows, replicates and mean coefficients of complete sums, ready to travel.
+
+    Raises:
+        CheckpointError: a value is not finite.
+    """
+    from ke_ray.core.measures import evaluate
+
+    evaluation = evaluate(
+        sums,
+        measures,
+        top_k_fraction=settings.top_k_fraction,
+        dormant_threshold=settings.dormant_threshold,
+    )
+    if not evaluation.is_finite():
+        bad = next(row for row in evaluation.rows if not np.isfinite(row.value))
+        place = "its total" if bad.layer is None else f"layer {bad.layer}"
+        raise CheckpointError(
+            f"{bad.measure} is {bad.value} at {place}: the activations overflow or the weights "
+            "are damaged. Try --dtype float32, or fetch the checkpoint again."
+        )
+    columns: dict[str, Any] = {
+        "rows": _to_ipc(_rows_table(evaluation)),
+        "replicates": _to_ipc(_replicates_table(evaluation)),
+        "num_instances": evaluation.num_instances,
+        "num_tokens": evaluation.num_tokens,
+    }
+    if "coefficients" in sums.tables:
+        mean = sums.mean("coefficients").float().cpu()
+        columns["coefficients"] = save_tensors({"mean_abs_coefficients": mean})
+    return columns
+
+
+def _rows_table(evaluation: Evaluation) -> pa.Table:
+    rows = evaluation.rows
+    return pa.table(
+        {
+            "layer": pa.array([row.layer for row in rows], pa.int32()),
+            "measure": [row.measure for row in rows],
+            "value": [row.value for row in rows],
+            "stderr": [row.stderr for row in rows],
+            "unit": [row.unit for row in rows],
+        }
+    )
+
+
+def _replicates_table(evaluation: Evaluation) -> pa.Table:
+    layers: list[int | None] = []
+    measures: list[str] = []
+    values = []
+    for (layer, measure), replicates in evaluation.replicates.items():
+        layers += [layer] * len(replicates)
+        measures += [measure] * len(replicates)
+        values.append(replicates)
+    num_groups = len(evaluation.group_counts)
+    groups = np.tile(np.arange(num_groups, dtype=np.int32), len(evaluation.replicates))
+    return pa.table(
+        {
+            "layer": pa.array(layers, pa.int32()),
+            "measure": measures,
+            "group": groups,
+            "value": np.concatenate(values) if values else np.empty(0),
+        }
+    )
+
+
+def item_to_json(item: WorkItem) -> str:
+    """A work item as text, for the input column."""
+    return json.dumps(dataclasses.asdict(item))
+
+
+def item_from_json(text: str) -> WorkItem:
+    """The inverse of ``item_to_json``."""
+    values = json.loads(text)
+    stretches = tuple(
+        Stretch(
+            CorpusWork(**{**s["work"], "measures": tuple(s["work"]["measures"])}),
+            s["start"],
+            s["stop"],
+        )
+        for s in values["stretches"]
+    )
+    return WorkItem(values["index"], values["checkpoint"], stretches)
+
+
+def failed_table(item: WorkItem, message: str) -> pa.Table:
+    failure = {
+        "item": item.index,
+        "checkpoint": item.checkpoint,
+        "status": "failed",
+        "error": redact(" ".join(message.split())),
+    }
+    return output_table([{**failure, "corpus": stretch.work.corpus} for stretch in item.stretches])
+
+
+def output_table(rows: Sequence[dict[str, Any]]) -> pa.Table:
+    names = OUTPUT_SCHEMA.names
+    return pa.Table.from_pylist([{n: r.get(n) for n in names} for r in rows], OUTPUT_SCHEMA)
+
+
+def _to_ipc(table: pa.Table) -> bytes:
+    sink = io.BytesIO()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue()
+
+
+def save_tensors(tensors: dict[str, torch.Tensor]) -> bytes:
+    from safetensors.torch import save
+
+    return save({name: tensor.contiguous() for name, tensor in tensors.items()})
+
+
+def sums_from_bytes(payload: bytes) -> GroupSums:
+    """The partial sums of an output row."""
+    from safetensors.torch import load
+
+    from ke_ray.core.statistics import GroupSums
+
+    return GroupSums.from_tensors(load(payload))

@@ -1,0 +1,395 @@
+"""A sweep on Ray Tune: trials side by side, each a continual-learning run.
+
+Tune schedules: it starts actors within the resources, uses them again, replaces those that die,
+and (with ASHA) stops trials. It keeps nothing: the ledger does (``sweep_plan``), so that the same
+command after any kind of end goes on with what is missing, on another cluster too. Each trial
+writes its own MLflow run, a child of the sweep's.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import uuid
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from ke_ray import storage
+from ke_ray.engine.cluster.metrics import record, study_label
+from ke_ray.engine.cluster.session import beside_driver, ray_session
+from ke_ray.engine.cluster.shared_storage import check_nodes_see
+from ke_ray.engine.sweep.resources import TrialResources, trial_resources
+from ke_ray.engine.sweep.trial import STOPPED_TAG, TIME, VALUE, Handout, config_of_trial
+from ke_ray.engine.sweep.tuner import ENVIRONMENT, alone, build_tuner, scratch
+from ke_ray.engine.train.continual import read_by_workers
+from ke_ray.planning.sweep import SweepPlan, Trial, identity_keys
+from ke_ray.results.manifest import new_manifest, read_manifest, write_manifest
+from ke_ray.results.sweep_folder import (
+    objective_value,
+    settings_rows,
+    settings_table,
+    trials_table,
+)
+from ke_ray.tracking.runs import TrackedRun, Tracker, flatten
+from ke_ray.tracking.training import run_params
+from ke_ray.training.runs import base_row, part_folder, run_key, write_failed, write_row
+
+__all__ = ["SweepOutcome", "SweepProgress", "collect_sweep", "run_sweep"]
+
+log = logging.getLogger(__name__)
+
+
+class SweepProgress(Protocol):
+    """What a live display is told, on the driver."""
+
+    def start(self, *, num_trials: int, num_skipped: int, concurrency: int) -> None:
+        """Trials to run, trials found finished, and how many run at once."""
+
+    def begun(self, trial_id: str) -> None:
+        """A trial was given to an actor."""
+
+    def ended(self, trial_id: str, row: Mapping[str, Any]) -> None:
+        """A trial has its row."""
+
+    def stop(self) -> None:
+        """The sweep has ended."""
+
+
+@dataclass
+class SweepOutcome:
+    """What came of a sweep.
+
+    Attributes:
+        rows: one a trial: ``trial_id``, ``point``, ``params`` and the columns of ``runs.parquet``.
+        skipped: trials found finished.
+        missing: objectives that no trial reported.
+        phases_s: seconds of Ray's start, from there until a trial began its work, and of the rest.
+    """
+
+    output: str
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    skipped: int = 0
+    missing: list[str] = field(default_factory=list)
+    phases_s: dict[str, float] = field(default_factory=dict)
+    mlflow_run_id: str | None = None
+
+    @property
+    def failures(self) -> list[tuple[str, str]]:
+        """(trial, error) of the trials that failed."""
+        return [(r["trial_id"], r["error"]) for r in self.rows if r["status"] == "failed"]
+
+    @property
+    def exit_code(self) -> int:
+        """1 where a trial failed or an objective was never reported."""
+        return 1 if self.failures or self.missing else 0
+
+
+def run_sweep(
+    plan: SweepPlan, tracker: Tracker, progress: SweepProgress | None = None
+) -> SweepOutcome:
+    """Run the trials of a sweep that are missing, and write its tables.
+
+    Args:
+        plan: from ``prepare_sweep``.
+        tracker: open; its store gets the sweep's run and the trials' runs.
+
+    Raises:
+        UserError: the cluster cannot hold a trial; another command runs this sweep.
+        KeyboardInterrupt: after statuses and tables were made truthful.
+    """
+    study = plan.study
+    outcome = SweepOutcome(study.output, skipped=sum(t.is_done for t in plan.trials))
+    pending = plan.num_trials - outcome.skipped
+    run = _Run(plan, tracker, progress)
+    with ExitStack() as held:
+        session = held.enter_context(ExitStack())
+        if pending:
+            started = time.perf_counter()
+            for name, value in ENVIRONMENT.items():
+                os.environ.setdefault(name, value)
+            session.enter_context(ray_session())
+            missing = [trial for trial in plan.trials if not trial.is_done]
+            check_nodes_see(
+                [read for t in missing for read in read_by_workers(t.study, [t.spec])], study.output
+            )
+            run.resources = trial_resources(study, _nodes(), pending)
+            outcome.phases_s["ray_start"] = time.perf_counter() - started
+        held.enter_context(alone(study.output))
+        parent = run.parent = tracker.start_run(
+            study.name or study.output.rstrip("/").rsplit("/", 1)[-1],
+            key=f"sweep {run.folder_id}",
+            kind="sweep",
+            params=study.model_dump(mode="json", by_alias=True, exclude={"mlflow"}),
+        )
+        outcome.mlflow_run_id, status = parent.run_id, "FAILED"
+        try:
+            if pending:
+                tracker.close_children(parent.run_id)  # of a command that was killed
+                run.go(pending, outcome)
+            status = "FINISHED"
+        except KeyboardInterrupt:
+            status = "KILLED"
+            raise
+        finally:
+            session.close()  # no trial runs from here on
+            run.finish_stopped()
+            tracker.close_children(parent.run_id)
+            collect_sweep(plan, outcome, "interrupted" if status == "KILLED" else None)
+            if progress is not None:
+                progress.stop()
+            status = "FAILED" if status == "FINISHED" and outcome.exit_code else status
+            _log_parent(parent, outcome)
+            parent.finish(status)
+            parent.flush()
+    return outcome
+
+
+def _folder_id(output: str) -> str | None:
+    """What the folder calls itself; None where no sweep has begun there."""
+    if not storage.exists(storage.join(output, "manifest.json")):
+        return None
+    return str(read_manifest(output, "sweep").get("id", storage.absolute(output)))
+
+
+def _nodes() -> list[dict[str, float]]:
+    import ray
+
+    return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+
+
+class _Run:
+    """State of one command: what its trials get, and what becomes of each."""
+
+    def __init__(
+        self,
+        plan: SweepPlan,
+        tracker: Tracker,
+        progress: SweepProgress | None,
+    ) -> None:
+        self.plan, self.tracker, self.progress = plan, tracker, progress
+        self.parent = tracker.run(None)
+        self.stopped: list[Trial] = []
+        # A folder that is removed and made again is another sweep.
+        self.folder_id = _folder_id(plan.study.output) or uuid.uuid4().hex
+        self.command = uuid.uuid4().hex[:12]
+        self.settings: dict[str, Any] = {}
+        self.resources: TrialResources | None = None
+        self.handout: Any = None
+
+    def go(self, pending: int, outcome: SweepOutcome) -> None:
+        """Run the trials that are missing."""
+        study, resources = self.plan.study, self.resources
+        assert resources is not None
+        record("ke_ray_sweep_trials_planned", pending, study=study_label(study))
+        self._write_start()
+        if self.progress is not None:
+            self.progress.start(
+                num_trials=pending,
+                num_skipped=outcome.skipped,
+                concurrency=resources.concurrency,
+            )
+        self.settings = {
+            "cwd": os.getcwd(),
+            "threads": resources.cpus,
+            "device": "cuda" if resources.gpus else "cpu",
+            "retries": study.retries,
+            "command": self.command,
+            "parent_id": self.parent.run_id,
+            "watch": study.scheduler is not None,
+        }
+        import ray
+
+        from ke_ray.engine.sweep.search import LedgerSearcher
+
+        self.handout = ray.remote(Handout).options(**beside_driver()).remote()
+        began, began_at = time.perf_counter(), time.time()
+        searcher = LedgerSearcher(self.plan, self.config, self.settle)
+        with scratch(study.output) as place:
+            build_tuner(
+                study, searcher, resources, place, pending, self.command, self.handout
+            ).fit()
+        took_s = time.perf_counter() - began
+        waited_s = min(max(0.0, self._first_begun_at() - began_at), took_s)
+        outcome.phases_s |= {"worker_start": waited_s, "trials": took_s - waited_s}
+
+    def _first_begun_at(self) -> float:
+        """When the first trial of this command began its work; 0 where none did."""
+        times = []
+        for trial in self.plan.trials:
+            path = storage.join(part_folder(trial.study, trial.spec), "attempts.json")
+            known = storage.read_json(path) if storage.exists(path) else {}
+            if known.get("command") == self.command:
+                times.append(float(known["begun_at"]))
+        return min(times, default=0.0)
+
+    def _write_start(self) -> None:
+        """The manifest, which says whose folder this is, and the points so far."""
+        study, path = self.plan.study, self.plan.study.output
+        storage.check_writable(path)
+        manifest = new_manifest("sweep", study.model_dump(mode="json", by_alias=True))
+        if storage.exists(storage.join(path, "manifest.json")):
+            manifest["created_at"] = read_manifest(path, "sweep")["created_at"]
+        manifest |= {
+            "id": self.folder_id,
+            "identity": self.plan.identity,
+            "identity_keys": identity_keys(study),
+            "files": self.plan.files,
+            "parameters": list(study.shown_keys),
+            "search": study.search,
+            "objectives": [objective.model_dump() for objective in study.objectives],
+            "num_trials": self.plan.num_trials,
+        }
+        write_manifest(path, manifest)
+        self.plan.save_points()
+
+    def config(self, trial: Trial) -> dict[str, Any]:
+        """What Tune gets of a trial: where its actor finds the rest."""
+        import ray
+
+        if self.progress is not None:
+            self.progress.begun(trial.trial_id)
+        config = config_of_trial(trial, self.settings)
+        config["study"]["mlflow"] = self._mlflow()
+        resources = self.resources
+        if trial.study.num_workers > 1 and resources is not None:
+            # Else each trial would take all of the cluster's CPUs for its workers.
+            config["study"]["cpus_per_worker"] = resources.cpus
+            config["study"]["use_gpu"] = bool(resources.gpus)
+        ray.get(self.handout.put.remote(trial.trial_id, config))
+        return {"trial": trial.trial_id}
+
+    def _mlflow(self) -> dict[str, Any]:
+        settings = self.plan.study.mlflow
+        if not self.tracker.enabled:
+            return {"enabled": False}
+        from_environment = settings.uri is None and "MLFLOW_TRACKING_URI" in os.environ
+        return {
+            **settings.model_dump(mode="json"),
+            "uri": None if from_environment else self.tracker.uri,
+            "experiment": self.tracker.experiment,
+        }
+
+    def settle(self, trial: Trial, result: Mapping[str, Any], error: bool) -> None:
+        """A trial has ended: complete its row, and log what the sweep adds to its run."""
+        row = trial.row()
+        stale = row is not None and row["status"] == "failed" and row.get("fit") != self.command
+        if row is None or stale:
+            if error:
+                text = f"The trial's process died {self.plan.study.retries + 1} times."
+                write_failed(trial.study, trial.spec, text, fit=self.command)
+            else:
+                _write_stopped(trial, result)
+                self.stopped.append(trial)
+            row = trial.row()
+        assert row is not None
+        if row.get("mlflow_run_id") is None:  # it did not live to write its own
+            found = self.tracker.find_run(run_key(trial.study, trial.spec, self.parent.run_id))
+            row = {**row, "mlflow_run_id": found}
+            write_row(trial.study, trial.spec, row)
+        self._log_child(trial, row)
+        record("ke_ray_sweep_trials", 1, study=study_label(self.plan.study), status=row["status"])
+        if self.progress is not None:
+            self.progress.ended(trial.trial_id, row)
+        trials = sweep_rows(self.plan)
+        table = trials_table(trials, self.plan.study.shown_keys)
+        storage.write_table(storage.join(self.plan.study.output, "trials.parquet"), table)
+
+    def finish_stopped(self) -> None:
+        """Make sure that the MLflow run of a trial that a scheduler stopped says FINISHED.
+
+        The trial's actor may have been ended before it could.
+        """
+        for trial in self.stopped:
+            row = trial.row()
+            run_id = self.tracker.find_run(run_key(trial.study, trial.spec, self.parent.run_id))
+            if row is not None and run_id is not None:
+                write_row(trial.study, trial.spec, {**row, "mlflow_run_id": run_id})
+                self.tracker.run(run_id).set_tags({STOPPED_TAG: "asha"})
+                self.tracker.run(run_id).finish("FINISHED")
+        self.parent.flush()
+
+    def _log_child(self, trial: Trial, row: Mapping[str, Any]) -> None:
+        run_id = row.get("mlflow_run_id")
+        if run_id is None:
+            return
+        named = {f"objective/{o.metric}": o.metric for o in self.plan.study.objectives}
+        named |= {
+            f"result/{metric}": metric
+            for metric in (
+                *("acquisition_vs_original", "forgetting_vs_original"),
+                *("probe_logprob_after", "downstream_after", "knowledge_entropy_change_nats"),
+                *("knowledge_entropy_before_nats", "knowledge_entropy_after_nats"),
+            )
+        }
+        found = {name: objective_value(row, metric) for name, metric in named.items()}
+        run = self.tracker.run(run_id)
+        # A group that is off has no keys, and MLflow would draw its trial beside the largest value.
+        known = flatten(run_params(trial.study, trial.spec))
+        usual = flatten(run_params(self.plan.study.base, trial.spec))
+        run.log_params(dict.fromkeys({*usual, *trial.params} - set(known), "none"))
+        run.log_metrics(
+            {k: v for k, v in found.items() if v is not None}, row.get("num_steps") or 0
+        )
+        run.set_tags({"ke_ray.trial": trial.trial_id, "ke_ray.point": str(trial.point.number)})
+
+
+def _write_stopped(trial: Trial, result: Mapping[str, Any]) -> None:
+    step, share = result.get("step"), result.get(TIME)
+    where = "before its first probes" if share is None else f"after {share:.0f} % of its steps"
+    row = {
+        **base_row(trial.study, trial.spec),
+        "status": "stopped",
+        "error": f"Stopped by the scheduler {where}.",
+        "stopped_at_step": step,
+        "acquisition_at_stop": result.get(VALUE),
+    }
+    write_row(trial.study, trial.spec, row)
+
+
+def sweep_rows(plan: SweepPlan) -> list[dict[str, Any]]:
+    """The rows of all trials that have ended, by point and seed."""
+    found = []
+    for trial in plan.trials:
+        row = trial.row()
+        if row is not None:
+            own = {"trial_id": trial.trial_id, "point": trial.point.number, "params": trial.params}
+            found.append({**row, **own})
+    return found
+
+
+def collect_sweep(plan: SweepPlan, outcome: SweepOutcome, status: str | None = None) -> None:
+    """Write ``trials.parquet``, ``settings.parquet`` and the manifest; fill in the outcome."""
+    study = plan.study
+    if not storage.exists(storage.join(study.output, "manifest.json")):
+        return  # refused before it began
+    outcome.rows = sweep_rows(plan)
+    objectives = [(o.metric, str(o.direction)) for o in study.objectives]
+    settings = settings_rows(outcome.rows, objectives)
+    table = trials_table(outcome.rows, study.shown_keys)
+    storage.write_table(storage.join(study.output, "trials.parquet"), table)
+    storage.write_table(storage.join(study.output, "settings.parquet"), settings_table(settings))
+    ok = [row for row in outcome.rows if row["status"] == "ok"]
+    outcome.missing = [
+        metric
+        for metric, _ in objectives
+        if ok and all(objective_value(row, metric) is None for row in ok)
+    ]
+    manifest = read_manifest(study.output, "sweep")
+    manifest |= {
+        "status": status or ("failed" if outcome.exit_code else "finished"),
+        "num_failed": len(outcome.failures),
+        "num_trials": plan.num_trials,
+        "phases_s": outcome.phases_s,
+    }
+    write_manifest(study.output, manifest)
+
+
+def _log_parent(parent: TrackedRun, outcome: SweepOutcome) -> None:
+    counts = {
+        f"trials/{status}": float(sum(row["status"] == status for row in outcome.rows))
+        for status in ("ok", "failed", "stopped")
+    }
+    parent.log_metrics(counts)

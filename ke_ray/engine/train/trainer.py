@@ -1,0 +1,311 @@
+"""The training loop on Ray Train (V2): workers, restarts, and what the driver sees of them.
+
+Ray starts the workers and starts them again when one dies; everything else is the loop's own: a
+new attempt finds the newest training state by itself (``ke_ray.training.checkpoint``), so the same
+path serves a killed worker, a killed driver and a run without Ray. An error that another attempt
+would only meet again (bad input, a loss that is not finite) is written down, ends the attempts,
+and is raised on the driver as it was raised on the worker.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ke_ray import errors, storage
+from ke_ray.engine.cluster.metrics import TrainingMeter
+from ke_ray.engine.cluster.session import cluster_resources, kept_handlers, ray_session
+from ke_ray.engine.cluster.shared_storage import check_nodes_see
+from ke_ray.errors import ConfigError, KeRayError, TrainingError
+from ke_ray.studies.training import PretrainStudy, TrainingKeys
+from ke_ray.training.loop import Progress, StepRecord
+from ke_ray.training.parallel import Worker
+from ke_ray.training.pretrain import PretrainOutcome, is_finished, prepare_data, run_pretrain
+
+__all__ = [
+    "ProgressFile",
+    "WorkerResources",
+    "build_trainer",
+    "fit",
+    "run_pretrain_on_ray",
+    "worker_resources",
+]
+
+#: ``function(payload, worker, on_progress)``, importable on the workers.
+WorkerFunction = Callable[[Any, Worker, Callable[..., None]], None]
+
+
+@dataclass(frozen=True)
+class WorkerResources:
+    """What one worker gets."""
+
+    cpus: int
+    use_gpu: bool
+
+
+def worker_resources(keys: TrainingKeys) -> WorkerResources:
+    """CPUs and GPU of each worker in the cluster that is connected.
+
+    Raises:
+        ConfigError: the cluster can never hold that many workers at once.
+    """
+    total = cluster_resources()
+    num_cpus, num_gpus = int(total.get("CPU", 0)), int(total.get("GPU", 0))
+    use_gpu = num_gpus >= keys.num_workers if keys.use_gpu is None else keys.use_gpu
+    cpus = keys.cpus_per_worker or max(1, num_cpus // keys.num_workers)
+    if cpus * keys.num_workers > num_cpus:
+        raise ConfigError(
+            f"num_workers {keys.num_workers} x {cpus} CPUs were asked, the cluster has {num_cpus} "
+            "CPUs; lower num_workers or cpus_per_worker, or add nodes."
+        )
+    if use_gpu and keys.num_workers > num_gpus:
+        raise ConfigError(
+            f"num_workers {keys.num_workers} with use_gpu need as many GPUs, the cluster has "
+            f"{num_gpus}; lower num_workers or set use_gpu: false."
+        )
+    return WorkerResources(cpus, use_gpu)
+
+
+class ProgressFile:
+    """Where the main worker leaves its progress and its process id for the driver.
+
+    Not through Ray's reports: those are a barrier of all workers. Local files are replaced
+    without a sync to disk, at most twice a second; elsewhere every ten seconds.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self._every_s = 0.5 if storage.is_local(uri) else 10.0
+        self._last = 0.0
+
+    def write(self, progress: Progress, **more: Any) -> None:
+        """Leave ``progress`` unless something was left a moment ago."""
+        now = time.monotonic()
+        if now - self._last < self._every_s and progress.record.step < progress.num_steps:
+            return
+        self._last = now
+        text = json.dumps({**asdict(progress), "pid": os.getpid(), **more})
+        if storage.is_local(self.uri):
+            path = storage.local_path(self.uri)
+            temporary = path.with_name(f".{path.name}.{os.getpid()}")
+            temporary.write_text(text)
+            temporary.replace(path)
+        else:
+            storage.write_atomic(self.uri, text)
+
+    def read(self) -> dict[str, Any] | None:
+        """What was left last, or None."""
+        try:
+            return json.loads(storage.read_bytes(self.uri))
+        except (OSError, ValueError):
+            return None
+
+
+def _worker_main(config: dict[str, Any]) -> None:
+    """Runs on every worker; ``config`` as :func:`fit` made it."""
+    import ray.train
+    import ray.train.torch
+    import torch
+
+    context = ray.train.get_context()
+    if Path(config["cwd"]).is_dir():
+        os.chdir(config["cwd"])  # relative paths of the study mean what they mean to the driver
+    torch.set_num_threads(config["threads"])
+    device = ray.train.torch.get_device()
+    worker = Worker(context.get_world_rank(), context.get_world_size(), str(device))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if storage.exists(config["fatal"]):
+        return
+    file = ProgressFile(config["progress"])
+
+    def on_progress(progress: Progress, **more: Any) -> None:
+        if worker.is_main:
+            file.write(progress, **more)
+
+    try:
+        config["function"](config["payload"], worker, on_progress)
+    except KeRayError as error:
+        told = {"type": type(error).__name__, "message": str(error)}
+        storage.write_json(config["fatal"], told)
+        if worker.world_size > 1:
+            raise  # its fellows may wait for it in a collective: let Ray end them all
+    # Every rank reports once, so that the run has an end that Ray knows of.
+    ray.train.report({"finished": 1})
+
+
+def build_trainer(
+    function: WorkerFunction, payload: Any, keys: TrainingKeys, folder: str, name: str
+) -> Any:
+    """A TorchTrainer that runs ``function`` on ``keys.num_workers`` workers; :func:`fit` runs it.
+
+    Args:
+        function: importable on the workers; called as ``function(payload, worker, on_progress)``.
+        folder: absolute URI for Ray's own files.
+        name: of the run; must be new, or Ray would silently go on from an old one.
+    """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    resources = worker_resources(keys)
+    per_worker: dict[str, float] = {"CPU": resources.cpus}
+    if resources.use_gpu:
+        per_worker["GPU"] = 1
+    # In a closure and not in the config, which Ray shows: MLflow's credentials are among them.
+    environment = {k: v for k, v in os.environ.items() if k.startswith("MLFLOW_")}
+
+    def main(config: dict[str, Any]) -> None:
+        os.environ.update(environment)
+        _worker_main(config)
+
+    return TorchTrainer(
+        main,
+        train_loop_config={
+            "function": function,
+            "payload": payload,
+            "threads": resources.cpus,
+            "cwd": str(Path.cwd()),
+            "fatal": storage.join(folder, name, "fatal.json"),
+            "progress": storage.join(folder, "progress.json"),
+        },
+        scaling_config=ScalingConfig(
+            num_workers=keys.num_workers,
+            use_gpu=resources.use_gpu,
+            resources_per_worker=per_worker,
+        ),
+        run_config=RunConfig(
+            name=name,
+            storage_path=folder,
+            failure_config=FailureConfig(max_failures=keys.max_failures),
+        ),
+        torch_config=TorchConfig(backend="nccl" if resources.use_gpu else "gloo"),
+    )
+
+
+def fit(
+    function: WorkerFunction,
+    payload: Any,
+    keys: TrainingKeys,
+    folder: str,
+    on_progress: Callable[[dict[str, Any]], None] | None = None,
+) -> None:
+    """Run ``function`` on Ray Train workers until it returns on all of them.
+
+    Needs a Ray session. A worker that dies is replaced, ``keys.max_failures`` times.
+
+    Args:
+        folder: URI for Ray's own files; removed afterwards.
+        on_progress: called on the driver, in a thread, with what the main worker left.
+
+    Raises:
+        KeRayError: as the worker raised it.
+        TrainingError: workers died more often than allowed; the message says of what.
+    """
+    place, name = storage.absolute(folder), f"fit-{uuid.uuid4().hex[:12]}"
+    storage.make_dirs(storage.join(place, name))
+    storage.remove(storage.join(place, "progress.json"))  # of a driver that was killed
+    trainer = build_trainer(function, payload, keys, place, name)
+    fatal = storage.join(place, name, "fatal.json")
+    try:
+        with (
+            _watched(ProgressFile(storage.join(place, "progress.json")), on_progress),
+            kept_handlers(signal.SIGINT, signal.SIGTERM),
+        ):
+            trainer.fit()
+    except Exception as error:  # ray.train's own kinds, which are not stable across versions
+        if not storage.exists(fatal):
+            raise TrainingError(_explain(error, keys)) from error
+    if storage.exists(fatal):
+        told = storage.read_json(fatal)
+        kind = getattr(errors, told["type"], TrainingError)
+        raise kind(told["message"])
+    storage.remove(place)
+
+
+def _explain(error: Exception, keys: TrainingKeys) -> str:
+    failures = getattr(error, "worker_failures", None) or {}
+    causes = [str(cause).strip().splitlines() for cause in failures.values()]
+    last = next((lines[-1] for lines in causes if lines), str(error).strip().splitlines()[-1:])
+    return (
+        f"Training workers failed {keys.max_failures + 1} times (max_failures "
+        f"{keys.max_failures}); the last time: {last if isinstance(last, str) else ' '.join(last)}"
+    )
+
+
+@contextmanager
+def _watched(
+    file: ProgressFile, on_progress: Callable[[dict[str, Any]], None] | None
+) -> Iterator[None]:
+    if on_progress is None:
+        yield
+        return
+    done = threading.Event()
+
+    def watch() -> None:
+        shown: dict[str, Any] | None = None
+        while True:
+            ended = done.wait(0.5)
+            found = file.read()
+            if found is not None and found != shown:
+                shown = found
+                on_progress(found)
+            if ended:
+                return
+
+    thread = threading.Thread(target=watch, name="training-progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def progress_of(found: dict[str, Any]) -> Progress:
+    """The loop's :class:`Progress` from what :class:`ProgressFile` holds."""
+    record = StepRecord(**found["record"])
+    return Progress(record, found["num_steps"], found["time_left_s"])
+
+
+def _pretrain_worker(
+    study: PretrainStudy, worker: Worker, on_progress: Callable[..., None]
+) -> None:
+    run_pretrain(study, TrainingMeter(study, "pretrain", on_progress), worker)
+
+
+def run_pretrain_on_ray(
+    study: PretrainStudy, progress: Callable[[Progress], None] | None = None
+) -> PretrainOutcome:
+    """:func:`ke_ray.training.pretrain.run_pretrain` with ``study.num_workers`` Ray Train workers.
+
+    Bad input is found before Ray starts; a finished study starts nothing.
+
+    Raises:
+        UserError, TrainingError: as ``run_pretrain`` and :func:`fit`.
+    """
+    if is_finished(study):
+        return run_pretrain(study)
+    prepare_data(study)
+    with ray_session():
+        data = study.data
+        check_nodes_see(
+            [("data.source", data.source), ("data.tokenizer", data.tokenizer)], study.output
+        )
+        fit(
+            _pretrain_worker,
+            study,
+            study,
+            storage.join(study.output, "ray"),
+            None if progress is None else lambda found: progress(progress_of(found)),
+        )
+    outcome = run_pretrain(study)  # finished by now: reads what it left
+    return PretrainOutcome(**{**outcome.__dict__, "skipped": False})

@@ -1,0 +1,307 @@
+"""What a scan is going to do, found out before Ray starts.
+
+Everything that can be wrong with a request is found here, before anything is written: the SPEC,
+the data, the tokenizer, the identity of the output folder.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ke_ray import storage
+from ke_ray.checkpoints.find.catalog import list_checkpoints
+from ke_ray.checkpoints.reference import CheckpointRef
+from ke_ray.core.measures import MEASURE_VERSION
+from ke_ray.data.corpus import Corpus, build_corpus, source_kind
+from ke_ray.errors import (
+    CheckpointError,
+    DataError,
+    ResultsError,
+    UnsupportedArchitectureError,
+)
+from ke_ray.planning.scan_items import CheckpointWork, CorpusWork
+from ke_ray.results import ScanFolder, new_manifest, read_manifest
+from ke_ray.results.scan_folder import check_identity
+from ke_ray.secrets import redact, redacted
+from ke_ray.studies.parts import CheckpointSelection
+from ke_ray.studies.scan import ScanStudy
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+__all__ = ["ScanSetup", "prepare_scan", "select_checkpoints"]
+
+_ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass
+class ScanSetup:
+    """A scan that is ready to run.
+
+    Attributes:
+        refs: all checkpoints of the SPEC, in training order.
+        corpora: by name, packed.
+        folder: the output folder with its manifest (not yet written).
+        works: what is missing, one entry per checkpoint that is not finished.
+        num_skipped: checkpoints that were finished already.
+        model_bytes: of the largest model in the dtype it is scored in; 0 where no size is known.
+        changed: checkpoints whose results in the folder are of other weights, in order.
+        duration_s: how long the set-up took.
+    """
+
+    study: ScanStudy
+    refs: list[CheckpointRef]
+    corpora: dict[str, Corpus]
+    folder: ScanFolder
+    works: list[CheckpointWork]
+    num_skipped: int
+    model_bytes: int
+    duration_s: float
+    known: dict[str, dict[str, Any]] = field(default_factory=dict)
+    changed: list[str] = field(default_factory=list)
+
+    def checkpoint_entries(self) -> list[dict[str, Any]]:
+        """The manifest's list: checkpoints of earlier runs into this folder, and these."""
+        entries = dict(self.known)
+        for ref in self.refs:
+            entry = _entry(ref)
+            # A listing that could not tell (a bare URL, no network) takes nothing away.
+            known = self.known.get(ref.name, {}).get("weights_fingerprint")
+            entry["weights_fingerprint"] = entry["weights_fingerprint"] or known
+            entries[ref.name] = entry
+        return list(entries.values())
+
+
+def select_checkpoints(selection: CheckpointSelection) -> list[CheckpointRef]:
+    """The checkpoints of a study's ``checkpoints`` group, in training order."""
+    return list_checkpoints(
+        selection.spec,
+        revisions=selection.revisions,
+        steps=selection.steps,
+        every=selection.every,
+        limit=selection.limit,
+    )
+
+
+def prepare_scan(study: ScanStudy) -> ScanSetup:
+    """List, pack and compare with what the output folder has.
+
+    Raises:
+        CheckpointSpecError, DataError, ResultsError, StorageError: see there; nothing is written.
+    """
+    started = time.monotonic()
+    refs = select_checkpoints(study.checkpoints)
+    config, ref = _first_config(refs)
+    corpora = _build_corpora(study, config, ref)
+    identity = {
+        "measure_version": MEASURE_VERSION,
+        "dtype": study.dtype,
+        "top_k_fraction": study.top_k_fraction,
+        "dormant_threshold": study.dormant_threshold,
+        "resuscitation": _resuscitation(study, corpora),
+        "corpora": {name: corpus.sha256 for name, corpus in corpora.items()},
+    }
+    folder, known = _open_output(study, identity, corpora)
+    finished = folder.finished() if known is not None else {}
+    known = known or {}
+    changed = _changed_weights(study.output, known, refs)
+    finished = {key: there for key, there in finished.items() if key[0] not in changed}
+    works = []
+    for index, ref in enumerate(refs):
+        missing = tuple(_missing(study, ref, corpora.values(), finished))
+        if missing:
+            works.append(CheckpointWork(index, missing))
+    setup = ScanSetup(
+        study,
+        refs,
+        corpora,
+        folder,
+        works,
+        num_skipped=len(refs) - len(works),
+        model_bytes=_model_bytes(refs, config, study.dtype),
+        duration_s=0.0,
+        known=known,
+        changed=changed,
+    )
+    folder.manifest["checkpoints"] = setup.checkpoint_entries()
+    storage.check_writable(study.output)
+    setup.duration_s = time.monotonic() - started
+    return setup
+
+
+def _resuscitation(study: ScanStudy, corpora: dict[str, Corpus]) -> dict[str, Any] | None:
+    """The keys, with where C̄ comes from: measured on the first corpus where they name nothing."""
+    keys = study.resuscitation
+    if keys is None:
+        return None
+    told: dict[str, Any] = redacted(keys.model_dump())
+    if keys.coefficients is None and keys.control != "attention_temperature":
+        told["coefficients"] = f"measured on {next(iter(corpora.values())).sha256}"
+    return told
+
+
+def _missing(
+    study: ScanStudy, ref: CheckpointRef, corpora: Any, finished: dict[tuple[str, str], set[str]]
+) -> Any:
+    for corpus in corpora:
+        there = finished.get((ref.name, corpus.name), set())
+        measures = tuple(m for m in study.measures if m not in there)
+        if measures:
+            yield CorpusWork(corpus.name, measures, corpus.num_instances, corpus.sequence_length)
+
+
+def _open_output(
+    study: ScanStudy, identity: dict[str, Any], corpora: dict[str, Corpus]
+) -> tuple[ScanFolder, dict[str, dict[str, Any]] | None]:
+    """The output folder and the checkpoints it knows (None: it is new)."""
+    manifest = new_manifest("scan", study.model_dump(mode="json")) | {"id": uuid.uuid4().hex}
+    described = {name: _describe(corpus) for name, corpus in corpora.items()}
+    if not storage.exists(storage.join(study.output, "manifest.json")):
+        manifest |= {"identity": identity, "corpora": described, "measures": list(study.measures)}
+        return ScanFolder(study.output, manifest), None
+    before = read_manifest(study.output, "scan")
+    check_identity(study.output, before["identity"], identity)
+    merged = before["identity"]["corpora"] | identity["corpora"]
+    manifest |= {
+        "created_at": before["created_at"],
+        "id": before.get("id", manifest["id"]),
+        "identity": {**identity, "corpora": merged},
+        "corpora": before["corpora"] | described,
+        "measures": [
+            *before["measures"],
+            *(m for m in study.measures if m not in before["measures"]),
+        ],
+    }
+    known = {entry["name"]: entry for entry in before.get("checkpoints", [])}
+    return ScanFolder(study.output, manifest), known
+
+
+def _changed_weights(
+    output: str, known: dict[str, dict[str, Any]], refs: Sequence[CheckpointRef]
+) -> list[str]:
+    """Compare checkpoints with those of the same name in the folder.
+
+    Same weight files, or files at the same place that cannot be compared: finished work stands.
+    Other files at the same place: returned, to be done again from scratch. Another place and not
+    the same files: refused.
+    """
+    changed = []
+    for ref in refs:
+        entry = known.get(ref.name)
+        if entry is None:
+            continue
+        before, given = entry["weights_fingerprint"], ref.weights_fingerprint
+        if before is not None and before == given:
+            continue
+        if (entry["location"], entry["revision"]) != (redact(ref.location), ref.revision):
+            raise ResultsError(
+                f"'{output}' holds results of a checkpoint '{ref.name}' from {entry['location']}, "
+                f"this scan has one of that name from {ref.label}: other weights under one name. "
+                "Choose another output folder."
+            )
+        if before is not None and given is not None:
+            changed.append(ref.name)
+    return changed
+
+
+def _entry(ref: CheckpointRef) -> dict[str, Any]:
+    return {
+        "name": ref.name,
+        "location": redact(ref.location),
+        "revision": ref.revision,
+        "commit": ref.commit,
+        "step": ref.step,
+        "pretraining_tokens": ref.pretraining_tokens,
+        "weights_fingerprint": ref.weights_fingerprint,
+        "size_bytes": ref.size_bytes,
+    }
+
+
+def _describe(corpus: Corpus) -> dict[str, Any]:
+    return {
+        "source": redact(corpus.source),
+        "sha256": corpus.sha256,
+        "num_instances": corpus.num_instances,
+        "sequence_length": corpus.sequence_length,
+        "num_tokens": corpus.num_tokens,
+        "eos_token_id": corpus.eos_token_id,
+        "instance_ids": None if corpus.instance_ids is None else corpus.instance_ids.tolist(),
+    }
+
+
+def _model_bytes(refs: Sequence[CheckpointRef], config: Any, dtype: str) -> int:
+    stored = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None) or "float32"
+    stored_item_bytes = _ITEM_BYTES.get(str(stored).removeprefix("torch."), 4)
+    largest = max((ref.size_bytes or 0 for ref in refs), default=0)
+    return largest * _ITEM_BYTES[dtype] // stored_item_bytes
+
+
+def _build_corpora(study: ScanStudy, config: Any, ref: CheckpointRef | None) -> dict[str, Corpus]:
+    vocab_size = getattr(config, "vocab_size", None)
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and study.sequence_length > positions and ref is not None:
+        raise DataError(
+            f"sequence_length is {study.sequence_length}, but '{ref.label}' has {positions} "
+            f"positions; ask for at most {positions}."
+        )
+    eos_token_id = study.eos_token_id
+    if eos_token_id is None:
+        eos_token_id = getattr(config, "eos_token_id", None)
+        if isinstance(eos_token_id, list):
+            eos_token_id = eos_token_id[0] if eos_token_id else None
+    tokenizer = None
+    corpora = {}
+    for name, source in study.data.items():
+        if tokenizer is None and source_kind(source) == "documents":
+            tokenizer = _tokenizer(study, ref)
+        corpora[name] = build_corpus(
+            name,
+            source,
+            num_instances=study.num_instances,
+            sequence_length=study.sequence_length,
+            tokenizer=tokenizer,
+            eos_token_id=eos_token_id,
+            vocab_size=vocab_size,
+        )
+    return corpora
+
+
+def _first_config(refs: Sequence[CheckpointRef]) -> tuple[Any, CheckpointRef | None]:
+    """The config of the first checkpoint that can be scored; others become failed rows.
+
+    Raises:
+        UnsupportedArchitectureError: there are configs, and none can be scored.
+    """
+    from ke_ray.models.configuration import read_outline
+
+    refused: UnsupportedArchitectureError | None = None
+    for ref in refs[:20]:
+        try:
+            return read_outline(ref), ref
+        except UnsupportedArchitectureError as error:
+            refused = refused or error
+        except CheckpointError:
+            continue
+    if refused is not None:
+        raise refused
+    return None, None
+
+
+def _tokenizer(study: ScanStudy, ref: CheckpointRef | None) -> Tokenizer:
+    from ke_ray.data.tokenizer import load_tokenizer
+
+    if study.tokenizer is not None:
+        return load_tokenizer(study.tokenizer)
+    place = None
+    if ref is not None:
+        place = ref.repo or (ref.location if ref.format == "hf" else None)
+    if place is None:
+        raise DataError(
+            "The data are documents and the checkpoints bring no tokenizer; give one with "
+            "--tokenizer (a tokenizer.json, a folder, or a Hub repo)."
+        )
+    return load_tokenizer(f"{place}@{ref.revision}" if ref and ref.repo and ref.revision else place)

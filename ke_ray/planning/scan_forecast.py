@@ -1,0 +1,173 @@
+"""What a scan would do: checkpoints, bytes, disk, hours. Nothing is fetched or written."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+from ke_ray.checkpoints.fetch.cache import Store
+from ke_ray.checkpoints.reference import CheckpointRef
+from ke_ray.errors import CheckpointError
+from ke_ray.planning.scan import select_checkpoints
+from ke_ray.planning.scan_items import (
+    BYTES_PER_S,
+    FLOPS_PER_S,
+    CheckpointWork,
+    CorpusWork,
+    load_tokens,
+    makespan,
+    plan_items,
+)
+from ke_ray.secrets import redacted
+from ke_ray.studies.scan import ScanStudy
+
+__all__ = ["forecast", "measured_flops_per_s", "num_body_parameters"]
+
+#: GPUs to plan for, beside this machine.
+_NUM_GPUS = (1, 8, 64)
+#: All three entropies over a forward pass with LM head (benchmarks/README.md, Scoring).
+_THREE_ENTROPIES = 1.28
+
+
+def num_body_parameters(config: Any) -> int:
+    """Weights of the decoder layers that take part in matrix products, from the config alone.
+
+    Attention 4·d² (fewer key and value heads counted), gated FFN 3·d·m, ungated 2·d·m.
+    """
+    d_model, n_layers = config.hidden_size, config.num_hidden_layers
+    d_mlp = getattr(config, "intermediate_size", None) or 4 * d_model
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    attention = d_model * d_model * (2 + 2 * kv_heads / heads)
+    matrices = 2 if config.model_type in ("gpt2", "gpt_neox", "phi") else 3
+    return int(n_layers * (attention + matrices * d_model * d_mlp))
+
+
+def _flops_per_token(config: Any, measures: Sequence[str]) -> float:
+    """Two operations a weight; entropies of attention and of the next token on top."""
+    parameters = num_body_parameters(config)
+    if not {"attention_entropy", "next_token_entropy"} & set(measures):
+        return 2.0 * parameters
+    return 2.0 * (parameters + config.hidden_size * config.vocab_size) * _THREE_ENTROPIES
+
+
+def _on_gpus(study: ScanStudy, sizes: list[int], flops: float, *, fetched: bool) -> str:
+    """Hours on GPUs, by the engine's own plan.
+
+    Args:
+        sizes: bytes of each checkpoint.
+        flops: of one token.
+    """
+    corpora = tuple(
+        CorpusWork(name, study.measures, study.num_instances, study.sequence_length)
+        for name in study.data
+    )
+    works = [CheckpointWork(index, corpora) for index in range(len(sizes))]
+    tokens_per_s = FLOPS_PER_S["gpu"] / flops
+    bytes_per_s = BYTES_PER_S["fetched" if fetched else "here"]
+    load_s = sum(sizes) / len(sizes) / bytes_per_s
+    shown = []
+    for number in _NUM_GPUS:
+        items = plan_items(works, number, load_tokens(gpu=True, fetched=fetched))
+        hours = makespan(items, number, load_s * tokens_per_s) / tokens_per_s / 3600
+        shown.append(f"{hours:.3g} on {number} ({number * hours:.3g} GPU-hours)")
+    return (
+        f"hours on GPUs of {FLOPS_PER_S['gpu'] / 1e12:.0f} TFLOP/s (60 % of an H100), each "
+        f"{'fetching' if fetched else 'loading'} {bytes_per_s / 1e6:,.0f} MB/s (assumed): "
+        + ", ".join(shown)
+    )
+
+
+def _first_config(refs: list[CheckpointRef]) -> Any:
+    from ke_ray.models.configuration import read_config
+
+    for ref in refs[:5]:
+        try:
+            return read_config(ref)
+        except CheckpointError:
+            continue
+    return None
+
+
+def _sizes(refs: list[CheckpointRef]) -> tuple[list[int], int]:
+    """Bytes of each checkpoint, and how many of them are guessed.
+
+    A list of URLs says no sizes. The checkpoints of a series are equally large, so one that is
+    asked for stands for the others: 351 requests would take minutes.
+    """
+    from ke_ray.checkpoints.fetch.checkpoint import size_to_fetch
+
+    known = [ref.size_bytes for ref in refs if ref.size_bytes is not None]
+    unknown = [ref for ref in refs if ref.size_bytes is None]
+    if not unknown:
+        return known, 0
+    asked = size_to_fetch(unknown[0])
+    return known + [asked] * len(unknown) if asked else known, len(unknown) - 1 if asked else 0
+
+
+def measured_flops_per_s(dtype: str) -> float:
+    """Matrix products per second on this machine, measured for a quarter of a second."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    size = 4096 if device == "cuda" else 768
+    a = torch.randn(size, size, device=device, dtype=getattr(torch, dtype))
+    num_products, started = 0, time.perf_counter()
+    while time.perf_counter() - started < 0.25:
+        a = (a @ a).clamp_(-1, 1)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        num_products += 1
+    return num_products * 2 * size**3 / (time.perf_counter() - started)
+
+
+def forecast(study: ScanStudy) -> str:
+    """The plan of a scan as text: the resolved study, then the figures behind it."""
+    refs = select_checkpoints(study.checkpoints)
+    store = Store(study.cache_dir)
+    fetched = [ref for ref in refs if not store.is_cached(ref)]
+    known, num_guessed = _sizes(fetched)
+    num_tokens = study.num_instances * study.sequence_length * len(study.data) * len(refs)
+    lines = [
+        yaml.safe_dump(
+            redacted(json.loads(study.model_dump_json(exclude_none=True))), sort_keys=False
+        ),
+        f"checkpoints: {len(refs)} ({sum(r.duplicate_of is not None for r in refs)} duplicates)",
+        f"tokens to score: {num_tokens:,} ({len(study.data)} corpora)",
+    ]
+    if not fetched:
+        lines.append("bytes to fetch: 0 (all checkpoints are on this file system)")
+    else:
+        unknown = len(fetched) - len(known)
+        guessed = f" ({num_guessed} sizes taken to be that of another)" if num_guessed else ""
+        if unknown:
+            lines.append(
+                f"bytes to fetch: not known for {unknown} checkpoints (no server answered)"
+            )
+        if known:
+            lines.append(f"bytes to fetch: {sum(known):,}{guessed}")
+            # Fetched checkpoints stay until the budget asks for their room.
+            peak = min(study.cache_bytes or sum(known), sum(known))
+            hint = "" if study.cache_bytes else " (all of them; --cache-bytes bounds it)"
+            lines.append(f"peak disk per node: {peak:,} bytes{hint}")
+    config = _first_config(refs)
+    if config is None:
+        lines.append("hours: not known (no checkpoint's config could be read)")
+    else:
+        flops_per_s = measured_flops_per_s(study.dtype)
+        flops = _flops_per_token(config, study.measures)
+        score_s = flops * num_tokens / (0.6 * flops_per_s)
+        fetch_s = sum(known) / BYTES_PER_S["fetched"]
+        lines.append(
+            f"hours with one scorer like this machine: scoring {score_s / 3600:.2f} "
+            f"({flops_per_s / 1e12:.2f} TFLOP/s measured, 60 % of it assumed), "
+            f"fetching {fetch_s / 3600:.2f} (100 MB/s assumed); the two overlap"
+        )
+        sizes = [ref.size_bytes or 0 for ref in refs] if not fetched else known
+        if sizes:
+            lines.append(_on_gpus(study, sizes, flops, fetched=bool(fetched)))
+    return "\n".join(lines)
