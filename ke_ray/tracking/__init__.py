@@ -1,1 +1,1 @@
-"""TODO."""
+"""MLflow, and nothing else imports it."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""One checkpoint onto this node: transfers, the cache within its budget, leases."""

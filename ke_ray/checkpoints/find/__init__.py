@@ -1,1 +1,1 @@
-"""TODO."""
+"""Which checkpoints a SPEC names: one module per kind of source, names and duplicates."""

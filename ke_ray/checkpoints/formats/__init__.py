@@ -1,1 +1,1 @@
-"""TODO."""
+"""Checkpoint files, Hugging Face and native OLMo: layout, tensors, hash, writing."""

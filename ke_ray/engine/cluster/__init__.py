@@ -1,1 +1,1 @@
-"""TODO."""
+"""Ray itself: the session, what nodes share, jobs, metrics."""

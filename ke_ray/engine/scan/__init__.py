@@ -1,1 +1,1 @@
-"""TODO."""
+"""Scans on Ray Data."""

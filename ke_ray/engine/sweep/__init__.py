@@ -1,1 +1,1 @@
-"""TODO."""
+"""Sweeps on Ray Tune."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Training on Ray Train: pretraining and continual learning."""

@@ -1,4 +1,4 @@
-"""The short form of ``benchmarks/faults.py``: one disturbed run of two kinds, by the same code."""
+"""The short form of ``faults.py``: one disturbed run of two kinds, by the same code."""
 
 from __future__ import annotations
 

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import psutil
 from safetensors.numpy import load as load_safetensors
-from shape import Shape
 
 from ke_ray import storage
 from ke_ray.config import validate
@@ -157,7 +156,21 @@ class World:
 
 def make_checkpoint(folder: Path, seed: int) -> None:
     """A random two-layer OLMo in Hugging Face layout."""
-    Shape(2, 32, 48, 4, 128, 64).model(seed=seed).save_pretrained(folder)
+    import torch
+    from transformers import OlmoConfig, OlmoForCausalLM
+
+    config = OlmoConfig(
+        num_hidden_layers=2,
+        hidden_size=32,
+        intermediate_size=48,
+        num_attention_heads=4,
+        vocab_size=128,
+        max_position_embeddings=64,
+        eos_token_id=0,
+        pad_token_id=1,
+    )
+    torch.manual_seed(seed)
+    OlmoForCausalLM(config).eval().save_pretrained(folder)
 
 
 class Silent:

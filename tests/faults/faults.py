@@ -1,6 +1,6 @@
 """Inject faults into real runs and count what came of them.
 
-    python benchmarks/faults.py [--injections 50] [--kinds scorer,driver,…] [--seed 0] [--json]
+    python tests/faults/faults.py [--injections 50] [--kinds scorer,driver,…] [--seed 0] [--json]
 
 Kinds (``fault_kinds.py``): SIGKILL of a scorer actor, a training worker, a sweep's trial, the
 driver; the MLflow server gone for 30 seconds; a whole node of a cluster gone; a full disk (a small
