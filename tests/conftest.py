@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+# Fixtures of several folders (tests/helpers).
+pytest_plugins = ("tiny_decoders", "tiny_scans")
+
 # Before any test module imports Ray, which reads it then (see ke_ray.engine.cluster.session).
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 

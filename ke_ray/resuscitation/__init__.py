@@ -1,6 +1,6 @@
-"""Resuscitation of a checkpoint (Algorithm 1): everything around the equations in ``core``.
+"""Resuscitation of a checkpoint (Algorithm 1): all that surrounds the equations in ``core``.
 
-``coefficients`` finds the mean coefficients, ``apply`` scales a model's weights in memory, ``start``
+``coefficients`` finds mean coefficients, ``apply`` scales a model's weights in memory, ``start``
 prepares a training start, ``export`` writes a modified checkpoint, ``prediction`` compares the
 predicted knowledge entropy with the measured one.
 """

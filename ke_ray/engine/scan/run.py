@@ -1,8 +1,9 @@
 """The scan: entropies of many checkpoints on Ray Data.
 
-Driver side. It lists checkpoints, packs the corpora, leaves out what the output folder already
-has, deals work items to scorers (``scorer``), merges partial sums in float64, and writes each checkpoint's results as it finishes. Memory on the driver is that of the corpora and of
-the checkpoints that are being scored, whatever the length of the series.
+The driver lists checkpoints, packs the corpora, leaves out what the output folder already has,
+deals work items to the scorers, merges partial sums in float64, and writes each checkpoint's
+results as it finishes. Its memory is that of the corpora and of the checkpoints that are being
+scored, whatever the length of the series.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from ke_ray.training.loop import Progress, StepRecord
 from ke_ray.training.pretrain import run_pretrain
 from ke_ray.training.snapshot import Snapshot
 
-DASHBOARDS = sorted(Path(__file__).parents[2].glob("dashboards/grafana/*.json"))
+DASHBOARDS = sorted(Path(__file__).parents[3].glob("dashboards/grafana/*.json"))
 #: As Prometheus names them: Ray's prefix, and _total for counters.
 EXPORTED = {
     f"ray_{name}" + "_total" * (metric.kind == "counter"): metric

@@ -29,7 +29,7 @@ from ke_ray.studies.continual import ContinualStudy
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @dataclass

@@ -19,7 +19,7 @@ from ke_ray.results import ScanFolder
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PLANTED = "hf_planted0secret1value2"
 
 
