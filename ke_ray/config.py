@@ -12,12 +12,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ke_ray import storage
 from ke_ray.errors import ConfigError, nearest
-
-__all__ = ["Strict", "apply_overrides", "describe_problems", "load_study", "parse_yaml", "validate"]
 
 StudyT = TypeVar("StudyT", bound=BaseModel)
 
@@ -26,6 +24,18 @@ class Strict(BaseModel):
     """Base of every schema: frozen, and no key that it does not know."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def Key(default: Any = ..., *, affects_result: bool = True, **options: Any) -> Any:  # noqa: N802
+    """A key of a study: pydantic's ``Field``, and whether the key can change a result.
+
+    Args:
+        default: ``...`` makes the key required.
+        affects_result: False for keys that say how, where or under which name a study runs. They
+            are no part of a study's identity and cannot be swept.
+        options: as ``pydantic.Field`` takes them.
+    """
+    return Field(default, json_schema_extra={"affects_result": affects_result}, **options)
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
@@ -78,29 +88,44 @@ def parse_yaml(text: str, where: str) -> Any:
         raise ConfigError(f"{where}{line} is not valid YAML: {problem}.") from error
 
 
-def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """``values`` with each ``a.b=c`` of ``overrides`` set; ``c`` is read as YAML.
+def set_keys(
+    values: Mapping[str, Any], keys: Mapping[str, Any], where: str = "the study"
+) -> dict[str, Any]:
+    """A copy of ``values`` with each dotted key set; groups that are absent or null are made.
 
     Raises:
-        ConfigError: an override without ``=``, or a path through something that is no mapping.
+        ConfigError: a key leads through something that is no group.
     """
-    result: dict[str, Any] = {**values}
+    result: dict[str, Any] = dict(values)
+    for key, value in keys.items():
+        *parents, last = key.split(".")
+        group = result
+        for parent in parents:
+            child = group.get(parent)
+            if child is not None and not isinstance(child, Mapping):
+                raise ConfigError(
+                    f"{where}: cannot set '{key}': '{parent}' is {child!r:.200}, not a group of "
+                    "keys."
+                )
+            group[parent] = dict(child or {})
+            group = group[parent]
+        group[last] = value
+    return result
+
+
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """Dotted key → value of ``a.b=c`` texts; ``c`` is read as YAML.
+
+    Raises:
+        ConfigError: an override without ``=``, or a value that is not YAML.
+    """
+    keys: dict[str, Any] = {}
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key.strip():
             raise ConfigError(f"--set '{override}' is not KEY=VALUE (for example seed=3).")
-        *parents, last = key.strip().split(".")
-        place = result
-        for parent in parents:
-            child = place.get(parent)
-            if child is not None and not isinstance(child, Mapping):
-                raise ConfigError(
-                    f"--set '{override}': '{parent}' holds {child!r}, not a group of keys."
-                )
-            place[parent] = dict(child or {})
-            place = place[parent]
-        place[last] = parse_yaml(text, f"--set '{override}'")
-    return result
+        keys[key.strip()] = parse_yaml(text, f"--set '{override}'")
+    return keys
 
 
 def _fields_at(model: type[BaseModel], path: Sequence[Any]) -> list[str]:
@@ -173,21 +198,35 @@ def load_study(
         ConfigError: no such file, not YAML, another kind of study, unknown key, wrong type.
     """
     where = os.fspath(path)
-    try:
-        text = storage.read_text(path)
-    except FileNotFoundError as error:
-        raise ConfigError(f"There is no study file '{where}'.") from error
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"'{where:.300}' cannot be read as a study file: {reason}.") from error
-    values = parse_yaml(text, where)
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{where} holds {type(values).__name__}, expected a mapping of keys.")
+    values = read_yaml(where, "a study file")
     kind_field = model.model_fields.get("kind")
     if kind_field is not None:
         expected, given = kind_field.default, values.get("kind")
         if given != expected:
             raise ConfigError(
-                f"{where} has kind {given!r}; this command takes a study with 'kind: {expected}'."
+                f"{where} has kind {given!r}; expected a study with 'kind: {expected}'."
             )
-    return validate(model, apply_overrides(values, overrides), where)
+    return validate(model, set_keys(values, parse_overrides(overrides), where), where)
+
+
+def read_yaml(path: str, what: str) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Args:
+        path: a path or URI.
+        what: names the kind of file in messages, as "a study file".
+
+    Raises:
+        ConfigError: no such file, not readable, not YAML, or no mapping.
+    """
+    try:
+        text = storage.read_text(path)
+    except FileNotFoundError as error:
+        raise ConfigError(f"There is no file '{path}'; expected {what}.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"'{path:.300}' cannot be read as {what}: {reason}.") from error
+    values = parse_yaml(text, path)
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{path} holds {type(values).__name__}, expected a mapping of keys.")
+    return dict(values)

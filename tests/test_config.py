@@ -60,8 +60,8 @@ def test_overrides_win_and_are_typed(tmp_path):
         (STUDY + "num_instances: many", [], "'num_instances': .*integer.*given: 'many'"),
         (STUDY + "measures: [knowledge_entrophy]", [], "Did you mean 'knowledge_entropy'"),
         (STUDY, ["num_instances"], "is not KEY=VALUE"),
-        (STUDY, ["output.x=1"], "'output' holds 'out'"),
-        ("kind: sweep", [], "has kind 'sweep'; this command takes a study with 'kind: scan'"),
+        (STUDY, ["output.x=1"], "'output' is 'out'"),
+        ("kind: sweep", [], "has kind 'sweep'; expected a study with 'kind: scan'"),
         ("- a\n- b", [], "holds list, expected a mapping"),
         ("a: [1", [], r"line \d is not valid YAML"),
         ("a: &x [1]\nb: *x", [], "uses YAML aliases"),
@@ -81,7 +81,7 @@ def test_a_wrong_study_is_one_clear_message(tmp_path, text, overrides, message):
 
 
 def test_no_such_file():
-    with pytest.raises(ConfigError, match="There is no study file 'nowhere.yaml'"):
+    with pytest.raises(ConfigError, match="There is no file 'nowhere.yaml'"):
         load_study("nowhere.yaml", ScanStudy)
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 from pydantic import BaseModel
 
-from ke_ray.config import apply_overrides, load_study, validate
+from ke_ray.config import load_study, parse_overrides, set_keys, validate
 from ke_ray.errors import ConfigError
 
 __all__ = [
@@ -60,7 +60,7 @@ def parse_resuscitate(text: str) -> dict[str, Any]:
         raise ConfigError(
             f"--resuscitate is {text!r}; expected KEY=VALUE pairs, for example ratio=0.5,factor=2."
         )
-    return apply_overrides({}, pairs)
+    return set_keys({}, parse_overrides(pairs), "--resuscitate")
 
 
 def read_study(
@@ -87,9 +87,9 @@ def read_study(
         loaded = load_study(file, model, overrides or [])
         if not values:
             return loaded
-        merged = _set_values(loaded.model_dump(exclude_unset=True), values)
-        return validate(model, apply_overrides(merged, overrides or []), file)
-    merged = apply_overrides(_set_values({}, values), overrides or [])
+        merged = loaded.model_dump(exclude_unset=True)
+        return validate(model, set_keys(merged, values | parse_overrides(overrides or [])), file)
+    merged = set_keys({}, values | parse_overrides(overrides or []))
     missing = [
         name
         for name, field in model.model_fields.items()
@@ -98,15 +98,3 @@ def read_study(
     if missing:
         raise ConfigError(f"{where}: {', '.join(missing)} must be given. See --help.")
     return validate(model, merged, where)
-
-
-def _set_values(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    result = dict(base)
-    for key, value in values.items():
-        *parents, last = key.split(".")
-        place = result
-        for parent in parents:
-            place[parent] = dict(place.get(parent) or {})
-            place = place[parent]
-        place[last] = value
-    return result

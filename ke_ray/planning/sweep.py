@@ -8,7 +8,6 @@ seed. Points that were drawn are kept in ``points.json`` before their trials sta
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 from collections.abc import Mapping, Sequence
@@ -18,14 +17,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ke_ray import storage
-from ke_ray.config import validate
-from ke_ray.errors import ConfigError, ResultsError, nearest
+from ke_ray.config import set_keys, validate
+from ke_ray.errors import ConfigError, nearest
 from ke_ray.planning.sweep_inputs import check_inputs, check_unchanged, fingerprints
 from ke_ray.results.manifest import read_manifest
 from ke_ray.studies.axis import Axis
 from ke_ray.studies.continual import ContinualStudy
-from ke_ray.studies.sweep import SweepStudy, set_keys
-from ke_ray.training.runs import NOT_IDENTITY, RunSpec, list_runs, read_row
+from ke_ray.studies.identity import check_same_study, identity_keys
+from ke_ray.studies.sweep import SweepStudy
+from ke_ray.training.runs import RunSpec, list_runs, read_row
 
 if TYPE_CHECKING:
     from ke_ray.checkpoints.reference import CheckpointRef
@@ -36,19 +36,10 @@ __all__ = [
     "Trial",
     "draw_axis",
     "fixed_points",
-    "identity_keys",
     "prepare_sweep",
-    "sweep_identity",
     "value_at",
 ]
 
-#: Keys of a sweep that do not change what its trials are.
-_NOT_IDENTITY = frozenset(
-    {
-        *("cpus_per_trial", "gpus_per_trial", "max_concurrent", "mlflow", "name", "output"),
-        "retries",
-    }
-)
 _MAX_DRAWS = 200
 
 
@@ -102,7 +93,6 @@ class SweepPlan:
     """
 
     study: SweepStudy
-    identity: str
     points: list[Point] = field(default_factory=list)
     trials: list[Trial] = field(default_factory=list)
     num_points: int = 0
@@ -288,19 +278,6 @@ def draw_axis(axis: Axis, generator: np.random.Generator) -> Any:
     return float(np.exp(generator.uniform(*np.log(axis.loguniform))))
 
 
-def sweep_identity(study: SweepStudy) -> str:
-    """Hex sha256 of the keys that change which trials there are or what comes of them."""
-    return hashlib.sha256(json.dumps(identity_keys(study), sort_keys=True).encode()).hexdigest()
-
-
-def identity_keys(study: SweepStudy) -> dict[str, Any]:
-    """The keys that change which trials there are or what comes of them."""
-    keys = study.model_dump(mode="json", by_alias=True, exclude=set(_NOT_IDENTITY))
-    base = keys.pop("base")
-    kept = {k: v for k, v in base.items() if k not in NOT_IDENTITY or k in ("starts", "seeds")}
-    return {**keys, "base": kept}
-
-
 def prepare_sweep(study: SweepStudy) -> SweepPlan:
     """Lay out the trials and find out what is wrong before anything runs.
 
@@ -308,8 +285,8 @@ def prepare_sweep(study: SweepStudy) -> SweepPlan:
         UserError: a value that makes no valid study, a checkpoint or a corpus that is not there,
             a folder that holds another sweep, …
     """
-    plan = SweepPlan(study, sweep_identity(study))
-    known = _known_points(study, plan.identity)
+    plan = SweepPlan(study)
+    known = _known_points(study)
     fixed = fixed_points(study)
     for point in known if len(known) > len(fixed) else fixed:
         plan.add(point)
@@ -325,49 +302,23 @@ def prepare_sweep(study: SweepStudy) -> SweepPlan:
     return plan
 
 
-def _known_points(study: SweepStudy, identity: str) -> list[Point]:
+def _known_points(study: SweepStudy) -> list[Point]:
     """Points of an earlier command into this folder."""
     if not storage.exists(storage.join(study.output, "manifest.json")):
         return []
     manifest = read_manifest(study.output, "sweep")
-    if manifest.get("identity") != identity:
-        changed = _changes(manifest.get("identity_keys", {}), identity_keys(study))
-        raise ResultsError(
-            f"'{study.output}' holds another sweep: {changed}. Finished trials of one sweep cannot "
-            "go on as another; give a new name with --output (or put the file back)."
-        )
+    check_same_study(study.output, manifest, identity_keys(study))
     path = storage.join(study.output, "points.json")
     if not storage.exists(path):
         return []
     return [Point(entry["number"], entry["params"]) for entry in storage.read_json(path)]
 
 
-def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    old, new = _flat(before), _flat(now)
-    told = [
-        f"{key} was {_short(old.get(key))}, is {_short(new.get(key))}"
-        for key in sorted({*old, *new})
-        if old.get(key) != new.get(key)
-    ]
-    shown = "; ".join(told[:4]) + (f"; and {len(told) - 4} more" if len(told) > 4 else "")
-    return shown or "its keys differ"
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
 def _check_ends(plan: SweepPlan) -> None:
     """Try samples of every axis, so that a draw cannot turn out to be invalid later."""
     space = plan.study.space
     usual = {key: axis.samples()[0] for key, axis in space.items()}
-    probe = SweepPlan(plan.study, plan.identity, _starts=plan._starts)
+    probe = SweepPlan(plan.study, _starts=plan._starts)
     for key, value in itertools.chain.from_iterable(
         ((key, end) for end in axis.samples()) for key, axis in space.items()
     ):

@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ke_ray.config import Strict
+from ke_ray.config import Key, Strict
 from ke_ray.errors import nearest
 from ke_ray.studies.parts import CheckpointSelection, Resuscitation
 from ke_ray.studies.training import TrainingKeys
@@ -86,7 +86,9 @@ class ProbeKeys(Strict):
     around_injections: bool = Field(
         True, description="also just before and just after each injecting step"
     )
-    batch_tokens: int | None = Field(None, ge=1, description="tokens of one forward pass")
+    batch_tokens: int | None = Key(
+        None, affects_result=False, ge=1, description="tokens of one forward pass"
+    )
 
 
 class DownstreamKeys(Strict):
@@ -98,7 +100,9 @@ class DownstreamKeys(Strict):
     )
     data: str | None = Field(None, description="folder with <task>/validation.jsonl; null: Hub")
     limit: int | None = Field(None, ge=1, description="the first so many items of a task")
-    batch_tokens: int | None = Field(None, ge=1)
+    batch_tokens: int | None = Key(
+        None, affects_result=False, ge=1, description="tokens of one forward pass"
+    )
 
     @field_validator("tasks")
     @classmethod
@@ -125,7 +129,7 @@ class HeldOutKeys(Strict):
     source: str
     num_instances: int = Field(64, ge=1)
     sequence_length: int | None = Field(None, ge=2, description="null: that of the study")
-    batch_size: int = Field(8, ge=1)
+    batch_size: int = Key(8, affects_result=False, ge=1, description="instances per forward pass")
 
 
 class EntropyKeys(Strict):
@@ -135,7 +139,7 @@ class EntropyKeys(Strict):
     source: str
     num_instances: int = Field(64, ge=1)
     sequence_length: int | None = Field(None, ge=2, description="null: that of the study")
-    batch_size: int = Field(4, ge=1)
+    batch_size: int = Key(4, affects_result=False, ge=1, description="instances per forward pass")
 
 
 class ContinualStudy(TrainingKeys):
@@ -156,13 +160,19 @@ class ContinualStudy(TrainingKeys):
     seeds: tuple[int, ...] = Field(
         (0,), min_length=1, description="of the rows drawn and their order"
     )
-    executor: Literal["ray", "inline"] = Field(
-        "ray", description="inline: in this process, without Ray; one worker only"
+    executor: Literal["ray", "inline"] = Key(
+        "ray",
+        affects_result=False,
+        description="inline: in this process, without Ray; one worker only",
     )
-    keep_final: bool = Field(
-        True, description="keep each run's final model as a Hugging Face folder"
+    keep_final: bool = Key(
+        True,
+        affects_result=False,
+        description="keep each run's final model as a Hugging Face folder",
     )
-    cache_dir: str | None = Field(None, description="for fetched checkpoints and packed corpora")
+    cache_dir: str | None = Key(
+        None, affects_result=False, description="for fetched checkpoints and packed corpora"
+    )
 
     @field_validator("seeds")
     @classmethod

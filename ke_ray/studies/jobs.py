@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from ke_ray import storage
-from ke_ray.config import Strict, load_study, parse_yaml
+from ke_ray.config import Strict, load_study, read_yaml
 from ke_ray.errors import ConfigError
 from ke_ray.secrets import is_secret_name
 
@@ -100,19 +100,7 @@ def runtime_env_of(job: JobStudy, environ: Mapping[str, str]) -> dict[str, Any]:
     """
     result: dict[str, Any] = {}
     if job.runtime_env is not None:
-        try:
-            text = storage.read_text(job.runtime_env)
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                f"The job's runtime_env '{job.runtime_env}' cannot be read: {error}. Paths in a "
-                "job file are relative to the file."
-            ) from error
-        values = parse_yaml(text, job.runtime_env)
-        if not isinstance(values, Mapping):
-            raise ConfigError(
-                f"{job.runtime_env} holds {type(values).__name__}, expected a mapping of keys."
-            )
-        result = dict(values)
+        result = read_yaml(job.runtime_env, "the job's runtime_env (seen from the job file)")
         env_vars = result.get("env_vars") or {}
         if not isinstance(env_vars, Mapping):
             raise ConfigError(f"{job.runtime_env}: 'env_vars' must be a mapping of texts.")

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from ke_ray.config import Strict
+from ke_ray.config import Key, Strict
 from ke_ray.errors import nearest
 from ke_ray.studies.parts import CheckpointSelection, Resuscitation, TrackingSettings
 
@@ -31,7 +31,9 @@ class ScanStudy(Strict):
     """``ke-ray scan``: knowledge entropy and its kin over a checkpoint series."""
 
     kind: Literal["scan"] = "scan"
-    name: str | None = Field(None, description="MLflow run name; default: the output folder's name")
+    name: str | None = Key(
+        None, affects_result=False, description="MLflow run name; default: the output folder's name"
+    )
     checkpoints: CheckpointSelection
     data: dict[str, str] = Field(min_length=1, description="corpus name → source")
     num_instances: int = Field(2048, ge=1)
@@ -42,15 +44,21 @@ class ScanStudy(Strict):
     top_k_fraction: float = Field(0.01, gt=0, le=1)
     dormant_threshold: float = Field(0.1, ge=0)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    batch_size: int = Field(4, ge=1, description="instances per forward pass; no effect on results")
-    num_actors: int | None = Field(None, ge=1, description="default: one per GPU, else per CPU")
-    cache_dir: str | None = Field(None, description="where fetched checkpoints lie while in use")
-    cache_bytes: int | None = Field(None, ge=1, description="disk budget of the cache per node")
+    batch_size: int = Key(4, affects_result=False, ge=1, description="instances per forward pass")
+    num_actors: int | None = Key(
+        None, affects_result=False, ge=1, description="default: one per GPU, else per CPU"
+    )
+    cache_dir: str | None = Key(
+        None, affects_result=False, description="where fetched checkpoints lie while in use"
+    )
+    cache_bytes: int | None = Key(
+        None, affects_result=False, ge=1, description="disk budget of the cache per node"
+    )
     resuscitation: Resuscitation | None = Field(
         None, description="without coefficients they are measured first, on the first corpus"
     )
-    output: str = Field(description="folder or URI for the results")
-    mlflow: TrackingSettings = TrackingSettings()
+    output: str = Key(affects_result=False, description="folder or URI for the results")
+    mlflow: TrackingSettings = Key(TrackingSettings(), affects_result=False)
 
     @field_validator("measures")
     @classmethod

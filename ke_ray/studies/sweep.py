@@ -19,10 +19,11 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, Field, field_validator, model_validator
 
 from ke_ray import storage
-from ke_ray.config import Strict, apply_overrides, parse_yaml, validate
+from ke_ray.config import Key, Strict, parse_overrides, read_yaml, set_keys, validate
 from ke_ray.errors import ConfigError, nearest
 from ke_ray.studies.axis import Axis, check_optuna
 from ke_ray.studies.continual import ContinualStudy
+from ke_ray.studies.identity import affects_result
 from ke_ray.studies.parts import TrackingSettings
 
 __all__ = [
@@ -31,7 +32,6 @@ __all__ = [
     "Objective",
     "SweepStudy",
     "load_sweep",
-    "set_keys",
     "sweep_keys",
 ]
 
@@ -53,14 +53,8 @@ OBJECTIVES: Mapping[str, tuple[Direction, str]] = {
 }
 
 _OWN_KEYS = ("checkpoint", "seed")
-#: Keys of a continual study that say where and how it runs, or that a sweep has itself.
-_NOT_SWEPT = frozenset(
-    {
-        *("activation_checkpointing", "cache_dir", "compile", "cpus_per_worker", "executor"),
-        *("keep_final", "kind", "log_every", "max_failures", "micro_batch_size", "mlflow", "name"),
-        *("num_workers", "output", "save_every", "seeds", "strategy", "use_gpu"),
-    }
-)
+#: A trial has one seed, and is a continual study whatever a sweep changes.
+_NOT_SWEPT = ("kind", "seeds")
 
 
 class Objective(Strict):
@@ -99,8 +93,10 @@ class SweepStudy(Strict):
     """``ke-ray sweep``."""
 
     kind: Literal["sweep"] = "sweep"
-    name: str | None = Field(None, description="MLflow run name; default: the output folder's name")
-    output: str
+    name: str | None = Key(
+        None, affects_result=False, description="MLflow run name; default: the output folder's name"
+    )
+    output: str = Key(affects_result=False, description="folder or URI for the results")
     base: ContinualStudy = Field(description="the continual study: inline, or the path of its file")
     checkpoint: str | int | None = Field(
         None,
@@ -121,26 +117,31 @@ class SweepStudy(Strict):
         (Objective(metric="acquisition", direction="maximize"),), min_length=1
     )
     scheduler: Asha | None = None
-    max_concurrent: int | None = Field(None, ge=1, description="null: what the cluster holds")
-    cpus_per_trial: int | None = Field(None, ge=1, description="null: an even share of all CPUs")
-    gpus_per_trial: float | None = Field(None, ge=0, description="null: one where there are any")
-    retries: int = Field(1, ge=0, description="of a trial that fails")
-    mlflow: TrackingSettings = TrackingSettings()
+    max_concurrent: int | None = Key(
+        None, affects_result=False, ge=1, description="null: what the cluster holds"
+    )
+    cpus_per_trial: int | None = Key(
+        None, affects_result=False, ge=1, description="null: an even share of all CPUs"
+    )
+    gpus_per_trial: float | None = Key(
+        None, affects_result=False, ge=0, description="null: one where there are any"
+    )
+    retries: int = Key(1, affects_result=False, ge=0, description="of a trial that fails")
+    mlflow: TrackingSettings = Key(TrackingSettings(), affects_result=False)
 
     @field_validator("space", "points")
     @classmethod
     def _known_keys(cls, value: Any) -> Any:
-        known = sweep_keys()
+        swept, every = sweep_keys(), sweep_keys(without_effect=True)
         for keys in [value] if isinstance(value, Mapping) else value:
             for key in keys:
-                if key in known:
+                if key in swept:
                     continue
-                if key.split(".", 1)[0] in _NOT_SWEPT and key.split(".", 1)[0] != "seeds":
+                if key in every:
                     raise ValueError(
                         f"'{key}' cannot be swept: it does not change a trial's result"
                     )
-                where = "seed" if key == "seeds" else None
-                hint = f" Did you mean '{where}'?" if where else nearest(key, known)
+                hint = " Did you mean 'seed'?" if key == "seeds" else nearest(key, swept)
                 raise ValueError(
                     f"unknown sweep key '{key}'.{hint} Keys are those of a continual study "
                     f"(for example resuscitation.factor), {' and '.join(_OWN_KEYS)}"
@@ -228,22 +229,24 @@ class SweepStudy(Strict):
         return [dict(zip(self.space, values, strict=True)) for values in itertools.product(*axes)]
 
 
-def sweep_keys() -> set[str]:
-    """Every key that may be swept."""
+def sweep_keys(*, without_effect: bool = False) -> set[str]:
+    """The dotted keys that may be swept; ``without_effect`` adds those that change no result."""
     keys = set(_OWN_KEYS)
     for name in ContinualStudy.model_fields:
         if name not in _NOT_SWEPT:
-            keys |= _keys_below(ContinualStudy, name, "")
+            keys |= _keys_below(ContinualStudy, name, "", without_effect)
     return keys
 
 
-def _keys_below(model: type[BaseModel], name: str, prefix: str) -> set[str]:
+def _keys_below(model: type[BaseModel], name: str, prefix: str, without_effect: bool) -> set[str]:
     field = model.model_fields[name]
+    if not without_effect and not affects_result(field):
+        return set()
     keys = {f"{prefix}{name}"}
     for option in (field.annotation, *get_args(field.annotation)):
         if isinstance(option, type) and issubclass(option, BaseModel):
             for child in option.model_fields:
-                keys |= _keys_below(option, child, f"{prefix}{name}.")
+                keys |= _keys_below(option, child, f"{prefix}{name}.", without_effect)
     return keys
 
 
@@ -258,12 +261,12 @@ def load_sweep(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> S
         ConfigError: no such file, not YAML, unknown key, a space that the search cannot take, …
     """
     where = os.fspath(path)
-    values = _read(where, "sweep")
+    values = _read_kind(where, "sweep")
     base = values.get("base")
     if isinstance(base, str):
         folder = where.rsplit("/", 1)[0] if "/" in where else "."
-        place = base if base.startswith("/") or "://" in base else storage.join(folder, base)
-        base = _read(place, "continual")
+        path = base if base.startswith("/") or "://" in base else storage.join(folder, base)
+        base = _read_kind(path, "continual")
     if not isinstance(base, Mapping):
         raise ConfigError(
             f"{where}: 'base' must be a continual study: its keys, or the path of its file."
@@ -271,39 +274,19 @@ def load_sweep(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> S
     changes = values.pop("changes", None) or {}
     if not isinstance(changes, Mapping):
         raise ConfigError(f"{where}: 'changes' holds {type(changes).__name__}, expected keys.")
-    values["base"] = set_keys(base, changes)
+    values["base"] = set_keys(base, changes, f"{where}, changes")
     if "mlflow" not in values and "mlflow" in base:
         values["mlflow"] = base["mlflow"]
-    values = apply_overrides(values, overrides)
+    values = set_keys(values, parse_overrides(overrides), where)
     if isinstance(values["base"], Mapping):  # results lie in the sweep's own folder
         values["base"] = {**values["base"], "output": str(values.get("output"))}
     return validate(SweepStudy, values, where)
 
 
-def _read(where: str, kind: str) -> dict[str, Any]:
-    try:
-        text = storage.read_text(where)
-    except FileNotFoundError as error:
-        raise ConfigError(f"There is no study file '{where}'.") from error
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"'{where:.300}' cannot be read as a study file: {reason}.") from error
-    values = parse_yaml(text, where)
-    if not isinstance(values, Mapping) or values.get("kind") != kind:
-        given = values.get("kind") if isinstance(values, Mapping) else type(values).__name__
-        raise ConfigError(f"{where} has kind {given!r}; expected a study with 'kind: {kind}'.")
-    return dict(values)
-
-
-def set_keys(values: Mapping[str, Any], keys: Mapping[str, Any]) -> dict[str, Any]:
-    """``values`` with each dotted key set; groups that are absent or null are made."""
-    result: dict[str, Any] = dict(values)
-    for key, value in keys.items():
-        *parents, last = key.split(".")
-        place = result
-        for parent in parents:
-            child = place.get(parent)
-            place[parent] = dict(child) if isinstance(child, Mapping) else {}
-            place = place[parent]
-        place[last] = value
-    return result
+def _read_kind(path: str, kind: str) -> dict[str, Any]:
+    values = read_yaml(path, "a study file")
+    if values.get("kind") != kind:
+        raise ConfigError(
+            f"{path} has kind {values.get('kind')!r}; expected a study with 'kind: {kind}'."
+        )
+    return values

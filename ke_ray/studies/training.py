@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from ke_ray.config import Strict
+from ke_ray.config import Key, Strict
 from ke_ray.studies.parts import TrackingSettings
 
 __all__ = [
@@ -62,33 +62,56 @@ class ScheduleKeys(Strict):
 class TrainingKeys(Strict):
     """Keys that every training study has."""
 
-    name: str | None = Field(None, description="MLflow run name; default: the output folder's name")
-    output: str = Field(description="folder or URI for the results")
+    name: str | None = Key(
+        None, affects_result=False, description="MLflow run name; default: the output folder's name"
+    )
+    output: str = Key(affects_result=False, description="folder or URI for the results")
     sequence_length: int = Field(1024, ge=2, description="T, tokens per row")
     global_batch_size: int = Field(128, ge=1, description="rows of one step, over all workers")
-    micro_batch_size: int | None = Field(
-        None, ge=1, description="rows of one forward pass; null: all rows of a worker; no effect"
+    micro_batch_size: int | None = Key(
+        None,
+        affects_result=False,
+        ge=1,
+        description="rows of one forward pass; null: all rows of a worker",
     )
     optimizer: OptimizerKeys = OptimizerKeys()
     schedule: ScheduleKeys = ScheduleKeys()
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="bfloat16: autocast; weights and optimizer stay float32"
     )
-    activation_checkpointing: bool = False
-    compile: bool = Field(False, description="torch.compile, one decoder layer at a time")
-    num_workers: int = Field(1, ge=1, description="no effect on results beyond rounding")
-    strategy: Literal["ddp", "fsdp"] = "ddp"
-    use_gpu: bool | None = Field(None, description="null: where there is one")
-    cpus_per_worker: int | None = Field(None, ge=1, description="null: all CPUs over the workers")
-    max_failures: int = Field(3, ge=0, description="worker failures a Ray Train run survives")
-    save_every: int | None = Field(
-        None, ge=1, description="steps between training states; null: a tenth of the steps"
+    activation_checkpointing: bool = Key(False, affects_result=False)
+    compile: bool = Key(
+        False, affects_result=False, description="torch.compile, one decoder layer at a time"
     )
-    keep_state: bool = Field(False, description="keep the last training state when finished")
-    log_every: int | None = Field(
-        None, ge=1, description="steps between looks at the loss; null: 1 on CPU, 10 on GPU"
+    num_workers: int = Key(
+        1, affects_result=False, ge=1, description="no effect on results beyond rounding"
     )
-    mlflow: TrackingSettings = TrackingSettings()
+    strategy: Literal["ddp", "fsdp"] = Field(
+        "ddp", description="under bfloat16 the two round differently"
+    )
+    use_gpu: bool | None = Key(None, affects_result=False, description="null: where there is one")
+    cpus_per_worker: int | None = Key(
+        None, affects_result=False, ge=1, description="null: all CPUs over the workers"
+    )
+    max_failures: int = Key(
+        3, affects_result=False, ge=0, description="worker failures a Ray Train run survives"
+    )
+    save_every: int | None = Key(
+        None,
+        affects_result=False,
+        ge=1,
+        description="steps between training states; null: a tenth of the steps",
+    )
+    keep_state: bool = Key(
+        False, affects_result=False, description="keep the last training state when finished"
+    )
+    log_every: int | None = Key(
+        None,
+        affects_result=False,
+        ge=1,
+        description="steps between looks at the loss; null: 1 on CPU, 10 on GPU",
+    )
+    mlflow: TrackingSettings = Key(TrackingSettings(), affects_result=False)
 
     @model_validator(mode="after")
     def _divisible(self) -> TrainingKeys:

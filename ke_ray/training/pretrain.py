@@ -7,7 +7,6 @@ runs also ``state/``, from which a killed run goes on.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import time
@@ -16,9 +15,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ke_ray import storage
-from ke_ray.errors import DataError, ResultsError
+from ke_ray.errors import DataError
 from ke_ray.results.manifest import new_manifest, read_manifest, write_manifest
 from ke_ray.results.training_folder import write_tables
+from ke_ray.studies.identity import check_same_study, identity_fields, identity_keys
 from ke_ray.studies.training import PretrainStudy
 from ke_ray.tracking.training import log_progress, tracked_run
 from ke_ray.training.checkpoint import TrainingState, remove_states
@@ -38,29 +38,8 @@ __all__ = [
     "is_finished",
     "prepare_data",
     "run_pretrain",
-    "study_identity",
 ]
 
-#: Keys of a study that say where and how it runs, not what comes out.
-NOT_IDENTITY = frozenset(
-    {
-        "activation_checkpointing",
-        "checkpoints",
-        "compile",
-        "cpus_per_worker",
-        "keep_state",
-        "log_every",
-        "max_failures",
-        "micro_batch_size",
-        "mlflow",
-        "name",
-        "num_workers",
-        "output",
-        "save_every",
-        "strategy",
-        "use_gpu",
-    }
-)
 _log = logging.getLogger(__name__)
 
 
@@ -88,13 +67,6 @@ class PretrainData:
     rows: PackedDataset
 
 
-def study_identity(study: PretrainStudy) -> str:
-    """Hex sha256 of the keys that change the result."""
-    keys = study.model_dump(mode="json", exclude=set(NOT_IDENTITY))
-    keys["checkpoints"] = list(study.checkpoint_steps)
-    return hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()
-
-
 def is_finished(study: PretrainStudy) -> bool:
     """Whether the output folder holds this very study, finished.
 
@@ -105,15 +77,7 @@ def is_finished(study: PretrainStudy) -> bool:
     if not storage.exists(path):
         return False
     manifest = read_manifest(study.output, "pretrain")
-    if manifest.get("identity") != study_identity(study):
-        before = manifest.get("config", {})
-        now = study.model_dump(mode="json")
-        ignored = NOT_IDENTITY - {"checkpoints"}
-        changed = [k for k in now if k not in ignored and before.get(k) != now[k]]
-        raise ResultsError(
-            f"'{study.output}' holds another pretraining: {', '.join(changed) or 'its keys'} "
-            "differ. Give another output folder, or remove that one."
-        )
+    check_same_study(study.output, manifest, identity_keys(study))
     return manifest.get("status") == "finished"
 
 
@@ -244,9 +208,10 @@ def run_pretrain(
         sequence_length=study.sequence_length,
         eos_token_id=data.eos_token_id,
     )
-    identity = study_identity(study)
+    fields = identity_fields(identity_keys(study))
+    identity = fields["identity"]
     manifest = new_manifest("pretrain", study.model_dump(mode="json"))
-    manifest |= {"identity": identity, "data_sha256": data.rows.sha256}
+    manifest |= {**fields, "data_sha256": data.rows.sha256}
     if worker.is_main:
         write_manifest(study.output, manifest)
     model = build_model(config, study.seed).to(worker.device)

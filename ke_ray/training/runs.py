@@ -6,21 +6,19 @@ row of ``runs.parquet``, and is written last.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ke_ray import storage
 from ke_ray.errors import CheckpointSpecError
-from ke_ray.secrets import redact, redacted
+from ke_ray.secrets import redact
 from ke_ray.studies.continual import ContinualStudy
+from ke_ray.studies.identity import identity, identity_keys
 
 if TYPE_CHECKING:
     from ke_ray.checkpoints.reference import CheckpointRef
 
 __all__ = [
-    "NOT_IDENTITY",
     "RunSpec",
     "base_row",
     "list_runs",
@@ -28,35 +26,10 @@ __all__ = [
     "read_row",
     "run_identity",
     "run_key",
-    "study_identity",
+    "study_keys",
     "write_failed",
     "write_row",
 ]
-
-#: Keys that say where and how a study runs, or only which runs it has.
-NOT_IDENTITY = frozenset(
-    {
-        "activation_checkpointing",
-        "cache_dir",
-        "compile",
-        "cpus_per_worker",
-        "executor",
-        "keep_final",
-        "keep_state",
-        "log_every",
-        "max_failures",
-        "micro_batch_size",
-        "mlflow",
-        "name",
-        "num_workers",
-        "output",
-        "save_every",
-        "seeds",
-        "starts",
-        "strategy",
-        "use_gpu",
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -99,17 +72,15 @@ def list_runs(study: ContinualStudy) -> list[RunSpec]:
     ]
 
 
-def study_identity(study: ContinualStudy) -> str:
-    """Hex sha256 of the keys that change a run's result."""
-    keys = redacted(study.model_dump(mode="json", exclude=set(NOT_IDENTITY)))
-    return hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()
+def study_keys(study: ContinualStudy) -> dict[str, Any]:
+    """The keys that change a run's result; starts and seeds only say which runs there are."""
+    return identity_keys(study, without=("starts", "seeds"))
 
 
 def run_identity(study: ContinualStudy, spec: RunSpec) -> str:
     """Hex sha256 of the study's keys, the starting weights and the seed."""
     weights = spec.ref.weights_fingerprint or spec.ref.commit or spec.ref.label
-    parts = [study_identity(study), weights, spec.seed]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    return identity([study_keys(study), weights, spec.seed])
 
 
 def part_folder(study: ContinualStudy, spec: RunSpec) -> str:

@@ -9,8 +9,9 @@ from typing import Any
 from tiny_studies import tiny_continual
 
 from ke_ray.config import validate
-from ke_ray.planning.sweep import SweepPlan, Trial, identity_keys
+from ke_ray.planning.sweep import SweepPlan, Trial
 from ke_ray.results.manifest import new_manifest, write_manifest
+from ke_ray.studies.identity import identity_fields, identity_keys
 from ke_ray.studies.sweep import SweepStudy
 from ke_ray.training.runs import base_row, write_row
 
@@ -55,8 +56,7 @@ def begin(plan: SweepPlan) -> None:
     study = plan.study
     keys = {
         "id": uuid.uuid4().hex,
-        "identity": plan.identity,
-        "identity_keys": identity_keys(study),
+        **identity_fields(identity_keys(study)),
         "files": plan.files,
     }
     config = study.model_dump(mode="json", by_alias=True)

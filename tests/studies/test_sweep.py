@@ -203,7 +203,7 @@ def test_tokens_of_a_trial_follow_from_whole_steps() -> None:
         ({"objectives": []}, "'objectives'"),
         ({"space": {"seed": [1, 2]}, "seeds": [0]}, "not both"),
         ({"seeds": [1, 1]}, "must be different"),
-        ({"base": "none.yaml"}, "no study file"),
+        ({"base": "none.yaml"}, "There is no file"),
         ({"base": None}, "'base' must be a continual study"),
         ({"base": {**BASE, "epoch": 1}}, "Did you mean 'epochs'?"),
         ({"scheduler": {"name": "asha"}, "seeds": [0, 1]}, "would be biased"),

@@ -56,7 +56,7 @@ def test_a_finished_study_is_skipped_and_another_one_is_refused(series: Path) ->
     assert again.skipped
     assert shown == []
     assert {p: p.stat().st_mtime_ns for p in series.rglob("*") if p.is_file()} == before
-    with pytest.raises(ResultsError, match="another pretraining: optimizer differ"):
+    with pytest.raises(ResultsError, match="optimizer.learning_rate was"):
         run_pretrain(tiny_pretrain(series, optimizer={"learning_rate": 0.02}))
 
 

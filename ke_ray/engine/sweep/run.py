@@ -25,7 +25,7 @@ from ke_ray.engine.sweep.resources import TrialResources, trial_resources
 from ke_ray.engine.sweep.trial import STOPPED_TAG, TIME, VALUE, Handout, config_of_trial
 from ke_ray.engine.sweep.tuner import ENVIRONMENT, alone, build_tuner, scratch
 from ke_ray.engine.train.continual import read_by_workers
-from ke_ray.planning.sweep import SweepPlan, Trial, identity_keys
+from ke_ray.planning.sweep import SweepPlan, Trial
 from ke_ray.results.manifest import new_manifest, read_manifest, write_manifest
 from ke_ray.results.sweep_folder import (
     objective_value,
@@ -33,6 +33,7 @@ from ke_ray.results.sweep_folder import (
     settings_table,
     trials_table,
 )
+from ke_ray.studies.identity import identity_fields, identity_keys
 from ke_ray.tracking.runs import TrackedRun, Tracker, flatten
 from ke_ray.tracking.training import run_params
 from ke_ray.training.runs import base_row, part_folder, run_key, write_failed, write_row
@@ -234,8 +235,7 @@ class _Run:
             manifest["created_at"] = read_manifest(path, "sweep")["created_at"]
         manifest |= {
             "id": self.folder_id,
-            "identity": self.plan.identity,
-            "identity_keys": identity_keys(study),
+            **identity_fields(identity_keys(study)),
             "files": self.plan.files,
             "parameters": list(study.shown_keys),
             "search": study.search,

@@ -20,20 +20,20 @@ from ke_ray.engine.cluster.metrics import TrainingMeter
 from ke_ray.engine.cluster.session import ray_session
 from ke_ray.engine.cluster.shared_storage import check_nodes_see
 from ke_ray.engine.train.trainer import fit, progress_of
-from ke_ray.errors import KeRayError, ResultsError
+from ke_ray.errors import KeRayError
 from ke_ray.results.manifest import new_manifest, read_manifest, write_manifest
 from ke_ray.results.training_folder import TABLES, to_table
 from ke_ray.studies.continual import ContinualStudy
+from ke_ray.studies.identity import check_same_study, identity_fields
 from ke_ray.training.continual import run_continual
 from ke_ray.training.loop import Progress
 from ke_ray.training.parallel import Worker
 from ke_ray.training.runs import (
-    NOT_IDENTITY,
     RunSpec,
     list_runs,
     part_folder,
     read_row,
-    study_identity,
+    study_keys,
     write_failed,
 )
 
@@ -123,13 +123,7 @@ def _check_output(study: ContinualStudy) -> None:
         storage.check_writable(study.output)
         return
     manifest = read_manifest(study.output, "continual")
-    if manifest.get("identity") != study_identity(study):
-        before, now = manifest.get("config", {}), study.model_dump(mode="json")
-        changed = [k for k in now if k not in NOT_IDENTITY and before.get(k) != now[k]]
-        raise ResultsError(
-            f"'{study.output}' holds another study: {', '.join(changed) or 'its keys'} differ. "
-            "Give another output folder, or remove that one."
-        )
+    check_same_study(study.output, manifest, study_keys(study))
 
 
 def run_continual_study(
@@ -152,7 +146,7 @@ def run_continual_study(
     outcome.skipped = len(specs) - len(pending)
     outcome.phases_s["check"] = time.perf_counter() - started
     manifest = new_manifest("continual", study.model_dump(mode="json"))
-    manifest |= {"identity": study_identity(study), "runs": [spec.name for spec in specs]}
+    manifest |= identity_fields(study_keys(study)) | {"runs": [spec.name for spec in specs]}
     if pending:
         write_manifest(study.output, manifest)
         if study.executor == "inline":

@@ -67,7 +67,7 @@ def test_a_broken_start_is_a_row_and_the_others_finish(tmp_path: Path, series: P
     assert more.exit_code == 0
     assert run_continual_study(narrow, shown.append).skipped == 2
 
-    with pytest.raises(ResultsError, match="another study: optimizer differ"):
+    with pytest.raises(ResultsError, match="optimizer.learning_rate was"):
         run_continual_study(tiny_continual(tmp_path, series, optimizer={"learning_rate": 0.1}))
 
 
