@@ -126,7 +126,7 @@ def test_a_changed_file_is_refused_with_what_changed(tmp_path: Path, series: Pat
     text = str(told.value)
     assert "base.optimizer.learning_rate was 0.005, is 0.1" in text
     assert "base.epochs was the default, is 2" in text
-    assert "a new name with --output" in text
+    assert "another output folder" in text
     with pytest.raises(ResultsError, match=r"space\.resuscitation\.factor"):
         prepare_sweep(
             tiny_sweep(tmp_path, series, base=base, space={"resuscitation.factor": [0.5, 3]})
