@@ -27,41 +27,11 @@ import pyarrow.compute as pc
 
 from ke_ray import storage
 from ke_ray.errors import ResultsError
+from ke_ray.results.columns import schema
 from ke_ray.results.manifest import read_manifest, write_manifest
 
-__all__ = ["ENTROPY_SCHEMA", "REPLICATES_SCHEMA", "ScanFolder", "check_identity"]
-
-ENTROPY_SCHEMA = pa.schema(
-    [
-        ("checkpoint", pa.string()),
-        ("step", pa.int64()),
-        ("revision", pa.string()),
-        ("corpus", pa.string()),
-        ("layer", pa.int32()),
-        ("measure", pa.string()),
-        ("value", pa.float64()),
-        ("stderr", pa.float64()),
-        ("unit", pa.string()),
-        ("num_instances", pa.int64()),
-        ("num_tokens", pa.int64()),
-        ("weights_sha256", pa.string()),
-        ("data_sha256", pa.string()),
-        ("duplicate_of", pa.string()),
-        ("status", pa.string()),
-        ("error", pa.string()),
-    ]
-)
-REPLICATES_SCHEMA = pa.schema(
-    [
-        ("checkpoint", pa.string()),
-        ("step", pa.int64()),
-        ("corpus", pa.string()),
-        ("layer", pa.int32()),
-        ("measure", pa.string()),
-        ("group", pa.int32()),
-        ("value", pa.float64()),
-    ]
-)
+ENTROPY_SCHEMA = schema("entropy")
+REPLICATES_SCHEMA = schema("replicates")
 _KEY = ("checkpoint", "corpus", "layer", "measure")
 
 
@@ -144,13 +114,13 @@ class ScanFolder:
             yield table.sort_by(order)
 
     def _by_checkpoint(
-        self, stem: str, schema: pa.Schema, without: Collection[str] = ()
+        self, stem: str, columns: pa.Schema, without: Collection[str] = ()
     ) -> Iterator[list[pa.Table]]:
         """What table and parts have of one checkpoint, oldest first; checkpoints by step."""
 
         @functools.lru_cache(2)
         def read(file: Any, number: int) -> pa.Table:
-            return _conform(file.read_row_group(number), schema)
+            return _conform(file.read_row_group(number), columns)
 
         sources: dict[str, list[tuple[Any, int]]] = {}
         steps: dict[str, int | None] = {}
@@ -271,11 +241,11 @@ class ScanFolder:
         parts = storage.join(self.uri, "parts")
         folded = storage.list_dir(parts)
         if folded or without or not storage.exists(storage.join(self.uri, "entropy.parquet")):
-            for stem, schema, tables in (
+            for stem, columns, tables in (
                 ("replicates", REPLICATES_SCHEMA, self._replicates(without)),
                 ("entropy", ENTROPY_SCHEMA, self._entropy(without)),
             ):
-                storage.write_tables(storage.join(self.uri, f"{stem}.parquet"), schema, tables)
+                storage.write_tables(storage.join(self.uri, f"{stem}.parquet"), columns, tables)
             for name in folded:
                 storage.remove(storage.join(parts, name))
         for checkpoint in without:
@@ -303,15 +273,15 @@ def _to_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
     return pa.Table.from_pylist([{n: row.get(n) for n in names} for row in rows], ENTROPY_SCHEMA)
 
 
-def _conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
+def _conform(table: pa.Table, columns: pa.Schema) -> pa.Table:
     """Columns that an older version lacked become null; unknown ones are left out."""
-    columns = [
+    arrays = [
         table[field.name].cast(field.type)
         if field.name in table.column_names
         else pa.nulls(table.num_rows, field.type)
-        for field in schema
+        for field in columns
     ]
-    return pa.Table.from_arrays(columns, schema=schema)
+    return pa.Table.from_arrays(arrays, schema=columns)
 
 
 def _join_rows(tables: Iterable[pa.Table]) -> list[dict[str, Any]]:

@@ -14,26 +14,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ke_ray import storage
+from ke_ray.results.columns import TRIAL_KEYS, TRIAL_RESULTS, names, schema
 from ke_ray.results.manifest import read_manifest
-from ke_ray.results.training_folder import TABLES
 
 if TYPE_CHECKING:
     import pyarrow
-
-__all__ = [
-    "STOPPED_COLUMNS",
-    "objective_value",
-    "pareto_points",
-    "read_trials",
-    "settings_rows",
-    "settings_table",
-    "sweep_summary",
-    "trials_table",
-]
-
-#: What only a stopped trial has.
-STOPPED_COLUMNS = {"stopped_at_step": "int64", "acquisition_at_stop": "float64"}
-_OWN = {"trial_id": "string", "point": "int64", "status": "string", "error": "string"}
 
 
 def objective_value(row: Mapping[str, Any], metric: str) -> float | None:
@@ -63,23 +48,21 @@ def trials_table(rows: Sequence[Mapping[str, Any]], params: Sequence[str]) -> py
     """
     import pyarrow
 
-    named = [key for key in params if key not in TABLES["runs"]]
-    run_columns = {k: v for k, v in TABLES["runs"].items() if k not in _OWN and k != "run"}
-    own: dict[str, Any] = {name: getattr(pyarrow, kind)() for name, kind in _OWN.items()}
-    swept = {key: _type([row["params"].get(key) for row in rows]) for key in named}
-    columns = {**run_columns, "knowledge_entropy_change_nats": "float64", **STOPPED_COLUMNS}
-    rest = {name: getattr(pyarrow, kind)() for name, kind in columns.items()}
+    swept = [key for key in params if key not in names("runs")]
+    types = {key: _type([row["params"].get(key) for row in rows]) for key in swept}
     table = []
     for row in rows:
-        values = {name: row.get(name) for name in (*own, *rest)}
+        values = {name: row.get(name) for name in names("trials")}
         values["knowledge_entropy_change_nats"] = objective_value(
             row, "knowledge_entropy_change_nats"
         )
-        for key in named:
+        for key in swept:
             value = row["params"].get(key)
-            values[key] = _text(value) if swept[key] == pyarrow.string() else value
+            values[key] = _text(value) if types[key] == pyarrow.string() else value
         table.append(values)
-    return pyarrow.Table.from_pylist(table, schema=pyarrow.schema({**own, **swept, **rest}))
+    fields = [pyarrow.field(key, kind) for key, kind in types.items()]
+    fields = [*schema(TRIAL_KEYS), *fields, *schema(TRIAL_RESULTS)]
+    return pyarrow.Table.from_pylist(table, schema=pyarrow.schema(fields))
 
 
 def _type(values: Sequence[Any]) -> Any:
@@ -188,20 +171,8 @@ def settings_table(rows: Sequence[Mapping[str, Any]]) -> pyarrow.Table:
     """The table of ``settings.parquet``; ``params`` as JSON."""
     import pyarrow
 
-    kinds = {
-        "point": pyarrow.int64(),
-        "params": pyarrow.string(),
-        "metric": pyarrow.string(),
-        "direction": pyarrow.string(),
-        "value": pyarrow.float64(),
-        "low": pyarrow.float64(),
-        "high": pyarrow.float64(),
-        "num_ok": pyarrow.int64(),
-        "num_failed": pyarrow.int64(),
-        "on_front": pyarrow.bool_(),
-    }
-    told = [{**row, "params": json.dumps(row["params"])} for row in rows]
-    return pyarrow.Table.from_pylist(told, schema=pyarrow.schema(kinds))
+    json_rows = [{**row, "params": json.dumps(row["params"])} for row in rows]
+    return pyarrow.Table.from_pylist(json_rows, schema=schema("settings"))
 
 
 def read_trials(folder: str) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ke_ray import storage
+from ke_ray.results.columns import to_table
 from ke_ray.results.scan_folder import ScanFolder
 from ke_ray.resuscitation.export import PROVENANCE
 from ke_ray.secrets import redact
@@ -39,21 +40,9 @@ def write_predictions(output: str) -> list[dict[str, Any]]:
     Returns:
         its rows; none where nothing in the folder was resuscitated or measured.
     """
-    import pyarrow
-
-    folder = ScanFolder.open(output)
-    kinds = {
-        **dict.fromkeys(("checkpoint", "corpus"), pyarrow.string()),
-        **{"step": pyarrow.int64(), "layer": pyarrow.int32()},
-        **dict.fromkeys(("before_nats", "predicted_nats", "measured_nats"), pyarrow.float64()),
-        **dict.fromkeys(("ratio", "factor"), pyarrow.float64()),
-        **dict.fromkeys(("control", "coefficients"), pyarrow.string()),
-        "coefficients_verified": pyarrow.bool_(),
-    }
-    rows = _rows(folder)
+    rows = _rows(ScanFolder.open(output))
     if rows:
-        table = pyarrow.Table.from_pylist(rows, schema=pyarrow.schema(kinds))
-        storage.write_table(storage.join(output, TABLE), table)
+        storage.write_table(storage.join(output, TABLE), to_table("resuscitation", rows))
     return rows
 
 

@@ -21,36 +21,11 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 from ke_ray import storage
 from ke_ray.config import Key, Strict, parse_overrides, read_yaml, set_keys, validate
 from ke_ray.errors import ConfigError, nearest
+from ke_ray.results.columns import OBJECTIVES, Direction
 from ke_ray.studies.axis import Axis, check_optuna
 from ke_ray.studies.continual import ContinualStudy
 from ke_ray.studies.identity import affects_result
 from ke_ray.studies.parts import TrackingSettings
-
-__all__ = [
-    "OBJECTIVES",
-    "Asha",
-    "Objective",
-    "SweepStudy",
-    "load_sweep",
-    "sweep_keys",
-]
-
-Direction = Literal["maximize", "minimize"]
-
-#: Column of ``runs.parquet`` → (its better direction, the group of the base study it needs).
-OBJECTIVES: Mapping[str, tuple[Direction, str]] = {
-    "acquisition": ("maximize", "injection"),
-    "acquisition_summed": ("maximize", "injection"),
-    "acquisition_vs_original": ("maximize", "injection"),
-    "probe_logprob_after": ("maximize", "injection"),
-    "forgetting": ("minimize", "downstream"),
-    "forgetting_vs_original": ("minimize", "downstream"),
-    "downstream_after": ("maximize", "downstream"),
-    "perplexity_after": ("minimize", "held_out"),
-    "knowledge_entropy_before_nats": ("maximize", "entropy"),
-    "knowledge_entropy_after_nats": ("maximize", "entropy"),
-    "knowledge_entropy_change_nats": ("maximize", "entropy"),
-}
 
 _OWN_KEYS = ("checkpoint", "seed")
 #: A trial has one seed, and is a continual study whatever a sweep changes.
@@ -68,7 +43,7 @@ class Objective(Strict):
     def _by_name(cls, value: Any) -> Any:
         given = {"metric": value} if isinstance(value, str) else value
         if isinstance(given, Mapping) and given.get("metric") in OBJECTIVES:
-            return {"direction": OBJECTIVES[given["metric"]][0], **given}
+            return {"direction": OBJECTIVES[given["metric"]].direction, **given}
         if isinstance(given, Mapping) and "metric" in given:
             name = str(given["metric"])
             raise ValueError(
@@ -175,7 +150,7 @@ class SweepStudy(Strict):
         if len(set(metrics)) < len(metrics):
             raise ValueError(f"objectives {', '.join(metrics)}: one stands there twice")
         for metric in metrics:
-            group = OBJECTIVES[metric][1]
+            group = str(OBJECTIVES[metric].needs)
             if not self._has(group):
                 raise ValueError(
                     f"no trial would report the objective '{metric}': the base study has no "

@@ -12,8 +12,9 @@ from ke_ray.config import validate
 from ke_ray.errors import ConfigError
 from ke_ray.planning.sweep import fixed_points, resolve, value_at
 from ke_ray.planning.sweep_forecast import measure_sweep, num_tokens
+from ke_ray.results.columns import OBJECTIVES
 from ke_ray.studies.continual import ContinualStudy
-from ke_ray.studies.sweep import OBJECTIVES, SweepStudy, load_sweep, sweep_keys
+from ke_ray.studies.sweep import SweepStudy, load_sweep, sweep_keys
 
 SWEEPS = Path(__file__).parents[2] / "sweeps"
 SHIPPED = sorted(
@@ -247,7 +248,7 @@ def test_directions_are_the_usual_ones_unless_given(tmp_path: Path) -> None:
         )
     )
     assert [o.direction for o in study.objectives] == ["minimize", "minimize"]
-    assert OBJECTIVES["acquisition"][0] == "maximize"
+    assert OBJECTIVES["acquisition"].direction == "maximize"
 
 
 def test_another_kind_of_file_is_refused(tmp_path: Path) -> None:

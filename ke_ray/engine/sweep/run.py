@@ -26,6 +26,7 @@ from ke_ray.engine.sweep.trial import STOPPED_TAG, TIME, VALUE, Handout, config_
 from ke_ray.engine.sweep.tuner import ENVIRONMENT, alone, build_tuner, scratch
 from ke_ray.engine.train.continual import read_by_workers
 from ke_ray.planning.sweep import SweepPlan, Trial
+from ke_ray.results.columns import OBJECTIVES
 from ke_ray.results.manifest import new_manifest, read_manifest, write_manifest
 from ke_ray.results.sweep_folder import (
     objective_value,
@@ -316,14 +317,7 @@ class _Run:
         if run_id is None:
             return
         named = {f"objective/{o.metric}": o.metric for o in self.plan.study.objectives}
-        named |= {
-            f"result/{metric}": metric
-            for metric in (
-                *("acquisition_vs_original", "forgetting_vs_original"),
-                *("probe_logprob_after", "downstream_after", "knowledge_entropy_change_nats"),
-                *("knowledge_entropy_before_nats", "knowledge_entropy_after_nats"),
-            )
-        }
+        named |= {f"result/{metric}": metric for metric in OBJECTIVES}
         found = {name: objective_value(row, metric) for name, metric in named.items()}
         run = self.tracker.run(run_id)
         # A group that is off has no keys, and MLflow would draw its trial beside the largest value.

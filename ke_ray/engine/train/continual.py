@@ -21,8 +21,8 @@ from ke_ray.engine.cluster.session import ray_session
 from ke_ray.engine.cluster.shared_storage import check_nodes_see
 from ke_ray.engine.train.trainer import fit, progress_of
 from ke_ray.errors import KeRayError
+from ke_ray.results.columns import RUN_TABLES, names, to_table
 from ke_ray.results.manifest import new_manifest, read_manifest, write_manifest
-from ke_ray.results.training_folder import TABLES, to_table
 from ke_ray.studies.continual import ContinualStudy
 from ke_ray.studies.identity import check_same_study, identity_fields
 from ke_ray.training.continual import run_continual
@@ -316,10 +316,10 @@ def collect(study: ContinualStudy, specs: Sequence[RunSpec]) -> list[dict[str, A
     import pyarrow as pa
 
     rows = [row for spec in specs if (row := read_row(study, spec)) is not None]
-    known = [{k: v for k, v in row.items() if k in TABLES["runs"]} for row in rows]
+    known = [{k: v for k, v in row.items() if k in names("runs")} for row in rows]
     storage.write_table(storage.join(study.output, "runs.parquet"), to_table("runs", known))
     ok = {row["run"] for row in rows if row["status"] == "ok"}
-    for name in TABLES:
+    for name in RUN_TABLES:
         if name == "runs":
             continue
         parts = []

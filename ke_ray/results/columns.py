@@ -1,0 +1,422 @@
+"""Every column of every result table, declared once.
+
+Parquet schemas, sweep objectives, MLflow's metric names, titles in tables and figures, and the
+tables of ``docs/results.md`` derive from here. Importing this module costs nothing: pyarrow is
+imported when a schema is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import pyarrow
+
+Direction = Literal["maximize", "minimize"]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a result table.
+
+    Attributes:
+        name: in the file.
+        type: pyarrow's name of the type.
+        doc: what it holds, for ``docs/results.md``.
+        unit: of its values; a ``fraction`` is shown to people in per cent.
+        title: in tables and on axes; empty where people are shown the name.
+        direction: which way is better; None where neither is.
+        needs: the group of a continual study without which the column is empty. A column with a
+            direction and a group is an objective of sweeps.
+    """
+
+    name: str
+    type: str
+    doc: str = ""
+    unit: str = ""
+    title: str = ""
+    direction: Direction | None = None
+    needs: str | None = None
+
+    @property
+    def factor(self) -> float:
+        """From the stored value to the one that people are shown."""
+        return 100.0 if self.unit == "fraction" else 1.0
+
+    @property
+    def shown_unit(self) -> str:
+        """The unit of the value that people are shown."""
+        return "%" if self.unit == "fraction" else self.unit
+
+
+_CHECKPOINT = Column("checkpoint", "string", "name of the checkpoint, unique in the folder")
+_STEP = Column("step", "int64", "pretraining step; null where no name gives it", "steps")
+_RUN = Column("run", "string", "name of the training run")
+_UPDATE = Column("step", "int64", "updates so far", "steps")
+_SETTING = Column("setting", "string", "`once` or `paraphrase`")
+_LEVEL = Column("level", "string", "`memorization`, `semantic` or `compositional`")
+_LAYER = Column("layer", "int32", "0 … L−1; null for the total")
+_STATUS = Column("status", "string", "`ok` or `failed`")
+_ERROR = Column("error", "string", "why it failed")
+_SUMMED_LOGPROB = Column(
+    "logprob_summed", "float64", "log probability of the target, summed over its tokens", "nats"
+)
+
+
+def _interval(column: Column) -> tuple[Column, Column, Column]:
+    """A value and the ends of its 95 % interval."""
+    low = Column(f"{column.name}_low", "float64", "low end of its 95 % interval", column.unit)
+    high = Column(f"{column.name}_high", "float64", "high end of its 95 % interval", column.unit)
+    return column, low, high
+
+
+_ENTROPY = (
+    _CHECKPOINT,
+    _STEP,
+    Column("revision", "string", "revision on the Hub"),
+    Column("corpus", "string", "name given by `--data NAME=…`"),
+    _LAYER,
+    Column("measure", "string", "see below"),
+    Column("value", "float64", "the measure, in `unit`"),
+    Column("stderr", "float64", "jackknife error over groups of instances, in `unit`"),
+    Column("unit", "string", "`nats`, `memories` or `fraction`"),
+    Column("num_instances", "int64", "instances that the value is over", "instances"),
+    Column("num_tokens", "int64", "real tokens that the value is over", "tokens"),
+    Column("weights_sha256", "string", "canonical: equal for all layouts of the same weights"),
+    Column("data_sha256", "string", "fingerprint of the real token ids"),
+    Column("duplicate_of", "string", "earliest checkpoint with the same weights"),
+    _STATUS,
+    Column("error", "string", "why it failed; such a checkpoint has one row per corpus"),
+)
+
+_REPLICATES = (
+    _CHECKPOINT,
+    _STEP,
+    Column("corpus", "string", "name of the corpus"),
+    _LAYER,
+    Column("measure", "string", "see below"),
+    Column("group", "int32", "the jackknife group that is left out"),
+    Column("value", "float64", "the measure without that group"),
+)
+
+_RESUSCITATION = (
+    _CHECKPOINT,
+    Column("corpus", "string", "name of the corpus"),
+    _STEP,
+    _LAYER,
+    Column("before_nats", "float64", "knowledge entropy of the given C̄", "nats"),
+    Column("predicted_nats", "float64", "of u · C̄, the inputs of every layer held fixed", "nats"),
+    Column("measured_nats", "float64", "of this scan", "nats"),
+    Column("ratio", "float64", "resuscitation ratio", "fraction"),
+    Column("factor", "float64", "amplifying factor"),
+    Column("control", "string", "null for Algorithm 1"),
+    Column("coefficients", "string", "where C̄ came from"),
+    Column("coefficients_verified", "bool_", "whether they are of the very weights"),
+)
+
+_TRAIN = (
+    _RUN,
+    _UPDATE,
+    Column("num_tokens", "int64", "tokens so far", "tokens"),
+    Column("loss", "float64", "mean over the batch", "nats per token"),
+    Column("learning_rate", "float64", "of this update"),
+    Column("grad_norm", "float64", "global L2 norm before clipping"),
+    Column("tokens_per_s", "float64", "", "tokens/s"),
+    Column("elapsed_s", "float64", "since the run started", "s"),
+)
+
+_RUNS = (
+    _RUN,
+    Column("checkpoint", "string", "the start"),
+    Column("step", "int64", "pretraining step of the start", "steps", "Starting step"),
+    Column("seed", "int64", "of the rows drawn and their order"),
+    Column("corpus", "string", "name of the training corpus"),
+    Column("resuscitation_ratio", "float64", "null: not resuscitated", "", "Resuscitation ratio"),
+    Column("amplifying_factor", "float64", "null: not resuscitated", "", "Amplifying factor"),
+    Column("control", "string", "null for Algorithm 1"),
+    _STATUS,
+    _ERROR,
+    *_interval(
+        Column(
+            "acquisition",
+            "float64",
+            "A = (K after − K before) / |K before|",
+            "fraction",
+            "Acquisition A",
+            "maximize",
+            "injection",
+        )
+    ),
+    Column(
+        "acquisition_summed",
+        "float64",
+        "A of log probabilities summed over target tokens",
+        "fraction",
+        "A, summed over tokens",
+        "maximize",
+        "injection",
+    ),
+    *_interval(
+        Column(
+            "forgetting",
+            "float64",
+            "F = (P before − P after) / P before",
+            "fraction",
+            "Forgetting F",
+            "minimize",
+            "downstream",
+        )
+    ),
+    *_interval(
+        Column(
+            "acquisition_vs_original",
+            "float64",
+            "A against the start before resuscitation",
+            "fraction",
+            "A against the original start",
+            "maximize",
+            "injection",
+        )
+    ),
+    *_interval(
+        Column(
+            "forgetting_vs_original",
+            "float64",
+            "F against the start before resuscitation",
+            "fraction",
+            "F against the original start",
+            "minimize",
+            "downstream",
+        )
+    ),
+    Column("probe_logprob_original", "float64", "K before resuscitation", "nats per target token"),
+    Column("probe_logprob_before", "float64", "K", "nats per target token", "K before"),
+    Column(
+        "probe_logprob_after",
+        "float64",
+        "K",
+        "nats per target token",
+        "K after",
+        "maximize",
+        "injection",
+    ),
+    Column("downstream_original", "float64", "P before resuscitation", "fraction"),
+    Column("downstream_before", "float64", "P, mean accuracy", "fraction", "P before"),
+    Column(
+        "downstream_after",
+        "float64",
+        "P, mean accuracy",
+        "fraction",
+        "P after",
+        "maximize",
+        "downstream",
+    ),
+    Column("perplexity_before", "float64", "of held-out text", "", "Held-out perplexity before"),
+    Column(
+        "perplexity_after",
+        "float64",
+        "of held-out text",
+        "",
+        "Held-out perplexity after",
+        "minimize",
+        "held_out",
+    ),
+    Column("knowledge_entropy_original_nats", "float64", "before resuscitation", "nats"),
+    Column(
+        "knowledge_entropy_predicted_nats",
+        "float64",
+        "of the resuscitated start",
+        "nats",
+        "Knowledge entropy predicted",
+    ),
+    Column(
+        "knowledge_entropy_before_nats",
+        "float64",
+        "of the start as it is trained",
+        "nats",
+        "Knowledge entropy before",
+        "maximize",
+        "entropy",
+    ),
+    Column(
+        "knowledge_entropy_after_nats",
+        "float64",
+        "of the trained model",
+        "nats",
+        "Knowledge entropy after",
+        "maximize",
+        "entropy",
+    ),
+    Column("num_steps", "int64", "updates", "steps"),
+    Column("num_tokens", "int64", "tokens trained on", "tokens"),
+    Column("duration_s", "float64", "", "s"),
+    Column("final_checkpoint", "string", "folder of the trained model"),
+    Column("mlflow_run_id", "string"),
+)
+
+_CHANGE = Column(
+    "knowledge_entropy_change_nats",
+    "float64",
+    "after − before",
+    "nats",
+    "Change of knowledge entropy",
+    "maximize",
+    "entropy",
+)
+
+#: The columns of ``trials.parquet`` before and after one column per swept key.
+#: The columns of ``trials.parquet`` before and after one column per swept key.
+TRIAL_KEYS = (
+    Column("trial_id", "string"),
+    Column("point", "int64", "number of the setting"),
+    Column("status", "string", "`ok`, `failed`, or `stopped` by a scheduler"),
+    _ERROR,
+)
+
+TRIAL_RESULTS = (
+    *(column for column in _RUNS if column.name not in ("run", "status", "error")),
+    _CHANGE,
+    Column("stopped_at_step", "int64", "of a stopped trial", "steps"),
+    Column("acquisition_at_stop", "float64", "of a stopped trial, by its probes", "fraction"),
+)
+
+_SETTINGS = (
+    Column("point", "int64", "number of the setting"),
+    Column("params", "string", "its swept keys, as JSON"),
+    Column("metric", "string", "an objective of the sweep"),
+    Column("direction", "string", "`maximize` or `minimize`"),
+    Column("value", "float64", "mean over the finished trials"),
+    Column("low", "float64", "low end of its 95 % interval over seeds"),
+    Column("high", "float64", "high end of its 95 % interval over seeds"),
+    Column("num_ok", "int64", "finished trials"),
+    Column("num_failed", "int64", "failed trials"),
+    Column("on_front", "bool_", "whether no other setting is better in all objectives"),
+)
+
+#: File stem → its columns, in order. A sweep's trials also have one column per swept key.
+TABLES: Mapping[str, tuple[Column, ...]] = {
+    "entropy": _ENTROPY,
+    "replicates": _REPLICATES,
+    "resuscitation": _RESUSCITATION,
+    "train": _TRAIN,
+    "runs": _RUNS,
+    "probes": (
+        _RUN,
+        _UPDATE,
+        _SETTING,
+        _LEVEL,
+        Column("num_probes", "int64"),
+        Column("logprob_per_token", "float64", "mean per target token", "nats"),
+        _SUMMED_LOGPROB,
+    ),
+    "probe_items": (
+        _RUN,
+        _UPDATE,
+        _SETTING,
+        Column("instance", "int64", "the fact"),
+        _LEVEL,
+        Column("probe", "int64", "number of the probe within its level"),
+        Column("num_target_tokens", "int64", "", "tokens"),
+        _SUMMED_LOGPROB,
+    ),
+    "injections": (
+        _RUN,
+        _UPDATE,
+        Column("row", "int64", "of the global batch"),
+        _SETTING,
+        Column("instance", "int64", "the fact"),
+        Column("version", "int64", "0: the original, k: its k-th paraphrase"),
+        Column("num_tokens", "int64", "", "tokens"),
+    ),
+    "dynamics": (
+        _RUN,
+        _SETTING,
+        _LEVEL,
+        Column("injection", "int64", "from 1"),
+        Column("step", "int64", "of the injection", "steps"),
+        Column("num_paragraphs", "int64"),
+        Column("baseline_step", "int64", "of the probe before the injection", "steps"),
+        Column("lam_step", "int64", "of the local acquisition maximum", "steps"),
+        *_interval(
+            Column("effectivity", "float64", "ℓ at the maximum − ℓ before", "nats", "Effectivity")
+        ),
+        Column("decay", "float64", "slope of retainability over ln(lag)"),
+    ),
+    "retainability": (
+        _RUN,
+        _SETTING,
+        _LEVEL,
+        Column("injection", "int64", "from 1"),
+        Column("lag", "int64", "steps after the local acquisition maximum", "steps"),
+        Column("retainability", "float64", "what is left of the gain", "", "Retainability"),
+    ),
+    "downstream": (
+        _RUN,
+        Column("when", "string", "`before`, `after` or `original`"),
+        Column("task", "string"),
+        Column("metric", "string", "`acc` or `acc_norm`"),
+        Column("value", "float64", "accuracy", "fraction"),
+        Column("stderr", "float64", "its standard error", "fraction"),
+        Column("num_items", "int64"),
+    ),
+    "perplexity": (
+        _RUN,
+        Column("when", "string", "`before`, `after` or `original`"),
+        Column("corpus", "string", "name of the held-out text"),
+        Column("perplexity", "float64"),
+        Column("nats_per_token", "float64", "", "nats"),
+        Column("num_tokens", "int64", "predicted tokens", "tokens"),
+    ),
+    "trials": (*TRIAL_KEYS, *TRIAL_RESULTS),
+    "settings": _SETTINGS,
+}
+
+#: Tables of a training run, which all have a column ``run``.
+RUN_TABLES = tuple(name for name, columns in TABLES.items() if columns[0] is _RUN)
+
+#: What a sweep may compare: name → column.
+OBJECTIVES: Mapping[str, Column] = {
+    column.name: column for column in (*_RUNS, _CHANGE) if column.direction and column.needs
+}
+
+
+def column(table: str, name: str) -> Column:
+    """A column by its table and name.
+
+    Raises:
+        KeyError: there is no such column.
+    """
+    return next(column for column in TABLES[table] if column.name == name)
+
+
+def names(table: str) -> tuple[str, ...]:
+    """The columns of a table, in order."""
+    return tuple(column.name for column in TABLES[table])
+
+
+def schema(columns: str | Iterable[Column]) -> pyarrow.Schema:
+    """The Parquet schema of a table, or of columns."""
+    import pyarrow
+
+    if isinstance(columns, str):
+        columns = TABLES[columns]
+    return pyarrow.schema([(column.name, getattr(pyarrow, column.type)()) for column in columns])
+
+
+def to_table(name: str, rows: Iterable[Mapping[str, Any]]) -> pyarrow.Table:
+    """Rows as a table with the schema of ``name``; missing values are null.
+
+    Raises:
+        KeyError: a row holds a column that the table does not have.
+    """
+    import pyarrow
+
+    known = set(names(name))
+    kept = [dict(row) for row in rows]
+    for row in kept:
+        for key in row:
+            if key not in known:
+                raise KeyError(f"table '{name}' has no column '{key}'")
+    return pyarrow.Table.from_pylist(kept, schema=schema(name))

@@ -1,0 +1,41 @@
+"""Columns are declared once, and what derives from them agrees."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow
+import pytest
+
+from ke_ray.results.column_docs import fill_in
+from ke_ray.results.columns import OBJECTIVES, TABLES, names, schema, to_table
+from ke_ray.studies.continual import ContinualStudy
+
+PAGE = Path(__file__).parents[2] / "docs" / "results.md"
+
+
+def test_the_documented_tables_are_the_declared_ones() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    assert fill_in(text) == text, "run: python -m ke_ray.results.column_docs"
+    assert all(f"<!-- columns: {table} -->" in text for table in TABLES)
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_every_table_has_a_schema_of_distinct_columns(table: str) -> None:
+    assert schema(table).names == list(names(table))
+    assert len(set(names(table))) == len(names(table))
+
+
+def test_an_objective_needs_a_group_that_a_study_has() -> None:
+    assert {str(column.needs) for column in OBJECTIVES.values()} <= set(ContinualStudy.model_fields)
+    assert OBJECTIVES["forgetting"].direction == "minimize"
+    assert set(OBJECTIVES) <= {*names("runs"), *names("trials")}
+
+
+def test_rows_become_a_table_with_nulls_for_what_is_missing() -> None:
+    table = to_table("perplexity", [{"run": "a", "perplexity": 2.0}])
+    assert table.schema == schema("perplexity")
+    assert table.to_pylist()[0]["num_tokens"] is None
+    assert table.column("perplexity").type == pyarrow.float64()
+    with pytest.raises(KeyError, match="'perplexity' has no column 'loss'"):
+        to_table("perplexity", [{"loss": 1.0}])
