@@ -14,4 +14,6 @@ this package imports nothing by itself, and ``measures``, ``jackknife``, ``acqui
     resuscitation   Algorithm 1: which rows of the up projection are scaled by how much
     acquisition     knowledge K, acquisition A, forgetting F and their bootstrap intervals
     dynamics        effectivity, retainability and decay of injected knowledge
+
+Symbols, sources and departures of all of them: docs/science.md.
 """

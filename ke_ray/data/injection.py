@@ -1,8 +1,9 @@
 """What enters the batch: scheduled texts prepended to rows at their steps.
 
-The published rule [C]: at training step interval·e (steps counted from 1, so that the last
-injection can be the last step) the texts of injection ((e − 1) mod n) + 1 enter, each followed by
-the end-of-text id: text r is *prepended* to row r of the global batch and the row cut to T tokens.
+The published rule (docs/science.md#injection): at training step interval·e (steps counted from 1,
+so that the last injection can be the last step) the texts of injection ((e − 1) mod n) + 1 enter,
+each followed by the end-of-text id: text r is *prepended* to row r of the global batch and the row
+cut to T tokens.
 Below a global batch of 128 the texts are divided over all rows in order, sizes differing by at
 most one (larger first), and concatenated within a row. A row of injected texts longer than T is
 refused (the published code refuses it only where texts are concatenated, and cuts it elsewhere).

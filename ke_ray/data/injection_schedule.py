@@ -1,9 +1,9 @@
 """Which text is injected when and where, as data.
 
 A schedule is a list of rows; each puts one version of one paragraph into one row of the batch at
-one *injection* (numbered from 1). The paper's schedule [P] is the rule of ``schedule_from_facts``:
-at injection k of n, version k−1 of every *paraphrase* paragraph (rows 0, 1, …), then group k of
-the *once* paragraphs in version 0 (the rows after).
+one *injection* (numbered from 1). The paper's schedule (docs/science.md#injection) is that of
+``schedule_from_facts``: at injection k of n, version k−1 of every *paraphrase* paragraph (rows 0,
+1, …), then group k of the *once* paragraphs in version 0 (the rows after).
 
 Departures, for facts other than the paper's: with fewer versions than injections the versions
 start again; *once* groups are contiguous and, where n does not divide their number, sizes differ

@@ -3,7 +3,7 @@
     ℓ(p; θ) = ln P(target | context)         summed over the target's tokens, or per token
 
 K, acquisition and forgetting are computed from these in ``ke_ray.core.acquisition``: they use ℓ per
-target token, and average over the probes of a paragraph first (REFERENCE §3).
+target token, and average over the probes of a paragraph first (docs/science.md#acquisition).
 
 Departure from the published code: it divides the summed log probability by the length of the
 padded batch, so its values depend on the batching; these do not.

@@ -1,9 +1,9 @@
 """Where each decoder keeps its feed-forward memories: one table, no forked modelling code.
 
 A feed-forward layer is FFN(x) = f(x Kᵀ) V. Its *memory coefficients* f(x Kᵀ) are, in every
-decoder, the input of the FFN's second projection (REFERENCE §1). The table names, per
-``model_type`` of transformers, that projection, the first projection (``up``: the rows that
-resuscitation scales), the gate (``None`` in an ungated FFN) and the attention module.
+decoder, the input of the FFN's second projection (docs/science.md#memory-coefficients). The table
+names, per ``model_type`` of transformers, that projection, the first projection (``up``: the rows
+that resuscitation scales), the gate (``None`` in an ungated FFN) and the attention module.
 
 =============  ==========================================================================
 gated          coefficients = act(gate(x)) · up(x)    (SwiGLU, GeGLU)

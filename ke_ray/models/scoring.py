@@ -14,9 +14,9 @@ projection nor the LM head: the pass ends there. Attention entropy comes from th
 (``models.attention``), prediction entropy streams the LM head over chunks of tokens
 (``core.prediction``).
 
-The forward pass runs in the model's dtype; the reductions run in float32 at least (REFERENCE §1),
-and sums over instances in float64 (``core.statistics``). Departures from the published code: no
-padding is counted, nothing but real tokens is averaged, no 1e-9 inside the logarithm.
+The forward pass runs in the model's dtype; the reductions run in float32 at least, and sums over
+instances in float64 (``core.statistics``; docs/science.md#precision). Departures from the published
+code: no padding is counted, nothing but real tokens is averaged, no 1e-9 inside the logarithm.
 """
 
 from __future__ import annotations

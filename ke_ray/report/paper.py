@@ -1,7 +1,8 @@
 """Published results to lay over a study, where the study repeats the published one.
 
 Kim et al. (arXiv 2410.01380 v3), Table 1: OLMo-1B continued on PubMed, 204,800 sequences of
-1,024 tokens, acquisition A and forgetting F in per cent by starting step.
+1,024 tokens, acquisition A and forgetting F in per cent by starting step
+(docs/science.md#published-results).
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ __all__ = [
 
 
 class OptimizerKeys(Strict):
-    """AdamW. Embeddings, norms and biases are never decayed (REFERENCE: the OLMo recipe)."""
+    """AdamW. Embeddings, norms and biases are never decayed (docs/science.md#training-recipe)."""
 
     learning_rate: float = Field(4e-4, gt=0, description="peak")
     betas: tuple[float, float] = (0.9, 0.95)

@@ -1,7 +1,7 @@
 """Learning rate as a factor of its peak.
 
 With S steps, W of them warm-up, start factor a, final factor b and step s = 1 … S (the s-th
-update), as OLMo's ``cosine_with_warmup`` counts [C]::
+update), as OLMo's ``cosine_with_warmup`` counts (docs/science.md#training-recipe)::
 
     s ≤ W    a + (1 − a) · s / W                                        linear warm-up
     cosine   b + (1 − b) · (1 + cos(π x)) / 2      with x = (s − W) / (S − W)
