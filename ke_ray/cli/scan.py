@@ -114,9 +114,9 @@ def execute_scan(study: ScanStudy) -> ScanOutcome:
     from ke_ray.cli.publish import publish_scan
     from ke_ray.engine.scan.run import run_scan
     from ke_ray.planning.scan import prepare_scan
+    from ke_ray.planning.scan_tracking import log_predictions
     from ke_ray.resuscitation.prediction import write_predictions
     from ke_ray.tracking.runs import Tracker
-    from ke_ray.tracking.scan import log_predictions
 
     setup = prepare_scan(study)
     with Tracker(study.mlflow) as tracker:

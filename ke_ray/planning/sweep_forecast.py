@@ -17,7 +17,8 @@ from ke_ray import storage
 from ke_ray.config import validate
 from ke_ray.errors import KeRayError
 from ke_ray.planning.scan_forecast import num_body_parameters
-from ke_ray.planning.sweep import Point, fixed_points, resolve
+from ke_ray.planning.sweep import fixed_points, resolve
+from ke_ray.planning.trials import Point
 from ke_ray.studies.continual import ContinualStudy
 from ke_ray.studies.sweep import SweepStudy
 

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 from ke_ray import storage
 from ke_ray.results.training_folder import write_tables
 from ke_ray.studies.continual import ContinualStudy
-from ke_ray.tracking.training import log_progress, run_params, tracked_run
 from ke_ray.training.checkpoint import TrainingState, remove_states
 from ke_ray.training.dynamics import dynamics_tables
 from ke_ray.training.export import export_model, whole_model
@@ -42,6 +41,7 @@ from ke_ray.training.snapshot import (
     forgotten,
     take_snapshot,
 )
+from ke_ray.training.tracking import log_progress, run_params, tracked_run
 
 if TYPE_CHECKING:
     from torch import nn

@@ -20,11 +20,11 @@ from ke_ray.results.manifest import new_manifest, read_manifest, write_manifest
 from ke_ray.results.training_folder import write_tables
 from ke_ray.studies.identity import check_same_study, identity_fields, identity_keys
 from ke_ray.studies.training import PretrainStudy
-from ke_ray.tracking.training import log_progress, tracked_run
 from ke_ray.training.checkpoint import TrainingState, remove_states
 from ke_ray.training.export import export_model
 from ke_ray.training.loop import Hooks, Progress, train
 from ke_ray.training.parallel import Worker, barrier
+from ke_ray.training.tracking import log_progress, tracked_run
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

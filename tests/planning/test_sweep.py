@@ -11,11 +11,11 @@ import pytest
 from tiny_studies import tiny_pretrain
 from tiny_sweep import begin, finish, tiny_sweep
 
-from ke_ray.engine.sweep.resources import trial_resources
 from ke_ray.engine.sweep.run import collect_sweep, run_sweep
 from ke_ray.engine.sweep.search import LedgerSearcher
 from ke_ray.errors import ConfigError, ResultsError, UserError
 from ke_ray.planning.sweep import SweepPlan, prepare_sweep
+from ke_ray.planning.sweep_resources import trial_resources
 from ke_ray.results.manifest import new_manifest
 from ke_ray.results.scan_folder import ScanFolder
 from ke_ray.results.sweep_folder import pareto_points, settings_rows, sweep_summary

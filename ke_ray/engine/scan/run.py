@@ -27,12 +27,12 @@ from ke_ray.engine.cluster.session import (
 from ke_ray.engine.cluster.shared_storage import check_nodes_see
 from ke_ray.engine.scan.collect import Collector, ScanOutcome, ScanProgress
 from ke_ray.engine.scan.scorer import CheckpointScorer, ScanMonitor
-from ke_ray.engine.scan.scorer_output import ScorerSettings, item_to_json
 from ke_ray.errors import ResultsError, StorageError, UserError
 from ke_ray.planning.scan import ScanSetup
 from ke_ray.planning.scan_items import load_tokens, plan_items
+from ke_ray.planning.scan_messages import ScorerSettings, item_to_json
+from ke_ray.planning.scan_tracking import log_finished, start_scan_run
 from ke_ray.tracking.runs import TrackedRun, Tracker
-from ke_ray.tracking.scan import log_finished, start_scan_run
 
 __all__ = ["ScanOutcome", "ScanProgress", "run_scan"]
 

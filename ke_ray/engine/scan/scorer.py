@@ -25,7 +25,9 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from ke_ray.checkpoints.reference import CheckpointRef
-from ke_ray.engine.scan.scorer_output import (
+from ke_ray.errors import KeRayError
+from ke_ray.planning.scan_items import Stretch, WorkItem
+from ke_ray.planning.scan_messages import (
     ScorerSettings,
     evaluated_columns,
     failed_table,
@@ -33,8 +35,6 @@ from ke_ray.engine.scan.scorer_output import (
     output_table,
     save_tensors,
 )
-from ke_ray.errors import KeRayError
-from ke_ray.planning.scan_items import Stretch, WorkItem
 
 if TYPE_CHECKING:
     import torch

@@ -21,11 +21,12 @@ from ke_ray import storage
 from ke_ray.engine.cluster.metrics import record, study_label
 from ke_ray.engine.cluster.session import beside_driver, ray_session
 from ke_ray.engine.cluster.shared_storage import check_nodes_see
-from ke_ray.engine.sweep.resources import TrialResources, trial_resources
 from ke_ray.engine.sweep.trial import STOPPED_TAG, TIME, VALUE, Handout, config_of_trial
 from ke_ray.engine.sweep.tuner import ENVIRONMENT, alone, build_tuner, scratch
 from ke_ray.engine.train.continual import read_by_workers
-from ke_ray.planning.sweep import SweepPlan, Trial
+from ke_ray.planning.sweep import SweepPlan
+from ke_ray.planning.sweep_resources import TrialResources, trial_resources
+from ke_ray.planning.trials import Trial
 from ke_ray.results.columns import OBJECTIVES
 from ke_ray.results.manifest import new_manifest, read_manifest, write_manifest
 from ke_ray.results.sweep_folder import (
@@ -36,8 +37,8 @@ from ke_ray.results.sweep_folder import (
 )
 from ke_ray.studies.identity import identity_fields, identity_keys
 from ke_ray.tracking.runs import TrackedRun, Tracker, flatten
-from ke_ray.tracking.training import run_params
 from ke_ray.training.runs import base_row, part_folder, run_key, write_failed, write_row
+from ke_ray.training.tracking import run_params
 
 __all__ = ["SweepOutcome", "SweepProgress", "collect_sweep", "run_sweep"]
 

@@ -26,7 +26,7 @@ from ke_ray.studies.parts import TrackingSettings
 from ke_ray.training.runs import RunSpec, part_folder, read_row, run_key, write_failed
 
 if TYPE_CHECKING:
-    from ke_ray.planning.sweep import Trial
+    from ke_ray.planning.trials import Trial
     from ke_ray.training.parallel import Worker
     from ke_ray.training.snapshot import Snapshot
 
