@@ -6,6 +6,7 @@ the data, the tokenizer, the identity of the output folder.
 
 from __future__ import annotations
 
+import logging
 import time
 import uuid
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from ke_ray.errors import (
     ResultsError,
     UnsupportedArchitectureError,
 )
+from ke_ray.models.architectures import lacks_head
 from ke_ray.models.catalog import list_checkpoints
 from ke_ray.models.reference import CheckpointRef
 from ke_ray.results import ScanFolder, new_manifest, read_manifest
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 __all__ = ["ScanSetup", "prepare_scan", "select_checkpoints"]
+
+log = logging.getLogger(__name__)
 
 _ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -96,6 +100,7 @@ def prepare_scan(study: ScanStudy) -> ScanSetup:
     started = time.monotonic()
     refs = select_checkpoints(study.checkpoints)
     config, ref = _first_config(refs)
+    study = _without_head(study, config, ref)
     corpora = _build_corpora(study, config, ref)
     identity = {
         "measure_version": MEASURE_VERSION,
@@ -131,6 +136,29 @@ def prepare_scan(study: ScanStudy) -> ScanSetup:
     storage.check_writable(study.output)
     setup.duration_s = time.monotonic() - started
     return setup
+
+
+def _without_head(study: ScanStudy, config: Any, ref: CheckpointRef | None) -> ScanStudy:
+    """The study for checkpoints without language-model head: no next-token entropy by default.
+
+    Raises:
+        UnsupportedArchitectureError: the study itself names that measure.
+    """
+    measure = "next_token_entropy"
+    if ref is None or measure not in study.measures or not lacks_head(config):
+        return study
+    problem = (
+        f"'{ref.label}' is a base model without language-model head (its config names "
+        f"{', '.join(config.architectures)}), so it has no {measure}"
+    )
+    if "measures" in study.model_fields_set:
+        raise UnsupportedArchitectureError(
+            f"{problem}. Leave {measure} out of the measures, or give checkpoints that "
+            "AutoModelForCausalLM saved."
+        )
+    log.warning("%s; the other default measures are scored.", problem)
+    measures = tuple(name for name in study.measures if name != measure)
+    return study.model_copy(update={"measures": measures})
 
 
 def _resuscitation(study: ScanStudy, corpora: dict[str, Corpus]) -> dict[str, Any] | None:

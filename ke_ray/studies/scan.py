@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -51,6 +51,13 @@ class ScanStudy(Strict):
     )
     output: str = Field(description="folder or URI for the results")
     mlflow: TrackingSettings = TrackingSettings()
+
+    @field_validator("measures", mode="before")
+    @classmethod
+    def _one_text(cls, measures: Any) -> Any:
+        if not isinstance(measures, str):
+            return measures
+        return tuple(name.strip() for name in measures.split(",") if name.strip())
 
     @field_validator("measures")
     @classmethod
