@@ -39,6 +39,7 @@ __all__ = ["ScanSetup", "prepare_scan", "select_checkpoints"]
 
 log = logging.getLogger(__name__)
 
+_CONFIGS_READ = 20
 _ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -99,7 +100,9 @@ def prepare_scan(study: ScanStudy) -> ScanSetup:
     """
     started = time.monotonic()
     refs = select_checkpoints(study.checkpoints)
-    config, ref = _first_config(refs)
+    documents = any(source_kind(source) == "documents" for source in study.data.values())
+    needed = documents and (study.eos_token_id is None or study.tokenizer is None)
+    config, ref = _first_config(refs, needed=needed)
     study = _without_head(study, config, ref)
     corpora = _build_corpora(study, config, ref)
     identity = {
@@ -298,24 +301,33 @@ def _build_corpora(study: ScanStudy, config: Any, ref: CheckpointRef | None) -> 
     return corpora
 
 
-def _first_config(refs: Sequence[CheckpointRef]) -> tuple[Any, CheckpointRef | None]:
+def _first_config(
+    refs: Sequence[CheckpointRef], *, needed: bool
+) -> tuple[Any, CheckpointRef | None]:
     """The config of the first checkpoint that can be scored; others become failed rows.
 
+    Args:
+        needed: whether the end-of-text id or the tokenizer must come from it.
+
     Raises:
+        CheckpointError: it is needed, and none can be read.
         UnsupportedArchitectureError: there are configs, and none can be scored.
     """
     from ke_ray.models.remote_config import read_outline
 
     refused: UnsupportedArchitectureError | None = None
-    for ref in refs[:20]:
+    broken: CheckpointError | None = None
+    for ref in refs[:_CONFIGS_READ]:
         try:
             return read_outline(ref), ref
         except UnsupportedArchitectureError as error:
             refused = refused or error
-        except CheckpointError:
-            continue
+        except CheckpointError as error:
+            broken = broken or error
     if refused is not None:
         raise refused
+    if broken is not None and needed:
+        raise broken
     return None, None
 
 

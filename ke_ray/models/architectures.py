@@ -116,13 +116,17 @@ _UNMEASURABLE = {
         "the attention that the measures are defined for",
     ),
     **dict.fromkeys(
-        "bert roberta xlm-roberta distilbert albert deberta-v2 electra modernbert "
-        "t5 mt5 umt5 bart mbart pegasus marian whisper".split(),
+        (
+            *("bert", "roberta", "xlm-roberta", "distilbert", "albert", "deberta-v2", "electra"),
+            *("modernbert", "t5", "mt5", "umt5", "bart", "mbart", "pegasus", "marian", "whisper"),
+        ),
         "an encoder or an encoder-decoder: the measures are defined for causal decoders",
     ),
     **dict.fromkeys(
-        "gemma3 gemma3n llava mllama llama4 qwen2_vl qwen2_5_vl qwen3_vl paligemma idefics3 "
-        "mistral3".split(),
+        (
+            *("gemma3", "gemma3n", "llava", "mllama", "llama4", "qwen2_vl", "qwen2_5_vl"),
+            *("qwen3_vl", "paligemma", "idefics3", "mistral3"),
+        ),
         "a model of several modalities; save its text decoder (its language_model with the LM "
         "head) as a checkpoint of its own, which is measured if its type is supported",
     ),

@@ -207,8 +207,8 @@ def _from_folder(spec: str) -> list[CheckpointRef]:
         raise CheckpointSpecError(f"'{spec}' is a file; {explain_file(Path(base).name)}")
     if not local and glob.has_magic(base):
         return _from_remote_glob(base)
-    _refuse_foreign(base)
     if layout_of(_file_names(base)) is not None:
+        _refuse_foreign(base)
         name = Path(base).resolve().name if local else None
         return [_from_location(base, name=name)]
     for folder in (base, join(base, "checkpoints")):
@@ -218,7 +218,7 @@ def _from_folder(spec: str) -> list[CheckpointRef]:
             if not any(_is_whole(_file_names(location)) for location in found):
                 _refuse_foreign(found[0])
             return [_from_location(location) for location in found]
-        for location in inside[:_LOOKED_INTO]:
+        for location in [folder, *inside[:_LOOKED_INTO]]:
             _refuse_foreign(location)
     raise CheckpointSpecError(
         f"'{redact(spec) if not local else spec}' holds no checkpoint: neither it nor a folder in "
