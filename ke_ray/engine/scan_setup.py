@@ -100,9 +100,7 @@ def prepare_scan(study: ScanStudy) -> ScanSetup:
     """
     started = time.monotonic()
     refs = select_checkpoints(study.checkpoints)
-    documents = any(source_kind(source) == "documents" for source in study.data.values())
-    needed = documents and (study.eos_token_id is None or study.tokenizer is None)
-    config, ref = _first_config(refs, needed=needed)
+    config, ref = _first_config(refs, study)
     study = _without_head(study, config, ref)
     corpora = _build_corpora(study, config, ref)
     identity = {
@@ -302,15 +300,12 @@ def _build_corpora(study: ScanStudy, config: Any, ref: CheckpointRef | None) -> 
 
 
 def _first_config(
-    refs: Sequence[CheckpointRef], *, needed: bool
+    refs: Sequence[CheckpointRef], study: ScanStudy
 ) -> tuple[Any, CheckpointRef | None]:
     """The config of the first checkpoint that can be scored; others become failed rows.
 
-    Args:
-        needed: whether the end-of-text id or the tokenizer must come from it.
-
     Raises:
-        CheckpointError: it is needed, and none can be read.
+        CheckpointError: none can be read, and documents need an end-of-text id or tokenizer of it.
         UnsupportedArchitectureError: there are configs, and none can be scored.
     """
     from ke_ray.models.remote_config import read_outline
@@ -326,7 +321,12 @@ def _first_config(
             broken = broken or error
     if refused is not None:
         raise refused
-    if broken is not None and needed:
+    needed = study.eos_token_id is None or study.tokenizer is None
+    if (
+        broken is not None
+        and needed
+        and any(source_kind(source) == "documents" for source in study.data.values())
+    ):
         raise broken
     return None, None
 

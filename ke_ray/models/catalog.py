@@ -26,6 +26,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+from ke_ray.drivers import explain_driver_error
 from ke_ray.errors import CheckpointSpecError, StorageError, nearest
 from ke_ray.models import hub
 from ke_ray.models.csv_list import Row, read_csv_list
@@ -162,6 +163,12 @@ def _from_location(location: str, row: Row | None = None, name: str | None = Non
     return replace(ref, format=layout.format, size_bytes=size)
 
 
+def _from_locations(locations: list[str]) -> list[CheckpointRef]:
+    if not any(_is_whole(_file_names(location)) for location in locations):
+        _refuse_foreign(locations[0])
+    return [_from_location(location) for location in locations]
+
+
 def _shown(location: str) -> str:
     """A location from which a name is made: a URL without user name, password and query."""
     return redact(location) if location.startswith(("http://", "https://")) else location
@@ -215,9 +222,7 @@ def _from_folder(spec: str) -> list[CheckpointRef]:
         inside = [join(folder, name) for name in _file_names(folder) if not name.startswith(".")]
         found = [location for location in inside if _is_checkpoint(location)]
         if found:
-            if not any(_is_whole(_file_names(location)) for location in found):
-                _refuse_foreign(found[0])
-            return [_from_location(location) for location in found]
+            return _from_locations(found)
         for location in [folder, *inside[:_LOOKED_INTO]]:
             _refuse_foreign(location)
     raise CheckpointSpecError(
@@ -236,7 +241,7 @@ def _from_glob(spec: str) -> list[CheckpointRef]:
             f"'{spec}' matches {len(folders)} paths, none of them a checkpoint folder; quote the "
             "glob and let it match the folders themselves."
         )
-    return [_from_location(path) for path in found]
+    return _from_locations(found)
 
 
 def _from_remote_glob(spec: str) -> list[CheckpointRef]:
@@ -246,11 +251,12 @@ def _from_remote_glob(spec: str) -> list[CheckpointRef]:
         fs, path = fsspec.core.url_to_fs(spec)
         matches = [str(fs.unstrip_protocol(match)) for match in sorted(fs.glob(path))]
     except Exception as error:  # each driver has its own errors
-        raise CheckpointSpecError(f"Cannot list '{redact(spec)}': {error}.") from error
+        reason = explain_driver_error(error) or error
+        raise CheckpointSpecError(f"Cannot list '{redact(spec)}': {reason}.") from error
     found = [match for match in matches if _is_checkpoint(match)]
     if not found:
         raise CheckpointSpecError(f"'{redact(spec)}' matches no checkpoint folder.")
-    return [_from_location(location) for location in found]
+    return _from_locations(found)
 
 
 def _from_url(spec: str) -> list[CheckpointRef]:

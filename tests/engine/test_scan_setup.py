@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from ke_ray.engine.scan_setup import prepare_scan
-from ke_ray.errors import UnsupportedArchitectureError
+from ke_ray.errors import CheckpointError, UnsupportedArchitectureError
 from ke_ray.studies.scan import DEFAULT_MEASURES, ScanStudy
 
 
@@ -60,3 +60,16 @@ def test_a_study_takes_one_measure_as_a_text(scan_study):
     assert scan_study(measures="gini, knowledge_entropy").measures == ("knowledge_entropy", "gini")
     with pytest.raises(ValidationError, match="unknown measure 'entropy'"):
         scan_study(measures="entropy")
+
+
+def test_checkpoints_that_cannot_be_read_are_not_answered_with_a_missing_token_id(
+    scan_study, tmp_path
+):
+    folder = tmp_path / "broken" / "step10"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"model_type": "olmo"}')
+    documents = tmp_path / "documents.jsonl"
+    documents.write_text('{"text": "words"}\n')
+    study = scan_study(checkpoints={"spec": str(folder)}, data={"x": str(documents)})
+    with pytest.raises(CheckpointError, match="holds no weights"):
+        prepare_scan(study)
