@@ -92,10 +92,10 @@ def reading(where: str) -> Iterator[None]:
         reason = str(error) or type(error).__name__
         raise DataError(f"'{where}' cannot be read: {reason}.") from error
     except Exception as error:
-        reason = explain_driver_error(error)
-        if reason is None and type(error).__module__.split(".")[0] != "zstandard":
+        explained = explain_driver_error(error)
+        if explained is None and type(error).__module__.split(".")[0] != "zstandard":
             raise
-        reason = reason or str(error) or type(error).__name__
+        reason = explained or str(error) or type(error).__name__
         raise DataError(f"'{where}' cannot be read: {reason}.") from error
 
 

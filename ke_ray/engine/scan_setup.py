@@ -339,9 +339,14 @@ def _tokenizer(study: ScanStudy, ref: CheckpointRef | None) -> Tokenizer:
     place = None
     if ref is not None:
         place = ref.repo or (ref.location if ref.format == "hf" else None)
-    if place is None:
+    if place is None or (
+        storage.is_local(place)
+        and storage.local_path(place).is_dir()
+        and not storage.exists(storage.join(place, "tokenizer.json"))
+    ):
         raise DataError(
-            "The data are documents and the checkpoints bring no tokenizer; give one with "
-            "--tokenizer (a tokenizer.json, a folder, or a Hub repo)."
+            "The data are documents and the checkpoints bring no tokenizer.json; give one with "
+            "--tokenizer (a tokenizer.json, a folder, or a Hub repo). AutoTokenizer."
+            "from_pretrained(FOLDER).save_pretrained(FOLDER) makes one of other tokenizer files."
         )
     return load_tokenizer(f"{place}@{ref.revision}" if ref and ref.repo and ref.revision else place)

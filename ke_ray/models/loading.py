@@ -219,7 +219,9 @@ def _build(
     if layout.format == "native":
         named = split(weights, read_native_config(folder / layout.config), where=f"'{folder}'")
         model, info = model_class.from_pretrained(None, state_dict=named, **options)
-    elif layout.weights[0].endswith(".safetensors") and not weights.renamed:
+    elif layout.weights[0].endswith(".safetensors") and not (
+        weights.renamed or (layout.index and not (folder / layout.index).is_file())
+    ):
         model, info = model_class.from_pretrained(
             folder, use_safetensors=True, local_files_only=True, **options
         )

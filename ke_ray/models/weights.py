@@ -215,6 +215,10 @@ def _check_header(path: Path) -> None:
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
+    if start == b"version ":  # and on: "https://git-lfs.github.com/spec/v1"
+        raise CheckpointError(
+            f"'{path}' is a Git LFS pointer, not the weights; run `git lfs pull` in its repository."
+        )
     length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
     if length < 0 or length > size - 8:
         raise CheckpointError(

@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from ke_ray.engine.scan_setup import prepare_scan
-from ke_ray.errors import CheckpointError, UnsupportedArchitectureError
+from ke_ray.errors import CheckpointError, DataError, UnsupportedArchitectureError
 from ke_ray.studies.scan import DEFAULT_MEASURES, ScanStudy
 
 
@@ -73,3 +73,10 @@ def test_checkpoints_that_cannot_be_read_are_not_answered_with_a_missing_token_i
     study = scan_study(checkpoints={"spec": str(folder)}, data={"x": str(documents)})
     with pytest.raises(CheckpointError, match="holds no weights"):
         prepare_scan(study)
+
+
+def test_checkpoints_without_a_tokenizer_name_the_option(scan_study, tmp_path):
+    documents = tmp_path / "documents.jsonl"
+    documents.write_text('{"text": "words"}\n')
+    with pytest.raises(DataError, match=r"no tokenizer\.json; give one with --tokenizer"):
+        prepare_scan(scan_study(data={"x": str(documents)}))

@@ -143,6 +143,23 @@ def test_a_base_model_cannot_be_saved_in_the_native_layout(tmp_path: Path, tiny_
         save_model(tiny_decoder("olmo").base_model, tmp_path / "x", layout="native")
 
 
+def test_shards_without_their_index_load_as_one(tmp_path: Path, tiny_decoder) -> None:
+    model = tiny_decoder("llama")
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    (tmp_path / "model.safetensors.index.json").unlink()
+    assert torch.equal(load_model(tmp_path)(IDS).logits, model(IDS).logits)
+    sorted(tmp_path.glob("model-*.safetensors"))[1].unlink()
+    with pytest.raises(CheckpointError, match="tensors are missing"):
+        load_model(tmp_path)
+
+
+def test_a_git_lfs_pointer_is_told_apart_from_damage(folder: Path) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 12\n"
+    (folder / "model.safetensors").write_text(pointer)
+    with pytest.raises(CheckpointError, match="Git LFS pointer.*git lfs pull"):
+        load_model(folder)
+
+
 def test_pickled_tensors_load(folder: Path, tiny_decoder) -> None:
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
