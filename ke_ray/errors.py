@@ -97,12 +97,13 @@ class NonFiniteLossError(TrainingError):
     """The loss or the gradient norm became infinite or NaN."""
 
 
-def nearest(word: str, candidates: Iterable[str]) -> str:
+def nearest(word: str, candidates: Iterable[str], cutoff: float = 0.5) -> str:
     """A hint like ``" Did you mean 'learning_rate'?"``, or an empty string.
 
     Args:
         word: what was given.
         candidates: what would have been valid.
+        cutoff: likeness, from 0 to 1, below which nothing is offered.
     """
-    found = difflib.get_close_matches(word, sorted(candidates), n=1, cutoff=0.5)
+    found = difflib.get_close_matches(word, sorted(candidates), n=1, cutoff=cutoff)
     return f" Did you mean '{found[0]}'?" if found else ""

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import fsspec
 
+from ke_ray.drivers import driver_errors
 from ke_ray.errors import StorageError
 
 if TYPE_CHECKING:
@@ -130,7 +131,8 @@ def _filesystem(uri: str | os.PathLike[str]) -> tuple[Any, str]:
 @contextmanager
 def _explained(uri: str, verb: str) -> Iterator[None]:
     try:
-        yield
+        with driver_errors(uri):
+            yield
     except RecursionError as error:  # Python makes parents one inside the other
         raise StorageError(f"Cannot {verb} '{uri[:200]}…': the path is too deep.") from error
     except OSError as error:
@@ -151,7 +153,8 @@ def _explained(uri: str, verb: str) -> Iterator[None]:
 def exists(uri: str | os.PathLike[str]) -> bool:
     """Whether a file or folder is there."""
     fs, path = _filesystem(uri)
-    return bool(fs.exists(path))
+    with driver_errors(os.fspath(uri)):
+        return bool(fs.exists(path))
 
 
 def make_dirs(uri: str | os.PathLike[str]) -> None:
@@ -164,30 +167,33 @@ def make_dirs(uri: str | os.PathLike[str]) -> None:
 def list_dir(uri: str | os.PathLike[str]) -> list[str]:
     """The names in a folder, sorted; empty where there is no such folder."""
     fs, path = _filesystem(uri)
-    if not fs.isdir(path):
-        return []
-    fs.invalidate_cache(path)
-    entries = (entry.rstrip("/") for entry in fs.ls(path, detail=False))
+    with driver_errors(os.fspath(uri)):
+        if not fs.isdir(path):
+            return []
+        fs.invalidate_cache(path)
+        entries = [entry.rstrip("/") for entry in fs.ls(path, detail=False)]
     return sorted(entry.rsplit("/", 1)[-1] for entry in entries)
 
 
 def remove(uri: str | os.PathLike[str]) -> None:
     """Remove a file or a folder with all it holds; nothing happens where there is none."""
     fs, path = _filesystem(uri)
-    with suppress(FileNotFoundError):
+    with driver_errors(os.fspath(uri)), suppress(FileNotFoundError):
         fs.rm(path, recursive=True)
 
 
 def open_read(uri: str | os.PathLike[str]) -> BinaryIO:
     """A binary handle for reading."""
     fs, path = _filesystem(uri)
-    return fs.open(path, "rb")
+    with driver_errors(os.fspath(uri)):
+        return fs.open(path, "rb")
 
 
 def read_bytes(uri: str | os.PathLike[str]) -> bytes:
     """The whole file."""
     fs, path = _filesystem(uri)
-    return bytes(fs.cat_file(path))
+    with driver_errors(os.fspath(uri)):
+        return bytes(fs.cat_file(path))
 
 
 def read_text(uri: str | os.PathLike[str]) -> str:

@@ -117,25 +117,41 @@ class Evaluation:
         """The row of a measure at a layer, by default its total.
 
         Raises:
-            KeyError: there is no such row.
+            UserError: there is no such row; the message names those that there are.
         """
         for row in self.rows:
             if row.measure == measure and row.layer == layer:
                 return row
-        raise KeyError((layer, measure))
+        layers = [row.layer for row in self.rows if row.measure == measure]
+        if not layers:
+            measures = list(dict.fromkeys(row.measure for row in self.rows))
+            raise UserError(
+                f"{measure!r} was not evaluated; this evaluation has {', '.join(measures)}."
+                f"{nearest(str(measure), measures)} Others: score_model(…, measures=[…])."
+            )
+        numbers = [number for number in layers if number is not None]
+        span = f"layers {min(numbers)} to {max(numbers)} and the total" if numbers else "a total"
+        raise UserError(
+            f"{measure} has no layer {layer!r}; it has {span} (leave layer out for the total)."
+        )
 
     def is_finite(self) -> bool:
         """Whether every value is a finite number (errors may be NaN: one instance has none)."""
         return all(np.isfinite(row.value) for row in self.rows)
 
 
-def check_measures(names: Sequence[str]) -> tuple[str, ...]:
+def check_measures(names: str | Sequence[str]) -> tuple[str, ...]:
     """The measures asked for, each once, in the order of `MEASURES`.
+
+    Args:
+        names: names of `MEASURES`, or one text that holds them separated by commas.
 
     Raises:
         UserError: none asked for, or an unknown name (the nearest is offered).
     """
     known = ", ".join(MEASURES)
+    if isinstance(names, str):
+        names = [name.strip() for name in names.split(",") if name.strip()]
     if not names:
         raise UserError(f"no measure was asked for; choose at least one of {known}")
     for name in names:
@@ -144,7 +160,7 @@ def check_measures(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in MEASURES if name in names)
 
 
-def required_sums(names: Sequence[str]) -> tuple[str, ...]:
+def required_sums(names: str | Sequence[str]) -> tuple[str, ...]:
     """The tables of `GroupSums` that these measures need, each once.
 
     Raises:
@@ -155,7 +171,7 @@ def required_sums(names: Sequence[str]) -> tuple[str, ...]:
 
 def evaluate(
     sums: GroupSums,
-    measures: Sequence[str],
+    measures: str | Sequence[str],
     *,
     top_k_fraction: float = 0.01,
     dormant_threshold: float = 0.1,

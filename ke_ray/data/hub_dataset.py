@@ -24,6 +24,11 @@ def parse_hub_source(source: str) -> tuple[str, str | None, str]:
     Raises:
         DataError: no name, or too many parts.
     """
+    if source.startswith("hf://"):
+        raise DataError(
+            f"'{source}' is a path, and data sets of the Hub are written hf:NAME[:CONFIG][:SPLIT], "
+            "for example hf:allenai/c4:en:train. Give single files by their https URL."
+        )
     parts = source.removeprefix("hf:").split(":")
     if not parts[0] or len(parts) > 3:
         raise DataError(f"'{source}' is not of the form hf:NAME[:CONFIG][:SPLIT].")
@@ -34,11 +39,17 @@ def parse_hub_source(source: str) -> tuple[str, str | None, str]:
 
 
 def describe_hub_dataset(source: str) -> dict[str, str]:
-    """Name, config, split and commit of a Hub dataset: what changes when its content does."""
+    """Name, config, split and commit of a Hub dataset: what changes when its content does.
+
+    Raises:
+        DataError: no such dataset, no network, or it is a program that datasets no longer runs.
+    """
     base, column = split_part(source)
     name, config, split = parse_hub_source(base)
     described = {"url": base, "config": config or "", "split": split, "column": column or "text"}
+    script = f"{name.rstrip('/').rsplit('/', 1)[-1]}.py"
     if Path(name).exists():
+        _refuse_script(name, script, [path.name for path in Path(name).glob("*.py")])
         files = [path for path in sorted(Path(name).rglob("*")) if path.is_file()]
         stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
         return {**described, "version": str(stats)}
@@ -49,7 +60,22 @@ def describe_hub_dataset(source: str) -> dict[str, str]:
         lambda: HfApi().dataset_info(name, timeout=10),
         f"The dataset '{name}' cannot be looked up",
     )
+    _refuse_script(name, script, [file.rfilename for file in info.siblings or ()])
     return {**described, "version": str(info.sha)}
+
+
+def _refuse_script(name: str, script: str, files: list[str]) -> None:
+    """Raise DataError where ``files`` hold the program that makes the data set."""
+    if script not in files:
+        return
+    listed = next((file for file in files if file.startswith("urls/")), None)
+    where = f" ('{listed}' lists them)" if listed else ""
+    raise DataError(
+        f"The data set '{name}' is a script ({script}) that downloads its documents, and datasets "
+        f"runs no scripts since version 4. Give the files that the script downloads{where} by "
+        "their https URL or as local files, or a data set that is stored as files, for example "
+        "hf:allenai/c4:en:train."
+    )
 
 
 def iter_hub_documents(source: str) -> Iterator[tuple[str, str]]:

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 
 import fsspec
 
+from ke_ray.drivers import explain_driver_error
 from ke_ray.errors import DataError
 
 __all__ = ["SourceFile", "exists_locally", "list_files", "open_binary", "reading", "split_part"]
@@ -24,7 +25,6 @@ __all__ = ["SourceFile", "exists_locally", "list_files", "open_binary", "reading
 CONNECT_TIMEOUT_S = 8  # tried twice (HEAD, then GET): still under 20 seconds
 READ_TIMEOUT_S = 60
 _BUFFER_BYTES = 1 << 20
-_NETWORK_ERROR_MODULES = ("aiohttp", "botocore", "gcsfs", "requests", "httpx")
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,10 @@ def reading(where: str) -> Iterator[None]:
         reason = str(error) or type(error).__name__
         raise DataError(f"'{where}' cannot be read: {reason}.") from error
     except Exception as error:
-        if type(error).__module__.split(".")[0] not in (*_NETWORK_ERROR_MODULES, "zstandard"):
+        explained = explain_driver_error(error)
+        if explained is None and type(error).__module__.split(".")[0] != "zstandard":
             raise
-        reason = str(error) or type(error).__name__
+        reason = explained or str(error) or type(error).__name__
         raise DataError(f"'{where}' cannot be read: {reason}.") from error
 
 

@@ -42,7 +42,7 @@ def score_model(
     input_ids: Any,
     attention_mask: Any = None,
     *,
-    measures: Sequence[str] = ("knowledge_entropy",),
+    measures: str | Sequence[str] = ("knowledge_entropy",),
     batch_size: int = 4,
 ) -> Evaluation:
     """Measure a model in hand.
@@ -51,7 +51,7 @@ def score_model(
         model: a causal language model of transformers, on any device.
         input_ids: integer [instances, T], tensor or array; padded on either side.
         attention_mask: [instances, T], nonzero at real tokens; ``None``: all are real.
-        measures: names of ``ke_ray.core.measures.MEASURES``.
+        measures: names of ``ke_ray.core.measures.MEASURES``, or one name.
         batch_size: instances per forward pass; changes speed and memory, not the result.
 
     Returns:
@@ -97,7 +97,7 @@ def score_instances(
     input_ids: Any,
     lengths: Any = None,
     *,
-    measures: Sequence[str],
+    measures: str | Sequence[str],
     num_instances: int,
     first_instance: int = 0,
     batch_size: int = 4,

@@ -6,6 +6,7 @@ the data, the tokenizer, the identity of the output folder.
 
 from __future__ import annotations
 
+import logging
 import time
 import uuid
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from ke_ray.errors import (
     ResultsError,
     UnsupportedArchitectureError,
 )
+from ke_ray.models.architectures import lacks_head
 from ke_ray.planning.scan_items import CheckpointWork, CorpusWork
 from ke_ray.results import ScanFolder, new_manifest, read_manifest
 from ke_ray.results.scan_folder import check_identity
@@ -35,6 +37,9 @@ if TYPE_CHECKING:
 
 __all__ = ["ScanSetup", "prepare_scan", "select_checkpoints"]
 
+log = logging.getLogger(__name__)
+
+_CONFIGS_READ = 20
 _ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -95,7 +100,8 @@ def prepare_scan(study: ScanStudy) -> ScanSetup:
     """
     started = time.monotonic()
     refs = select_checkpoints(study.checkpoints)
-    config, ref = _first_config(refs)
+    config, ref = _first_config(refs, study)
+    study = _without_head(study, config, ref)
     corpora = _build_corpora(study, config, ref)
     identity = {
         "measure_version": MEASURE_VERSION,
@@ -131,6 +137,29 @@ def prepare_scan(study: ScanStudy) -> ScanSetup:
     storage.check_writable(study.output)
     setup.duration_s = time.monotonic() - started
     return setup
+
+
+def _without_head(study: ScanStudy, config: Any, ref: CheckpointRef | None) -> ScanStudy:
+    """The study for checkpoints without language-model head: no next-token entropy by default.
+
+    Raises:
+        UnsupportedArchitectureError: the study itself names that measure.
+    """
+    measure = "next_token_entropy"
+    if ref is None or measure not in study.measures or not lacks_head(config):
+        return study
+    problem = (
+        f"'{ref.label}' is a base model without language-model head (its config names "
+        f"{', '.join(config.architectures)}), so it has no {measure}"
+    )
+    if "measures" in study.model_fields_set:
+        raise UnsupportedArchitectureError(
+            f"{problem}. Leave {measure} out of the measures, or give checkpoints that "
+            "AutoModelForCausalLM saved."
+        )
+    log.warning("%s; the other default measures are scored.", problem)
+    measures = tuple(name for name in study.measures if name != measure)
+    return study.model_copy(update={"measures": measures})
 
 
 def _resuscitation(study: ScanStudy, corpora: dict[str, Corpus]) -> dict[str, Any] | None:
@@ -270,24 +299,35 @@ def _build_corpora(study: ScanStudy, config: Any, ref: CheckpointRef | None) -> 
     return corpora
 
 
-def _first_config(refs: Sequence[CheckpointRef]) -> tuple[Any, CheckpointRef | None]:
+def _first_config(
+    refs: Sequence[CheckpointRef], study: ScanStudy
+) -> tuple[Any, CheckpointRef | None]:
     """The config of the first checkpoint that can be scored; others become failed rows.
 
     Raises:
+        CheckpointError: none can be read, and documents need an end-of-text id or tokenizer of it.
         UnsupportedArchitectureError: there are configs, and none can be scored.
     """
     from ke_ray.models.configuration import read_outline
 
     refused: UnsupportedArchitectureError | None = None
-    for ref in refs[:20]:
+    broken: CheckpointError | None = None
+    for ref in refs[:_CONFIGS_READ]:
         try:
             return read_outline(ref), ref
         except UnsupportedArchitectureError as error:
             refused = refused or error
-        except CheckpointError:
-            continue
+        except CheckpointError as error:
+            broken = broken or error
     if refused is not None:
         raise refused
+    needed = study.eos_token_id is None or study.tokenizer is None
+    if (
+        broken is not None
+        and needed
+        and any(source_kind(source) == "documents" for source in study.data.values())
+    ):
+        raise broken
     return None, None
 
 
@@ -299,9 +339,14 @@ def _tokenizer(study: ScanStudy, ref: CheckpointRef | None) -> Tokenizer:
     place = None
     if ref is not None:
         place = ref.repo or (ref.location if ref.format == "hf" else None)
-    if place is None:
+    if place is None or (
+        storage.is_local(place)
+        and storage.local_path(place).is_dir()
+        and not storage.exists(storage.join(place, "tokenizer.json"))
+    ):
         raise DataError(
-            "The data are documents and the checkpoints bring no tokenizer; give one with "
-            "--tokenizer (a tokenizer.json, a folder, or a Hub repo)."
+            "The data are documents and the checkpoints bring no tokenizer.json; give one with "
+            "--tokenizer (a tokenizer.json, a folder, or a Hub repo). AutoTokenizer."
+            "from_pretrained(FOLDER).save_pretrained(FOLDER) makes one of other tokenizer files."
         )
     return load_tokenizer(f"{place}@{ref.revision}" if ref and ref.repo and ref.revision else place)

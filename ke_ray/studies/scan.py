@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -59,6 +59,13 @@ class ScanStudy(Strict):
     )
     output: str = Key(affects_result=False, description="folder or URI for the results")
     mlflow: TrackingSettings = Key(TrackingSettings(), affects_result=False)
+
+    @field_validator("measures", mode="before")
+    @classmethod
+    def _one_text(cls, measures: Any) -> Any:
+        if not isinstance(measures, str):
+            return measures
+        return tuple(name.strip() for name in measures.split(",") if name.strip())
 
     @field_validator("measures")
     @classmethod

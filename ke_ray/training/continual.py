@@ -179,9 +179,10 @@ class _Run:
         return row
 
     def _load(self, checkpoint: str) -> _Start:
-        from ke_ray.models.loading import load_model
+        from ke_ray.models.loading import load_model, require_head
 
         model = load_model(checkpoint, device=self.worker.device)
+        require_head(model, "Continual training")
         keys = self.study.resuscitation
         if keys is None:
             return _Start(model)

@@ -214,9 +214,22 @@ def test_parameters_out_of_range_are_refused_even_where_unused() -> None:
         evaluate(sums, ["knowledge_entropy"], dormant_threshold=-1.0)
 
 
-def test_a_row_that_does_not_exist_is_a_key_error() -> None:
-    with pytest.raises(KeyError):
-        evaluate(_sums(_values()), ["gini"]).row("knowledge_entropy")
+def test_one_measure_may_be_given_as_a_text() -> None:
+    assert check_measures("knowledge_entropy") == ("knowledge_entropy",)
+    assert check_measures("gini, knowledge_entropy") == ("knowledge_entropy", "gini")
+    with pytest.raises(UserError, match=r"unknown measure 'knowledge'\."):
+        check_measures("knowledge")
+    assert evaluate(_sums(_values()), "gini").row("gini").measure == "gini"
+
+
+def test_a_row_that_does_not_exist_names_those_that_do() -> None:
+    evaluation = evaluate(_sums(_values()), ["gini", "next_token_entropy"])
+    with pytest.raises(UserError, match="'knowledge_entropy'.*has next_token_entropy, gini"):
+        evaluation.row("knowledge_entropy")
+    with pytest.raises(UserError, match="no layer 7; it has layers 0 to 2 and the total"):
+        evaluation.row("gini", 7)
+    with pytest.raises(UserError, match="no layer 0; it has a total"):
+        evaluation.row("next_token_entropy", 0)
 
 
 def test_names_errors_and_acquisition_need_no_torch() -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from pydantic import ValidationError
 
+from ke_ray.errors import CheckpointError, DataError, UnsupportedArchitectureError
 from ke_ray.planning.scan import prepare_scan
+from ke_ray.studies.scan import DEFAULT_MEASURES, ScanStudy
 
 
 @pytest.mark.parametrize(
@@ -23,3 +26,57 @@ def test_memory_is_counted_in_the_dtype_that_is_scored(
     setup = prepare_scan(scan_study(checkpoints={"spec": str(folder)}, dtype=scored))
     # What else is in the folder counts with the weights: a few hundred bytes of configuration.
     assert setup.model_bytes == pytest.approx(model.num_parameters() * item_bytes, rel=0.05)
+
+
+@pytest.fixture
+def base_model(series, tmp_path):
+    """A checkpoint saved from the bare body, without the LM head."""
+    from transformers import OlmoModel
+
+    folder = tmp_path / "base" / "step10"
+    OlmoModel.from_pretrained(series / "step10").save_pretrained(folder)
+    return folder
+
+
+def test_default_measures_leave_out_what_a_base_model_lacks(scan_study, base_model, caplog):
+    study = scan_study(checkpoints={"spec": str(base_model)})
+    study = study.model_copy(update={"measures": DEFAULT_MEASURES})
+    study = ScanStudy.model_validate(study.model_dump(exclude={"measures"}))
+    setup = prepare_scan(study)
+    expected = [name for name in DEFAULT_MEASURES if name != "next_token_entropy"]
+    assert list(setup.study.measures) == expected
+    assert list(setup.works[0].corpora[0].measures) == expected
+    assert setup.folder.manifest["measures"] == expected
+    assert "has no next_token_entropy; the other default measures" in caplog.text
+
+
+def test_a_measure_that_a_base_model_lacks_is_refused_where_it_is_named(scan_study, base_model):
+    study = scan_study(checkpoints={"spec": str(base_model)}, measures=["next_token_entropy"])
+    with pytest.raises(UnsupportedArchitectureError, match=r"names OlmoModel.*Leave next_token"):
+        prepare_scan(study)
+
+
+def test_a_study_takes_one_measure_as_a_text(scan_study):
+    assert scan_study(measures="gini, knowledge_entropy").measures == ("knowledge_entropy", "gini")
+    with pytest.raises(ValidationError, match="unknown measure 'entropy'"):
+        scan_study(measures="entropy")
+
+
+def test_checkpoints_that_cannot_be_read_are_not_answered_with_a_missing_token_id(
+    scan_study, tmp_path
+):
+    folder = tmp_path / "broken" / "step10"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"model_type": "olmo"}')
+    documents = tmp_path / "documents.jsonl"
+    documents.write_text('{"text": "words"}\n')
+    study = scan_study(checkpoints={"spec": str(folder)}, data={"x": str(documents)})
+    with pytest.raises(CheckpointError, match="holds no weights"):
+        prepare_scan(study)
+
+
+def test_checkpoints_without_a_tokenizer_name_the_option(scan_study, tmp_path):
+    documents = tmp_path / "documents.jsonl"
+    documents.write_text('{"text": "words"}\n')
+    with pytest.raises(DataError, match=r"no tokenizer\.json; give one with --tokenizer"):
+        prepare_scan(scan_study(data={"x": str(documents)}))

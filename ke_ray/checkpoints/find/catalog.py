@@ -31,8 +31,10 @@ from ke_ray.checkpoints.fetch.transfer import call_within, probe, redact
 from ke_ray.checkpoints.find.csv_list import Row, read_csv_list
 from ke_ray.checkpoints.find.duplicates import flag_duplicates
 from ke_ray.checkpoints.find.names import parse_checkpoint_name
+from ke_ray.checkpoints.formats.foreign import explain_file, explain_foreign
 from ke_ray.checkpoints.formats.layout import layout_of
 from ke_ray.checkpoints.reference import CheckpointRef, order_key
+from ke_ray.drivers import explain_driver_error
 from ke_ray.errors import CheckpointSpecError, StorageError, nearest
 from ke_ray.storage import exists, is_local, join, list_dir, local_path, slug
 
@@ -41,6 +43,7 @@ __all__ = ["list_checkpoints"]
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _STEPS = re.compile(r"\s*([0-9]{0,15})\s*(:?)\s*([0-9]{0,15})\s*")
 _FIRST_ANSWER_S = 15.0
+_LOOKED_INTO = 20  # folders that may say why a folder of them holds no checkpoint
 
 
 def list_checkpoints(
@@ -160,6 +163,12 @@ def _from_location(location: str, row: Row | None = None, name: str | None = Non
     return replace(ref, format=layout.format, size_bytes=size)
 
 
+def _from_locations(locations: list[str]) -> list[CheckpointRef]:
+    if not any(_is_whole(_file_names(location)) for location in locations):
+        _refuse_foreign(locations[0])
+    return [_from_location(location) for location in locations]
+
+
 def _shown(location: str) -> str:
     """A location from which a name is made: a URL without user name, password and query."""
     return redact(location) if location.startswith(("http://", "https://")) else location
@@ -177,29 +186,45 @@ def _file_names(location: str) -> list[str]:
 
 def _is_checkpoint(location: str) -> bool:
     names = _file_names(location)
-    layout = layout_of(names)
-    if layout is None:
+    if layout_of(names) is None:
         return False
     # A folder with only half of the files is a broken checkpoint if its name says so.
-    whole = bool(layout.weights) and layout.config in names
-    return whole or parse_checkpoint_name(location).step is not None
+    return _is_whole(names) or parse_checkpoint_name(location).step is not None
+
+
+def _is_whole(names: list[str]) -> bool:
+    layout = layout_of(names)
+    return layout is not None and bool(layout.weights) and layout.config in names
+
+
+def _refuse_foreign(location: str) -> None:
+    """Raise CheckpointSpecError for a folder in a format of another program."""
+    names = _file_names(location)
+    foreign = None if _is_whole(names) else explain_foreign(names)
+    if foreign is not None:
+        raise CheckpointSpecError(
+            f"'{_shown(location)}' is no checkpoint that can be read: {foreign}"
+        )
 
 
 def _from_folder(spec: str) -> list[CheckpointRef]:
     local = is_local(spec)
     base = str(local_path(spec)) if local else spec.rstrip("/")
     if local and Path(base).is_file():
-        raise CheckpointSpecError(f"'{spec}' is a file; give the checkpoint's folder.")
+        raise CheckpointSpecError(f"'{spec}' is a file; {explain_file(Path(base).name)}")
     if not local and glob.has_magic(base):
         return _from_remote_glob(base)
     if layout_of(_file_names(base)) is not None:
+        _refuse_foreign(base)
         name = Path(base).resolve().name if local else None
         return [_from_location(base, name=name)]
     for folder in (base, join(base, "checkpoints")):
         inside = [join(folder, name) for name in _file_names(folder) if not name.startswith(".")]
         found = [location for location in inside if _is_checkpoint(location)]
         if found:
-            return [_from_location(location) for location in found]
+            return _from_locations(found)
+        for location in [folder, *inside[:_LOOKED_INTO]]:
+            _refuse_foreign(location)
     raise CheckpointSpecError(
         f"'{redact(spec) if not local else spec}' holds no checkpoint: neither it nor a folder in "
         "it has config.json (or OLMo's config.yaml) and weights."
@@ -210,11 +235,13 @@ def _from_glob(spec: str) -> list[CheckpointRef]:
     folders = sorted({str(Path(path)) for path in glob.glob(spec, recursive=True)})
     found = [path for path in folders if Path(path).is_dir() and _is_checkpoint(path)]
     if not found:
+        for path in folders[:_LOOKED_INTO]:
+            _refuse_foreign(path)
         raise CheckpointSpecError(
             f"'{spec}' matches {len(folders)} paths, none of them a checkpoint folder; quote the "
             "glob and let it match the folders themselves."
         )
-    return [_from_location(path) for path in found]
+    return _from_locations(found)
 
 
 def _from_remote_glob(spec: str) -> list[CheckpointRef]:
@@ -224,11 +251,12 @@ def _from_remote_glob(spec: str) -> list[CheckpointRef]:
         fs, path = fsspec.core.url_to_fs(spec)
         matches = [str(fs.unstrip_protocol(match)) for match in sorted(fs.glob(path))]
     except Exception as error:  # each driver has its own errors
-        raise CheckpointSpecError(f"Cannot list '{redact(spec)}': {error}.") from error
+        reason = explain_driver_error(error) or error
+        raise CheckpointSpecError(f"Cannot list '{redact(spec)}': {reason}.") from error
     found = [match for match in matches if _is_checkpoint(match)]
     if not found:
         raise CheckpointSpecError(f"'{redact(spec)}' matches no checkpoint folder.")
-    return [_from_location(location) for location in found]
+    return _from_locations(found)
 
 
 def _from_url(spec: str) -> list[CheckpointRef]:
@@ -302,8 +330,11 @@ def _inspect_hub(refs: list[CheckpointRef], endpoint: str | None) -> list[Checkp
             size, identity = known.size_bytes, known.weights_fingerprint
             result.append(replace(ref, size_bytes=size, weights_fingerprint=identity))
     if not result:
+        names = [file.name for revision in inspected.values() for file in revision.files]
+        foreign = explain_foreign(names)
         raise CheckpointSpecError(
-            f"No chosen revision of {', '.join(sorted(map(str, repos)))} holds model weights."
+            f"No chosen revision of {', '.join(sorted(map(str, repos)))} holds model weights"
+            + (f": {foreign}" if foreign else ".")
         )
     return result
 

@@ -13,7 +13,7 @@ from ke_ray.checkpoints.formats.layout import TOKENIZER_FILES
 from ke_ray.checkpoints.formats.olmo import fuse
 from ke_ray.checkpoints.formats.olmo_config import NativeConfig
 from ke_ray.errors import StorageError
-from ke_ray.models.loading import quiet
+from ke_ray.models.loading import quiet, require_head
 from ke_ray.storage import (
     exists,
     hold,
@@ -63,6 +63,8 @@ def save_model(
     if not overwrite and exists(target) and (not is_local(target) or _filled(local_path(target))):
         raise StorageError(f"'{target}' exists already; choose another folder for the checkpoint.")
     native = NativeConfig.from_transformers(model.config) if layout == "native" else None
+    if native is not None:
+        require_head(model, "OLMo's native layout")
     if not is_local(target):
         with tempfile.TemporaryDirectory(prefix="ke_ray-") as temporary:
             _fill(Path(temporary), model, native, tokenizer)

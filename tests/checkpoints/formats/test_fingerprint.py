@@ -60,6 +60,19 @@ def test_prefix_of_the_base_model_does_not_enter(tmp_path: Path, tiny_decoder) -
         assert weights_sha256(folder) == before
 
 
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."]
+)
+def test_prefixes_of_wrappers_do_not_enter(tmp_path: Path, tiny_decoder, prefix: str) -> None:
+    model = tiny_decoder("llama")
+    save_model(model, tmp_path)
+    before = weights_sha256(tmp_path)
+    rename(tmp_path, lambda items: ((prefix + name, tensor) for name, tensor in items))
+    assert weights_sha256(tmp_path) == before
+    state = {prefix + name: tensor for name, tensor in model.state_dict().items()}
+    assert tensors_sha256(state) == before
+
+
 def test_a_tied_head_may_be_stored_or_not(tmp_path: Path, tiny_decoder) -> None:
     save_model(tiny_decoder("olmo", tie_word_embeddings=True), tmp_path / "x")
     before = weights_sha256(tmp_path / "x")
