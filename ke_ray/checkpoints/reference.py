@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
+from ke_ray.errors import CheckpointError
 from ke_ray.secrets import redact
-from ke_ray.storage import is_local
-
-__all__ = ["CheckpointFormat", "CheckpointRef", "order_key"]
+from ke_ray.storage import is_local, local_path
 
 CheckpointFormat = Literal["hf", "hub", "native"]
 
@@ -74,3 +74,26 @@ def order_key(ref: CheckpointRef) -> tuple[bool, int, int, int, str]:
         ref.step or 0,
         ref.name,
     )
+
+
+def local_folder(checkpoint: CheckpointRef | str | Path) -> Path:
+    """The folder of a checkpoint on this machine.
+
+    Raises:
+        CheckpointError: it is elsewhere; fetch it through ``Store`` first.
+    """
+    if isinstance(checkpoint, CheckpointRef):
+        if not checkpoint.is_local:
+            raise CheckpointError(
+                f"'{checkpoint.label}' is not on this machine; fetch it with "
+                "ke_ray.checkpoints.fetch.cache.Store first."
+            )
+        checkpoint = checkpoint.location
+    return local_path(checkpoint)
+
+
+def find_tokenizer(checkpoint: CheckpointRef | str | Path) -> Path | None:
+    """The ``tokenizer.json`` in a local checkpoint folder or one level up, or None."""
+    folder = local_folder(checkpoint)
+    candidates = (folder / "tokenizer.json", folder.parent / "tokenizer.json")
+    return next((path for path in candidates if path.is_file()), None)

@@ -23,9 +23,8 @@ from ke_ray.checkpoints.formats.layout import Layout
 from ke_ray.checkpoints.formats.olmo import split
 from ke_ray.checkpoints.formats.olmo_config import read_native_config
 from ke_ray.checkpoints.formats.weights import WeightFiles, is_buffer, open_weights, read_layout
-from ke_ray.checkpoints.reference import CheckpointRef
+from ke_ray.checkpoints.reference import CheckpointRef, local_folder
 from ke_ray.errors import CheckpointError, UnsupportedArchitectureError, UserError
-from ke_ray.storage import local_path
 
 if TYPE_CHECKING:
     import torch
@@ -34,10 +33,8 @@ if TYPE_CHECKING:
 __all__ = [
     "check_finite",
     "config_from",
-    "find_tokenizer",
     "load_config",
     "load_model",
-    "local_folder",
     "quiet",
     "require_head",
 ]
@@ -46,29 +43,6 @@ _CONFIG_LIMIT = 16 * 2**20  # bytes of a config.json
 _INT_LIMIT = 2**31
 # transformers' switches for progress bars and log level are process-wide.
 _QUIET = threading.Lock()
-
-
-def local_folder(checkpoint: CheckpointRef | str | Path) -> Path:
-    """The folder of a checkpoint on this machine.
-
-    Raises:
-        CheckpointError: it is elsewhere; fetch it through ``Store`` first.
-    """
-    if isinstance(checkpoint, CheckpointRef):
-        if not checkpoint.is_local:
-            raise CheckpointError(
-                f"'{checkpoint.label}' is not on this machine; fetch it with "
-                "ke_ray.checkpoints.fetch.cache.Store first."
-            )
-        checkpoint = checkpoint.location
-    return local_path(checkpoint)
-
-
-def find_tokenizer(checkpoint: CheckpointRef | str | Path) -> Path | None:
-    """The ``tokenizer.json`` in a local checkpoint folder or one level up, or None."""
-    folder = local_folder(checkpoint)
-    candidates = (folder / "tokenizer.json", folder.parent / "tokenizer.json")
-    return next((path for path in candidates if path.is_file()), None)
 
 
 def load_config(checkpoint: CheckpointRef | str | Path) -> PreTrainedConfig:

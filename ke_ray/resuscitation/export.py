@@ -247,9 +247,10 @@ def _expected(mean: torch.Tensor, rows: torch.Tensor, ratio: float) -> dict[str,
 def _corpus(measure: Measurement | None, folder: str) -> Any:
     if measure is None:
         return None
+    from ke_ray.checkpoints.reference import find_tokenizer
     from ke_ray.data.corpus import build_corpus, parse_data_option
     from ke_ray.data.tokenizer import load_tokenizer
-    from ke_ray.models.loading import find_tokenizer, load_config
+    from ke_ray.models.loading import load_config
 
     config = load_config(folder)
     eos = measure.eos_token_id if measure.eos_token_id is not None else config.eos_token_id
@@ -305,8 +306,8 @@ def _save(
     values: dict[str, Any],
 ) -> Resuscitated:
     from ke_ray.checkpoints.formats.fingerprint import tensors_sha256
-    from ke_ray.checkpoints.formats.saving import save_model
-    from ke_ray.models.loading import find_tokenizer
+    from ke_ray.checkpoints.reference import find_tokenizer
+    from ke_ray.models.saving import save_model
 
     found = find_tokenizer(source)
     tokenizer = None

@@ -30,9 +30,8 @@ from typing import TYPE_CHECKING
 from ke_ray.checkpoints.formats.olmo import split
 from ke_ray.checkpoints.formats.olmo_config import read_native_config
 from ke_ray.checkpoints.formats.weights import is_buffer, open_weights, plain_names, read_layout
-from ke_ray.checkpoints.reference import CheckpointRef
+from ke_ray.checkpoints.reference import CheckpointRef, local_folder
 from ke_ray.errors import CheckpointError, KeRayError
-from ke_ray.models.loading import local_folder
 
 if TYPE_CHECKING:
     import torch
