@@ -6,6 +6,7 @@ the data, the tokenizer, the identity of the output folder.
 
 from __future__ import annotations
 
+import itertools
 import time
 import uuid
 from collections.abc import Sequence
@@ -63,6 +64,12 @@ class ScanSetup:
     duration_s: float
     known: dict[str, dict[str, Any]] = field(default_factory=dict)
     changed: list[str] = field(default_factory=list)
+
+    @property
+    def steps_rise(self) -> bool:
+        """Whether the known steps rise along the listing, so that one axis can hold them."""
+        steps = [ref.step for ref in self.refs if ref.step is not None and not ref.duplicate_of]
+        return all(a < b for a, b in itertools.pairwise(steps))
 
     def checkpoint_entries(self) -> list[dict[str, Any]]:
         """The manifest's list: checkpoints of earlier runs into this folder, and these."""
@@ -216,6 +223,8 @@ def _entry(ref: CheckpointRef) -> dict[str, Any]:
         "commit": ref.commit,
         "step": ref.step,
         "pretraining_tokens": ref.pretraining_tokens,
+        "stage": ref.stage,
+        "ingredient": ref.ingredient,
         "weights_fingerprint": ref.weights_fingerprint,
         "size_bytes": ref.size_bytes,
     }
