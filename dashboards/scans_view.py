@@ -58,9 +58,9 @@ def _clip(frame: pd.DataFrame, limits: tuple[float, float] | None) -> pd.DataFra
     return frame[frame["x"].between(*limits)]
 
 
-def _scan_lines(scan: Result, menus: Menus, several: bool, colour: int) -> list[Line]:
+def _scan_lines(scan: Result, menus: Menus, name: str, colour: int) -> list[Line]:
     measure, limits = menus.measure, menus.limits
-    prefix = f"{name_of(scan)}: " if several else ""
+    prefix = f"{name}: " if name else ""
     lines: list[Line] = []
     for corpus in menus.corpora:
         if corpus not in series.corpora(scan):
@@ -117,8 +117,16 @@ def show_scans(results: list[Result], menus: Menus) -> None:
         tile.metric(f"{name_of(scan)}: checkpoints", f"{done}{planned}")
         if broken:
             tile.caption(f"{broken} failed")
-    for scan in scans:
-        lines += _scan_lines(scan, menus, len(scans) > 1, len(lines))
+    curves = [
+        (
+            curve,
+            ": ".join(part for part in (name_of(scan) if len(scans) > 1 else "", label) if part),
+        )
+        for scan in scans
+        for label, curve in series.curves(scan)
+    ]
+    for curve, name in curves:
+        lines += _scan_lines(curve, menus, name, len(lines))
     title, unit = series.MEASURE_TITLES.get(menus.measure, (menus.measure, ""))
     axis = ("change of " if menus.relative else "") + title.lower()
     st.subheader(title, anchor=False)

@@ -31,6 +31,7 @@ __all__ = [
     "corpora",
     "curves",
     "failed",
+    "has_steps",
     "layer_matrix",
     "measures",
     "num_layers",
@@ -104,9 +105,13 @@ def curves(scan: Result) -> list[tuple[str, Result]]:
     ]
     if len(groups) < 2:
         return [("", scan)]
+    places = checkpoints(scan).set_index("checkpoint")["x"]
     several = {name for name in columns if keys[name].nunique(dropna=False) > 1}
     return [
-        (_curve_label(dict(zip(columns, key, strict=True)), several), _restricted(scan, names))
+        (
+            _curve_label(dict(zip(columns, key, strict=True)), several),
+            _restricted(scan, names, places),
+        )
         for key, names in groups
     ]
 
@@ -119,13 +124,14 @@ def _curve_label(key: dict[str, Any], several: set[str]) -> str:
     return ", ".join(parts)
 
 
-def _restricted(scan: Result, names: set[str]) -> Result:
+def _restricted(scan: Result, names: set[str], places: pd.Series) -> Result:
     """The scan with the scored rows of these checkpoints alone, and no failures."""
     tables = {
         name: frame[frame["checkpoint"].isin(names)].reset_index(drop=True)
         for name, frame in scan.tables.items()
         if "checkpoint" in frame
     }
+    tables["entropy"]["x"] = tables["entropy"]["checkpoint"].map(places)
     return dataclasses.replace(scan, tables=tables)
 
 
@@ -145,15 +151,24 @@ def corpora(scan: Result) -> list[str]:
 
 
 def checkpoints(scan: Result) -> pd.DataFrame:
-    """One row per scored checkpoint, by step then name: [checkpoint, step, x].
+    """One row per scored checkpoint, by series, stage, step, name: [checkpoint, step, x].
 
-    ``x`` is the pretraining step, or the place in the list (from 0) where any step is unknown.
+    ``x`` is the pretraining step, or the place in the list (from 0) where any step is unknown; of
+    a curve, what it is in the whole scan.
     """
-    table = _good(scan)[["checkpoint", "step"]].drop_duplicates("checkpoint")
-    table = table.sort_values(["step", "checkpoint"], na_position="last", ignore_index=True)
-    known = bool(table["step"].notna().all())
-    table["x"] = table["step"] if known else np.arange(len(table), dtype=float)
-    return table
+    order = ["series", "stage", "ingredient", "step", "checkpoint"]
+    table = _good(scan).drop_duplicates("checkpoint").reindex(columns=[*order, "x"])
+    table = table.sort_values(order, na_position="last", ignore_index=True)
+    if not table["x"].notna().any():
+        known = bool(table["step"].notna().all())
+        table["x"] = table["step"] if known else np.arange(len(table), dtype=float)
+    return table[["checkpoint", "step", "x"]]
+
+
+def has_steps(scan: Result) -> bool:
+    """Whether ``x`` counts pretraining steps."""
+    order = checkpoints(scan)
+    return bool((order["x"] == order["step"]).all())
 
 
 def totals(scan: Result, measure: str, corpus: str) -> pd.DataFrame:
