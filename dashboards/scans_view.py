@@ -148,17 +148,19 @@ def show_scans(results: list[Result], menus: Menus) -> None:
 
 def _scan_details(scan: Result, menus: Menus) -> None:
     measure = menus.measure
-    for corpus in menus.corpora:
-        order, matrix = series.layer_matrix(scan, measure, corpus)
+    curves = [(*part, corpus) for part in series.curves(scan) for corpus in menus.corpora]
+    for label, curve, corpus in curves:
+        order, matrix = series.layer_matrix(curve, measure, corpus)
         if len(matrix) and len(order):
-            st.subheader(f"Layer × checkpoint: {name_of(scan)}, {corpus}", anchor=False)
+            heading = ", ".join(part for part in (name_of(scan), label, corpus) if part)
+            st.subheader(f"Layer × checkpoint: {heading}", anchor=False)
             unit = series.MEASURE_TITLES.get(measure, ("", ""))[1]
             values = matrix - matrix[:, :1] if menus.relative else matrix
             names = [f"{x:g}" for x in order["x"]]
             layers = [str(layer) for layer in range(len(matrix))]
             centre = 0.0 if menus.relative else None
             heat = HeatMap("pretraining step", "layer", unit, values, names, layers, centre)
-            chart(heat, f"heat-{scan.path}-{corpus}")
+            chart(heat, f"heat-{scan.path}-{label}-{corpus}")
     names = series.checkpoints(scan)["checkpoint"].to_list()
     if len(names) > 1:
         with st.expander(f"Compare two checkpoints of {name_of(scan)}"):

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from ke_ray.models.names import CheckpointName, parse_checkpoint_name, parse_step_and_tokens
 
-
 K, M, B, T = 10**3, 10**6, 10**9, 10**12
 
 
