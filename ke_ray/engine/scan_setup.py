@@ -7,6 +7,7 @@ the data, the tokenizer, the identity of the output folder.
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 import uuid
 from collections.abc import Sequence
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 __all__ = ["ScanSetup", "prepare_scan", "select_checkpoints"]
+
+log = logging.getLogger(__name__)
 
 _ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -103,6 +106,7 @@ def prepare_scan(study: ScanStudy) -> ScanSetup:
     started = time.monotonic()
     refs = select_checkpoints(study.checkpoints)
     config, ref = _first_config(refs)
+    _check_series(study, refs, config, ref)
     corpora = _build_corpora(study, config, ref)
     identity = {
         "measure_version": MEASURE_VERSION,
@@ -251,12 +255,8 @@ def _model_bytes(refs: Sequence[CheckpointRef], config: Any, dtype: str) -> int:
 
 def _build_corpora(study: ScanStudy, config: Any, ref: CheckpointRef | None) -> dict[str, Corpus]:
     vocab_size = getattr(config, "vocab_size", None)
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and study.sequence_length > positions and ref is not None:
-        raise DataError(
-            f"sequence_length is {study.sequence_length}, but '{ref.label}' has {positions} "
-            f"positions; ask for at most {positions}."
-        )
+    if ref is not None:
+        _check_positions(study, config, ref)
     eos_token_id = study.eos_token_id
     if eos_token_id is None:
         eos_token_id = getattr(config, "eos_token_id", None)
@@ -298,6 +298,42 @@ def _first_config(refs: Sequence[CheckpointRef]) -> tuple[Any, CheckpointRef | N
     if refused is not None:
         raise refused
     return None, None
+
+
+def _check_series(
+    study: ScanStudy, refs: Sequence[CheckpointRef], config: Any, first: CheckpointRef | None
+) -> None:
+    """Every series reads the same token ids: refuse those that cannot, warn of other vocabularies.
+
+    Raises:
+        DataError: a series has fewer positions than the instances are long.
+    """
+    from ke_ray.models.remote_config import read_outline
+
+    if len({ref.series for ref in refs}) < 2:
+        return
+    for ref in {ref.series: ref for ref in reversed(refs)}.values():
+        try:
+            own = read_outline(ref)
+        except (CheckpointError, UnsupportedArchitectureError):
+            continue  # its rows will say so
+        _check_positions(study, own, ref)
+        vocab_size, own_size = getattr(config, "vocab_size", None), own.vocab_size
+        if first is not None and own_size != vocab_size:
+            log.warning(
+                "'%s' has a vocabulary of %s, '%s' one of %s, but all are scored on the same token "
+                "ids. If their tokenizers differ, scan each series by itself.",
+                *(first.label, vocab_size, ref.label, own_size),
+            )
+
+
+def _check_positions(study: ScanStudy, config: Any, ref: CheckpointRef) -> None:
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and study.sequence_length > positions:
+        raise DataError(
+            f"sequence_length is {study.sequence_length}, but '{ref.label}' has {positions} "
+            f"positions; ask for at most {positions}."
+        )
 
 
 def _tokenizer(study: ScanStudy, ref: CheckpointRef | None) -> Tokenizer:
