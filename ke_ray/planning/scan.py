@@ -6,6 +6,7 @@ the data, the tokenizer, the identity of the output folder.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 import uuid
@@ -69,6 +70,12 @@ class ScanSetup:
     known: dict[str, dict[str, Any]] = field(default_factory=dict)
     changed: list[str] = field(default_factory=list)
 
+    @property
+    def steps_rise(self) -> bool:
+        """Whether the known steps rise along the listing, so that one axis can hold them."""
+        steps = [ref.step for ref in self.refs if ref.step is not None and not ref.duplicate_of]
+        return all(a < b for a, b in itertools.pairwise(steps))
+
     def checkpoint_entries(self) -> list[dict[str, Any]]:
         """The manifest's list: checkpoints of earlier runs into this folder, and these."""
         entries = dict(self.known)
@@ -102,6 +109,7 @@ def prepare_scan(study: ScanStudy) -> ScanSetup:
     refs = select_checkpoints(study.checkpoints)
     config, ref = _first_config(refs, study)
     study = _without_head(study, config, ref)
+    _check_series(study, refs, config, ref)
     corpora = _build_corpora(study, config, ref)
     identity = {
         "measure_version": MEASURE_VERSION,
@@ -245,6 +253,8 @@ def _entry(ref: CheckpointRef) -> dict[str, Any]:
         "commit": ref.commit,
         "step": ref.step,
         "pretraining_tokens": ref.pretraining_tokens,
+        "stage": ref.stage,
+        "ingredient": ref.ingredient,
         "weights_fingerprint": ref.weights_fingerprint,
         "size_bytes": ref.size_bytes,
     }
@@ -271,12 +281,8 @@ def _model_bytes(refs: Sequence[CheckpointRef], config: Any, dtype: str) -> int:
 
 def _build_corpora(study: ScanStudy, config: Any, ref: CheckpointRef | None) -> dict[str, Corpus]:
     vocab_size = getattr(config, "vocab_size", None)
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and study.sequence_length > positions and ref is not None:
-        raise DataError(
-            f"sequence_length is {study.sequence_length}, but '{ref.label}' has {positions} "
-            f"positions; ask for at most {positions}."
-        )
+    if ref is not None:
+        _check_positions(study, config, ref)
     eos_token_id = study.eos_token_id
     if eos_token_id is None:
         eos_token_id = getattr(config, "eos_token_id", None)
@@ -329,6 +335,42 @@ def _first_config(
     ):
         raise broken
     return None, None
+
+
+def _check_series(
+    study: ScanStudy, refs: Sequence[CheckpointRef], config: Any, first: CheckpointRef | None
+) -> None:
+    """Every series reads the same token ids: refuse those that cannot, warn of other vocabularies.
+
+    Raises:
+        DataError: a series has fewer positions than the instances are long.
+    """
+    from ke_ray.models.configuration import read_outline
+
+    if len({ref.series for ref in refs}) < 2:
+        return
+    for ref in {ref.series: ref for ref in reversed(refs)}.values():
+        try:
+            own = read_outline(ref)
+        except (CheckpointError, UnsupportedArchitectureError):
+            continue  # its rows will say so
+        _check_positions(study, own, ref)
+        vocab_size, own_size = getattr(config, "vocab_size", None), own.vocab_size
+        if first is not None and own_size != vocab_size:
+            log.warning(
+                "'%s' has a vocabulary of %s, '%s' one of %s, but all are scored on the same token "
+                "ids. If their tokenizers differ, scan each series by itself.",
+                *(first.label, vocab_size, ref.label, own_size),
+            )
+
+
+def _check_positions(study: ScanStudy, config: Any, ref: CheckpointRef) -> None:
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and study.sequence_length > positions:
+        raise DataError(
+            f"sequence_length is {study.sequence_length}, but '{ref.label}' has {positions} "
+            f"positions; ask for at most {positions}."
+        )
 
 
 def _tokenizer(study: ScanStudy, ref: CheckpointRef | None) -> Tokenizer:

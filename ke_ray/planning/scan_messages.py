@@ -45,6 +45,9 @@ OUTPUT_SCHEMA = pa.schema(
         ("num_instances", pa.int64()),
         ("num_tokens", pa.int64()),
         ("weights_sha256", pa.string()),
+        ("series", pa.string()),
+        ("n_layers", pa.int32()),
+        ("d_mlp", pa.int32()),
         # Either partial sums (safetensors), or, where the item is all of the corpus, their
         # evaluation: rows and replicates (Arrow IPC) and mean coefficients (safetensors).
         ("sums", pa.large_binary()),

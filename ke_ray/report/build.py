@@ -117,9 +117,12 @@ def _scan(scan: Result, prefix: str) -> dict[str, Any]:
     facts: list[tuple[str, str]] = []
     if held:
         facts.append(("checkpoints", number(len(series.checkpoints(scan)))))
-        for corpus in series.corpora(scan):
-            measure = "knowledge_entropy" if "knowledge_entropy" in held else held[0]
-            change = series.paired_change(scan, measure, corpus)
+        measure = "knowledge_entropy" if "knowledge_entropy" in held else held[0]
+        curves = [
+            (label, c, corpus) for label, c in series.curves(scan) for corpus in series.corpora(c)
+        ]
+        for label, curve, corpus in curves:
+            change = series.paired_change(curve, measure, corpus)
             if len(change) > 1:
                 last = change.iloc[-1]
                 error = f" ± {1.96 * last['stderr']:.2g}" if math.isfinite(last["stderr"]) else ""
@@ -127,7 +130,7 @@ def _scan(scan: Result, prefix: str) -> dict[str, Any]:
                 title = series.MEASURE_TITLES.get(measure, (measure, ""))[0]
                 facts.append(
                     (
-                        f"{title}, first to last, {corpus}",
+                        f"{title}, first to last, {corpus}" + (f", {label}" if label else ""),
                         f"{last['value']:+.4g}{error} {unit}".replace("-", "−"),
                     )
                 )
@@ -147,7 +150,7 @@ def _scan(scan: Result, prefix: str) -> dict[str, Any]:
             missing.append("Paired errors of changes: no replicates.parquet.")
         if not any(figure.id.endswith("-distribution") for figure in figures):
             missing.append("Coefficient distributions: no coefficients/ files.")
-        if series.ceiling(scan) is None:
+        if all(series.ceiling(curve) is None for _, curve in series.curves(scan)):
             missing.append(
                 "Ceiling of knowledge entropy: neither manifest nor coefficients/ tell d_mlp."
             )

@@ -62,14 +62,19 @@ def _draw(scan: Result, held: list[str]) -> bytes:
 
     figure = Figure(figsize=(4.4 * len(held), 3.6), dpi=110, layout="constrained")
     canvas = FigureCanvasAgg(figure)
-    corpora = series.corpora(scan)
-    with_steps = bool(series.checkpoints(scan)["step"].notna().all())
+    curves = [
+        (f"{label}: {corpus}" if label else corpus, curve, corpus)
+        for label, curve in series.curves(scan)
+        for corpus in series.corpora(curve)
+    ]
+    bounds = {series.ceiling(curve) for _, curve, _ in curves}
+    with_steps = series.has_steps(scan)
     for place, measure in enumerate(held):
         axes = figure.add_subplot(1, len(held), place + 1)
         title, unit = series.MEASURE_TITLES.get(measure, (measure, ""))
         low, high = np.inf, -np.inf
-        for index, corpus in enumerate(corpora):
-            line = series.totals(scan, measure, corpus)
+        for index, (label, curve, corpus) in enumerate(curves):
+            line = series.totals(curve, measure, corpus)
             if line.empty:
                 continue
             colour = PALETTE[index % len(PALETTE)]
@@ -83,7 +88,7 @@ def _draw(scan: Result, held: list[str]) -> bytes:
                 marker=_MARKERS[index % len(_MARKERS)] if len(x) <= 40 else None,
                 markersize=4,
                 linewidth=1.6,
-                label=corpus,
+                label=label,
             )
             low, high = min(low, np.min(value - error)), max(high, np.max(value + error))
         axes.set_title(title, fontsize=11, loc="left")
@@ -91,13 +96,13 @@ def _draw(scan: Result, held: list[str]) -> bytes:
         axes.set_ylabel(f"{title.lower()} ({unit})" if unit else title.lower())
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        bound = series.ceiling(scan)
+        bound = bounds.copy().pop() if len(bounds) == 1 else None
         if measure == "knowledge_entropy" and bound is not None:
             near = bound.nats - high <= 2.0 * max(high - low, 1e-9)
             if near:
                 axes.axhline(bound.nats, color="#555555", linestyle="--", linewidth=1)
             axes.set_title(str(bound), fontsize=8, loc="right", color="#555555")
-        if len(corpora) > 1 and place == 0:
+        if len(curves) > 1 and place == 0:
             axes.legend(frameon=False, fontsize=8)
     failed = series.failed(scan)["checkpoint"].nunique()
     figure.suptitle(

@@ -75,6 +75,8 @@ def _interval(column: Column) -> tuple[Column, Column, Column]:
 _ENTROPY = (
     _CHECKPOINT,
     _STEP,
+    Column("stage", "int64", "stage of pretraining, where the name has one; steps restart in each"),
+    Column("ingredient", "int64", "branch within a stage, where the name has one"),
     Column("revision", "string", "revision on the Hub"),
     Column("corpus", "string", "name given by `--data NAME=…`"),
     _LAYER,
@@ -85,6 +87,9 @@ _ENTROPY = (
     Column("num_instances", "int64", "instances that the value is over", "instances"),
     Column("num_tokens", "int64", "real tokens that the value is over", "tokens"),
     Column("weights_sha256", "string", "canonical: equal for all layouts of the same weights"),
+    Column("series", "string", "architecture and sizes; checkpoints of one make a curve"),
+    Column("n_layers", "int32", "layers L"),
+    Column("d_mlp", "int32", "memories per layer; the ceiling is L · ln d_mlp"),
     Column("data_sha256", "string", "fingerprint of the real token ids"),
     Column("duplicate_of", "string", "earliest checkpoint with the same weights"),
     _STATUS,

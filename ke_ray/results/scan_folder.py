@@ -33,6 +33,7 @@ from ke_ray.results.manifest import read_manifest, write_manifest
 ENTROPY_SCHEMA = schema("entropy")
 REPLICATES_SCHEMA = schema("replicates")
 _KEY = ("checkpoint", "corpus", "layer", "measure")
+_PLACE = ("checkpoint", "step", "stage", "ingredient")
 
 
 def check_identity(folder: str, stored: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
@@ -86,7 +87,7 @@ class ScanFolder:
     # --- reading -------------------------------------------------------------------------------
 
     def entropy(self) -> pa.Table:
-        """All rows in the columns of ``ENTROPY_SCHEMA``, ordered by step, checkpoint, corpus."""
+        """All rows in the columns of ``ENTROPY_SCHEMA``, ordered by stage, step, checkpoint."""
         tables = list(self._entropy())
         return pa.concat_tables(tables) if tables else ENTROPY_SCHEMA.empty_table()
 
@@ -116,22 +117,23 @@ class ScanFolder:
     def _by_checkpoint(
         self, stem: str, columns: pa.Schema, without: Collection[str] = ()
     ) -> Iterator[list[pa.Table]]:
-        """What table and parts have of one checkpoint, oldest first; checkpoints by step."""
+        """What table and parts have of one checkpoint, oldest first; checkpoints in order."""
 
         @functools.lru_cache(2)
         def read(file: Any, number: int) -> pa.Table:
             return _conform(file.read_row_group(number), columns)
 
         sources: dict[str, list[tuple[Any, int]]] = {}
-        steps: dict[str, int | None] = {}
+        places: dict[str, tuple[Any, ...]] = {}
         for uri in self._uris(stem):
             file = storage.open_table(uri)
             for number in range(file.num_row_groups):
-                known = file.read_row_group(number, columns=["checkpoint", "step"])
-                for row in known.group_by(["checkpoint", "step"]).aggregate([]).to_pylist():
-                    steps[row["checkpoint"]] = row["step"]
+                keys = [name for name in _PLACE if name in file.schema_arrow.names]
+                known = file.read_row_group(number, columns=keys)
+                for row in known.group_by(keys).aggregate([]).to_pylist():
+                    places[row["checkpoint"]] = _place(row)
                     sources.setdefault(row["checkpoint"], []).append((file, number))
-        for name in sorted(sources, key=lambda name: (steps[name] is None, steps[name] or 0, name)):
+        for name in sorted(sources, key=places.__getitem__):
             if name not in without:
                 found = (read(*source) for source in dict.fromkeys(sources[name]))
                 yield [table.filter(pc.equal(table["checkpoint"], name)) for table in found]
@@ -298,12 +300,16 @@ def _join_rows(tables: Iterable[pa.Table]) -> list[dict[str, Any]]:
     return sorted(joined.values(), key=_order)
 
 
+def _place(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Sort key of a checkpoint in training order, as ``ke_ray.checkpoints.reference.order_key``."""
+    step, stage, ingredient = (row.get(name) for name in ("step", "stage", "ingredient"))
+    return step is None, stage or 0, ingredient or 0, step or 0, row["checkpoint"]
+
+
 def _order(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    step, layer = row["step"], row["layer"]
+    layer = row["layer"]
     return (
-        step is None,
-        step or 0,
-        row["checkpoint"],
+        *_place(row),
         row["corpus"] or "",
         row["measure"] or "",
         layer is None,

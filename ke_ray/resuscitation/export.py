@@ -306,8 +306,8 @@ def _save(
     values: dict[str, Any],
 ) -> Resuscitated:
     from ke_ray.checkpoints.formats.fingerprint import tensors_sha256
+    from ke_ray.checkpoints.formats.saving import save_model
     from ke_ray.checkpoints.reference import find_tokenizer
-    from ke_ray.models.saving import save_model
 
     found = find_tokenizer(source)
     tokenizer = None

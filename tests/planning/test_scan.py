@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 from pydantic import ValidationError
 
@@ -80,3 +83,19 @@ def test_checkpoints_without_a_tokenizer_name_the_option(scan_study, tmp_path):
     documents.write_text('{"text": "words"}\n')
     with pytest.raises(DataError, match=r"no tokenizer\.json; give one with --tokenizer"):
         prepare_scan(scan_study(data={"x": str(documents)}))
+
+
+def test_every_series_must_be_able_to_read_the_same_token_ids(scan_study, series, tmp_path, caplog):
+    for name, change in (("small", {}), ("deep", {"num_hidden_layers": 3, "vocab_size": 130})):
+        folder = tmp_path / "mixed" / name / "step1"
+        shutil.copytree(series / ("step10" if name == "small" else "step20"), folder)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | change))
+    study = scan_study(checkpoints={"spec": str(tmp_path / "mixed" / "*" / "*")})
+    assert not prepare_scan(study).steps_rise
+    assert "2 architectures or sizes" in caplog.text
+    assert "has a vocabulary of 128" in caplog.text or "one of 128" in caplog.text
+    short = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": 8}
+    (folder / "config.json").write_text(json.dumps(short))
+    with pytest.raises(DataError, match="has 8 positions"):
+        prepare_scan(study)

@@ -5,32 +5,37 @@ SPEC                                           checkpoints
 =============================================  =====================================================
 ``runs/pretrain/checkpoints/step100``          one folder, in transformers' or OLMo's own layout
 ``runs/pretrain/checkpoints``                  every checkpoint folder inside it
+``trainer_output``                             the ``checkpoint-N`` inside, and the final weights
+                                               beside them at the step of ``trainer_state.json``
 ``"runs/*/step[0-9]*"``                        every checkpoint folder that the glob matches
 ``s3://bucket/run`` (any fsspec URI)           the same, elsewhere
-``allenai/OLMo-1B-hf``, ``hf://org/repo@rev``  revisions of a Hugging Face repository: those whose
-                                               name gives a step, or ``main`` where none does
+``allenai/OLMo-1B-hf``, ``hf://org/repo@rev``  revisions of a Hugging Face repository, see
+                                               ``ke_ray.checkpoints.find.hub_series``
 ``https://host/run/step1000-unsharded/``       a native checkpoint at a base URL
 ``OLMo-1B.csv``                                a list of step and folder or URL
 =============================================  =====================================================
 
 Then a glob on revision or name, a step range and every n-th narrow the selection, and
-checkpoints with the same weight files are flagged.
+checkpoints with the same weight files are flagged. What a reader could take for something else
+(several series or stages, names that were not understood) is said in notes.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import glob
+import logging
 import re
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ke_ray.checkpoints import hub
 from ke_ray.checkpoints.fetch.transfer import call_within, probe, redact
 from ke_ray.checkpoints.find.csv_list import Row, read_csv_list
 from ke_ray.checkpoints.find.duplicates import flag_duplicates
+from ke_ray.checkpoints.find.hub_series import inspect_hub, list_hub
 from ke_ray.checkpoints.find.names import parse_checkpoint_name
+from ke_ray.checkpoints.find.series import few, listing_notes, read_small_json, with_series
 from ke_ray.checkpoints.formats.foreign import explain_file, explain_foreign
 from ke_ray.checkpoints.formats.layout import layout_of
 from ke_ray.checkpoints.reference import CheckpointRef, order_key
@@ -38,12 +43,22 @@ from ke_ray.drivers import explain_driver_error
 from ke_ray.errors import CheckpointSpecError, StorageError, nearest
 from ke_ray.storage import exists, is_local, join, list_dir, local_path, slug
 
-__all__ = ["list_checkpoints"]
+__all__ = ["Listing", "find_checkpoints", "list_checkpoints"]
+
+log = logging.getLogger(__name__)
 
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _STEPS = re.compile(r"\s*([0-9]{0,15})\s*(:?)\s*([0-9]{0,15})\s*")
 _FIRST_ANSWER_S = 15.0
 _LOOKED_INTO = 20  # folders that may say why a folder of them holds no checkpoint
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Checkpoints series by series in training order, and sentences about what is odd in them."""
+
+    checkpoints: tuple[CheckpointRef, ...]
+    notes: tuple[str, ...]
 
 
 def list_checkpoints(
@@ -55,6 +70,24 @@ def list_checkpoints(
     limit: int | None = None,
     endpoint: str | None = None,
 ) -> list[CheckpointRef]:
+    """The checkpoints of :func:`find_checkpoints`; its notes are logged as warnings."""
+    listing = find_checkpoints(
+        spec, revisions=revisions, steps=steps, every=every, limit=limit, endpoint=endpoint
+    )
+    for note in listing.notes:
+        log.warning("%s: %s", redact(spec), note)
+    return list(listing.checkpoints)
+
+
+def find_checkpoints(
+    spec: str,
+    *,
+    revisions: str | None = None,
+    steps: str | None = None,
+    every: int | None = None,
+    limit: int | None = None,
+    endpoint: str | None = None,
+) -> Listing:
     """The checkpoints that ``spec`` names, in training order, with unique names.
 
     Args:
@@ -73,11 +106,14 @@ def list_checkpoints(
     for option, value in (("every", every), ("limit", limit)):
         if value is not None and value < 1:
             raise CheckpointSpecError(f"{option}={value} was given, expected at least 1.")
+    spec = spec.strip()
+    notes: list[str] = []
     try:
-        found = _find(spec.strip(), revisions, endpoint)
+        # A final checkpoint whose name gives no step lies outside every range of steps.
+        found = _find(spec, revisions, endpoint, notes, with_main=steps is None)
+        found = with_series(_unique_names(found))
     except StorageError as error:
         raise CheckpointSpecError(str(error)) from error
-    found = _unique_names(found)
     chosen = [ref for ref in found if _matches(ref, revisions)]
     if not chosen:
         raise CheckpointSpecError(_no_match(spec, revisions, found))
@@ -89,8 +125,12 @@ def list_checkpoints(
             raise CheckpointSpecError(
                 f"No checkpoint of '{spec}' lies in steps {steps}; it has {span}."
             )
-    chosen = _evenly(sorted(chosen, key=order_key)[:: every or 1], limit)
-    return flag_duplicates(_inspect_hub(chosen, endpoint))
+    ordered = sorted(chosen, key=lambda ref: (ref.series or "", *order_key(ref)))
+    chosen, empty = inspect_hub(_evenly(ordered[:: every or 1], limit), endpoint)
+    if empty:
+        notes.append(f"{len(empty)} revisions hold no weights and are left out ({few(empty)}).")
+    chosen = flag_duplicates(chosen)
+    return Listing(tuple(chosen), (*notes, *listing_notes(chosen)))
 
 
 def _evenly(refs: list[CheckpointRef], limit: int | None) -> list[CheckpointRef]:
@@ -101,11 +141,18 @@ def _evenly(refs: list[CheckpointRef], limit: int | None) -> list[CheckpointRef]
     return [refs[round(i * (len(refs) - 1) / (limit - 1))] for i in range(limit)]
 
 
-def _find(spec: str, revisions: str | None, endpoint: str | None) -> list[CheckpointRef]:
+def _find(
+    spec: str, revisions: str | None, endpoint: str | None, notes: list[str], *, with_main: bool
+) -> list[CheckpointRef]:
+    def from_hub(name: str) -> list[CheckpointRef]:
+        refs, said = list_hub(name, endpoint, everything=revisions is not None, with_main=with_main)
+        notes.extend(said)
+        return refs
+
     if not spec or "\0" in spec:
         raise CheckpointSpecError("The checkpoint SPEC is empty; give a folder, a repo or a CSV.")
     if spec.startswith("hf://"):
-        return _from_hub(spec.removeprefix("hf://"), revisions, endpoint)
+        return from_hub(spec.removeprefix("hf://"))
     if spec.lower().endswith(".csv"):
         return [_from_location(row.location, row) for row in read_csv_list(spec)]
     if spec.startswith(("http://", "https://")):
@@ -117,7 +164,7 @@ def _find(spec: str, revisions: str | None, endpoint: str | None) -> list[Checkp
     repo = spec.partition("@")[0]
     if _REPO.fullmatch(repo):
         try:
-            return _from_hub(spec, revisions, endpoint)
+            return from_hub(spec)
         except CheckpointSpecError as error:
             raise CheckpointSpecError(f"There is no folder '{spec}' here. {error}") from error
     raise CheckpointSpecError(
@@ -150,7 +197,11 @@ def _from_location(location: str, row: Row | None = None, name: str | None = Non
         return replace(ref, location=f"hf://{repo}", format="hub", revision=revision or "main")
     if location.startswith(("http://", "https://")):
         return ref
-    layout = layout_of(_file_names(location))
+    names = _file_names(location)
+    if ref.step is None and "trainer_state.json" in names:
+        step = read_small_json(join(location, "trainer_state.json")).get("global_step")
+        ref = replace(ref, step=step if type(step) is int and 0 <= step < 10**15 else None)
+    layout = layout_of(names)
     if layout is None:
         return ref
     size = None
@@ -214,15 +265,21 @@ def _from_folder(spec: str) -> list[CheckpointRef]:
         raise CheckpointSpecError(f"'{spec}' is a file; {explain_file(Path(base).name)}")
     if not local and glob.has_magic(base):
         return _from_remote_glob(base)
-    if layout_of(_file_names(base)) is not None:
+    names = _file_names(base)
+    layout = layout_of(names)
+    if layout is not None:
         _refuse_foreign(base)
-        name = Path(base).resolve().name if local else None
-        return [_from_location(base, name=name)]
+        # A Trainer's output folder: final weights at the top, the series beside them.
+        inside = [join(base, n) for n in names if parse_checkpoint_name(n).step is not None]
+        refs = [_from_location(location) for location in inside if _is_checkpoint(location)]
+        if layout.weights or not refs:
+            refs.append(_from_location(base, name=Path(base).resolve().name if local else None))
+        return refs
     for folder in (base, join(base, "checkpoints")):
         inside = [join(folder, name) for name in _file_names(folder) if not name.startswith(".")]
-        found = [location for location in inside if _is_checkpoint(location)]
-        if found:
-            return _from_locations(found)
+        checkpoints = [location for location in inside if _is_checkpoint(location)]
+        if checkpoints:
+            return _from_locations(checkpoints)
         for location in [folder, *inside[:_LOOKED_INTO]]:
             _refuse_foreign(location)
     raise CheckpointSpecError(
@@ -277,66 +334,6 @@ def _from_url(spec: str) -> list[CheckpointRef]:
             "checkpoint, or a CSV list of them."
         )
     return [_from_location(base)]
-
-
-def _from_hub(spec: str, revisions: str | None, endpoint: str | None) -> list[CheckpointRef]:
-    repo, _, name = spec.strip("/").partition("@")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo) or ".." in repo:
-        raise CheckpointSpecError(f"'{repo}' is not a Hub repository; expected org/name.")
-    if name:
-        known = [hub.find_revision(repo, name, endpoint=endpoint)]
-    else:
-        known = hub.list_revisions(repo, endpoint=endpoint)
-        if revisions is None:
-            stepped = [rev for rev in known if parse_checkpoint_name(rev.name).step is not None]
-            known = stepped or [rev for rev in known if rev.name == "main"] or known
-    refs = []
-    for revision in known:
-        said = parse_checkpoint_name(revision.name)
-        refs.append(
-            CheckpointRef(
-                name=slug(revision.name),
-                location=f"hf://{repo}",
-                format="hub",
-                revision=revision.name,
-                commit=revision.commit,
-                step=said.step,
-                pretraining_tokens=said.tokens,
-                stage=said.stage,
-                ingredient=said.ingredient,
-            )
-        )
-    return refs
-
-
-def _inspect_hub(refs: list[CheckpointRef], endpoint: str | None) -> list[CheckpointRef]:
-    """Sizes and hashes of Hub checkpoints; revisions without weights and step are left out."""
-    result = []
-    repos = {ref.repo for ref in refs if ref.repo}
-    inspected: dict[tuple[str | None, str | None], hub.HubRevision] = {}
-    for repo in repos:
-        wanted = [
-            hub.HubRevision(ref.revision or "main", ref.commit or ref.revision or "main")
-            for ref in refs
-            if ref.repo == repo
-        ]
-        for revision in hub.inspect_revisions(repo, wanted, endpoint=endpoint):
-            inspected[repo, revision.name] = revision
-    for ref in refs:
-        known = inspected.get((ref.repo, ref.revision))
-        if known is None:
-            result.append(ref)
-        elif ref.step is not None or (known.layout and known.layout.weights):
-            size, identity = known.size_bytes, known.weights_fingerprint
-            result.append(replace(ref, size_bytes=size, weights_fingerprint=identity))
-    if not result:
-        names = [file.name for revision in inspected.values() for file in revision.files]
-        foreign = explain_foreign(names)
-        raise CheckpointSpecError(
-            f"No chosen revision of {', '.join(sorted(map(str, repos)))} holds model weights"
-            + (f": {foreign}" if foreign else ".")
-        )
-    return result
 
 
 def _matches(ref: CheckpointRef, revisions: str | None) -> bool:

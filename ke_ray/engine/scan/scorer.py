@@ -170,9 +170,9 @@ class CheckpointScorer:
             self._monitor.report.remote(item.index, scored, ended - started)
             for stretch, part in zip(item.stretches, sums, strict=True):
                 outputs.append(self._output(item, ref, stretch, part))
-            sha256 = loaded.sha256.result()
+            model = {"weights_sha256": loaded.sha256.result(), **_identity(loaded.model)}
         for output in outputs:
-            output["weights_sha256"] = sha256
+            output |= model
         timings = {
             "fetch_s": loaded.fetch_s,
             "load_s": loaded.load_s,
@@ -297,6 +297,17 @@ class CheckpointScorer:
                 self._monitor.report.remote(item, total, now - started)
 
         return report
+
+
+def _identity(model: Any) -> dict[str, Any]:
+    """What tells a model's series from others: architecture and sizes, from the model itself."""
+    from ke_ray.checkpoints.find.series import series_label
+    from ke_ray.models.architectures import describe
+
+    config, layers = model.config, describe(model)
+    n_layers, d_mlp = len(layers), layers[0].d_mlp
+    series = series_label(config.model_type, n_layers, config.hidden_size, d_mlp)
+    return {"series": series, "n_layers": n_layers, "d_mlp": d_mlp}
 
 
 class _Exclusive:

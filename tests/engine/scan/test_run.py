@@ -122,6 +122,10 @@ def test_result_columns_hold_what_they_say(scan_study, series):
     first = rows[0]
     assert (first["checkpoint"], first["step"], first["num_instances"]) == ("step10", 10, 70)
     assert first["num_tokens"] == 70 * 24
+    label = "olmo, 2 layers, d_model 32, d_mlp 48"
+    assert {(r["series"], r["n_layers"], r["d_mlp"], r["stage"]) for r in rows} == {
+        (label, 2, 48, None)
+    }
     assert len(first["weights_sha256"]) == len(first["data_sha256"]) == 64
     units = {(r["measure"], r["unit"]) for r in rows}
     assert units == {("knowledge_entropy", "nats"), ("gini", "fraction")}
