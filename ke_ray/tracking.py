@@ -1,10 +1,12 @@
 """MLflow, thinly: runs that survive retries, a server that goes away, and kills.
 
-The only module that imports MLflow. Every write goes through one background thread that tries
-again with growing pauses, so that a scan or a training step never waits for a tracking server and
-a server that is gone for half a minute loses nothing. A run is found again by its key (a tag), so
-a resumed command or a retried trial continues its run instead of starting another. Runs whose
-process died without a word are closed as KILLED the next time anything is logged beside them.
+The only module that imports MLflow. A command opens its store before it works, and is refused where
+that fails. From then on nothing about a store is an error: every write goes through one background
+thread that tries again with growing pauses, so that a scan or a training step never waits for a
+tracking server, and a server that comes back before the work ends has lost nothing. A run is found
+again by its key (a tag), so a resumed command or a retried trial continues its run instead of
+starting another. Runs whose process died without a word are closed as KILLED the next time anything
+is logged beside them.
 """
 
 from __future__ import annotations
@@ -16,24 +18,27 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 from ke_ray.errors import StorageError
 from ke_ray.results.manifest import versions
 from ke_ray.secrets import redact
-from ke_ray.sender import Sender
+from ke_ray.sender import Sender, outage_of
 from ke_ray.studies.parts import TrackingSettings
+from ke_ray.tracked_run import TrackedRun
 
-__all__ = ["TrackedRun", "Tracker", "flatten"]
+__all__ = ["TrackedRun", "Tracker", "check_store", "flatten", "store_uri"]
 
 log = logging.getLogger(__name__)
 
-_MAX_VALUE_LENGTH = 5000
+T = TypeVar("T")
+
 _TRAINING = "&workflowType=machine_learning"
 
 
@@ -49,19 +54,37 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-class Tracker:
-    """One experiment of one MLflow store.
+def store_uri(settings: TrackingSettings) -> str:
+    """The store that a study logs to: its own, ``MLFLOW_TRACKING_URI``, or a local database."""
+    return (
+        settings.uri
+        or os.environ.get("MLFLOW_TRACKING_URI")
+        or "sqlite:///" + str(Path("mlflow.db").absolute())
+    )
 
-    Args:
-        settings: the study's ``mlflow`` group.
-        default_uri: used where neither the study nor ``MLFLOW_TRACKING_URI`` names a store;
-            default ``sqlite:///mlflow.db`` in the working folder, as MLflow itself does.
+
+def check_store(settings: TrackingSettings) -> None:
+    """Open a study's store, and create what is missing of it, before the work begins.
 
     Raises:
         StorageError: the store cannot be reached or created.
     """
+    Tracker(settings).close()
 
-    def __init__(self, settings: TrackingSettings, default_uri: str | None = None) -> None:
+
+class Tracker:
+    """One experiment of one MLflow store.
+
+    Args:
+        settings: the study's ``mlflow`` group; see :func:`store_uri`.
+        deferred: open the store with the first write, in the background: for work that has begun
+            and must not fail. Runs get their id then.
+
+    Raises:
+        StorageError: the store cannot be reached or created (never where ``deferred``).
+    """
+
+    def __init__(self, settings: TrackingSettings, *, deferred: bool = False) -> None:
         self.enabled = settings.enabled
         self.settings = settings
         self._sender: Sender | None = None
@@ -69,38 +92,51 @@ class Tracker:
             return
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         # MLflow's own retries would hold one write for minutes; ours are bounded and visible.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-        self.uri = (
-            settings.uri
-            or os.environ.get("MLFLOW_TRACKING_URI")
-            or default_uri
-            or "sqlite:///" + str(Path("mlflow.db").absolute())
-        )
+        self.uri = store_uri(settings)
         if redact(self.uri) != self.uri:
             # MLflow prints a run's address when it ends, with the password that stands in it.
             os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
         self.experiment = settings.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME", "ke_ray")
         import mlflow
-        from mlflow.tracking import MlflowClient
 
         logging.getLogger("alembic").setLevel(logging.WARNING)
         logging.getLogger("mlflow").setLevel(logging.WARNING)
         self._entities = mlflow.entities
+        self._is_deferred = deferred
+        if not deferred:
+            with self._explained():
+                _ = self.experiment_id
+        self._sender = Sender(outage_of(self.uri))
+        self._sender.start()
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
         try:
-            if self.uri.startswith("sqlite:///"):
-                Path(self.uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-            self.client = MlflowClient(self.uri)
-            self.experiment_id = self._experiment_id()
-            self._close_dead_runs()
+            yield
         except Exception as error:
             reason = (str(error) or repr(error)).splitlines()[0]
             raise StorageError(
                 f"The MLflow store '{redact(self.uri)}' cannot be used: {redact(reason)}. Start "
                 "it, set MLFLOW_TRACKING_URI, or switch it off with --no-mlflow."
             ) from error
-        self._sender = Sender()
-        self._sender.start()
+
+    @cached_property
+    def client(self) -> Any:
+        """MLflow's client of the store; a local database is created."""
+        from mlflow.tracking import MlflowClient
+
+        if self.uri.startswith("sqlite:///"):
+            Path(self.uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        return MlflowClient(self.uri)
+
+    @cached_property
+    def experiment_id(self) -> str:
+        """The experiment, created where there is none; runs of dead processes are closed."""
+        found = self._experiment_id()
+        self._close_dead_runs(found)
+        return found
 
     def _experiment_id(self) -> str:
         found = self.client.get_experiment_by_name(self.experiment)
@@ -122,9 +158,9 @@ class Tracker:
                 raise
             return str(again.experiment_id)
 
-    def _close_dead_runs(self) -> None:
+    def _close_dead_runs(self, experiment_id: str) -> None:
         for run in self.client.search_runs(
-            [self.experiment_id],
+            [experiment_id],
             filter_string=f"attributes.status = 'RUNNING' and tags.`ke_ray.host` = '{_host()}'",
             max_results=500,
         ):
@@ -143,6 +179,9 @@ class Tracker:
         parent_id: str | None = None,
     ) -> TrackedRun:
         """Start a run, or continue the one with this key.
+
+        Raises:
+            StorageError: the store went away since it was opened (never where deferred).
 
         Args:
             name: shown in the UI.
@@ -171,49 +210,74 @@ class Tracker:
         if parent_id:
             own["mlflow.parentRunId"] = parent_id
         every_tag = {**self.settings.tags, **(tags or {}), **own}
-        found = self.client.search_runs(
-            [self.experiment_id], filter_string=f"tags.`ke_ray.key` = '{digest}'", max_results=1
-        )
-        if found:
-            run_id = str(found[0].info.run_id)
-            self.client.update_run(run_id, status="RUNNING")
-            known = set(found[0].data.params)
-        else:
-            created = self.client.create_run(self.experiment_id, tags=every_tag, run_name=name)
-            run_id, known = str(created.info.run_id), set()
-        run = TrackedRun(run_id, self, self._sender)
+
+        def open_run() -> tuple[str, set[str]]:
+            found = self._run_with(digest)
+            if found is None:
+                made = self.client.create_run(self.experiment_id, tags=every_tag, run_name=name)
+                return str(made.info.run_id), set()
+            self.client.update_run(found.info.run_id, status="RUNNING")
+            return str(found.info.run_id), set(found.data.params)
+
+        run = TrackedRun(None, self, self._sender, open_run)
+        if not self._is_deferred:
+            with self._explained():
+                run.open()
         run.set_tags(every_tag)
-        # A parameter cannot be changed once logged; a resumed run has the same ones anyway.
-        run.log_params({k: v for k, v in flatten(params or {}).items() if k not in known})
+        run.log_params(flatten(params or {}), only_new=True)
         return run
 
-    def find_run(self, key: str) -> str | None:
-        """The id of the run with this key, if there is one."""
-        if not self.enabled:
-            return None
-        digest = hashlib.sha256(key.encode()).hexdigest()[:32]
-        found = self.client.search_runs(
+    def _run_with(self, digest: str) -> Any:
+        runs = self.client.search_runs(
             [self.experiment_id], filter_string=f"tags.`ke_ray.key` = '{digest}'", max_results=1
         )
-        return str(found[0].info.run_id) if found else None
+        return runs[0] if runs else None
 
-    def close_children(self, parent_id: str | None, status: str = "KILLED") -> int:
+    def _ask(self, read: Callable[[], T], default: T) -> T:
+        """What the store answers; ``default`` where it does not, or has just not answered."""
+        if self._sender is None or self._sender.outage.is_fresh:
+            return default
+        began = time.monotonic()
+        try:
+            return read()
+        except Exception as error:
+            self._sender.outage.failed(error, began)
+            return default
+
+    def find_run(self, key: str) -> str | None:
+        """The id of the run with this key; None where there is none, or no answer."""
+        digest = hashlib.sha256(key.encode()).hexdigest()[:32]
+        found = self._ask(lambda: self._run_with(digest), None)
+        return None if found is None else str(found.info.run_id)
+
+    def close_children(
+        self, parent_id: str | None, statuses: Mapping[str, str] | None = None
+    ) -> int:
         """Close children of a run that are still RUNNING, once none of them can be.
 
+        Args:
+            statuses: by run id, of those whose end is known but did not reach the store; the others
+                become KILLED.
+
         Returns:
-            how many there were.
+            how many there were; 0 where the store does not answer.
         """
-        if not self.enabled or parent_id is None:
+        if parent_id is None:
             return 0
-        left = self.client.search_runs(
-            [self.experiment_id],
-            filter_string="attributes.status = 'RUNNING' and "
-            f"tags.`mlflow.parentRunId` = '{parent_id}'",
-            max_results=500,
-        )
-        for run in left:
-            self.client.set_terminated(run.info.run_id, status)
-        return len(left)
+
+        def close() -> int:
+            left = self.client.search_runs(
+                [self.experiment_id],
+                filter_string="attributes.status = 'RUNNING' and "
+                f"tags.`mlflow.parentRunId` = '{parent_id}'",
+                max_results=500,
+            )
+            for run in left:
+                status = (statuses or {}).get(run.info.run_id, "KILLED")
+                self.client.set_terminated(run.info.run_id, status)
+            return len(left)
+
+        return self._ask(close, 0)
 
     def compare_page(self, run_ids: Sequence[str]) -> str:
         """Where the UI compares these runs, seen from the server's own address."""
@@ -250,116 +314,6 @@ class Tracker:
         tb: TracebackType | None,
     ) -> None:
         self.close()
-
-
-class TrackedRun:
-    """One MLflow run; all methods return at once. Without a tracker they do nothing."""
-
-    def __init__(self, run_id: str | None, tracker: Tracker | None, sender: Sender | None) -> None:
-        self.run_id = run_id
-        self._tracker = tracker
-        self._sender = sender
-        self._held: list[Any] = []  # metrics that wait for others
-        self._released = float("-inf")
-
-    def _put(self, what: str, write: Callable[[Any, str], None]) -> None:
-        if self._sender is None or self._tracker is None or self.run_id is None:
-            return
-        client, run_id = self._tracker.client, self.run_id
-        self._sender.put(f"{what} of run {run_id}", lambda: write(client, run_id))
-
-    def _put_batch(self, what: str, **batch: Any) -> None:
-        self._put(what, lambda client, run_id: client.log_batch(run_id, **batch))
-
-    def log_params(self, params: Mapping[str, Any]) -> None:
-        """Flat parameters; long values are cut."""
-        if self._tracker is None or not params:
-            return
-        entities = self._tracker._entities
-        items = [entities.Param(k, _shown(v)) for k, v in params.items()]
-        for start in range(0, len(items), 100):
-            self._put_batch("parameters", params=items[start : start + 100])
-
-    def log_metrics(
-        self,
-        metrics: Mapping[str, float],
-        step: int = 0,
-        timestamp_ms: int | None = None,
-        *,
-        hold_s: float = 0.0,
-    ) -> None:
-        """Metrics at one step; values that are not finite are left out.
-
-        With a ``timestamp_ms`` of the caller's choice the same point may be logged again: MLflow
-        keeps one of points that agree in all. With ``hold_s`` they may wait so long for later
-        ones: a write costs the same 15 ms for one point and for many.
-        """
-        if self._tracker is None:
-            return
-        entities = self._tracker._entities
-        stamp = int(time.time() * 1000) if timestamp_ms is None else timestamp_ms
-        items = [
-            entities.Metric(name, float(value), stamp, int(step))
-            for name, value in metrics.items()
-            if value is not None and abs(float(value)) < float("inf")
-        ]
-        self._held += items
-        if time.monotonic() - self._released >= hold_s:
-            self._release()
-
-    def _release(self) -> None:
-        items, self._held = self._held, []
-        self._released = time.monotonic()
-        for start in range(0, len(items), 1000):
-            self._put_batch("metrics", metrics=items[start : start + 1000])
-
-    def describe(self, markdown: str) -> None:
-        """Set the description that the UI shows on the run's page."""
-        self.set_tags({"mlflow.note.content": markdown})
-
-    def set_tags(self, tags: Mapping[str, str]) -> None:
-        """Set or replace tags."""
-        if self._tracker is None:
-            return
-        entities = self._tracker._entities
-        items = [entities.RunTag(k, _shown(v)) for k, v in tags.items()]
-        for start in range(0, len(items), 100):
-            self._put_batch("tags", tags=items[start : start + 100])
-
-    def log_dataset(self, name: str, sha256: str, source: str, context: str) -> None:
-        """A dataset with its fingerprint (MLflow shows the first 36 characters)."""
-        if self._tracker is None:
-            return
-        entities = self._tracker._entities
-        dataset = entities.Dataset(
-            name=name, digest=sha256[:36], source_type="local", source=redact(source)
-        )
-        context_tag = entities.InputTag(key="mlflow.data.context", value=context)
-        given = entities.DatasetInput(dataset=dataset, tags=[context_tag])
-        self._put("dataset", lambda c, r: c.log_inputs(r, datasets=[given]))
-
-    def log_artifact(self, path: str | Path, folder: str | None = None) -> None:
-        """Copy a local file into the run's artifacts (read when it is sent)."""
-        self._put(f"artifact {path}", lambda c, r: c.log_artifact(r, str(path), folder))
-
-    def log_text(self, text: str, name: str) -> None:
-        """A text artifact, for example ``table.csv``."""
-        self._put(f"artifact {name}", lambda c, r: c.log_text(r, text, name))
-
-    def finish(self, status: str = "FINISHED") -> None:
-        """Close the run as ``FINISHED``, ``FAILED`` or ``KILLED`` after what was logged before."""
-        self._release()
-        self._put("status", lambda c, r: c.set_terminated(r, status))
-
-    def flush(self) -> None:
-        """Wait until everything so far is written or given up."""
-        self._release()
-        if self._sender is not None:
-            self._sender.flush()
-
-
-def _shown(value: Any) -> str:
-    return redact(str(value))[:_MAX_VALUE_LENGTH]
 
 
 def _host() -> str:

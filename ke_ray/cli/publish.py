@@ -53,7 +53,7 @@ def publish_report(output: str, settings: TrackingSettings, run_ids: Iterable[st
     known = sorted({run_id for run_id in run_ids if run_id})
     if not (known and settings.enabled and storage.is_local(output)):
         return
-    with Tracker(settings) as tracker:
+    with Tracker(settings, deferred=True) as tracker:
         for run_id in known:
             tracker.run(run_id).log_artifact(Path(storage.local_path(output), name))
 

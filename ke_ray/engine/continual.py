@@ -24,6 +24,7 @@ from ke_ray.errors import KeRayError, ResultsError
 from ke_ray.results.manifest import new_manifest, read_manifest, write_manifest
 from ke_ray.results.training_folder import TABLES, to_table
 from ke_ray.studies.continual import ContinualStudy
+from ke_ray.tracking import check_store
 from ke_ray.training.continual import run_continual
 from ke_ray.training.loop import Progress
 from ke_ray.training.parallel import Worker
@@ -149,6 +150,7 @@ def run_continual_study(
     pending = [spec for spec in specs if not _is_done(study, spec)]
     if pending:
         specs = prepare_continual(study)
+        check_store(study.mlflow)
     outcome.skipped = len(specs) - len(pending)
     outcome.phases_s["check"] = time.perf_counter() - started
     manifest = new_manifest("continual", study.model_dump(mode="json"))

@@ -285,7 +285,7 @@ def _finish_stopped(study: ContinualStudy, spec: RunSpec, parent_id: str | None)
     from ke_ray.tracking import Tracker
 
     settings: TrackingSettings = study.mlflow
-    with Tracker(settings) as tracker:
+    with Tracker(settings, deferred=True) as tracker:
         run = tracker.run(tracker.find_run(run_key(study, spec, parent_id)))
         run.set_tags({STOPPED_TAG: "asha"})
         run.finish("FINISHED")
