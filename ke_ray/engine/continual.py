@@ -19,6 +19,7 @@ from ke_ray import storage
 from ke_ray.engine.metrics import TrainingMeter
 from ke_ray.engine.session import ray_session
 from ke_ray.engine.shared_storage import check_nodes_see
+from ke_ray.engine.shared_tracking import check_nodes_reach_store
 from ke_ray.engine.train import fit, progress_of
 from ke_ray.errors import KeRayError, ResultsError
 from ke_ray.results.manifest import new_manifest, read_manifest, write_manifest
@@ -281,6 +282,7 @@ def _run_on_ray(
     with ray_session():
         outcome.phases_s["ray_start"] = time.perf_counter() - started
         check_nodes_see(read_by_workers(study, pending), study.output)
+        check_nodes_reach_store(study.mlflow)
         while left:
             fit_id = f"{time.time_ns():x}"
             payload = {"study": study, "specs": left, "fit": fit_id}

@@ -22,6 +22,7 @@ from ke_ray.engine.continual import read_by_workers
 from ke_ray.engine.metrics import record, study_label
 from ke_ray.engine.session import beside_driver, ray_session
 from ke_ray.engine.shared_storage import check_nodes_see
+from ke_ray.engine.shared_tracking import check_nodes_reach_store
 from ke_ray.engine.sweep_plan import SweepPlan, Trial, identity_keys
 from ke_ray.engine.sweep_resources import TrialResources, trial_resources
 from ke_ray.engine.sweep_trial import STOPPED_TAG, TIME, VALUE, Handout, config_of_trial
@@ -115,6 +116,7 @@ def run_sweep(
             check_nodes_see(
                 [read for t in missing for read in read_by_workers(t.study, [t.spec])], study.output
             )
+            check_nodes_reach_store(study.mlflow)
             run.resources = trial_resources(study, _nodes(), pending)
             outcome.phases_s["ray_start"] = time.perf_counter() - started
         held.enter_context(alone(study.output))
