@@ -6,8 +6,9 @@ import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ke_ray.secrets import redact
 
@@ -24,9 +25,14 @@ _BRIEF_S = 5.0
 
 @dataclass
 class Outage:
-    """What a process knows of a store that does not answer; all writers to the store share it."""
+    """What a process knows of a store that does not answer; all writers to the store share it.
+
+    Attributes:
+        unsent: writes that their senders gave up, for the next one that finds the store there.
+    """
 
     store: str
+    unsent: deque[tuple[str, Callable[[], None]]] = field(default_factory=deque)
     since: float | None = None
     last: float = 0.0
     is_told: bool = False
@@ -67,8 +73,12 @@ class Sender(threading.Thread):
 
     A store that is away holds the writes back for as long as the process works. Only where somebody
     waits for them (``flush``, ``stop``) is the store given up, once it has failed for
-    ``give_up_after_s``: then all that is left is lost at once, not each write in its turn. A write
-    that the store refuses for what it says is not tried again.
+    ``give_up_after_s``: then all that is left is put aside at once, not each write in its turn. A
+    later sender of the process sends it, before its own, if the store is there again. A write that
+    the store refuses for what it says is not tried again.
+
+    Attributes:
+        lost: what did not reach the store through this sender.
     """
 
     def __init__(
@@ -92,30 +102,42 @@ class Sender(threading.Thread):
         self._queue.task_done()
 
     def _send(self, what: str, write: Callable[[], None]) -> None:
-        if self.outage.is_fresh and self._is_given_up:
-            self.lost.append(what)
-            return
         pause_s = 0.2
-        while True:
-            began = time.monotonic()
-            try:
-                write()
-                self.outage.ended()
+        while not (self.outage.is_fresh and self._is_given_up):
+            if self._try_all(what, write):
                 return
-            except Exception as error:  # MLflow raises its own, SQLAlchemy's and requests' kinds
-                if _is_refusal(error):
-                    reason = _reason(error)
-                    if reason not in self._told:
-                        log.warning("MLflow: gave up on %s: %s", what, reason)
-                        self._told.add(reason)
-                    self.lost.append(what)
-                    return
-                self.outage.failed(error, began)
-                if self._is_given_up:
-                    self.lost.append(what)
-                    return
-            time.sleep(pause_s)
+            if not self._is_given_up:
+                time.sleep(pause_s)
             pause_s = min(pause_s * 2, 1.0 if self._is_awaited else _LONGEST_PAUSE_S)
+        self.lost.append(what)
+        self.outage.unsent.append((what, write))
+
+    def _try_all(self, what: str, write: Callable[[], None]) -> bool:
+        """One attempt at what other senders left and at this write; whether it is dealt with."""
+        unsent = self.outage.unsent
+        while unsent:
+            if not self._try(*unsent[0]):
+                return False
+            unsent.popleft()
+        return self._try(what, write)
+
+    def _try(self, what: str, write: Callable[[], None]) -> bool:
+        """Whether a write was sent or refused; False where the store is not there."""
+        began = time.monotonic()
+        try:
+            write()
+        except Exception as error:  # MLflow raises its own, SQLAlchemy's and requests' kinds
+            if not _is_refusal(error):
+                self.outage.failed(error, began)
+                return False
+            reason = _reason(error)
+            if reason not in self._told:
+                log.warning("MLflow: gave up on %s: %s", what, reason)
+                self._told.add(reason)
+            self.lost.append(what)
+        else:
+            self.outage.ended()
+        return True
 
     @property
     def _is_given_up(self) -> bool:

@@ -299,7 +299,7 @@ class Tracker:
             self._sender.stop()
             if self._sender.lost:
                 log.warning(
-                    "MLflow: %d writes were lost; the result folder has all values.",
+                    "MLflow: %d writes did not get through; the result folder has all values.",
                     len(self._sender.lost),
                 )
         return self._sender.lost
