@@ -42,9 +42,13 @@ def check_nodes_reach_store(settings: TrackingSettings) -> None:
             f"The MLflow address '{redact(uri)}' is a loopback address, which means another "
             f"machine on each node: {_names(elsewhere)} would not find the store. {_REMEDY}"
         )
-    if uri.startswith(_SQLITE):  # a relative path means another folder to another node
-        uri = _SQLITE + str(Path(uri.removeprefix(_SQLITE)).absolute())
-    answers = ask_other_nodes(_unreachable, _without_login(uri))
+    if is_server:
+        asked = _without_login(uri)
+    elif uri.startswith(_SQLITE):  # a relative path means another folder to another node
+        asked = _SQLITE + str(Path(uri.removeprefix(_SQLITE)).absolute())
+    else:
+        return  # a database server, with drivers and networks of its own
+    answers = ask_other_nodes(_unreachable, asked)
     failures = {node: reason for node, reason in answers if reason}
     if failures:
         reasons = sorted({redact(reason) for reason in failures.values()})
@@ -70,8 +74,6 @@ def _unreachable(uri: str) -> str:
     if uri.startswith(_SQLITE):
         path = uri.removeprefix(_SQLITE).split("?")[0]
         return "" if Path(path).exists() else f"there is no file {path}"
-    if not uri.startswith(("http://", "https://")):
-        return ""  # a database server: drivers and networks of its own
     import requests
 
     try:
