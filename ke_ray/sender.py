@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import queue
+import re
 import threading
 import time
 from collections import deque
@@ -159,6 +160,9 @@ class Sender(threading.Thread):
 
 
 def _reason(error: Exception) -> str:
+    system = re.findall(r"\[Errno -?\d+\] ([^'\")\]]+)", str(error))
+    if system:
+        return str(system[-1])  # "Connection refused", without what requests wraps it in
     return redact(str(error)).splitlines()[0] if str(error) else repr(error)
 
 

@@ -256,26 +256,28 @@ class Tracker:
         """Close children of a run that are still RUNNING, once none of them can be.
 
         Args:
-            statuses: by run id, of those whose end is known but did not reach the store; the others
-                become KILLED.
+            statuses: by run id, of those whose end is known but did not reach the store (a later
+                command may have taken them for KILLED); the others become KILLED.
 
         Returns:
-            how many there were; 0 where the store does not answer.
+            how many were closed; 0 where the store does not answer.
         """
         if parent_id is None:
             return 0
 
         def close() -> int:
-            left = self.client.search_runs(
+            num_closed = 0
+            for run in self.client.search_runs(
                 [self.experiment_id],
-                filter_string="attributes.status = 'RUNNING' and "
+                filter_string="attributes.status != 'FINISHED' and "
                 f"tags.`mlflow.parentRunId` = '{parent_id}'",
-                max_results=500,
-            )
-            for run in left:
+                max_results=5000,
+            ):
                 status = (statuses or {}).get(run.info.run_id, "KILLED")
-                self.client.set_terminated(run.info.run_id, status)
-            return len(left)
+                if run.info.status in {"RUNNING", "KILLED"} - {status}:
+                    self.client.set_terminated(run.info.run_id, status)
+                    num_closed += 1
+            return num_closed
 
         return self._ask(close, 0)
 

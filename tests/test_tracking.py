@@ -213,6 +213,8 @@ def test_children_whose_end_is_known_are_closed_with_it(sqlite_uri):
         tracker.close_children(parent.run_id, {ok.run_id: "FINISHED", failed.run_id: "FAILED"})
         statuses = [tracker.client.get_run(r.run_id).info.status for r in (ok, failed, unknown)]
         assert statuses == ["FINISHED", "FAILED", "KILLED"]
+        assert tracker.close_children(parent.run_id, {unknown.run_id: "FINISHED"}) == 1
+        assert tracker.client.get_run(unknown.run_id).info.status == "FINISHED"
 
 
 def test_a_refused_write_is_lost_alone(sqlite_uri, tmp_path):

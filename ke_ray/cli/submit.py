@@ -45,7 +45,7 @@ def submit(
     from ke_ray.engine.submit import JobServer, new_submission_id, run_job
 
     server = JobServer(address)
-    refuse_loopback_tracking(loaded, runtime_env, server.num_nodes())
+    refuse_loopback_tracking(loaded, runtime_env, server.num_machines())
     if not wait:
         submission_id = new_submission_id(loaded.name)
         server.submit(loaded, runtime_env, submission_id)

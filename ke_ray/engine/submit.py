@@ -155,13 +155,13 @@ class JobServer:
                     f"Job {submission_id} could not be stopped: {_first_line(error)}"
                 ) from error
 
-    def num_nodes(self) -> int | None:
-        """Nodes that are alive; None where the server does not say."""
+    def num_machines(self) -> int | None:
+        """Addresses that the nodes of the cluster have; None where the server does not say."""
         with self._explained():
             try:
                 answer = self._client._do_request("GET", "/api/v0/nodes").json()
                 nodes = answer["data"]["result"]["result"]
-                return sum(node["state"] == "ALIVE" for node in nodes)
+                return len({node["node_ip"] for node in nodes if node["state"] == "ALIVE"})
             except (OSError, RuntimeError, ValueError, LookupError, TypeError) as error:
                 log.info("the nodes of %s are not known: %s", self.address, error)
                 return None

@@ -198,25 +198,25 @@ def refuse_secrets(values: Mapping[str, Any], where: str, environ: Mapping[str, 
 
 
 def refuse_loopback_tracking(
-    job: JobStudy, runtime_env: Mapping[str, Any], num_nodes: int | None
+    job: JobStudy, runtime_env: Mapping[str, Any], num_machines: int | None
 ) -> None:
-    """Refuse a loopback MLflow address where the cluster has more nodes than one.
+    """Refuse a loopback MLflow address where the cluster has more machines than one.
 
     Args:
         runtime_env: of the job.
-        num_nodes: of the cluster; None where it is not known.
+        num_machines: of the cluster; None where it is not known.
 
     Raises:
-        ConfigError: on the other nodes that address is nobody's.
+        ConfigError: on the other machines that address is nobody's.
     """
     env_vars = runtime_env.get("env_vars") or {}
     given = [("MLFLOW_TRACKING_URI", str(env_vars.get("MLFLOW_TRACKING_URI", "")))]
     given += [("--mlflow-uri", uri) for uri in _TRACKING_URI.findall(job.entrypoint)]
     for name, uri in given:
-        if is_loopback(uri) and (num_nodes or 1) > 1:
+        if is_loopback(uri) and (num_machines or 1) > 1:
             raise ConfigError(
-                f"The job's {name} is '{uri}', a loopback address, and the cluster has {num_nodes} "
-                "nodes: on each of them it means that node itself. Give the address of an MLflow "
+                f"The job's {name} is '{uri}', a loopback address, and the cluster has "
+                f"{num_machines} machines: on each of them it means that machine itself. Give the address of an MLflow "
                 "server that every node reaches, or use --no-mlflow in the entrypoint."
             )
 

@@ -78,7 +78,7 @@ def test_a_server_that_is_away_in_the_middle_of_a_study_misses_nothing(
             assert run.info.status == "FINISHED"
             losses = tracker.client.get_metric_history(run.info.run_id, "train/loss")
             assert sorted(m.step for m in losses) == list(range(1, row["num_steps"] + 1))
-            assert run.data.metrics["acquisition"] == pytest.approx(row["acquisition"])
+            assert run.data.metrics["result/acquisition"] == pytest.approx(row["acquisition"])
 
 
 @pytest.mark.ray

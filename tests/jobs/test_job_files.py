@@ -110,7 +110,9 @@ def test_a_loopback_mlflow_address_is_refused_where_there_are_other_nodes(tmp_pa
         {},
     )
     runtime_env = runtime_env_of(job, {})
-    with pytest.raises(ConfigError, match="loopback address, and the cluster has 3 nodes") as error:
+    with pytest.raises(
+        ConfigError, match="loopback address, and the cluster has 3 machines"
+    ) as error:
         refuse_loopback_tracking(job, runtime_env, 3)
     assert uri in str(error.value)
     for unharmed in (1, None):
