@@ -216,8 +216,8 @@ def refuse_loopback_tracking(
         if is_loopback(uri) and (num_machines or 1) > 1:
             raise ConfigError(
                 f"The job's {name} is '{uri}', a loopback address, and the cluster has "
-                f"{num_machines} machines: on each of them it means that machine itself. Give the address of an MLflow "
-                "server that every node reaches, or use --no-mlflow in the entrypoint."
+                f"{num_machines} machines: on each of them it means that machine itself. Give the "
+                "address of an MLflow server that every node reaches, or use --no-mlflow in the entrypoint."
             )
 
 
