@@ -217,7 +217,8 @@ def refuse_loopback_tracking(
             raise ConfigError(
                 f"The job's {name} is '{uri}', a loopback address, and the cluster has "
                 f"{num_machines} machines: on each of them it means that machine itself. Give the "
-                "address of an MLflow server that every node reaches, or use --no-mlflow in the entrypoint."
+                "address of an MLflow server that every node reaches, or use --no-mlflow in the "
+                "entrypoint."
             )
 
 
