@@ -116,7 +116,7 @@ def execute_scan(study: ScanStudy) -> ScanOutcome:
     from ke_ray.planning.scan import prepare_scan
     from ke_ray.planning.scan_tracking import log_predictions
     from ke_ray.resuscitation.prediction import write_predictions
-    from ke_ray.tracking.runs import Tracker
+    from ke_ray.tracking.tracker import Tracker
 
     setup = prepare_scan(study)
     with Tracker(study.mlflow) as tracker:

@@ -107,7 +107,7 @@ def execute_sweep(study: SweepStudy) -> SweepOutcome:
     from ke_ray.cli.publish_sweep import publish_sweep
     from ke_ray.engine.sweep.run import run_sweep
     from ke_ray.planning.sweep import prepare_sweep
-    from ke_ray.tracking.runs import Tracker
+    from ke_ray.tracking.tracker import Tracker
 
     plan = prepare_sweep(study)
     with Tracker(study.mlflow) as tracker:

@@ -10,7 +10,7 @@ import datetime
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ke_ray.tracking.runs import TrackedRun, Tracker
+from ke_ray.tracking.tracker import TrackedRun, Tracker
 
 if TYPE_CHECKING:
     from ke_ray.planning.scan import ScanSetup

@@ -173,6 +173,7 @@ class _Run:
         row: dict[str, Any] = {}
         if whole is not None and before is not None:
             after = self._after(whole)
+            self.run.flush()  # where the store answers, the run's id is known from here on
             row = self._row(before, after, state, final, time.perf_counter() - started)
             self._write(before, after, state, row)
         barrier(self.worker)

@@ -20,6 +20,7 @@ from ke_ray.results.manifest import new_manifest, read_manifest, write_manifest
 from ke_ray.results.training_folder import write_tables
 from ke_ray.studies.identity import check_same_study, identity_fields, identity_keys
 from ke_ray.studies.training import PretrainStudy
+from ke_ray.tracking.tracker import check_store
 from ke_ray.training.checkpoint import TrainingState, remove_states
 from ke_ray.training.export import export_model
 from ke_ray.training.loop import Hooks, Progress, train
@@ -188,12 +189,15 @@ def run_pretrain(
     Raises:
         ResultsError: the output folder holds another study.
         NonFiniteLossError: training broke down; the checkpoints so far are kept.
+        StorageError: the MLflow store cannot be used; nothing was trained.
     """
     from ke_ray.training.initial import build_config, build_model
 
-    worker = worker or Worker()
     started = time.perf_counter()
     finished = is_finished(study)
+    if worker is None and not finished:
+        check_store(study.mlflow)  # workers on Ray are past this: their driver has looked
+    worker = worker or Worker()
     barrier(worker)
     if finished:
         return _finished_outcome(study)

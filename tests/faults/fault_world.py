@@ -182,7 +182,7 @@ class Silent:
 
 def run(study: Any) -> Any:
     """Run a study in the Ray session of this process."""
-    from ke_ray.tracking.runs import Tracker
+    from ke_ray.tracking.tracker import Tracker
 
     if study.kind == "pretrain":
         from ke_ray.engine.train.trainer import run_pretrain_on_ray

@@ -19,7 +19,7 @@ from ke_ray.planning.sweep_resources import trial_resources
 from ke_ray.results.manifest import new_manifest
 from ke_ray.results.scan_folder import ScanFolder
 from ke_ray.results.sweep_folder import pareto_points, settings_rows, sweep_summary
-from ke_ray.tracking.runs import Tracker
+from ke_ray.tracking.tracker import Tracker
 from ke_ray.training.pretrain import run_pretrain
 from ke_ray.training.runs import run_key, write_failed
 

@@ -22,7 +22,7 @@ from ke_ray.planning.scan_messages import ScorerSettings, evaluated_columns, sum
 from ke_ray.planning.scan_tracking import log_scan_metrics
 from ke_ray.results.scan_folder import REPLICATES_SCHEMA
 from ke_ray.resuscitation.prediction import write_revived
-from ke_ray.tracking.runs import TrackedRun
+from ke_ray.tracking.tracker import TrackedRun
 
 __all__ = ["Collector", "ScanOutcome", "ScanProgress"]
 

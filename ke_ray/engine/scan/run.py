@@ -32,7 +32,7 @@ from ke_ray.planning.scan import ScanSetup
 from ke_ray.planning.scan_items import load_tokens, plan_items
 from ke_ray.planning.scan_messages import ScorerSettings, item_to_json
 from ke_ray.planning.scan_tracking import log_finished, start_scan_run
-from ke_ray.tracking.runs import TrackedRun, Tracker
+from ke_ray.tracking.tracker import TrackedRun, Tracker
 
 __all__ = ["ScanOutcome", "ScanProgress", "run_scan"]
 

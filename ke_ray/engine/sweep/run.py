@@ -21,6 +21,7 @@ from ke_ray import storage
 from ke_ray.engine.cluster.metrics import record, study_label
 from ke_ray.engine.cluster.session import beside_driver, ray_session
 from ke_ray.engine.cluster.shared_storage import check_nodes_see
+from ke_ray.engine.cluster.shared_tracking import check_nodes_reach_store
 from ke_ray.engine.sweep.trial import STOPPED_TAG, TIME, VALUE, Handout, config_of_trial
 from ke_ray.engine.sweep.tuner import ENVIRONMENT, alone, build_tuner, scratch
 from ke_ray.engine.train.continual import read_by_workers
@@ -36,7 +37,7 @@ from ke_ray.results.sweep_folder import (
     trials_table,
 )
 from ke_ray.studies.identity import identity_fields, identity_keys
-from ke_ray.tracking.runs import TrackedRun, Tracker, flatten
+from ke_ray.tracking.tracker import TrackedRun, Tracker, flatten
 from ke_ray.training.runs import base_row, part_folder, run_key, write_failed, write_row
 from ke_ray.training.tracking import run_params
 
@@ -118,6 +119,7 @@ def run_sweep(
             check_nodes_see(
                 [read for t in missing for read in read_by_workers(t.study, [t.spec])], study.output
             )
+            check_nodes_reach_store(study.mlflow)
             run.resources = trial_resources(study, _nodes(), pending)
             outcome.phases_s["ray_start"] = time.perf_counter() - started
         held.enter_context(alone(study.output))
@@ -138,8 +140,8 @@ def run_sweep(
             raise
         finally:
             session.close()  # no trial runs from here on
-            run.finish_stopped()
-            tracker.close_children(parent.run_id)
+            run.settle_unnamed()
+            tracker.close_children(parent.run_id, run.ends())
             collect_sweep(plan, outcome, "interrupted" if status == "KILLED" else None)
             if progress is not None:
                 progress.stop()
@@ -174,7 +176,7 @@ class _Run:
     ) -> None:
         self.plan, self.tracker, self.progress = plan, tracker, progress
         self.parent = tracker.run(None)
-        self.stopped: list[Trial] = []
+        self.unnamed: list[Trial] = []  # trials whose rows do not know their MLflow runs
         # A folder that is removed and made again is another sweep.
         self.folder_id = _folder_id(plan.study.output) or uuid.uuid4().hex
         self.command = uuid.uuid4().hex[:12]
@@ -284,13 +286,10 @@ class _Run:
                 write_failed(trial.study, trial.spec, text, fit=self.command)
             else:
                 _write_stopped(trial, result)
-                self.stopped.append(trial)
             row = trial.row()
         assert row is not None
-        if row.get("mlflow_run_id") is None:  # it did not live to write its own
-            found = self.tracker.find_run(run_key(trial.study, trial.spec, self.parent.run_id))
-            row = {**row, "mlflow_run_id": found}
-            write_row(trial.study, trial.spec, row)
+        if row.get("mlflow_run_id") is None:
+            self.unnamed.append(trial)  # looked up at the end: Tune waits here
         self._log_child(trial, row)
         record("ke_ray_sweep_trials", 1, study=study_label(self.plan.study), status=row["status"])
         if self.progress is not None:
@@ -299,19 +298,32 @@ class _Run:
         table = trials_table(trials, self.plan.study.shown_keys)
         storage.write_table(storage.join(self.plan.study.output, "trials.parquet"), table)
 
-    def finish_stopped(self) -> None:
-        """Make sure that the MLflow run of a trial that a scheduler stopped says FINISHED.
+    def settle_unnamed(self) -> None:
+        """Look up the MLflow runs of trials that did not live to write them down, and end them.
 
-        The trial's actor may have been ended before it could.
+        A scheduler may end a trial's actor before its run says FINISHED, and a store may have been
+        away when the trial ended.
         """
-        for trial in self.stopped:
+        for trial in self.unnamed:
             row = trial.row()
             run_id = self.tracker.find_run(run_key(trial.study, trial.spec, self.parent.run_id))
-            if row is not None and run_id is not None:
-                write_row(trial.study, trial.spec, {**row, "mlflow_run_id": run_id})
+            if row is None or run_id is None:
+                continue
+            row = {**row, "mlflow_run_id": run_id}
+            write_row(trial.study, trial.spec, row)
+            self._log_child(trial, row)
+            if row["status"] == "stopped":
                 self.tracker.run(run_id).set_tags({STOPPED_TAG: "asha"})
                 self.tracker.run(run_id).finish("FINISHED")
         self.parent.flush()
+
+    def ends(self) -> dict[str, str]:
+        """How the MLflow runs of this sweep's trials ended, by id."""
+        return {
+            row["mlflow_run_id"]: "FAILED" if row["status"] == "failed" else "FINISHED"
+            for row in sweep_rows(self.plan)
+            if row.get("mlflow_run_id")
+        }
 
     def _log_child(self, trial: Trial, row: Mapping[str, Any]) -> None:
         run_id = row.get("mlflow_run_id")

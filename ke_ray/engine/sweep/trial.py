@@ -282,10 +282,10 @@ def _train_worker(
 
 def _finish_stopped(study: ContinualStudy, spec: RunSpec, parent_id: str | None) -> None:
     """A trial that a scheduler ended is finished in MLflow, neither failed nor killed."""
-    from ke_ray.tracking.runs import Tracker
+    from ke_ray.tracking.tracker import Tracker
 
     settings: TrackingSettings = study.mlflow
-    with Tracker(settings) as tracker:
+    with Tracker(settings, deferred=True) as tracker:
         run = tracker.run(tracker.find_run(run_key(study, spec, parent_id)))
         run.set_tags({STOPPED_TAG: "asha"})
         run.finish("FINISHED")

@@ -25,8 +25,10 @@ from ke_ray import errors, storage
 from ke_ray.engine.cluster.metrics import TrainingMeter
 from ke_ray.engine.cluster.session import cluster_resources, kept_handlers, ray_session
 from ke_ray.engine.cluster.shared_storage import check_nodes_see
+from ke_ray.engine.cluster.shared_tracking import check_nodes_reach_store
 from ke_ray.errors import ConfigError, KeRayError, TrainingError
 from ke_ray.studies.training import PretrainStudy, TrainingKeys
+from ke_ray.tracking.tracker import check_store
 from ke_ray.training.loop import Progress, StepRecord
 from ke_ray.training.parallel import Worker
 from ke_ray.training.pretrain import PretrainOutcome, is_finished, prepare_data, run_pretrain
@@ -295,11 +297,13 @@ def run_pretrain_on_ray(
     if is_finished(study):
         return run_pretrain(study)
     prepare_data(study)
+    check_store(study.mlflow)
     with ray_session():
         data = study.data
         check_nodes_see(
             [("data.source", data.source), ("data.tokenizer", data.tokenizer)], study.output
         )
+        check_nodes_reach_store(study.mlflow)
         fit(
             _pretrain_worker,
             study,

@@ -19,7 +19,7 @@ from ke_ray.planning.scan import prepare_scan
 from ke_ray.results import ScanFolder, read_manifest
 from ke_ray.studies.parts import TrackingSettings
 from ke_ray.studies.scan import ALL_MEASURES
-from ke_ray.tracking.runs import Tracker
+from ke_ray.tracking.tracker import Tracker
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 

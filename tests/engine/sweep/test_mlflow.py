@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ke_ray.studies.parts import TrackingSettings
-from ke_ray.tracking.runs import Tracker
+from ke_ray.tracking.tracker import Tracker
 
 pytestmark = pytest.mark.slow
 

@@ -21,7 +21,7 @@ from ke_ray.errors import ConfigError, ResultsError
 from ke_ray.planning.sweep import prepare_sweep
 from ke_ray.storage import read_json, read_table
 from ke_ray.studies.sweep import SweepStudy
-from ke_ray.tracking.runs import Tracker
+from ke_ray.tracking.tracker import Tracker
 from ke_ray.training.continual import run_continual
 from ke_ray.training.pretrain import run_pretrain
 
