@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ke_ray.secrets import redact
-from ke_ray.sender import Sender
+from ke_ray.tracking.sender import Sender
 
 if TYPE_CHECKING:
-    from ke_ray.tracking import Tracker
+    from ke_ray.tracking.tracker import Tracker
 
 __all__ = ["TrackedRun"]
 

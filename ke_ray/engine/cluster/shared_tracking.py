@@ -9,11 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from ke_ray.engine.shared_storage import ask_other_nodes, other_nodes
+from ke_ray.engine.cluster.shared_storage import ask_other_nodes, other_nodes
 from ke_ray.errors import StorageError
 from ke_ray.secrets import redact
 from ke_ray.studies.parts import TrackingSettings, is_loopback
-from ke_ray.tracking import store_uri
+from ke_ray.tracking.tracker import store_uri
 
 __all__ = ["check_nodes_reach_store"]
 
