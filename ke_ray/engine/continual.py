@@ -20,7 +20,7 @@ from ke_ray.engine.metrics import TrainingMeter
 from ke_ray.engine.session import ray_session
 from ke_ray.engine.shared_storage import check_nodes_see
 from ke_ray.engine.train import fit, progress_of
-from ke_ray.errors import KeRayError, ResultsError
+from ke_ray.errors import KeRayError, PlacementError, ResultsError
 from ke_ray.results.manifest import new_manifest, read_manifest, write_manifest
 from ke_ray.results.training_folder import TABLES, to_table
 from ke_ray.studies.continual import ContinualStudy
@@ -287,6 +287,8 @@ def _run_on_ray(
             try:
                 fit(_continual_worker, payload, study, folder, board.show_file)
                 break
+            except PlacementError:
+                raise
             except KeRayError as error:
                 if not storage.exists(_current(study)):
                     raise  # the cluster cannot hold the workers, …: no run is to blame

@@ -20,10 +20,12 @@ from typing import Any, Protocol
 from ke_ray import storage
 from ke_ray.engine.continual import read_by_workers
 from ke_ray.engine.metrics import record, study_label
+from ke_ray.engine.placement import may_grow
+from ke_ray.engine.placement_watch import watch_placement
 from ke_ray.engine.session import beside_driver, ray_session
 from ke_ray.engine.shared_storage import check_nodes_see
 from ke_ray.engine.sweep_plan import SweepPlan, Trial, identity_keys
-from ke_ray.engine.sweep_resources import TrialResources, trial_resources
+from ke_ray.engine.sweep_resources import TrialResources, sweep_nodes, trial_resources
 from ke_ray.engine.sweep_trial import STOPPED_TAG, TIME, VALUE, Handout, config_of_trial
 from ke_ray.engine.sweep_tune import ENVIRONMENT, alone, build_tuner, scratch
 from ke_ray.results.manifest import new_manifest, read_manifest, write_manifest
@@ -115,7 +117,7 @@ def run_sweep(
             check_nodes_see(
                 [read for t in missing for read in read_by_workers(t.study, [t.spec])], study.output
             )
-            run.resources = trial_resources(study, _nodes(), pending)
+            run.resources = trial_resources(study, sweep_nodes(study), pending, may_grow=may_grow())
             outcome.phases_s["ray_start"] = time.perf_counter() - started
         held.enter_context(alone(study.output))
         parent = run.parent = tracker.start_run(
@@ -137,7 +139,8 @@ def run_sweep(
             session.close()  # no trial runs from here on
             run.finish_stopped()
             tracker.close_children(parent.run_id)
-            collect_sweep(plan, outcome, "interrupted" if status == "KILLED" else None)
+            unfinished = {"KILLED": "interrupted", "FAILED": "failed"}
+            collect_sweep(plan, outcome, unfinished.get(status))
             if progress is not None:
                 progress.stop()
             status = "FAILED" if status == "FINISHED" and outcome.exit_code else status
@@ -152,12 +155,6 @@ def _folder_id(output: str) -> str | None:
     if not storage.exists(storage.join(output, "manifest.json")):
         return None
     return str(read_manifest(output, "sweep").get("id", storage.absolute(output)))
-
-
-def _nodes() -> list[dict[str, float]]:
-    import ray
-
-    return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
 
 
 class _Run:
@@ -194,7 +191,6 @@ class _Run:
         self.settings = {
             "cwd": os.getcwd(),
             "threads": resources.cpus,
-            "device": "cuda" if resources.gpus else "cpu",
             "retries": study.retries,
             "command": self.command,
             "parent_id": self.parent.run_id,
@@ -207,7 +203,7 @@ class _Run:
         self.handout = ray.remote(Handout).options(**beside_driver()).remote()
         began, began_at = time.perf_counter(), time.time()
         searcher = LedgerSearcher(self.plan, self.config, self.settle)
-        with scratch(study.output) as place:
+        with scratch(study.output) as place, watch_placement():
             build_tuner(
                 study, searcher, resources, place, pending, self.command, self.handout
             ).fit()

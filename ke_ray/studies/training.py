@@ -78,8 +78,10 @@ class TrainingKeys(Strict):
     compile: bool = Field(False, description="torch.compile, one decoder layer at a time")
     num_workers: int = Field(1, ge=1, description="no effect on results beyond rounding")
     strategy: Literal["ddp", "fsdp"] = "ddp"
-    use_gpu: bool | None = Field(None, description="null: where there is one")
-    cpus_per_worker: int | None = Field(None, ge=1, description="null: all CPUs over the workers")
+    use_gpu: bool | None = Field(None, description="null: where torch can use one")
+    cpus_per_worker: int | None = Field(
+        None, ge=1, description="null: the most that lets all run at once"
+    )
     max_failures: int = Field(3, ge=0, description="worker failures a Ray Train run survives")
     save_every: int | None = Field(
         None, ge=1, description="steps between training states; null: a tenth of the steps"
