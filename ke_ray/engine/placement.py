@@ -80,8 +80,9 @@ def describe_resources(resources: Node) -> str:
 
 
 def describe_nodes(nodes: Sequence[Node]) -> str:
-    """``2 nodes with 4 CPUs and 1 GPU, 1 node with 0 CPUs``."""
-    counts = Counter(describe_resources(node) for node in nodes)
+    """``2 nodes with 4 CPUs and 1 GPU, 1 node with 0 CPUs``, the largest first."""
+    ordered = sorted(nodes, key=lambda n: (n.get("GPU", 0), n.get("CPU", 0)), reverse=True)
+    counts = Counter(describe_resources(node) for node in ordered)
     texts = [f"{n} node{'' if n == 1 else 's'} with {text}" for text, n in counts.items()]
     return ", ".join(texts) or "no nodes"
 

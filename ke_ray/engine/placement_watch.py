@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 
 from ke_ray.engine.placement import (
     Node,
@@ -38,6 +39,8 @@ log = logging.getLogger(__name__)
 WAIT_VARIABLE = "KE_RAY_PLACEMENT_WAIT_S"
 _DEFAULT_WAIT_S = 120.0
 _POLL_S = 5.0
+#: Ends the main thread's wait, in Ray's own code too; SIGINT and SIGTERM mean something to Ray.
+_SIGNAL = signal.SIGUSR2
 
 
 @contextmanager
@@ -54,8 +57,10 @@ def watch_placement() -> Iterator[None]:
     if not in_driver():
         yield
         return
-    watch = _Watch(_limit_s())
+    is_main = threading.current_thread() is threading.main_thread()
+    watch = _Watch(_limit_s(), can_end=is_main)
     thread = threading.Thread(target=watch.run, name="placement-watch", daemon=True)
+    kept = signal.signal(_SIGNAL, _interrupt) if is_main else None
     thread.start()
     try:
         try:
@@ -67,6 +72,15 @@ def watch_placement() -> Iterator[None]:
         if watch.verdict is None:
             raise
         raise PlacementError(watch.verdict) from error
+    finally:
+        if is_main:
+            signal.signal(_SIGNAL, kept)
+    if watch.verdict is not None:  # Ray took the interrupt for one of its own
+        raise PlacementError(watch.verdict)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
 
 
 def _limit_s() -> float:
@@ -99,9 +113,10 @@ class _Demand:
 class _Watch:
     """State of one watch, which runs on a thread."""
 
-    def __init__(self, limit_s: float) -> None:
+    def __init__(self, limit_s: float, *, can_end: bool) -> None:
         self.done = threading.Event()
         self.verdict: str | None = None
+        self._can_end = can_end
         self._limit_s = limit_s
         self._waiting_since = self._last_seen = self._last_told = -math.inf
         self._impossible_since = math.inf
@@ -124,7 +139,7 @@ class _Watch:
         is_possible = demand.fits(nodes)
         is_news = not is_possible and self._impossible_since == math.inf
         self._impossible_since = math.inf if is_possible else min(self._impossible_since, now)
-        has_end = not (is_possible or demand.is_running or may_grow())
+        has_end = self._can_end and not (is_possible or demand.is_running or may_grow())
         if is_news or now - self._last_told >= self._limit_s:
             self._last_told = now
             log.warning(
@@ -136,17 +151,15 @@ class _Watch:
             self._end(demand, nodes)
 
     def _end(self, demand: _Demand, nodes: Sequence[Node]) -> None:
-        main = threading.main_thread().ident
-        if main is None or not callable(signal.getsignal(signal.SIGTERM)):
-            return  # a program of its own kind: it has been told, and decides
         self.verdict = (
             f"No node of the cluster can hold what the work needs: {demand} requested, the "
             f"cluster has {describe_nodes(nodes)}. Finished work is saved. Add nodes or request "
             "less, and run the same command again to resume."
         )
         self.done.set()
-        # A signal, since it also ends the waits inside Ray's own code.
-        signal.pthread_kill(main, signal.SIGTERM)
+        main = threading.main_thread().ident
+        assert main is not None
+        signal.pthread_kill(main, _SIGNAL)
 
 
 def _outlook(demand: _Demand, is_possible: bool, ends_after_s: float | None) -> str:
@@ -156,7 +169,7 @@ def _outlook(demand: _Demand, is_possible: bool, ends_after_s: float | None) -> 
         return f"No node can hold it; this ends in {ends_after_s:g} s unless one joins that can."
     if demand.is_running:
         return "No node can hold it; what runs already goes on without it."
-    return "No node can hold it; waiting for the cluster to grow."
+    return "No node can hold it; it starts when a node joins that can."
 
 
 def _free() -> str:

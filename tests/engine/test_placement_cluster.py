@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,11 +37,16 @@ class Cluster:
 
     head: ray_head.Head
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """That of a driver which joins."""
+        return self.head.environment | {"RAY_ADDRESS": self.head.gcs}
+
     def start(self, *arguments: object, **environment: str) -> subprocess.Popen[str]:
         """A command in the background."""
         return subprocess.Popen(
             [sys.executable, "-m", "ke_ray", *map(str, arguments)],
-            env=self.head.environment | {"RAY_ADDRESS": self.head.gcs} | environment,
+            env=self.environment | environment,
             cwd=self.head.folder,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -123,7 +129,83 @@ def test_pretraining_with_a_worker_on_each_node(cluster: Cluster, tmp_path: Path
 
 
 def test_trials_of_a_sweep(cluster: Cluster, pretrained: Path, tmp_path: Path) -> None:
-    study = tiny_sweep(tmp_path / "out", pretrained, base={"downstream": None})
+    study = tiny_sweep(tmp_path / "out", pretrained)
     assert "training on CPUs" in cluster.run("sweep", study, tmp_path)
     rows = read_table(f"{study.output}/trials.parquet").to_pylist()
     assert [row["status"] for row in rows] == ["ok"] * 3
+
+
+WAITS = """
+import logging, signal, threading, time
+import ray
+from ray.util import placement_group, remove_placement_group
+from ke_ray.engine.placement_watch import watch_placement
+from ke_ray.engine.session import ray_session
+from ke_ray.errors import PlacementError
+
+logging.basicConfig()
+with ray_session():
+    holder = placement_group([{"CPU": 1}, {"CPU": 1}])
+    assert holder.wait(60)
+    with watch_placement():
+        waiting = placement_group([{"CPU": 1, "GPU": 1}])
+        threading.Timer(3.5, remove_placement_group, [holder]).start()
+        assert waiting.wait(60)
+    remove_placement_group(waiting)
+    started = time.monotonic()
+    try:
+        with watch_placement():
+            placement_group([{"CPU": 4}]).wait(60)
+    except PlacementError as error:
+        print(f"ended: {error}")
+"""
+
+
+def test_a_wait_is_told_and_a_hopeless_one_ends(cluster: Cluster) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WAITS],
+        env=cluster.environment | {"KE_RAY_PLACEMENT_WAIT_S": "2"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    has = "2 nodes with 1 CPU and 1 GPU, 1 node with 0 CPUs"
+    busy, *_, hopeless = [line for line in done.stderr.splitlines() if "Waiting" in line]
+    assert f"1 × (1 CPU and 1 GPU) requested, the cluster has {has}." in busy
+    assert "when others give back" in busy
+    assert "for 0 s: 1 × (4 CPUs) requested" in hopeless
+    assert "No node can hold it; this ends in 2 s" in hopeless
+    assert "ended: No node of the cluster can hold what the work needs: 1 × (4 CPUs) req" in (
+        done.stdout
+    )
+
+
+def test_a_study_that_lost_its_node_ends_with_a_message(
+    cluster: Cluster, pretrained: Path, tmp_path: Path
+) -> None:
+    study = tiny_continual(
+        tmp_path / "out",
+        pretrained,
+        executor="ray",
+        starts={"steps": "10:"},
+        cpus_per_worker=4,
+        epochs=1000,
+        save_every=1,
+    )
+    with ray_head.joined_node(cluster.head, "large", num_cpus=4):
+        command = cluster.start("continual", written(study, tmp_path), KE_RAY_PLACEMENT_WAIT_S="3")
+        deadline = time.monotonic() + 100
+        while not list((tmp_path / "out").rglob("state.json")):
+            assert command.poll() is None, command.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+    try:
+        _, messages = command.communicate(timeout=100)
+    finally:
+        command.kill()
+    assert command.returncode == 1, messages
+    assert "Waiting for a place" in messages
+    assert "ke-ray: No node of the cluster can hold what the work needs: 1 × (4 CPUs)" in messages
+    assert not (tmp_path / "out" / "runs.parquet").exists()

@@ -292,9 +292,9 @@ def test_concurrency_follows_the_cluster(
     [
         ({"cpus_per_trial": 3}, {}, ONE, "one trial asks for 3 CPUs"),
         ({"cpus_per_trial": 3}, {}, [{"CPU": 2.0}] * 4, "more than the cluster's nodes have"),
-        ({"gpus_per_trial": 1}, {}, ONE, "1 CPUs and 1 GPUs"),
-        ({}, {"use_gpu": True}, ONE, "1 GPUs"),
-        ({}, {"num_workers": 4}, ONE, "4 workers of 1 CPUs"),
+        ({"gpus_per_trial": 1}, {}, ONE, "1 CPU and 1 GPU"),
+        ({}, {"use_gpu": True}, ONE, "1 GPU"),
+        ({}, {"num_workers": 4}, ONE, "4 workers of 1 CPU"),
         ({"cpus_per_trial": 1}, {"num_workers": 2}, ONE, "fewer than the 2 workers"),
         ({"gpus_per_trial": 0.5}, {"num_workers": 2}, [{"CPU": 8.0, "GPU": 8.0}], "0 or 2"),
     ],
