@@ -113,7 +113,7 @@ def training_nodes(use_gpu: bool | None) -> list[dict[str, float]]:
     address, problem = next(iter(problems.items()))
     found = f"The node {address} declares GPUs, but {problem}"
     if use_gpu is None and len(problems) == len(answers):
-        log.warning("%s, and so on all nodes that declare GPUs: training on CPUs.", found)
+        log.warning("%s, as on all nodes that declare GPUs. Training runs on CPUs.", found)
         return without
     raise ConfigError(
         f"{found}. Set use_gpu: false to train on CPUs, or install a torch that can use the GPUs "

@@ -119,18 +119,18 @@ def test_a_continual_study_at_its_defaults(
     (row,) = read_table(f"{study.output}/runs.parquet").to_pylist()
     assert row["status"] == "ok"
     assert "declares GPUs, but torch" in messages
-    assert "training on CPUs" in messages
+    assert "Training runs on CPUs" in messages
 
 
 def test_pretraining_with_a_worker_on_each_node(cluster: Cluster, tmp_path: Path) -> None:
     study = tiny_pretrain(tmp_path / "out", num_workers=2)
-    assert "training on CPUs" in cluster.run("pretrain", study, tmp_path)
+    assert "Training runs on CPUs" in cluster.run("pretrain", study, tmp_path)
     assert (tmp_path / "out" / "checkpoints" / "step10" / "model.safetensors").is_file()
 
 
 def test_trials_of_a_sweep(cluster: Cluster, pretrained: Path, tmp_path: Path) -> None:
     study = tiny_sweep(tmp_path / "out", pretrained)
-    assert "training on CPUs" in cluster.run("sweep", study, tmp_path)
+    assert "Training runs on CPUs" in cluster.run("sweep", study, tmp_path)
     rows = read_table(f"{study.output}/trials.parquet").to_pylist()
     assert [row["status"] for row in rows] == ["ok"] * 3
 
