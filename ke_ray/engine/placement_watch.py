@@ -140,15 +140,16 @@ class _Watch:
         is_news = not is_possible and self._impossible_since == math.inf
         self._impossible_since = math.inf if is_possible else min(self._impossible_since, now)
         has_end = self._can_end and not (is_possible or demand.is_running or may_grow())
-        if is_news or now - self._last_told >= self._limit_s:
+        ends_in_s = self._impossible_since + self._limit_s - now if has_end else None
+        if ends_in_s is not None and ends_in_s <= 0:
+            self._end(demand, nodes)
+        elif is_news or now - self._last_told >= self._limit_s:
             self._last_told = now
             log.warning(
-                "Waiting for a place for %.0f s: %s requested, the cluster has %s. %s",
+                "Waiting for a place (%.0f s so far): %s requested, the cluster has %s. %s",
                 *(now - self._waiting_since, demand, describe_nodes(nodes)),
-                _outlook(demand, is_possible, self._limit_s if has_end else None),
+                _outlook(demand, is_possible, ends_in_s),
             )
-        if has_end and now - self._impossible_since >= self._limit_s:
-            self._end(demand, nodes)
 
     def _end(self, demand: _Demand, nodes: Sequence[Node]) -> None:
         self.verdict = (
@@ -162,11 +163,11 @@ class _Watch:
         signal.pthread_kill(main, _SIGNAL)
 
 
-def _outlook(demand: _Demand, is_possible: bool, ends_after_s: float | None) -> str:
+def _outlook(demand: _Demand, is_possible: bool, ends_in_s: float | None) -> str:
     if is_possible:
         return f"Free in all: {_free()}; it starts when others give back what they hold."
-    if ends_after_s is not None:
-        return f"No node can hold it; this ends in {ends_after_s:g} s unless one joins that can."
+    if ends_in_s is not None:
+        return f"No node can hold it; this ends in {ends_in_s:.0f} s unless one joins that can."
     if demand.is_running:
         return "No node can hold it; what runs already goes on without it."
     return "No node can hold it; it starts when a node joins that can."
