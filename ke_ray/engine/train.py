@@ -34,7 +34,7 @@ from ke_ray.engine.placement import (
 from ke_ray.engine.placement_watch import watch_placement
 from ke_ray.engine.session import kept_handlers, ray_session
 from ke_ray.engine.shared_storage import check_nodes_see
-from ke_ray.errors import ConfigError, KeRayError, PlacementError, TrainingError
+from ke_ray.errors import ConfigError, KeRayError, TrainingError
 from ke_ray.studies.training import PretrainStudy, TrainingKeys
 from ke_ray.training.loop import Progress, StepRecord
 from ke_ray.training.parallel import Worker
@@ -236,7 +236,7 @@ def fit(
             watch_placement(),
         ):
             trainer.fit()
-    except PlacementError:
+    except KeRayError:  # of the watch; a worker's come as Ray's own
         raise
     except Exception as error:  # ray.train's own kinds, which are not stable across versions
         if not storage.exists(fatal):
