@@ -45,8 +45,14 @@ class Head:
         return requests.get(f"{self.address}{path}", headers=headers, timeout=30)
 
     def alive(self) -> set[str]:
-        """The nodes that are up."""
-        found = self.get("/api/v0/nodes", self.token).json()["data"]["result"]["result"]
+        """The nodes that are up; asked again where the dashboard is too busy to answer."""
+        for attempt in range(20):
+            try:
+                found = self.get("/api/v0/nodes", self.token).json()["data"]["result"]["result"]
+                break
+            except requests.RequestException:
+                assert attempt < 19, (self.folder / "head.log").read_text()
+                time.sleep(1)
         return {node["node_id"] for node in found if node["state"] == "ALIVE"}
 
     def jobs(self, name: str) -> list[dict]:
@@ -118,11 +124,11 @@ def joined_node(head: Head, name: str, num_cpus: int, num_gpus: int = 0) -> Iter
         *("--num-cpus", str(num_cpus), "--num-gpus", str(num_gpus), "--disable-usage-stats"),
         *("--object-store-memory", "150000000", "--dashboard-agent-listen-port", str(agent)),
     ]
-    before = len(head.alive())
+    before = head.alive()
     log = head.folder / f"{name}.log"
     with node(command, head, log) as process:
         deadline = time.monotonic() + 120
-        while len(head.alive()) <= before:
+        while not head.alive() - before:
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.2)
         yield process
