@@ -57,7 +57,7 @@ class Cluster:
         """Exit code, output and messages of a command."""
         process = self.start(*arguments, **environment)
         try:
-            output, messages = process.communicate(timeout=120)
+            output, messages = process.communicate(timeout=300)
         finally:
             process.kill()
         return process.returncode, output, " ".join(messages.split())
@@ -167,7 +167,7 @@ def test_a_wait_is_told_and_a_hopeless_one_ends(cluster: Cluster) -> None:
         env=cluster.environment | {"KE_RAY_PLACEMENT_WAIT_S": "2"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -196,13 +196,13 @@ def test_a_study_that_lost_its_node_ends_with_a_message(
     )
     with ray_head.joined_node(cluster.head, "large", num_cpus=4):
         command = cluster.start("continual", written(study, tmp_path), KE_RAY_PLACEMENT_WAIT_S="3")
-        deadline = time.monotonic() + 100
+        deadline = time.monotonic() + 300
         while not list((tmp_path / "out").rglob("state.json")):
             assert command.poll() is None, command.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.2)
     try:
-        _, messages = command.communicate(timeout=100)
+        _, messages = command.communicate(timeout=300)
     finally:
         command.kill()
     assert command.returncode == 1, messages
