@@ -11,6 +11,7 @@
     │   ├── ResultsError              a result folder that cannot be used as asked
     │   └── StorageError              no space, no permission, no such store
     ├── CheckpointError               one checkpoint cannot be fetched, loaded or scored
+    ├── PlacementError                the cluster has no node that can hold the work
     └── TrainingError                 a training run cannot go on
         └── NonFiniteLossError
 
@@ -32,6 +33,7 @@ __all__ = [
     "DataError",
     "KeRayError",
     "NonFiniteLossError",
+    "PlacementError",
     "ResultsError",
     "StorageError",
     "TrainingError",
@@ -87,6 +89,10 @@ class StorageError(UserError):
 
 class CheckpointError(KeRayError):
     """One checkpoint cannot be fetched, loaded or scored; the others go on."""
+
+
+class PlacementError(KeRayError):
+    """No node of the cluster can hold the work, and nothing adds nodes."""
 
 
 class TrainingError(KeRayError):

@@ -7,7 +7,8 @@ is given up after ``MAX_ATTEMPTS`` by count of the monitor, which outlives the a
 
     input    one row    ``item`` (JSON of the work item and its checkpoint)
     output   one row for each corpus of the item, columns of ``scorer_output.OUTPUT_SCHEMA``
-    resources   ``num_cpus`` or ``num_gpus`` per actor, chosen by the scan
+    resources   ``num_cpus`` or ``num_gpus`` per actor, chosen by the scan; a scorer uses a GPU
+                only where Ray granted it one
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from ke_ray.checkpoints.reference import CheckpointRef
+from ke_ray.engine.cluster.placement import granted_device
 from ke_ray.errors import KeRayError
 from ke_ray.planning.scan_items import Stretch, WorkItem
 from ke_ray.planning.scan_messages import (
@@ -56,6 +58,19 @@ class ScanMonitor:
     def __init__(self) -> None:
         self._attempts: dict[int, int] = {}
         self._scored: dict[int, tuple[int, float]] = {}
+        self._warned = False
+        self._warnings: list[str] = []
+
+    def warn(self, text: str) -> None:
+        """Pass on a warning of a scorer; the first one speaks for all."""
+        if not self._warned:
+            self._warned = True
+            self._warnings.append(text)
+
+    def take_warnings(self) -> list[str]:
+        """Warnings since the last call."""
+        taken, self._warnings = self._warnings, []
+        return taken
 
     def begin(self, item: int) -> int:
         """Count an attempt at an item; returns how many there were, this one included."""
@@ -122,7 +137,9 @@ class CheckpointScorer:
         self._checkpoints = checkpoints
         self._corpora = {name: ray.get(ref) for name, ref in corpora.items()}
         self._monitor = monitor
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._device, problem = granted_device()
+        if problem is not None:
+            monitor.warn.remote(f"{problem}: this scorer, and others like it, scores on CPUs.")
         self._store = Store(settings.cache_dir, settings.cache_bytes)
         self._slots: dict[int, _Slot] = {}
         self._guard = threading.Lock()

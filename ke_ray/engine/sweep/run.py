@@ -19,14 +19,16 @@ from typing import Any, Protocol
 
 from ke_ray import storage
 from ke_ray.engine.cluster.metrics import record, study_label
+from ke_ray.engine.cluster.placement import may_grow
+from ke_ray.engine.cluster.placement_watch import watch_placement
 from ke_ray.engine.cluster.session import beside_driver, ray_session
 from ke_ray.engine.cluster.shared_storage import check_nodes_see
 from ke_ray.engine.cluster.shared_tracking import check_nodes_reach_store
+from ke_ray.engine.sweep.resources import TrialResources, sweep_nodes, trial_resources
 from ke_ray.engine.sweep.trial import STOPPED_TAG, TIME, VALUE, Handout, config_of_trial
 from ke_ray.engine.sweep.tuner import ENVIRONMENT, alone, build_tuner, scratch
 from ke_ray.engine.train.continual import read_by_workers
 from ke_ray.planning.sweep import SweepPlan
-from ke_ray.planning.sweep_resources import TrialResources, trial_resources
 from ke_ray.planning.trials import Trial
 from ke_ray.results.columns import OBJECTIVES
 from ke_ray.results.manifest import new_manifest, read_manifest, write_manifest
@@ -120,7 +122,7 @@ def run_sweep(
                 [read for t in missing for read in read_by_workers(t.study, [t.spec])], study.output
             )
             check_nodes_reach_store(study.mlflow)
-            run.resources = trial_resources(study, _nodes(), pending)
+            run.resources = trial_resources(study, sweep_nodes(study), pending, may_grow=may_grow())
             outcome.phases_s["ray_start"] = time.perf_counter() - started
         held.enter_context(alone(study.output))
         parent = run.parent = tracker.start_run(
@@ -142,7 +144,8 @@ def run_sweep(
             session.close()  # no trial runs from here on
             run.settle_unnamed()
             tracker.close_children(parent.run_id, run.ends())
-            collect_sweep(plan, outcome, "interrupted" if status == "KILLED" else None)
+            unfinished = {"KILLED": "interrupted", "FAILED": "failed"}
+            collect_sweep(plan, outcome, unfinished.get(status))
             if progress is not None:
                 progress.stop()
             status = "FAILED" if status == "FINISHED" and outcome.exit_code else status
@@ -157,12 +160,6 @@ def _folder_id(output: str) -> str | None:
     if not storage.exists(storage.join(output, "manifest.json")):
         return None
     return str(read_manifest(output, "sweep").get("id", storage.absolute(output)))
-
-
-def _nodes() -> list[dict[str, float]]:
-    import ray
-
-    return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
 
 
 class _Run:
@@ -199,7 +196,6 @@ class _Run:
         self.settings = {
             "cwd": os.getcwd(),
             "threads": resources.cpus,
-            "device": "cuda" if resources.gpus else "cpu",
             "retries": study.retries,
             "command": self.command,
             "parent_id": self.parent.run_id,
@@ -212,7 +208,7 @@ class _Run:
         self.handout = ray.remote(Handout).options(**beside_driver()).remote()
         began, began_at = time.perf_counter(), time.time()
         searcher = LedgerSearcher(self.plan, self.config, self.settle)
-        with scratch(study.output) as place:
+        with scratch(study.output) as place, watch_placement():
             build_tuner(
                 study, searcher, resources, place, pending, self.command, self.handout
             ).fit()

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from ke_ray import storage
 from ke_ray.engine.cluster.metrics import TrainingMeter
-from ke_ray.errors import KeRayError
+from ke_ray.engine.cluster.placement import granted_device
+from ke_ray.errors import KeRayError, TrainingError
 from ke_ray.studies.continual import ContinualStudy
 from ke_ray.studies.parts import TrackingSettings
 from ke_ray.training.runs import RunSpec, part_folder, read_row, run_key, write_failed
@@ -99,7 +100,7 @@ def run_trial(named: dict[str, str], handout: Any, environment: Mapping[str, str
 
     Args:
         named: ``trial``, the name of a config in the handout: what :func:`config_of_trial` makes,
-            with ``cwd``, ``threads``, ``device``, ``retries``, ``command`` (names the command that
+            with ``cwd``, ``threads``, ``retries``, ``command`` (names the command that
             runs the sweep), ``parent_id`` and ``watch`` (whether a scheduler wants intermediate
             results).
         handout: the :class:`Handout`.
@@ -169,13 +170,16 @@ def _execute(
     from ke_ray.training.continual import run_continual
     from ke_ray.training.parallel import Worker
 
+    device, problem = granted_device()
+    if problem is not None:
+        raise TrainingError(f"{problem}.")
     torch.set_num_threads(config["threads"])
     probes = _Probes(watch)
     meter = TrainingMeter(study, spec.name, probes.on_progress, probes)
     run_continual(
         study,
         spec,
-        Worker(device=config["device"]),
+        Worker(device=device),
         meter,
         parent_id=config["parent_id"],
         on_probes=meter.probes,

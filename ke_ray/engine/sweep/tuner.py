@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ke_ray import storage
+from ke_ray.engine.sweep.resources import TrialResources
 from ke_ray.engine.sweep.trial import TIME, VALUE, run_trial
 from ke_ray.errors import ResultsError
-from ke_ray.planning.sweep_resources import TrialResources
 from ke_ray.studies.sweep import SweepStudy
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from ke_ray.engine.cluster.session import ray_session
 from ke_ray.engine.cluster.shared_storage import check_nodes_see
 from ke_ray.engine.cluster.shared_tracking import check_nodes_reach_store
 from ke_ray.engine.train.trainer import fit, progress_of
-from ke_ray.errors import KeRayError
+from ke_ray.errors import KeRayError, PlacementError
 from ke_ray.results.columns import RUN_TABLES, names, to_table
 from ke_ray.results.manifest import new_manifest, read_manifest, write_manifest
 from ke_ray.studies.continual import ContinualStudy
@@ -285,6 +285,8 @@ def _run_on_ray(
             try:
                 fit(_continual_worker, payload, study, folder, board.show_file)
                 break
+            except PlacementError:
+                raise
             except KeRayError as error:
                 if not storage.exists(_current(study)):
                     raise  # the cluster cannot hold the workers, …: no run is to blame
