@@ -3,20 +3,17 @@
 A URI is a plain path or anything fsspec knows (``s3://``, ``gs://``, ``memory://``, …). A write
 goes to a temporary name beside its target and is then renamed, so that a reader, or a run that is
 killed, never meets half a file; the next write of the same file removes what a killed one left.
-(Object stores have no rename; there a put is atomic itself.)
+Temporary names are ``.ke-ray-<16 hex digits>-<target>``, which no other program uses. (Object
+stores have no rename; there a put is atomic itself.)
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import io
 import json
 import os
 import re
-import shutil
-import tempfile
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,6 +22,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import fsspec
 
 from ke_ray.errors import StorageError
+from ke_ray.temporary_files import hold, is_temporary, remove_leftovers, temporary_path
 
 if TYPE_CHECKING:
     import pyarrow
@@ -32,10 +30,14 @@ if TYPE_CHECKING:
 __all__ = [
     "absolute",
     "check_writable",
+    "create",
     "exists",
+    "explained",
     "hold",
     "is_local",
+    "is_temporary",
     "join",
+    "json_text",
     "list_dir",
     "local_path",
     "make_dirs",
@@ -47,6 +49,7 @@ __all__ = [
     "remove",
     "remove_leftovers",
     "slug",
+    "temporary_path",
     "write_atomic",
     "write_json",
     "write_table",
@@ -128,7 +131,8 @@ def _filesystem(uri: str | os.PathLike[str]) -> tuple[Any, str]:
 
 
 @contextmanager
-def _explained(uri: str, verb: str) -> Iterator[None]:
+def explained(uri: str, verb: str) -> Iterator[None]:
+    """Turn what a file system refuses into a StorageError: "Cannot VERB 'URI': …"."""
     try:
         yield
     except RecursionError as error:  # Python makes parents one inside the other
@@ -157,7 +161,7 @@ def exists(uri: str | os.PathLike[str]) -> bool:
 def make_dirs(uri: str | os.PathLike[str]) -> None:
     """Create a folder and its parents; nothing happens where it exists."""
     fs, path = _filesystem(uri)
-    with _explained(os.fspath(uri), "create the folder"):
+    with explained(os.fspath(uri), "create the folder"):
         fs.makedirs(path, exist_ok=True)
 
 
@@ -203,23 +207,22 @@ def write_atomic(uri: str | os.PathLike[str], data: bytes | str) -> None:
     """
     payload = data.encode("utf-8") if isinstance(data, str) else data
     text = os.fspath(uri)
-    with _explained(text, "write"):
+    with explained(text, "write"):
         if is_local(text):
             target = local_path(text)
             target.parent.mkdir(parents=True, exist_ok=True)
-            remove_leftovers(target.parent, f".{target.name}.")
-            handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+            remove_leftovers(target)
+            temporary = temporary_path(target)
             try:
-                with os.fdopen(handle, "wb") as file:
+                with temporary.open("xb") as file:
                     hold(file.fileno())
                     file.write(payload)
                     file.flush()
                     os.fsync(file.fileno())
-                os.chmod(temporary, 0o666 & ~_UMASK)
-                os.replace(temporary, target)
+                    os.replace(temporary, target)  # still held, or it would look left over
             except BaseException:
                 with suppress(OSError):
-                    os.unlink(temporary)
+                    temporary.unlink()
                 raise
             return
         fs, path = _filesystem(text)
@@ -227,71 +230,37 @@ def write_atomic(uri: str | os.PathLike[str], data: bytes | str) -> None:
         fs.pipe_file(path, payload)
 
 
-def hold(descriptor: int) -> None:
-    """Lock an open temporary file or folder, so that others see that its writer lives."""
-    with suppress(OSError):  # a file system without locks
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+def create(uri: str | os.PathLike[str], data: bytes) -> bool:
+    """Write a file where there is none yet; False where there is one, which stays as it is.
 
-
-def remove_leftovers(folder: Path, prefix: str, suffixes: tuple[str, ...] = ("",)) -> None:
-    """Remove temporary files and folders whose writers were killed.
-
-    Args:
-        folder: where they lie, on this machine.
-        prefix, suffixes: how their names begin (with a dot) and end.
+    Of two writers at once one succeeds where the store has conditional writes (S3, Google Cloud
+    Storage); on others both may, and the later one's bytes stay.
     """
-    for name in _hidden_names(folder):
-        if not name.startswith(prefix) or not name.endswith(suffixes):
-            continue
-        path = folder / name
-        with suppress(OSError):  # somebody works on it, or has just removed or renamed it
-            if time.time() - path.lstat().st_mtime < _LEFTOVER_AGE_S:
-                continue
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path, ignore_errors=True)
-                else:
-                    path.unlink()
-            finally:
-                os.close(descriptor)
+    fs, path = _filesystem(uri)
+    with explained(os.fspath(uri), "write"):
+        fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+        fs.invalidate_cache(path.rsplit("/", 1)[0])
+        try:
+            fs.pipe_file(path, data, mode="create")
+        except OSError:  # FileExistsError; of s3fs, a "precondition failed" without a kind
+            fs.invalidate_cache(path.rsplit("/", 1)[0])
+            if not fs.exists(path):
+                raise
+            return False
+    return True
 
 
-def _hidden_names(folder: Path) -> list[str]:
-    """Names that begin with a dot; of a large folder as they were up to half a minute ago.
-
-    Each file that is written asks: looking through all of them every time, n files would take n².
-    """
-    looked_at, names = _large_folders.get(folder, (0.0, []))
-    if looked_at and time.monotonic() - looked_at < _LARGE_FOLDER_S:
-        return names
-    with os.scandir(folder) as entries:
-        every = [entry.name for entry in entries]
-    names = [name for name in every if name.startswith(".")]
-    if len(every) >= _LARGE_FOLDER:
-        _large_folders[folder] = (time.monotonic(), names)
-    return names
-
-
-def _read_umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-# Read once at import: the mask is process-wide, and reading it means setting it for an instant.
-_UMASK = _read_umask()
-# Between its creation and its lock a temporary file looks like one whose writer is dead.
-_LEFTOVER_AGE_S = 2.0
-_LARGE_FOLDER, _LARGE_FOLDER_S = 200, 30.0
 _ROWS_OF_A_GROUP = 10_000
-_large_folders: dict[Path, tuple[float, list[str]]] = {}
 
 
 def write_json(uri: str | os.PathLike[str], value: Any) -> None:
     """Write JSON, indented, with a final newline. NaN and infinities become null."""
-    write_atomic(uri, json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
+    write_atomic(uri, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """The text that :func:`write_json` writes."""
+    return json.dumps(_finite(value), indent=2, allow_nan=False) + "\n"
 
 
 def _finite(value: Any) -> Any:
@@ -387,6 +356,6 @@ def check_writable(uri: str | os.PathLike[str]) -> None:
         StorageError: it cannot.
     """
     make_dirs(uri)
-    probe = join(uri, f".writable-{os.getpid()}")
+    probe = join(uri, temporary_path(Path("writable")).name)
     write_atomic(probe, b"x" * 4096)
     remove(probe)

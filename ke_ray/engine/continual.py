@@ -21,6 +21,7 @@ from ke_ray.engine.session import ray_session
 from ke_ray.engine.shared_storage import check_nodes_see
 from ke_ray.engine.train import fit, progress_of
 from ke_ray.errors import KeRayError, ResultsError
+from ke_ray.ownership import claimed
 from ke_ray.results.manifest import new_manifest, read_manifest, write_manifest
 from ke_ray.results.training_folder import TABLES, to_table
 from ke_ray.studies.continual import ContinualStudy
@@ -95,6 +96,11 @@ def prepare_continual(study: ContinualStudy) -> list[RunSpec]:
         UserError: the selection names nothing, a tokenizer is missing, the corpus is too small, a
             schedule does not fit, the output folder holds another study, …
     """
+    with claimed(study.output, "continual"):
+        return _prepare_claimed(study)
+
+
+def _prepare_claimed(study: ContinualStudy) -> list[RunSpec]:
     from ke_ray.training.inputs import load_inputs, read_start
 
     specs = list_runs(study)
@@ -141,8 +147,15 @@ def run_continual_study(
         progress: called on the driver about twice a second.
 
     Raises:
-        UserError: bad input; nothing was trained.
+        UserError: bad input, or another command is writing the output folder; nothing was trained.
     """
+    with claimed(study.output, "continual"):
+        return _run_claimed(study, progress)
+
+
+def _run_claimed(
+    study: ContinualStudy, progress: Callable[[RunProgress], None] | None
+) -> ContinualOutcome:
     started = time.perf_counter()
     outcome = ContinualOutcome(study.output)
     specs = _listed(study)

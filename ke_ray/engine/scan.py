@@ -31,7 +31,8 @@ from ke_ray.engine.session import (
     ray_session,
 )
 from ke_ray.engine.shared_storage import check_nodes_see
-from ke_ray.errors import ResultsError, StorageError, UserError
+from ke_ray.errors import StorageError, UserError
+from ke_ray.ownership import claimed
 from ke_ray.tracking import TrackedRun, Tracker
 
 __all__ = ["ScanOutcome", "ScanProgress", "run_scan"]
@@ -51,11 +52,12 @@ def run_scan(setup: ScanSetup, progress: ScanProgress, tracker: Tracker) -> Scan
         What was done; failed checkpoints are in it and in the results, never raised.
 
     Raises:
+        ResultsError: another command is writing the output folder.
         StorageError: the output folder cannot be written (what was finished before is kept).
     """
     outcome = ScanOutcome(setup.study.output, skipped=setup.num_skipped)
     outcome.phases_s["setup"] = setup.duration_s
-    with _sole_writer(setup.study.output):
+    with claimed(setup.study.output, "scan"):
         setup.folder.manifest.update(status="running")
         if setup.changed:
             log.warning("Other weights than before, scanned anew: %s", ", ".join(setup.changed))
@@ -102,28 +104,6 @@ def _run(setup: ScanSetup, progress: ScanProgress, run: TrackedRun, outcome: Sca
         setup.folder.manifest["status"] = "failed"
         setup.folder.write_manifest()
     outcome.phases_s["closing"] = time.monotonic() - started
-
-
-@contextmanager
-def _sole_writer(output: str) -> Iterator[None]:
-    """Refuse a second scan into one local folder: each would fold the other's parts away."""
-    if not storage.is_local(output):
-        yield
-        return
-    from filelock import FileLock, Timeout
-
-    storage.make_dirs(output)
-    lock = FileLock(storage.local_path(output) / ".scan.lock", blocking=False)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise ResultsError(
-            f"Another scan is writing '{output}' right now; wait for it, or choose another folder."
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _score(setup: ScanSetup, run: TrackedRun, progress: ScanProgress, outcome: ScanOutcome) -> None:

@@ -24,6 +24,7 @@ from ke_ray.errors import (
 )
 from ke_ray.models.catalog import list_checkpoints
 from ke_ray.models.reference import CheckpointRef
+from ke_ray.ownership import check_claim
 from ke_ray.results import ScanFolder, new_manifest, read_manifest
 from ke_ray.results.scan_folder import check_identity
 from ke_ray.secrets import redact, redacted
@@ -90,10 +91,13 @@ def select_checkpoints(selection: CheckpointSelection) -> list[CheckpointRef]:
 def prepare_scan(study: ScanStudy) -> ScanSetup:
     """List, pack and compare with what the output folder has.
 
+    A command claims the folder (``ke_ray.ownership``) before, and until it has run the scan.
+
     Raises:
         CheckpointSpecError, DataError, ResultsError, StorageError: see there; nothing is written.
     """
     started = time.monotonic()
+    check_claim(study.output, "scan")
     refs = select_checkpoints(study.checkpoints)
     config, ref = _first_config(refs)
     corpora = _build_corpora(study, config, ref)

@@ -25,7 +25,8 @@ from ke_ray.engine.shared_storage import check_nodes_see
 from ke_ray.engine.sweep_plan import SweepPlan, Trial, identity_keys
 from ke_ray.engine.sweep_resources import TrialResources, trial_resources
 from ke_ray.engine.sweep_trial import STOPPED_TAG, TIME, VALUE, Handout, config_of_trial
-from ke_ray.engine.sweep_tune import ENVIRONMENT, alone, build_tuner, scratch
+from ke_ray.engine.sweep_tune import ENVIRONMENT, build_tuner, scratch
+from ke_ray.ownership import claimed
 from ke_ray.results.manifest import new_manifest, read_manifest, write_manifest
 from ke_ray.results.sweep_folder import (
     objective_value,
@@ -105,6 +106,7 @@ def run_sweep(
     pending = plan.num_trials - outcome.skipped
     run = _Run(plan, tracker, progress)
     with ExitStack() as held:
+        held.enter_context(claimed(study.output, "sweep"))
         session = held.enter_context(ExitStack())
         if pending:
             started = time.perf_counter()
@@ -117,7 +119,6 @@ def run_sweep(
             )
             run.resources = trial_resources(study, _nodes(), pending)
             outcome.phases_s["ray_start"] = time.perf_counter() - started
-        held.enter_context(alone(study.output))
         parent = run.parent = tracker.start_run(
             study.name or study.output.rstrip("/").rsplit("/", 1)[-1],
             key=f"sweep {run.folder_id}",

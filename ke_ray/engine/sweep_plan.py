@@ -21,6 +21,7 @@ from ke_ray import storage
 from ke_ray.config import validate
 from ke_ray.engine.sweep_inputs import check_inputs, check_unchanged, fingerprints
 from ke_ray.errors import ConfigError, ResultsError, nearest
+from ke_ray.ownership import claimed
 from ke_ray.results.manifest import read_manifest
 from ke_ray.studies.axis import Axis
 from ke_ray.studies.continual import ContinualStudy
@@ -304,10 +305,18 @@ def identity_keys(study: SweepStudy) -> dict[str, Any]:
 def prepare_sweep(study: SweepStudy) -> SweepPlan:
     """Lay out the trials and find out what is wrong before anything runs.
 
+    Packed corpora may be left in the output folder, which is claimed (``ke_ray.ownership``); a
+    command holds that claim until it has run the sweep.
+
     Raises:
         UserError: a value that makes no valid study, a checkpoint or a corpus that is not there,
             a folder that holds another sweep, …
     """
+    with claimed(study.output, "sweep"):
+        return _prepare_claimed(study)
+
+
+def _prepare_claimed(study: SweepStudy) -> SweepPlan:
     plan = SweepPlan(study, sweep_identity(study))
     known = _known_points(study, plan.identity)
     fixed = fixed_points(study)

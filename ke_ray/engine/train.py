@@ -26,6 +26,7 @@ from ke_ray.engine.metrics import TrainingMeter
 from ke_ray.engine.session import cluster_resources, kept_handlers, ray_session
 from ke_ray.engine.shared_storage import check_nodes_see
 from ke_ray.errors import ConfigError, KeRayError, TrainingError
+from ke_ray.ownership import claimed
 from ke_ray.studies.training import PretrainStudy, TrainingKeys
 from ke_ray.training.loop import Progress, StepRecord
 from ke_ray.training.parallel import Worker
@@ -96,7 +97,7 @@ class ProgressFile:
         text = json.dumps({**asdict(progress), "pid": os.getpid(), **more})
         if storage.is_local(self.uri):
             path = storage.local_path(self.uri)
-            temporary = path.with_name(f".{path.name}.{os.getpid()}")
+            temporary = storage.temporary_path(path)
             temporary.write_text(text)
             temporary.replace(path)
         else:
@@ -292,6 +293,13 @@ def run_pretrain_on_ray(
     Raises:
         UserError, TrainingError: as ``run_pretrain`` and :func:`fit`.
     """
+    with claimed(study.output, "pretrain"):
+        return _run_claimed(study, progress)
+
+
+def _run_claimed(
+    study: PretrainStudy, progress: Callable[[Progress], None] | None
+) -> PretrainOutcome:
     if is_finished(study):
         return run_pretrain(study)
     prepare_data(study)
