@@ -10,13 +10,13 @@ removed when the command ends.
 
 from __future__ import annotations
 
-import _thread
 import datetime
 import fcntl
 import json
 import logging
 import os
 import secrets
+import signal
 import socket
 import threading
 import time
@@ -176,7 +176,7 @@ def _renew(lock: str, target: str, mine: dict[str, Any], ended: threading.Event)
                 log.error(
                     "Another ke-ray command took over '%s' while this one stood still.", target
                 )
-                _thread.interrupt_main()
+                os.kill(os.getpid(), signal.SIGINT)  # wakes the main thread wherever it waits
                 return
             storage.write_atomic(lock, _renewed(mine))
         except Exception as error:  # each driver has its own kinds; the next beat tries again
