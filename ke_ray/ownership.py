@@ -168,7 +168,9 @@ def _foreign_names(folder: str) -> list[str]:
         )
     with storage.explained(folder, "read"):
         names = storage.list_dir(folder)
-    own = (MARK, LOCK, "")
+    own = {LOCK, ""}
+    if MARK in names and _kind(folder, MARK) is not None:
+        own.add(MARK)
     return [name for name in names if name not in own and not storage.is_temporary(name)]
 
 

@@ -29,8 +29,7 @@ def merge_scans(uris: Sequence[str], output: str) -> ScanFolder:
         ResultsError: an identity differs, one name stands for different weights, or ``output``
             already holds results or is somebody else's. Nothing is written then.
     """
-    if storage.exists(storage.join(output, "manifest.json")):
-        raise ResultsError(f"'{output}' already holds results; give a new folder to --merge.")
+    # Not a scan's kind: results that are there already are not merged into.
     with claimed(output, "merged scan"):
         return _merge(uris, output)
 
