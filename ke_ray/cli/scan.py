@@ -116,14 +116,16 @@ def execute_scan(study: ScanStudy) -> ScanOutcome:
     from ke_ray.planning.scan import prepare_scan
     from ke_ray.planning.scan_tracking import log_predictions
     from ke_ray.resuscitation.prediction import write_predictions
+    from ke_ray.storage.ownership import claimed
     from ke_ray.tracking.tracker import Tracker
 
-    setup = prepare_scan(study)
-    with Tracker(study.mlflow) as tracker:
-        outcome = run_scan(setup, ScanDisplay(), tracker)
-        run = tracker.run(outcome.mlflow_run_id)
-        log_predictions(run, write_predictions(study.output), setup)
-        publish_scan(study.output, run)
+    with claimed(study.output, "scan"):
+        setup = prepare_scan(study)
+        with Tracker(study.mlflow) as tracker:
+            outcome = run_scan(setup, ScanDisplay(), tracker)
+            run = tracker.run(outcome.mlflow_run_id)
+            log_predictions(run, write_predictions(study.output), setup)
+            publish_scan(study.output, run)
     print_results(study.output)
     for name, error in outcome.failures:
         typer.echo(f"failed: {name}: {error}", err=True)

@@ -17,8 +17,8 @@ from typing import Any, BinaryIO
 
 import fsspec
 
-from ke_ray.drivers import explain_driver_error
 from ke_ray.errors import DataError
+from ke_ray.storage.drivers import explain_driver_error
 
 __all__ = ["SourceFile", "exists_locally", "list_files", "open_binary", "reading", "split_part"]
 

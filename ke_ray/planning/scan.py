@@ -30,6 +30,7 @@ from ke_ray.planning.scan_items import CheckpointWork, CorpusWork
 from ke_ray.results import ScanFolder, new_manifest, read_manifest
 from ke_ray.results.scan_folder import check_identity
 from ke_ray.secrets import redact, redacted
+from ke_ray.storage.ownership import check_claim
 from ke_ray.studies.parts import CheckpointSelection
 from ke_ray.studies.scan import ScanStudy
 
@@ -102,10 +103,13 @@ def select_checkpoints(selection: CheckpointSelection) -> list[CheckpointRef]:
 def prepare_scan(study: ScanStudy) -> ScanSetup:
     """List, pack and compare with what the output folder has.
 
+    A command claims the folder (``storage.ownership``) before, and until it has run the scan.
+
     Raises:
         CheckpointSpecError, DataError, ResultsError, StorageError: see there; nothing is written.
     """
     started = time.monotonic()
+    check_claim(study.output, "scan")
     refs = select_checkpoints(study.checkpoints)
     config, ref = _first_config(refs, study)
     study = _without_head(study, config, ref)

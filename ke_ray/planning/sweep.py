@@ -22,6 +22,7 @@ from ke_ray.errors import ConfigError, nearest
 from ke_ray.planning.sweep_inputs import check_inputs, check_unchanged, fingerprints
 from ke_ray.planning.trials import Point, Trial
 from ke_ray.results.manifest import read_manifest
+from ke_ray.storage.ownership import claimed
 from ke_ray.studies.axis import Axis
 from ke_ray.studies.continual import ContinualStudy
 from ke_ray.studies.identity import check_same_study, identity_keys
@@ -244,10 +245,18 @@ def draw_axis(axis: Axis, generator: np.random.Generator) -> Any:
 def prepare_sweep(study: SweepStudy) -> SweepPlan:
     """Lay out the trials and find out what is wrong before anything runs.
 
+    Packed corpora may be left in the output folder, which is claimed (``storage.ownership``); a
+    command holds that claim until it has run the sweep.
+
     Raises:
         UserError: a value that makes no valid study, a checkpoint or a corpus that is not there,
             a folder that holds another sweep, …
     """
+    with claimed(study.output, "sweep"):
+        return _prepare_claimed(study)
+
+
+def _prepare_claimed(study: SweepStudy) -> SweepPlan:
     plan = SweepPlan(study)
     known = _known_points(study)
     fixed = fixed_points(study)

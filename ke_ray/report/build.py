@@ -14,11 +14,12 @@ from ke_ray import storage
 from ke_ray.report import compare, runs, series
 from ke_ray.report.charts import Chart, Figure, Line, Panel, TextTable
 from ke_ray.report.continual_figures import continual_figures
-from ke_ray.report.page import Section, page
+from ke_ray.report.page import MARK, Section, page
 from ke_ray.report.scales import number
 from ke_ray.report.scan_figures import duplicates, failures, scan_figures
 from ke_ray.report.sources import Result, find_results
 from ke_ray.report.sweep_figures import sweep_figures
+from ke_ray.storage.ownership import check_replaceable
 
 __all__ = ["build_report", "sections"]
 
@@ -52,9 +53,11 @@ def build_report(
 
     Raises:
         UserError: a path does not exist.
+        StorageError: a file that ke_ray did not make stands at ``output_html``.
     """
-    found = find_results(results)
     target = os.fspath(output_html)
+    check_replaceable(target, MARK.encode(), "report.html")
+    found = find_results(results)
     kinds = [kind for kind in _KIND_TITLES if any(result.kind == kind for result in found)]
     names = ", ".join(dict.fromkeys(os.fspath(path).rstrip("/") for path in results))
     lead = (

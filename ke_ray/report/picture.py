@@ -11,12 +11,14 @@ from ke_ray import storage
 from ke_ray.errors import ResultsError
 from ke_ray.report import series
 from ke_ray.report.sources import Result, find_results
+from ke_ray.storage.ownership import check_replaceable
 
 __all__ = ["PALETTE", "picture"]
 
 # Okabe and Ito's colours, safe for colour-blind readers; strongest contrast on white first.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = "osD^vP"
+_MADE_BY = "ke_ray"  # in the PNG's text: a picture that may be drawn anew
 _PANELS = ("knowledge_entropy", "attention_entropy", "next_token_entropy")
 
 
@@ -37,7 +39,10 @@ def picture(scan_folder: str | os.PathLike[str], output_png: str | os.PathLike[s
     Raises:
         UserError: there is no such folder.
         ResultsError: there is no scan in it, or the scan has no scored checkpoint.
+        StorageError: a file that ke_ray did not make stands at ``output_png``.
     """
+    target = os.fspath(output_png)
+    check_replaceable(target, b"Software\0" + _MADE_BY.encode(), "entropy.png")
     scans = [result for result in find_results([scan_folder]) if result.kind == "scan"]
     if len(scans) != 1:
         raise ResultsError(
@@ -51,7 +56,6 @@ def picture(scan_folder: str | os.PathLike[str], output_png: str | os.PathLike[s
         raise ResultsError(
             f"The scan '{scan.path}' has no scored checkpoint yet, so there is nothing to draw."
         )
-    target = os.fspath(output_png)
     storage.write_atomic(target, _draw(scan, held))
     return target
 
@@ -113,5 +117,5 @@ def _draw(scan: Result, held: list[str]) -> bytes:
         color="#555555",
     )
     buffer = io.BytesIO()
-    canvas.print_png(buffer)
+    canvas.print_png(buffer, metadata={"Software": _MADE_BY})
     return buffer.getvalue()

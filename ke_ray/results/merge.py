@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 from ke_ray import storage
 from ke_ray.errors import ResultsError
 from ke_ray.results.scan_folder import ScanFolder, check_identity
+from ke_ray.storage.ownership import claimed
 
 __all__ = ["merge_scans"]
 
@@ -26,11 +27,15 @@ def merge_scans(uris: Sequence[str], output: str) -> ScanFolder:
 
     Raises:
         ResultsError: an identity differs, one name stands for different weights, or ``output``
-            already holds results. Nothing is written then.
+            already holds results or is somebody else's. Nothing is written then.
     """
+    # Not a scan's kind: results that are there already are not merged into.
+    with claimed(output, "merged scan"):
+        return _merge(uris, output)
+
+
+def _merge(uris: Sequence[str], output: str) -> ScanFolder:
     folders = [ScanFolder.open(uri) for uri in uris]
-    if storage.exists(storage.join(output, "manifest.json")):
-        raise ResultsError(f"'{output}' already holds results; give a new folder to --merge.")
     first = folders[0]
     identity = {**first.manifest["identity"], "corpora": {}}
     corpora: dict[str, Any] = {}
@@ -49,7 +54,8 @@ def merge_scans(uris: Sequence[str], output: str) -> ScanFolder:
         "merged_from": list(uris),
     }
     merged = ScanFolder(output, manifest)
-    storage.make_dirs(output)
+    for name in (*("parts", "coefficients"), *("entropy.parquet", "replicates.parquet")):
+        storage.remove(storage.join(output, name))  # of a merge that was killed
     replicates = [folder.replicates() for folder in folders]
     failed = False
     by_name = [_by_checkpoint(rows) for rows in tables]

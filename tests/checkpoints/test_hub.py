@@ -21,10 +21,10 @@ from ke_ray.checkpoints.fetch.cache import Store
 from ke_ray.checkpoints.fetch.transfer import RetryPolicy
 from ke_ray.checkpoints.find.catalog import find_checkpoints, list_checkpoints
 from ke_ray.checkpoints.formats.fingerprint import weights_sha256
-from ke_ray.checkpoints.formats.saving import save_model
 from ke_ray.errors import CheckpointError, CheckpointSpecError
 from ke_ray.models.configuration import read_config
 from ke_ray.models.loading import load_model
+from ke_ray.models.saving import save_model
 
 QUICK = RetryPolicy(attempts=3, backoff_s=0.02, max_retry_after_s=1.0, timeout_s=2.0)
 TOKEN = "hf_planted_secret_0123456789"

@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ke_ray.checkpoints.formats.saving import save_model
 from ke_ray.checkpoints.reference import CheckpointRef, find_tokenizer
 from ke_ray.errors import CheckpointError, UnsupportedArchitectureError
 from ke_ray.models.configuration import read_config, read_outline
 from ke_ray.models.loading import load_config, load_model, move
+from ke_ray.models.saving import save_model
 
 FAMILIES = [
     *("olmo", "olmo2", "olmo3", "llama", "mistral", "qwen2", "qwen3"),

@@ -210,7 +210,7 @@ def test_merge_joins_checkpoints_and_keeps_their_numbers(tmp_path):
     assert merged.replicates().num_rows == 4
     assert merged.mean_coefficients("b")[0, 0] == 20
     assert read_manifest(str(tmp_path / "all"))["status"] == "finished"
-    with pytest.raises(ResultsError, match="already holds results"):
+    with pytest.raises(ResultsError, match="holds results of kind"):
         merge_scans([str(tmp_path / "one")], str(tmp_path / "all"))
 
 

@@ -39,9 +39,9 @@ from ke_ray.checkpoints.find.series import few, listing_notes, read_small_json, 
 from ke_ray.checkpoints.formats.foreign import explain_file, explain_foreign
 from ke_ray.checkpoints.formats.layout import layout_of
 from ke_ray.checkpoints.reference import CheckpointRef, order_key
-from ke_ray.drivers import explain_driver_error
 from ke_ray.errors import CheckpointSpecError, StorageError, nearest
 from ke_ray.storage import exists, is_local, join, list_dir, local_path, slug
+from ke_ray.storage.drivers import explain_driver_error
 
 __all__ = ["Listing", "find_checkpoints", "list_checkpoints"]
 

@@ -27,11 +27,12 @@ from ke_ray.engine.cluster.session import (
 from ke_ray.engine.cluster.shared_storage import check_nodes_see
 from ke_ray.engine.scan.collect import Collector, ScanOutcome, ScanProgress
 from ke_ray.engine.scan.scorer import CheckpointScorer, ScanMonitor
-from ke_ray.errors import ResultsError, StorageError, UserError
+from ke_ray.errors import StorageError, UserError
 from ke_ray.planning.scan import ScanSetup
 from ke_ray.planning.scan_items import load_tokens, plan_items
 from ke_ray.planning.scan_messages import ScorerSettings, item_to_json
 from ke_ray.planning.scan_tracking import log_finished, start_scan_run
+from ke_ray.storage.ownership import claimed
 from ke_ray.tracking.tracker import TrackedRun, Tracker
 
 __all__ = ["ScanOutcome", "ScanProgress", "run_scan"]
@@ -51,11 +52,12 @@ def run_scan(setup: ScanSetup, progress: ScanProgress, tracker: Tracker) -> Scan
         What was done; failed checkpoints are in it and in the results, never raised.
 
     Raises:
+        ResultsError: another command is writing the output folder.
         StorageError: the output folder cannot be written (what was finished before is kept).
     """
     outcome = ScanOutcome(setup.study.output, skipped=setup.num_skipped)
     outcome.phases_s["setup"] = setup.duration_s
-    with _sole_writer(setup.study.output):
+    with claimed(setup.study.output, "scan"):
         setup.folder.manifest.update(status="running")
         if setup.changed:
             log.warning("Other weights than before, scanned anew: %s", ", ".join(setup.changed))
@@ -102,28 +104,6 @@ def _run(setup: ScanSetup, progress: ScanProgress, run: TrackedRun, outcome: Sca
         setup.folder.manifest["status"] = "failed"
         setup.folder.write_manifest()
     outcome.phases_s["closing"] = time.monotonic() - started
-
-
-@contextmanager
-def _sole_writer(output: str) -> Iterator[None]:
-    """Refuse a second scan into one local folder: each would fold the other's parts away."""
-    if not storage.is_local(output):
-        yield
-        return
-    from filelock import FileLock, Timeout
-
-    storage.make_dirs(output)
-    lock = FileLock(storage.local_path(output) / ".scan.lock", blocking=False)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise ResultsError(
-            f"Another scan is writing '{output}' right now; wait for it, or choose another folder."
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _score(setup: ScanSetup, run: TrackedRun, progress: ScanProgress, outcome: ScanOutcome) -> None:

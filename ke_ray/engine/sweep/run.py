@@ -26,7 +26,7 @@ from ke_ray.engine.cluster.shared_storage import check_nodes_see
 from ke_ray.engine.cluster.shared_tracking import check_nodes_reach_store
 from ke_ray.engine.sweep.resources import TrialResources, sweep_nodes, trial_resources
 from ke_ray.engine.sweep.trial import STOPPED_TAG, TIME, VALUE, Handout, config_of_trial
-from ke_ray.engine.sweep.tuner import ENVIRONMENT, alone, build_tuner, scratch
+from ke_ray.engine.sweep.tuner import ENVIRONMENT, build_tuner, scratch
 from ke_ray.engine.train.continual import read_by_workers
 from ke_ray.planning.sweep import SweepPlan
 from ke_ray.planning.trials import Trial
@@ -38,6 +38,7 @@ from ke_ray.results.sweep_folder import (
     settings_table,
     trials_table,
 )
+from ke_ray.storage.ownership import claimed
 from ke_ray.studies.identity import identity_fields, identity_keys
 from ke_ray.tracking.tracker import TrackedRun, Tracker, flatten
 from ke_ray.training.runs import base_row, part_folder, run_key, write_failed, write_row
@@ -111,6 +112,7 @@ def run_sweep(
     pending = plan.num_trials - outcome.skipped
     run = _Run(plan, tracker, progress)
     with ExitStack() as held:
+        held.enter_context(claimed(study.output, "sweep"))
         session = held.enter_context(ExitStack())
         if pending:
             started = time.perf_counter()
@@ -124,7 +126,6 @@ def run_sweep(
             check_nodes_reach_store(study.mlflow)
             run.resources = trial_resources(study, sweep_nodes(study), pending, may_grow=may_grow())
             outcome.phases_s["ray_start"] = time.perf_counter() - started
-        held.enter_context(alone(study.output))
         parent = run.parent = tracker.start_run(
             study.name or study.output.rstrip("/").rsplit("/", 1)[-1],
             key=f"sweep {run.folder_id}",

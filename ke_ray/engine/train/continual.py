@@ -24,6 +24,7 @@ from ke_ray.engine.train.trainer import fit, progress_of
 from ke_ray.errors import KeRayError, PlacementError
 from ke_ray.results.columns import RUN_TABLES, names, to_table
 from ke_ray.results.manifest import new_manifest, read_manifest, write_manifest
+from ke_ray.storage.ownership import claimed
 from ke_ray.studies.continual import ContinualStudy
 from ke_ray.studies.identity import check_same_study, identity_fields
 from ke_ray.tracking.tracker import check_store
@@ -97,6 +98,11 @@ def prepare_continual(study: ContinualStudy) -> list[RunSpec]:
         UserError: the selection names nothing, a tokenizer is missing, the corpus is too small, a
             schedule does not fit, the output folder holds another study, …
     """
+    with claimed(study.output, "continual"):
+        return _prepare_claimed(study)
+
+
+def _prepare_claimed(study: ContinualStudy) -> list[RunSpec]:
     from ke_ray.training.inputs import load_inputs, read_start
 
     specs = list_runs(study)
@@ -137,8 +143,15 @@ def run_continual_study(
         progress: called on the driver about twice a second.
 
     Raises:
-        UserError: bad input; nothing was trained.
+        UserError: bad input, or another command is writing the output folder; nothing was trained.
     """
+    with claimed(study.output, "continual"):
+        return _run_claimed(study, progress)
+
+
+def _run_claimed(
+    study: ContinualStudy, progress: Callable[[RunProgress], None] | None
+) -> ContinualOutcome:
     started = time.perf_counter()
     outcome = ContinualOutcome(study.output)
     specs = _listed(study)

@@ -36,6 +36,7 @@ from ke_ray.engine.cluster.session import kept_handlers, ray_session
 from ke_ray.engine.cluster.shared_storage import check_nodes_see
 from ke_ray.engine.cluster.shared_tracking import check_nodes_reach_store
 from ke_ray.errors import ConfigError, KeRayError, TrainingError
+from ke_ray.storage.ownership import claimed
 from ke_ray.studies.training import PretrainStudy, TrainingKeys
 from ke_ray.tracking.tracker import check_store
 from ke_ray.training.loop import Progress, StepRecord
@@ -110,7 +111,7 @@ class ProgressFile:
         text = json.dumps({**asdict(progress), "pid": os.getpid(), **more})
         if storage.is_local(self.uri):
             path = storage.local_path(self.uri)
-            temporary = path.with_name(f".{path.name}.{os.getpid()}")
+            temporary = storage.temporary_path(path)
             temporary.write_text(text)
             temporary.replace(path)
         else:
@@ -311,6 +312,13 @@ def run_pretrain_on_ray(
     Raises:
         UserError, TrainingError: as ``run_pretrain`` and :func:`fit`.
     """
+    with claimed(study.output, "pretrain"):
+        return _run_claimed(study, progress)
+
+
+def _run_claimed(
+    study: PretrainStudy, progress: Callable[[Progress], None] | None
+) -> PretrainOutcome:
     if is_finished(study):
         return run_pretrain(study)
     prepare_data(study)

@@ -16,8 +16,8 @@ from ke_ray.checkpoints.formats.fingerprint import (
     tensors_sha256,
     weights_sha256,
 )
-from ke_ray.checkpoints.formats.saving import save_model
 from ke_ray.errors import CheckpointError
+from ke_ray.models.saving import save_model
 
 
 def rename(folder: Path, change) -> None:
