@@ -35,6 +35,11 @@ class SourceFile:
     path: str
     filesystem: Any
 
+    @property
+    def is_compressed(self) -> bool:
+        """Whether its bytes can be read from the beginning only."""
+        return self.path.lower().endswith(tuple(_DECODERS))
+
     def describe(self) -> dict[str, str | int]:
         """What changes when the file's content does: its name, size and version or time.
 

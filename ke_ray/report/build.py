@@ -118,6 +118,8 @@ def _scan(scan: Result, prefix: str) -> dict[str, Any]:
     if held:
         facts.append(("checkpoints", number(len(series.checkpoints(scan)))))
         for corpus in series.corpora(scan):
+            if caution := series.caution(scan, corpus):
+                facts.append((f"caution, {corpus}", caution))
             measure = "knowledge_entropy" if "knowledge_entropy" in held else held[0]
             change = series.paired_change(scan, measure, corpus)
             if len(change) > 1:
