@@ -28,7 +28,7 @@ from ke_ray.data.packing import check_request, check_vocabulary, plain_tokenizer
 from ke_ray.data.reach import Reached, reach, text_bytes
 from ke_ray.errors import DataError
 
-__all__ = ["SpreadInstances", "spread_instances"]
+__all__ = ["SpreadInstances", "slot_starts", "spread_instances"]
 
 _BYTES_PER_TOKEN = 16
 _BATCH_DOCUMENTS = 256
@@ -88,7 +88,7 @@ def spread_instances(
     return drawn
 
 
-def _starts(total: int, num_instances: int, room: int, place: float) -> list[int]:
+def slot_starts(total: int, num_instances: int, room: int, place: float) -> list[int]:
     """Where instances begin: at one place of every slot that leaves ``room`` in it."""
     offset = int(place * ((total // num_instances) - room + 1))
     return [slot * total // num_instances + offset for slot in range(num_instances)]
@@ -104,7 +104,7 @@ def _by_bytes(
 ) -> SpreadInstances | None:
     """None where an instance would outgrow its slot."""
     room = _BYTES_PER_TOKEN * sequence_length
-    starts = _starts(reached.num_bytes, num_instances, room, place)
+    starts = slot_starts(reached.num_bytes, num_instances, room, place)
     input_ids = np.zeros((num_instances, sequence_length), np.int32)
     units = np.zeros((3, num_instances), np.int64)
     row, filled, begin = 0, -1, 0  # filled −1: instance ``row`` has not begun
@@ -165,7 +165,7 @@ def _by_tokens(
             f"tokens; {num_instances} were asked. Ask for fewer, for shorter ones, or give more "
             "documents."
         )
-    starts = np.array(_starts(len(stream), num_instances, sequence_length, place))
+    starts = np.array(slot_starts(len(stream), num_instances, sequence_length, place))
     input_ids = stream[starts[:, None] + np.arange(sequence_length)]
     ends = np.cumsum(lengths)
 

@@ -106,14 +106,15 @@ def check_identity(folder: str, stored: Mapping[str, Any], asked: Mapping[str, A
         if before == sha256 and grouped != grouping:
             raise ResultsError(
                 f"'{folder}' holds results of corpus '{name}' with groups that are {grouped}, this "
-                f"run's are {grouping}: their errors cannot be paired. Choose another output folder."
+                f"run's are {grouping}: their errors cannot be paired. Choose another output "
+                "folder."
             )
         if before != sha256:
             raise ResultsError(
                 f"'{folder}' holds results of corpus '{name}' with data_sha256 {before[:12]}…, "
                 f"this run's corpus '{name}' has {sha256[:12]}…: other documents, tokenizer, "
-                "number of instances, sequence length or sampling. Choose another output folder or another "
-                "corpus name."
+                "number of instances, sequence length or sampling. Choose another output folder "
+                "or another corpus name."
             )
 
 
