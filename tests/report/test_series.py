@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import synthetic
 
+from ke_ray import storage
 from ke_ray.report import series
 from ke_ray.report.sources import find_results
 
@@ -78,3 +79,23 @@ def test_settings_are_found_where_the_scan_keeps_them(scan_folder: Path) -> None
     nested = dataclasses.replace(scan, manifest={"identity": {"dormant_threshold": 0.2}})
     assert series.setting(nested, "dormant_threshold") == 0.2
     assert series.setting(nested, "absent") is None
+
+
+def test_the_paired_error_uses_the_groups_of_the_manifest(tmp_path: Path) -> None:
+    folder = synthetic.make_scan(tmp_path / "scan", steps=[0, 1], corpora=("a",))
+    equal = series.paired_change(find_results([folder])[0], "gini", "a")["stderr"].iloc[1]
+    manifest = storage.read_json(str(folder / "manifest.json"))
+    about = manifest["corpora"]["a"]
+    about["group_sizes"] = [2] * 6 + [1] * 58
+    about |= {"sampling": "first", "stderr_factor": 2.84}
+    storage.write_json(str(folder / "manifest.json"), manifest)
+    scan = find_results([folder])[0]
+    sized = series.paired_change(scan, "gini", "a")["stderr"].iloc[1]
+    assert np.isfinite(sized)
+    assert sized != equal
+    caution = series.caution(scan, "a")
+    assert caution is not None
+    assert "2.8 times too small" in caution
+    about["stderr_factor"] = 1.0
+    storage.write_json(str(folder / "manifest.json"), manifest)
+    assert series.caution(find_results([folder])[0], "a") is None
