@@ -21,15 +21,15 @@ import json
 import os
 import time
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
 from scipy.stats import t as student
 
-from ke_ray.core.jackknife import document_groups, group_sizes, paired_difference
-from ke_ray.core.measures import MEASURES, Evaluation, evaluate, required_sums
+from ke_ray.core import concentration, entropy
+from ke_ray.core.jackknife import document_groups, group_sizes, standard_error
+from ke_ray.core.measures import MEASURES, evaluate, required_sums
 from ke_ray.core.statistics import GroupSums
 from ke_ray.data.documents import iter_documents
 from ke_ray.data.packing import pack_documents
@@ -40,6 +40,16 @@ from ke_ray.models.scoring import score_instances
 
 SMOOTH = tuple(name for name, measure in MEASURES.items() if measure.is_smooth)
 TABLES = required_sums(SMOOTH)
+FUNCTIONS = {
+    "knowledge_entropy": entropy.entropy_nats,
+    "knowledge_entropy_relu": entropy.entropy_nats,
+    "attention_entropy": lambda mean: mean,
+    "next_token_entropy": lambda mean: mean,
+    "effective_memories": entropy.effective_memories,
+    "participation_ratio": concentration.participation_ratio,
+    "gini": concentration.gini,
+    "top_k_mass": concentration.top_k_mass,
+}
 CHUNK = 64  # as many instances have a group each, so that sums per group are values per instance
 
 
@@ -101,19 +111,41 @@ def draw(
     return pieces[starts], document_groups(document[starts], document[starts])
 
 
-def measure(tables: dict[str, torch.Tensor], pieces: np.ndarray, sizes: np.ndarray) -> Evaluation:
-    """Values, errors and replicates of a sample."""
+def measure(
+    tables: dict[str, torch.Tensor], pieces: np.ndarray, sizes: np.ndarray
+) -> dict[str, np.ndarray]:
+    """[1 + G] for each measure: its total on all pieces, then without each group.
+
+    The same as ``core.measures.evaluate``, of all groups at once (``check`` compares the two).
+    """
+    first = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+    found = {}
+    for table, values in tables.items():
+        sums = np.add.reduceat(values[torch.from_numpy(pieces)].numpy(), first, dtype=np.float64)
+        total = sums.sum(axis=0)
+        counts = (len(pieces) - sizes).reshape(-1, *[1] * (sums.ndim - 1))
+        means = np.concatenate([total[None] / len(pieces), (total - sums) / counts])
+        for name in SMOOTH:
+            if MEASURES[name].needs == table:
+                layers = FUNCTIONS[name](torch.from_numpy(means)).numpy()
+                combine = {"sum": np.sum, "mean": np.mean}.get(MEASURES[name].total)
+                found[name] = layers if combine is None else combine(layers, axis=-1)
+    return found
+
+
+def check(tables: dict[str, torch.Tensor], pieces: np.ndarray, sizes: np.ndarray) -> None:
+    """Compare ``measure`` with the package's own evaluation."""
     _, n_layers, d_mlp = tables["coefficients"].shape
     sums = GroupSums.empty(
         len(pieces), TABLES, n_layers=n_layers, d_mlp=d_mlp, sizes=sizes.tolist()
     )
-    bounds = np.concatenate([[0], np.cumsum(sizes)])
+    sums.count(torch.arange(len(pieces)), torch.ones(len(pieces), dtype=torch.int64))
     for name in TABLES:
-        rows = tables[name][torch.from_numpy(pieces)].double()
-        for group, (a, b) in enumerate(pairwise(bounds)):
-            sums.tables[name][group] = rows[a:b].sum(dim=0)
-    sums.counts += sums.sizes
-    return evaluate(sums, SMOOTH)
+        sums.add(name, torch.arange(len(pieces)), tables[name][torch.from_numpy(pieces)])
+    expected = evaluate(sums, SMOOTH)
+    for name, values in measure(tables, pieces, sizes).items():
+        np.testing.assert_allclose(values[0], expected.row(name).value, rtol=1e-9)
+        np.testing.assert_allclose(values[1:], expected.replicates[None, name], rtol=1e-9)
 
 
 def simulate(pool: Pool, count: int, rule: str, num_sets: int, seed: int) -> dict[str, dict]:
@@ -122,28 +154,21 @@ def simulate(pool: Pool, count: int, rule: str, num_sets: int, seed: int) -> dic
     size = sum(map(len, pool.documents))
     whole = [measure(tables, np.arange(size), group_sizes(size)) for tables in pool.tables]
     kept: dict[str, list[tuple[float, float, float]]] = {}
-    for _ in range(num_sets):
+    for turn in range(num_sets):
         pieces, sizes = draw(pool, count, rule, generator)
+        if turn == 0:
+            check(pool.tables[0], pieces, sizes)
         first, last = (measure(tables, pieces, sizes) for tables in pool.tables)
         quantile = float(student.ppf(0.975, len(sizes) - 1))
         for name in SMOOTH:
-            row = first.row(name)
-            kept.setdefault(f"{name} single", []).append((row.value, row.stderr, quantile))
-            change, error = paired_difference(
-                row.value,
-                first.replicates[None, name],
-                last.row(name).value,
-                last.replicates[None, name],
-                sizes,
-            )
-            kept.setdefault(f"{name} paired", []).append((float(change), float(error), quantile))
+            for kind, values in (("single", first[name]), ("paired", last[name] - first[name])):
+                error = float(standard_error(values[0], values[1:], sizes))
+                kept.setdefault(f"{name} {kind}", []).append((float(values[0]), error, quantile))
     found = {}
     for key, triples in kept.items():
         value, error, quantile = np.array(triples).T
         name, kind = key.split()
-        true = whole[0].row(name).value
-        if kind == "paired":
-            true = whole[1].row(name).value - true
+        true = whole[0][name][0] if kind == "single" else whole[1][name][0] - whole[0][name][0]
         spread = value.std(ddof=1)
         found[key] = {
             "error/spread": float(np.sqrt((error**2).mean()) / spread),
@@ -159,7 +184,7 @@ def main() -> None:
     parser.add_argument("checkpoints", nargs=2)
     parser.add_argument("--sets", type=int, default=800, help="of spread; a quarter of first")
     parser.add_argument("--texts", nargs="+", default=["dolma", "c4", "pubmed"])
-    parser.add_argument("--pool", type=int, default=4096, help="pieces of each kind of text")
+    parser.add_argument("--pool", type=int, default=3072, help="pieces of each kind of text")
     parser.add_argument("--length", type=int, default=64, help="T")
     parser.add_argument("--counts", type=int, nargs="+", default=[64, 192, 2048], help="N")
     parser.add_argument("--out", default="coverage.json")
@@ -169,7 +194,8 @@ def main() -> None:
     results: dict[str, dict] = {}
     for text in asked.texts:
         started = time.monotonic()
-        pool = build_pool(str(data / f"{text}_sample"), asked.checkpoints, asked.length, asked.pool)
+        source = str(data / f"{text}_sample")
+        pool = build_pool(source, asked.checkpoints, asked.length, asked.pool)
         pieces = sum(map(len, pool.documents))
         print(
             f"{text}: {pieces} pieces of {asked.length} tokens, {len(pool.documents)} documents, "
