@@ -32,6 +32,7 @@ DOCUMENT_SUFFIXES = (
 )
 MAX_LINE_BYTES = 64 << 20  # a longer line is not a document but a damaged or hostile file
 _PARQUET_ROWS = 256
+_WINDOW_BLOCK_BYTES = 256 << 10  # a window is not much longer; fsspec would fetch 5 MiB
 _TEXT_PER_COMPRESSED = 3  # about as many bytes of JSON come of one compressed byte
 
 
@@ -131,14 +132,15 @@ def _names(mapping: Iterable[object]) -> str:
 def _iter_json_lines(
     file: SourceFile, column: str, start: float, stop: float
 ) -> Iterator[tuple[str, str]]:
-    number, blank, found = 0, 0, 0
-    first_byte, last_byte = 0, None
+    number, found, blank = 0, 0, ""
+    first_byte, last_byte, block_bytes = 0, None, None
     if (start, stop) != (0.0, 1.0):
+        block_bytes = _WINDOW_BLOCK_BYTES
         size = int(file.describe()["size"])
         first_byte, last_byte = round(start * size), round(stop * size)
         if file.is_compressed:
             last_byte *= _TEXT_PER_COMPRESSED
-    with reading(file.url), open_binary(file) as handle:
+    with reading(file.url), open_binary(file, block_bytes) as handle:
         position = first_byte
         if first_byte:  # the line that holds the byte before belongs to the part before
             handle.seek(first_byte - 1)
@@ -156,10 +158,10 @@ def _iter_json_lines(
                 raise DataError(f"{where}: longer than {MAX_LINE_BYTES >> 20} MiB.")
             position += len(line)
             if line.isspace():  # fine at the end of a file only
-                blank = blank or number
+                blank = blank or where
                 continue
             if blank:
-                raise DataError(f"{file.url}, line {blank}: blank where a document was expected.")
+                raise DataError(f"{blank}: blank where a document was expected.")
             yield parse_document(line, where, column), where
             found += 1
     if not found and last_byte is None:

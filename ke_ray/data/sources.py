@@ -173,9 +173,14 @@ def list_files(source: str, suffixes: Sequence[str] | None = None) -> list[Sourc
 
 
 @contextmanager
-def open_binary(file: SourceFile) -> Iterator[BinaryIO]:
-    """A buffered handle on the *uncompressed* bytes; ``.gz`` and ``.zst`` are seen by name."""
-    with file.filesystem.open(file.path, "rb") as handle:
+def open_binary(file: SourceFile, block_bytes: int | None = None) -> Iterator[BinaryIO]:
+    """A buffered handle on the *uncompressed* bytes; ``.gz`` and ``.zst`` are seen by name.
+
+    Args:
+        block_bytes: how much a remote file is fetched at a time; None is fsspec's own.
+    """
+    options = {} if block_bytes is None else {"block_size": block_bytes}
+    with file.filesystem.open(file.path, "rb", **options) as handle:
         name = file.path.lower()
         decoder = next((open_ for end, open_ in _DECODERS.items() if name.endswith(end)), None)
         with io.BufferedReader(decoder(handle) if decoder else handle, _BUFFER_BYTES) as lines:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pyarrow
 import pyarrow.parquet as parquet
@@ -17,7 +18,7 @@ from ke_ray.data import reach as reach_module
 from ke_ray.data.corpus import Corpus, build_corpus
 from ke_ray.data.packing import pack_documents
 from ke_ray.data.sampling import spread_instances
-from ke_ray.data.tokenizer import train_bpe
+from ke_ray.data.tokenizer import load_tokenizer, train_bpe
 from ke_ray.errors import DataError
 
 EOS = 0
@@ -144,6 +145,19 @@ def test_first_takes_the_beginning_in_equal_groups(tmp_path: Path) -> None:
     assert corpus.group_sizes == tuple(group_sizes(100).tolist())
 
 
+def test_first_gives_the_bytes_that_earlier_versions_gave(reference_data: Path) -> None:
+    corpus = build_corpus(
+        "c4",
+        str(reference_data / "data" / "c4_sample"),
+        num_instances=20,
+        sequence_length=256,
+        tokenizer=load_tokenizer(reference_data / "data" / "tokenizer" / "olmo_hf_tokenizer.json"),
+        eos_token_id=50279,
+        sampling="first",
+    )
+    assert corpus.sha256 == "0d2b842dd9a0beef3da47a7ae54d1fc2dd001a6c83d7974fbaea938326980de9"
+
+
 @pytest.mark.parametrize(("words", "count"), [(40, 128), (400, 256), (2000, 100)])
 def test_groups_share_no_document_or_the_factor_says_what_it_costs(
     tmp_path: Path, words: int, count: int
@@ -176,7 +190,10 @@ def test_a_huge_source_is_read_in_windows_all_over_it(
     parquet.write_table(table, tmp_path / "a.parquet", row_group_size=999, compression="none")
     for start in range(0, 20_000, 2500):
         write_jsonl(tmp_path / "many" / f"{start:05}.jsonl", documents[start : start + 2500])
-    for source in (tmp_path / "many", tmp_path / "a.parquet"):
+    remote = fsspec.filesystem("memory")
+    for path in sorted((tmp_path / "many").iterdir()):
+        remote.pipe_file(f"/spread/{path.name}", path.read_bytes())
+    for source in (tmp_path / "many", tmp_path / "a.parquet", "memory://spread"):
         reached = reach_module.reach(str(source), 128 * 16, 0.5)
         found = list(reached.documents())
         numbers = [int(text.split(".", 1)[0]) for _, text in found]
