@@ -35,6 +35,9 @@ def scan(
     ] = None,
     num_instances: Annotated[int | None, typer.Option(min=1, help="N, instances.")] = None,
     sequence_length: Annotated[int | None, typer.Option(min=2, help="T, tokens each.")] = None,
+    sampling: Annotated[
+        str | None, typer.Option(help="Instances: spread over the data (default), or first.")
+    ] = None,
     tokenizer: Annotated[str | None, typer.Option(help="tokenizer.json, folder or repo.")] = None,
     eos_token_id: Annotated[int | None, typer.Option(help="Default: the model config's.")] = None,
     measures: Annotated[
@@ -71,6 +74,7 @@ def scan(
         "data": _corpora(data) if data else None,
         "num_instances": num_instances,
         "sequence_length": sequence_length,
+        "sampling": sampling,
         "tokenizer": tokenizer,
         "eos_token_id": eos_token_id,
         "measures": tuple(m.strip() for m in measures.split(",")) if measures else None,

@@ -3,7 +3,8 @@
 Each measure is a function of the mean over instances of one quantity (`GroupSums`). It is
 evaluated once on all instances and once without each jackknife group; the standard error comes
 from the latter (`jackknife`), and they are kept, so that differences between checkpoints on the
-same data get paired errors.
+same data get paired errors. The dormant share has neither: it counts memories on one side of a
+threshold, and the jackknife of a count is 2 to 3 times too large.
 
     measure                sums               total over layers   unit
     knowledge_entropy      coefficients       sum                 nats       Eq. 2
@@ -61,12 +62,14 @@ class Measure:
         unit: 'nats', 'memories' or 'fraction'.
         total: over layers, 'sum' or 'mean'; 'only' for a measure that has no layers.
         needs: the table of `GroupSums` it is computed from.
+        is_smooth: whether the jackknife holds; a measure that is not smooth has no error.
     """
 
     name: str
     unit: Literal["nats", "memories", "fraction"]
     total: Literal["sum", "mean", "only"]
     needs: str
+    is_smooth: bool = True
 
 
 MEASURES: dict[str, Measure] = {
@@ -80,14 +83,17 @@ MEASURES: dict[str, Measure] = {
         Measure("participation_ratio", "fraction", "mean", "coefficients"),
         Measure("gini", "fraction", "mean", "coefficients"),
         Measure("top_k_mass", "fraction", "mean", "coefficients"),
-        Measure("dormant_share", "fraction", "mean", "coefficients"),
+        Measure("dormant_share", "fraction", "mean", "coefficients", is_smooth=False),
     )
 }
 
 
 @dataclass(frozen=True)
 class MeasureRow:
-    """One value: a measure at a layer, or its total (layer None)."""
+    """One value: a measure at a layer, or its total (layer None).
+
+    `stderr` is NaN where there is none: of one instance, and of a measure that is not smooth.
+    """
 
     layer: int | None
     measure: str
@@ -102,7 +108,8 @@ class Evaluation:
 
     Attributes:
         rows: measures in the order of `MEASURES`, layers ascending, the total last.
-        replicates: float64 [G] by (layer or None, measure): the value without group g.
+        replicates: float64 [G] by (layer or None, measure): the value without group g; of smooth
+            measures.
         group_counts: int64 [G], the instances in each group.
         num_instances, num_tokens: what the values are over.
     """
@@ -136,7 +143,7 @@ class Evaluation:
         )
 
     def is_finite(self) -> bool:
-        """Whether every value is a finite number (errors may be NaN: one instance has none)."""
+        """Whether every value is a finite number (errors may be NaN)."""
         return all(np.isfinite(row.value) for row in self.rows)
 
 
@@ -199,8 +206,8 @@ def evaluate(
     columns: dict[str, list[npt.NDArray[np.float64]]] = {name: [] for name in chosen}
     for table in required_sums(chosen):
         names = [name for name in chosen if MEASURES[name].needs == table]
-        for mean in _means(sums, table):
-            for name in names:
+        for number, mean in enumerate(_means(sums, table)):
+            for name in names if number == 0 else [n for n in names if MEASURES[n].is_smooth]:
                 columns[name].append(functions[name](mean).cpu().numpy())
     counts = sums.counts.numpy().copy()
     rows: list[MeasureRow] = []
@@ -208,9 +215,11 @@ def evaluate(
     for name in chosen:
         values = np.stack(columns[name], axis=-1)  # [n_layers, 1 + G], or [1 + G] without layers
         for layer, series in _series(values, MEASURES[name].total):
-            error = float(standard_error(series[0], series[1:], counts))
+            error = np.nan
+            if MEASURES[name].is_smooth:
+                error = float(standard_error(series[0], series[1:], counts))
+                replicates[(layer, name)] = series[1:].copy()
             rows.append(MeasureRow(layer, name, float(series[0]), error, MEASURES[name].unit))
-            replicates[(layer, name)] = series[1:].copy()
     return Evaluation(tuple(rows), replicates, counts, sums.total_instances, sums.total_tokens)
 
 

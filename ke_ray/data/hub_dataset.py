@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ke_ray.data.deadline import START_TIMEOUT_S, within
-from ke_ray.data.documents import check_text
+from ke_ray.data.document import check_text
 from ke_ray.data.sources import split_part
 from ke_ray.errors import DataError
 
-__all__ = ["describe_hub_dataset", "iter_hub_documents", "parse_hub_source"]
+__all__ = ["count_hub_shards", "describe_hub_dataset", "iter_hub_documents", "parse_hub_source"]
 
 FIRST_DOCUMENT_TIMEOUT_S = 300.0
 
@@ -78,8 +78,34 @@ def _refuse_script(name: str, script: str, files: list[str]) -> None:
     )
 
 
-def iter_hub_documents(source: str) -> Iterator[tuple[str, str]]:
+def count_hub_shards(source: str) -> int:
+    """How many files (shards) a streamed dataset is made of; each can be read by itself.
+
+    Raises:
+        DataError: as ``iter_hub_documents``.
+    """
+    base = split_part(source)[0]
+    return within(
+        FIRST_DOCUMENT_TIMEOUT_S,
+        lambda: int(_stream(base).num_shards),
+        f"'{base}' cannot be opened",
+    )
+
+
+def _stream(base: str) -> Any:
+    from datasets import load_dataset
+
+    name, config, split = parse_hub_source(base)
+    return load_dataset(name, config, split=split, streaming=True)
+
+
+def iter_hub_documents(
+    source: str, shard: tuple[int, int] | None = None
+) -> Iterator[tuple[str, str]]:
     """Yield ``(text, where)`` from a dataset by name; ``where`` is the source and the row.
+
+    Args:
+        shard: number and count of shards, to read that one alone; None reads all.
 
     Raises:
         DataError: no such dataset, config, split or column; no network (said within 20 seconds);
@@ -87,21 +113,22 @@ def iter_hub_documents(source: str) -> Iterator[tuple[str, str]]:
     """
     described = describe_hub_dataset(source)
     base, column = described["url"], described["column"]
-    name, config, split = parse_hub_source(base)
 
     def start() -> tuple[Iterator[dict[str, Any]], dict[str, Any] | None]:
-        from datasets import load_dataset
-
-        rows = iter(load_dataset(name, config, split=split, streaming=True))
+        stream = _stream(base)
+        if shard is not None:
+            stream = stream.shard(num_shards=shard[1], index=shard[0])
+        rows = iter(stream)
         return rows, next(rows, None)
 
     rows, row = within(FIRST_DOCUMENT_TIMEOUT_S, start, f"'{base}' cannot be opened")
     if row is None:
         raise DataError(f"'{base}' holds no documents.")
     number = 0
+    part = "" if shard is None else f", shard {shard[0]}"
     while row is not None:
         number += 1
-        where = f"{base}, row {number}"
+        where = f"{base}{part}, row {number}"
         if column not in row:
             raise DataError(f"{where}: no column '{column}' (it has: {', '.join(row)}).")
         yield check_text(row[column], where, column), where

@@ -35,6 +35,11 @@ class SourceFile:
     path: str
     filesystem: Any
 
+    @property
+    def is_compressed(self) -> bool:
+        """Whether its bytes can be read from the beginning only."""
+        return self.path.lower().endswith(tuple(_DECODERS))
+
     def describe(self) -> dict[str, str | int]:
         """What changes when the file's content does: its name, size and version or time.
 
@@ -169,9 +174,14 @@ def list_files(source: str, suffixes: Sequence[str] | None = None) -> list[Sourc
 
 
 @contextmanager
-def open_binary(file: SourceFile) -> Iterator[BinaryIO]:
-    """A buffered handle on the *uncompressed* bytes; ``.gz`` and ``.zst`` are seen by name."""
-    with file.filesystem.open(file.path, "rb") as handle:
+def open_binary(file: SourceFile, block_bytes: int | None = None) -> Iterator[BinaryIO]:
+    """A buffered handle on the *uncompressed* bytes; ``.gz`` and ``.zst`` are seen by name.
+
+    Args:
+        block_bytes: how much a remote file is fetched at a time; None is fsspec's own.
+    """
+    options = {} if block_bytes is None else {"block_size": block_bytes}
+    with file.filesystem.open(file.path, "rb", **options) as handle:
         name = file.path.lower()
         decoder = next((open_ for end, open_ in _DECODERS.items() if name.endswith(end)), None)
         with io.BufferedReader(decoder(handle) if decoder else handle, _BUFFER_BYTES) as lines:

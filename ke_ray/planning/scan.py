@@ -28,7 +28,7 @@ from ke_ray.errors import (
 from ke_ray.models.architectures import lacks_head
 from ke_ray.planning.scan_items import CheckpointWork, CorpusWork
 from ke_ray.results import ScanFolder, new_manifest, read_manifest
-from ke_ray.results.scan_folder import check_identity
+from ke_ray.results.scan_folder import check_identity, merge_identities
 from ke_ray.secrets import redact, redacted
 from ke_ray.storage.ownership import check_claim
 from ke_ray.studies.parts import CheckpointSelection
@@ -122,6 +122,8 @@ def prepare_scan(study: ScanStudy) -> ScanSetup:
         "dormant_threshold": study.dormant_threshold,
         "resuscitation": _resuscitation(study, corpora),
         "corpora": {name: corpus.sha256 for name, corpus in corpora.items()},
+        "sampling": {name: corpus.sampling for name, corpus in corpora.items()},
+        "groups": {name: corpus.grouping for name, corpus in corpora.items()},
     }
     folder, known = _open_output(study, identity, corpora)
     finished = folder.finished() if known is not None else {}
@@ -192,7 +194,13 @@ def _missing(
         there = finished.get((ref.name, corpus.name), set())
         measures = tuple(m for m in study.measures if m not in there)
         if measures:
-            yield CorpusWork(corpus.name, measures, corpus.num_instances, corpus.sequence_length)
+            yield CorpusWork(
+                corpus.name,
+                measures,
+                corpus.num_instances,
+                corpus.sequence_length,
+                corpus.group_sizes,
+            )
 
 
 def _open_output(
@@ -206,11 +214,11 @@ def _open_output(
         return ScanFolder(study.output, manifest), None
     before = read_manifest(study.output, "scan")
     check_identity(study.output, before["identity"], identity)
-    merged = before["identity"]["corpora"] | identity["corpora"]
+    merged = merge_identities(before["identity"], identity)
     manifest |= {
         "created_at": before["created_at"],
         "id": before.get("id", manifest["id"]),
-        "identity": {**identity, "corpora": merged},
+        "identity": merged,
         "corpora": before["corpora"] | described,
         "measures": [
             *before["measures"],
@@ -272,6 +280,10 @@ def _describe(corpus: Corpus) -> dict[str, Any]:
         "sequence_length": corpus.sequence_length,
         "num_tokens": corpus.num_tokens,
         "eos_token_id": corpus.eos_token_id,
+        "sampling": corpus.sampling,
+        "group_sizes": corpus.group_sizes and list(corpus.group_sizes),
+        "stderr_factor": corpus.stderr_factor,
+        "note": corpus.note and redact(corpus.note),
         "instance_ids": None if corpus.instance_ids is None else corpus.instance_ids.tolist(),
     }
 
@@ -305,6 +317,7 @@ def _build_corpora(study: ScanStudy, config: Any, ref: CheckpointRef | None) -> 
             tokenizer=tokenizer,
             eos_token_id=eos_token_id,
             vocab_size=vocab_size,
+            sampling=study.sampling,
         )
     return corpora
 

@@ -120,6 +120,9 @@ def _scan(scan: Result, prefix: str) -> dict[str, Any]:
     facts: list[tuple[str, str]] = []
     if held:
         facts.append(("checkpoints", number(len(series.checkpoints(scan)))))
+        for corpus in series.corpora(scan):
+            if caution := series.caution(scan, corpus):
+                facts.append((f"caution, {corpus}", caution))
         measure = "knowledge_entropy" if "knowledge_entropy" in held else held[0]
         curves = [
             (label, c, corpus) for label, c in series.curves(scan) for corpus in series.corpora(c)

@@ -25,6 +25,8 @@ from ke_ray.report.sources import Result
 __all__ = [
     "MEASURE_TITLES",
     "Ceiling",
+    "about_corpus",
+    "caution",
     "ceiling",
     "checkpoints",
     "coefficients",
@@ -52,6 +54,9 @@ MEASURE_TITLES: dict[str, tuple[str, str]] = {
     "top_k_mass": ("Mass of the largest memories", "fraction"),
     "dormant_share": ("Dormant share", "fraction"),
 }
+
+
+_LEAST_FACTOR = 1.05  # a smaller one is lost in the error of the error itself
 
 
 @dataclass(frozen=True)
@@ -284,7 +289,37 @@ def paired_change(scan: Result, measure: str, corpus: str, base: str | None = No
     return series.assign(value=changes, stderr=errors)
 
 
+def about_corpus(scan: Result, corpus: str) -> dict[str, Any]:
+    """What the manifest says of a corpus; empty where it says nothing."""
+    about = scan.manifest.get("corpora")
+    about = about.get(corpus) if isinstance(about, dict) else None
+    return about if isinstance(about, dict) else {}
+
+
+def caution(scan: Result, corpus: str) -> str | None:
+    """What weakens the errors of a corpus, in words; None where they stand as they are."""
+    about, found = about_corpus(scan, corpus), []
+    factor = about.get("stderr_factor")
+    if isinstance(factor, int | float) and factor > _LEAST_FACTOR:
+        remedy = " (sampling: spread avoids it)" if about.get("sampling") == "first" else ""
+        found.append(
+            f"Documents are cut between groups of instances: errors may be up to {factor:.1f} "
+            f"times too small{remedy}."
+        )
+    elif "sampling" not in about and about.get("eos_token_id") is not None:
+        found.append(
+            "The instances are the first of their source, neighbours share documents: errors may "
+            "be several times too small (a new scan spreads them)."
+        )
+    if about.get("note"):
+        found.append(str(about["note"]))
+    return " ".join(found) or None
+
+
 def _sizes(scan: Result, corpus: str) -> np.ndarray:
+    sizes = about_corpus(scan, corpus).get("group_sizes")
+    if isinstance(sizes, list):
+        return np.array(sizes, dtype=np.int64)
     table = _good(scan)
     counts = table.loc[table["corpus"] == corpus, "num_instances"].dropna()
     return (

@@ -229,6 +229,8 @@ def _print_scan(scan: Result, console: Console) -> None:
                 f"{_span(order['checkpoint'])}" + (f"; {bound}" if bound else "")
             )
         )
+        if caution := series.caution(scan, corpus):
+            console.print(Text(f"  {caution}"))
         console.print(table)
     failed = series.failed(scan)
     for _, row in failed.iterrows():

@@ -82,7 +82,7 @@ _ENTROPY = (
     _LAYER,
     Column("measure", "string", "see below"),
     Column("value", "float64", "the measure, in `unit`"),
-    Column("stderr", "float64", "jackknife error over groups of instances, in `unit`"),
+    Column("stderr", "float64", "jackknife error over up to 64 groups of instances"),
     Column("unit", "string", "`nats`, `memories` or `fraction`"),
     Column("num_instances", "int64", "instances that the value is over", "instances"),
     Column("num_tokens", "int64", "real tokens that the value is over", "tokens"),

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from ke_ray import storage
 from ke_ray.errors import ResultsError
-from ke_ray.results.scan_folder import ScanFolder, check_identity
+from ke_ray.results.scan_folder import ScanFolder, check_identity, merge_identities
 from ke_ray.storage.ownership import claimed
 
 __all__ = ["merge_scans"]
@@ -37,11 +37,11 @@ def merge_scans(uris: Sequence[str], output: str) -> ScanFolder:
 def _merge(uris: Sequence[str], output: str) -> ScanFolder:
     folders = [ScanFolder.open(uri) for uri in uris]
     first = folders[0]
-    identity = {**first.manifest["identity"], "corpora": {}}
+    identity = first.manifest["identity"]
     corpora: dict[str, Any] = {}
     for folder in folders:
         check_identity(folder.uri, identity, folder.manifest["identity"])
-        identity["corpora"] |= folder.manifest["identity"]["corpora"]
+        identity = merge_identities(identity, folder.manifest["identity"])
         corpora |= folder.manifest["corpora"]
     tables = [folder.entropy().to_pylist() for folder in folders]
     checkpoints = _same_checkpoints(folders, tables)

@@ -34,18 +34,21 @@ ENTROPY_SCHEMA = schema("entropy")
 REPLICATES_SCHEMA = schema("replicates")
 _KEY = ("checkpoint", "corpus", "layer", "measure")
 _PLACE = ("checkpoint", "step", "stage", "ingredient")
+_BY_CORPUS = ("corpora", "sampling", "groups")
 
 
 def check_identity(folder: str, stored: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
     """Refuse to mix results that are not comparable.
 
     Identities hold what changes a result (dtype, measure version, settings of measures) and, under
-    ``corpora``, the data hash of each corpus. New corpora may be added; nothing may differ.
+    ``corpora``, ``sampling`` and ``groups``, the data hash of each corpus, how its instances were
+    drawn and how they form jackknife groups. New corpora may be added; nothing may differ. A folder
+    that says nothing of the latter two has the first instances of its sources, in equal groups.
 
     Raises:
         ResultsError: names the first difference.
     """
-    for key in sorted({*stored, *asked} - {"corpora"}):
+    for key in sorted({*stored, *asked} - set(_BY_CORPUS)):
         if stored.get(key) != asked.get(key):
             raise ResultsError(
                 f"'{folder}' holds results with {key} = {stored.get(key)!r}, this run has "
@@ -53,14 +56,39 @@ def check_identity(folder: str, stored: Mapping[str, Any], asked: Mapping[str, A
                 "repeat the earlier settings."
             )
     for name, sha256 in asked["corpora"].items():
-        before = stored["corpora"].get(name, sha256)
+        if name not in stored["corpora"]:
+            continue
+        before = stored["corpora"][name]
+        drawn, drawing = (of.get("sampling", {}).get(name, "first") for of in (stored, asked))
+        if drawing == "spread" and drawn != "spread":
+            raise ResultsError(
+                f"'{folder}' holds results of the first instances of corpus '{name}', this run "
+                "draws instances spread over the whole source, which have smaller and truer "
+                "errors: they cannot be mixed. Choose another output folder, or go on as before "
+                "with 'sampling: first' (--sampling first)."
+            )
+        grouped, grouping = (of.get("groups", {}).get(name, "equal") for of in (stored, asked))
+        if before == sha256 and grouped != grouping:
+            raise ResultsError(
+                f"'{folder}' holds results of corpus '{name}' with groups that are {grouped}, this "
+                f"run's are {grouping}: their errors cannot be paired. Choose another output "
+                "folder."
+            )
         if before != sha256:
             raise ResultsError(
                 f"'{folder}' holds results of corpus '{name}' with data_sha256 {before[:12]}…, "
                 f"this run's corpus '{name}' has {sha256[:12]}…: other documents, tokenizer, "
-                "number of instances or sequence length. Choose another output folder or another "
-                "corpus name."
+                "number of instances, sequence length or sampling. Choose another output folder "
+                "or another corpus name."
             )
+
+
+def merge_identities(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """The identity of a folder that holds the corpora of both; the rest is the same."""
+    merged = {**one, **other}
+    for key in _BY_CORPUS:
+        merged[key] = {**one.get(key, {}), **other.get(key, {})}
+    return merged
 
 
 class ScanFolder:

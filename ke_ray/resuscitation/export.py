@@ -273,6 +273,7 @@ def _corpus(measure: Measurement | None, folder: str) -> Any:
         tokenizer=None if place is None else load_tokenizer(str(place)),
         eos_token_id=eos[0] if isinstance(eos, list) else eos,
         vocab_size=config.vocab_size,
+        sampling="spread",
     )
 
 
@@ -288,6 +289,7 @@ def _measured(key: str, model: Any, corpus: Any, measure: Measurement | None) ->
         corpus.lengths,
         measures=("knowledge_entropy",),
         num_instances=corpus.num_instances,
+        group_sizes=corpus.group_sizes,
         batch_size=measure.batch_size,
     )
     row = evaluate(sums, ["knowledge_entropy"]).row("knowledge_entropy")

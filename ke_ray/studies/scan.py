@@ -38,6 +38,9 @@ class ScanStudy(Strict):
     data: dict[str, str] = Field(min_length=1, description="corpus name → source")
     num_instances: int = Field(2048, ge=1)
     sequence_length: int = Field(2048, ge=2, description="T, tokens per instance")
+    sampling: Literal["spread", "first"] = Field(
+        "spread", description="instances spread over each source of documents, or its first ones"
+    )
     tokenizer: str | None = Field(None, description="tokenizer.json, folder or repo")
     eos_token_id: int | None = Field(None, ge=0, description="default: the model config's")
     measures: tuple[str, ...] = DEFAULT_MEASURES

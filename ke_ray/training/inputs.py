@@ -223,4 +223,5 @@ def _corpus(study: ContinualStudy, start: StartConfig, keys: Any) -> Any:
         tokenizer=start.tokenizer,
         eos_token_id=start.eos_token_id,
         vocab_size=start.vocab_size,
+        sampling=getattr(keys, "sampling", "first"),  # held-out text stays the source's beginning
     )

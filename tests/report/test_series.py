@@ -11,6 +11,7 @@ import pytest
 import synthetic
 from rich.console import Console
 
+from ke_ray import storage
 from ke_ray.report import series
 from ke_ray.report.scan_figures import scan_figures
 from ke_ray.report.sources import find_results
@@ -141,3 +142,23 @@ def test_one_series_is_one_curve_also_with_a_final_checkpoint_and_older_rows(tmp
     assert [label for label, _ in series.curves(find_results([folder])[0])] == [""]
     _with_columns(folder, step=[1, 2, None], series=[None, "olmo", "olmo"], stage=[1, 1, None])
     assert [label for label, _ in series.curves(find_results([folder])[0])] == [""]
+
+
+def test_the_paired_error_uses_the_groups_of_the_manifest(tmp_path: Path) -> None:
+    folder = synthetic.make_scan(tmp_path / "scan", steps=[0, 1], corpora=("a",))
+    equal = series.paired_change(find_results([folder])[0], "gini", "a")["stderr"].iloc[1]
+    manifest = storage.read_json(str(folder / "manifest.json"))
+    about = manifest["corpora"]["a"]
+    about["group_sizes"] = [2] * 6 + [1] * 58
+    about |= {"sampling": "first", "stderr_factor": 2.84}
+    storage.write_json(str(folder / "manifest.json"), manifest)
+    scan = find_results([folder])[0]
+    sized = series.paired_change(scan, "gini", "a")["stderr"].iloc[1]
+    assert np.isfinite(sized)
+    assert sized != equal
+    caution = series.caution(scan, "a")
+    assert caution is not None
+    assert "2.8 times too small" in caution
+    about["stderr_factor"] = 1.0
+    storage.write_json(str(folder / "manifest.json"), manifest)
+    assert series.caution(find_results([folder])[0], "a") is None

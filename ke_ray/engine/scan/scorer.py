@@ -211,6 +211,7 @@ class CheckpointScorer:
             lengths[rows],
             measures=stretch.work.measures,
             num_instances=stretch.work.num_instances,
+            group_sizes=stretch.work.group_sizes,
             first_instance=stretch.start,
             batch_size=self._settings.batch_size,
             on_batch=report,

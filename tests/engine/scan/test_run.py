@@ -55,7 +55,10 @@ def scan(study, recorder=None):
 
 def values_of(output):
     return {
-        (r["checkpoint"], r["corpus"], r["layer"], r["measure"]): (r["value"], r["stderr"])
+        (r["checkpoint"], r["corpus"], r["layer"], r["measure"]): (
+            r["value"],
+            np.nan if r["stderr"] is None else r["stderr"],
+        )
         for r in ScanFolder.open(str(output)).entropy().to_pylist()
         if r["status"] == "ok"
     }
