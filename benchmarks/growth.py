@@ -100,10 +100,10 @@ class Watch:
     def start(self, **_: Any) -> None:
         self._thread.start()
 
-    def tokens(self, num_tokens: int) -> None:
+    def tokens(self, num_tokens: int, *_: Any) -> None:
         pass
 
-    def checkpoint(self, ref: Any, rows: Sequence[dict[str, Any]]) -> None:
+    def ended(self, name: str, rows: Sequence[dict[str, Any]]) -> None:
         assert all(row["status"] == "ok" for row in rows), rows
         self.first = self.first or time.monotonic()
 
@@ -130,7 +130,7 @@ def scan(rounds: int, say: Callable[[str], None]) -> list[dict[str, float]]:
     from ke_ray.engine.scan.run import run_scan
     from ke_ray.planning.scan import prepare_scan
     from ke_ray.studies.scan import ScanStudy
-    from ke_ray.tracking.tracker import Tracker
+    from ke_ray.tracking.tracker import open_tracker
 
     logging.disable_progress_bar()
     shape = Shape(2, 64, 256, 4, 512, 64)
@@ -156,9 +156,9 @@ def scan(rounds: int, say: Callable[[str], None]) -> list[dict[str, float]]:
             )
             watch, before = Watch(), resident("VmRSS")
             forget_peak()
-            with Tracker(study.mlflow) as tracker:
+            with open_tracker(study.mlflow) as tracker:
                 outcome = run_scan(prepare_scan(study), watch, tracker)
-            assert outcome.scanned == CHECKPOINTS * factor
+            assert outcome.num_done == CHECKPOINTS * factor
             assert watch.first is not None
             found[factor].append(
                 {
@@ -167,7 +167,7 @@ def scan(rounds: int, say: Callable[[str], None]) -> list[dict[str, float]]:
                     "actor_bytes": watch.largest,
                 }
             )
-            say(f"{outcome.scanned} checkpoints: {found[factor][-1]}")
+            say(f"{outcome.num_done} checkpoints: {found[factor][-1]}")
     found[FACTORS[0]] = found[FACTORS[0]][1:]
     return [
         {key: statistics.median(run[key] for run in runs) for key in runs[0]}

@@ -96,11 +96,11 @@ class Watch:
     def start(self, **_: Any) -> None:
         """Of no interest."""
 
-    def tokens(self, num_tokens: int) -> None:
+    def tokens(self, num_tokens: int, *_: Any) -> None:
         """Once a second."""
         self.rss.append(self._process.memory_info().rss / 2**20)
 
-    def checkpoint(self, ref: Any, rows: Sequence[dict[str, Any]]) -> None:
+    def ended(self, name: str, rows: Sequence[dict[str, Any]]) -> None:
         """One more is done."""
         assert all(row["status"] == "ok" for row in rows), rows
         self.done.append(time.monotonic())
@@ -114,7 +114,7 @@ def run_engine(number: int) -> dict[str, float]:
     from ke_ray.engine.scan.run import run_scan
     from ke_ray.planning.scan import prepare_scan
     from ke_ray.studies.scan import ScanStudy
-    from ke_ray.tracking.tracker import Tracker
+    from ke_ray.tracking.tracker import open_tracker
 
     with tempfile.TemporaryDirectory() as root:
         spec, ids = tiny_series(Path(root), number)
@@ -130,9 +130,9 @@ def run_engine(number: int) -> dict[str, float]:
             }
         )
         watch, cpu = Watch(), time.process_time()
-        with Tracker(study.mlflow) as tracker:
+        with open_tracker(study.mlflow) as tracker:
             outcome = run_scan(prepare_scan(study), watch, tracker)
-        assert outcome.scanned == number
+        assert outcome.num_done == number
         cpu = time.process_time() - cpu
     gaps = np.diff(watch.done)
     tenth = max(1, len(gaps) // 10)

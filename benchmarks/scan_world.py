@@ -39,10 +39,10 @@ class Quiet:
     def start(self, **_: Any) -> None:
         pass
 
-    def tokens(self, num_tokens: int) -> None:
+    def tokens(self, num_tokens: int, *_: Any) -> None:
         pass
 
-    def checkpoint(self, ref: Any, rows: Sequence[dict[str, Any]]) -> None:
+    def ended(self, name: str, rows: Sequence[dict[str, Any]]) -> None:
         assert all(row["status"] == "ok" for row in rows), rows
 
     def stop(self) -> None:
@@ -59,8 +59,8 @@ class Times(Quiet):
     def start(self, **_: Any) -> None:
         self.started = time.monotonic()
 
-    def checkpoint(self, ref: Any, rows: Sequence[dict[str, Any]]) -> None:
-        super().checkpoint(ref, rows)
+    def ended(self, name: str, rows: Sequence[dict[str, Any]]) -> None:
+        super().ended(name, rows)
         self.done.append(time.monotonic())
 
 
@@ -86,12 +86,12 @@ def run_engine(
     """The real engine, driver and all."""
     from ke_ray.engine.scan.run import run_scan
     from ke_ray.planning.scan import prepare_scan
-    from ke_ray.tracking.tracker import Tracker
+    from ke_ray.tracking.tracker import open_tracker
 
     changes |= {"num_instances": num_instances, "num_actors": num_workers}
     with tempfile.TemporaryDirectory() as output:
         study = make_study(spec, corpus, output, **changes)
-        with Tracker(study.mlflow) as tracker:
+        with open_tracker(study.mlflow) as tracker:
             return run_scan(prepare_scan(study), progress, tracker)
 
 

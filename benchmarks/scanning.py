@@ -68,9 +68,9 @@ class Reporter(Quiet):
     def __init__(self, num_workers: int) -> None:
         self._num_before_ready = num_workers
 
-    def checkpoint(self, ref: Any, rows: Sequence[dict[str, Any]]) -> None:
-        super().checkpoint(ref, rows)
-        say("done", checkpoint=ref.name, value=_total(rows))
+    def ended(self, name: str, rows: Sequence[dict[str, Any]]) -> None:
+        super().ended(name, rows)
+        say("done", checkpoint=name, value=_total(rows))
         self._num_before_ready -= 1
         if self._num_before_ready == 0:
             say("ready")
@@ -206,11 +206,11 @@ def measure_start(rounds: int = 3) -> dict[str, dict[str, float]]:
 def play_start(spec: str, corpus: str, output: str, started: str) -> None:
     """What ``ke-ray scan`` does, one instance and the default number of actors."""
     import ke_ray.cli  # noqa: F401
-    from ke_ray.cli.progress import ScanDisplay  # noqa: F401
+    from ke_ray.cli.progress import TerminalDisplay  # noqa: F401
     from ke_ray.cli.publish import publish_scan  # noqa: F401
     from ke_ray.engine.scan.run import run_scan
     from ke_ray.planning.scan import prepare_scan
-    from ke_ray.tracking.tracker import Tracker
+    from ke_ray.tracking.tracker import open_tracker
 
     marks = [float(started), time.monotonic()]
     uri = f"sqlite:///{Path(output).parent}/mlflow.db"
@@ -218,7 +218,7 @@ def play_start(spec: str, corpus: str, output: str, started: str) -> None:
     setup = prepare_scan(study)
     marks.append(time.monotonic())
     times = Times()
-    with Tracker(study.mlflow) as tracker:
+    with open_tracker(study.mlflow) as tracker:
         outcome = run_scan(setup, times, tracker)
     first = outcome.timings[0]
     ray_started = times.started + outcome.phases_s["ray_start"]

@@ -103,6 +103,12 @@ class NonFiniteLossError(TrainingError):
     """The loss or the gradient norm became infinite or NaN."""
 
 
+def row_error(error: BaseException) -> str:
+    """Format an exception for a result row's ``error`` column."""
+    text = str(error).strip()
+    return text if isinstance(error, KeRayError) else f"{type(error).__name__}: {text}"[:2000]
+
+
 def nearest(word: str, candidates: Iterable[str], cutoff: float = 0.5) -> str:
     """A hint like ``" Did you mean 'learning_rate'?"``, or an empty string.
 

@@ -81,7 +81,7 @@ def _demo(folder: str) -> int:
         ],
     )
     scanned = execute_scan(scan_study)
-    if scanned.scanned:
+    if scanned.num_done:
         phases.add("scan", scanned.phases_s, ("setup", "ray_start"))
     summary["scan"] = scan_summary(f"{folder}/scan")
 
@@ -102,7 +102,7 @@ def _demo(folder: str) -> int:
         [*places, f"output={folder}/continual", *here],
     )
     continued = execute_continual(continual_study)
-    if len(continued.rows) > continued.skipped:
+    if len(continued.rows) > continued.num_skipped:
         start = ("check", "ray_start", "worker_start")
         phases.add("continual", continued.phases_s, start)
     summary["continual"] = continual_summary(continued.rows)
@@ -119,7 +119,7 @@ def _demo(folder: str) -> int:
         ],
     )
     swept = execute_sweep(sweep_study)
-    if len(swept.rows) > swept.skipped:
+    if len(swept.rows) > swept.num_skipped:
         phases.add("sweep", swept.phases_s, ("ray_start", "worker_start"))
     summary["sweep"] = sweep_summary(f"{folder}/sweep")
     storage.write_json(summary_path, summary)

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-if TYPE_CHECKING:
-    from ke_ray.checkpoints.reference import CheckpointRef
-    from ke_ray.training.loop import Progress as TrainingProgress
-
-__all__ = ["ScanDisplay", "TrainingDisplay", "duration"]
+from ke_ray.outcomes import Display, Outcome
 
 _LINE_EVERY_S = 10.0
 
@@ -28,25 +26,32 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-class ScanDisplay:
-    """Checkpoints done, failed and left, tokens/s, and time left."""
+class TerminalDisplay(Display):
+    """Items done, failed and left, tokens per second, and the time left.
 
-    def __init__(self) -> None:
+    Args:
+        command: ``scan``, ``pretrain``, ``continual`` or ``sweep``.
+        items: what its items are called: ``checkpoints``, ``runs`` or ``trials``.
+    """
+
+    def __init__(self, command: str, items: str) -> None:
+        self._command, self._items = command, items
         self._console = Console(stderr=True)
         self._bar: Progress | None = None
-        self._done = self._failed = self._total = 0
-        self._num_tokens = self._scored = 0
+        self._num_items = 0
+        self._counts: Counter[str] = Counter()
+        self._started = self._printed = 0.0
+        self._num_tokens = self._total = 0
         self._first: tuple[float, int] | None = None
-        self._printed = 0.0
+        self._note = ""
 
-    def start(self, *, num_checkpoints: int, num_skipped: int, num_tokens: int) -> None:
-        """See ``ke_ray.engine.scan.run.ScanProgress``."""
-        self._total, self._num_tokens = num_checkpoints, num_tokens
+    def start(self, *, num_items: int, num_skipped: int, note: str = "") -> None:
         if num_skipped:
-            print(f"{num_skipped} checkpoints are finished already and skipped.", file=sys.stderr)
-        if not num_checkpoints:
-            return
-        if self._console.is_terminal:
+            self._print(f"{num_skipped} {self._items} are finished already and skipped.")
+        if note:
+            self._print(f"{self._command}: {num_items} {self._items}, {note}")
+        self._num_items, self._started = num_items, time.monotonic()
+        if num_items and self._console.is_terminal:
             self._bar = Progress(
                 SpinnerColumn(),
                 TextColumn("{task.description}"),
@@ -56,105 +61,91 @@ class ScanDisplay:
                 transient=True,
             )
             self._bar.start()
-            self._bar.add_task(self._text(), total=num_tokens)
+            self._bar.add_task(self._text(), total=None)
 
-    def tokens(self, num_tokens: int) -> None:
-        """See ``ke_ray.engine.scan.run.ScanProgress``."""
-        self._scored = max(self._scored, num_tokens)
+    def tokens(self, num_tokens: int, total: int, note: str = "") -> None:
+        self._num_tokens, self._total = max(self._num_tokens, num_tokens), total
+        self._note = note
         if self._first is None and num_tokens:
             self._first = (time.monotonic(), num_tokens)
-        self._show()
+        self._show(is_due=time.monotonic() - self._printed >= _LINE_EVERY_S)
 
-    def checkpoint(self, ref: CheckpointRef, rows: Sequence[dict[str, Any]]) -> None:
-        """See ``ke_ray.engine.scan.run.ScanProgress``."""
-        if any(row["status"] != "ok" for row in rows):
-            self._failed += 1
-        else:
-            self._done += 1
-        self._show()
+    def ended(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        statuses = {row["status"] for row in rows}
+        self._counts["failed" if "failed" in statuses else next(iter(statuses), "ok")] += 1
+        if self._total:  # tokens say more
+            self._show(is_due=time.monotonic() - self._printed >= _LINE_EVERY_S)
+            return
+        self._note = f"{name}: {_result(rows[-1])}"
+        self._show(is_due=True)
 
     def stop(self) -> None:
-        """See ``ke_ray.engine.scan.run.ScanProgress``."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
-        if self._total:
-            print(self._text(), file=sys.stderr)
+        if self._num_tokens or self._counts:
+            self._print(self._text())
+
+    def _print(self, text: str) -> None:
+        self._printed = time.monotonic()
+        print(text, file=sys.stderr, flush=True)
+
+    def _show(self, *, is_due: bool) -> None:
+        if self._bar is not None:
+            done, total = self._num_tokens, self._total
+            if not total:
+                done, total = self._counts.total(), self._num_items
+            task = self._bar.tasks[0]
+            self._bar.update(task.id, completed=done, total=total, description=self._text())
+        elif is_due:
+            self._print(self._text())
 
     def _text(self) -> str:
-        left = self._total - self._done - self._failed
-        text = f"scan: {self._done} done, {self._failed} failed, {left} left"
+        num_ended = self._counts.total()
+        left = self._num_items - num_ended
+        parts = []
+        if self._num_items > 1:
+            counts = {"done": self._counts["ok"], "failed": self._counts["failed"], "left": left}
+            if self._counts["stopped"]:
+                counts["stopped early"] = self._counts["stopped"]
+            parts = [f"{number} {word}" for word, number in counts.items()]
+        seconds_left = None
         if self._first is not None:
             started, before = self._first
             elapsed_s = time.monotonic() - started
             # The rate leaves out start-up: it counts from the first tokens that were reported.
-            rate = (self._scored - before) / elapsed_s if elapsed_s > 0.5 else 0.0
+            rate = (self._num_tokens - before) / elapsed_s if elapsed_s > 0.5 else 0.0
             if rate > 0:
-                text += f", {rate:,.0f} tokens/s"
-            if rate > 0 and left:
-                seconds_left = max(self._num_tokens - self._scored, 0) / rate
-                text += f", {duration(seconds_left)} left"
-        return text
-
-    def _show(self) -> None:
-        if self._bar is not None:
-            task = self._bar.tasks[0]
-            self._bar.update(task.id, completed=self._scored, description=self._text())
-        elif time.monotonic() - self._printed >= _LINE_EVERY_S:
-            self._printed = time.monotonic()
-            print(self._text(), file=sys.stderr, flush=True)
+                parts.append(f"{rate:,.0f} tokens/s")
+                seconds_left = max(self._total - self._num_tokens, 0) / rate
+        elif num_ended:
+            seconds_left = (time.monotonic() - self._started) / num_ended * left
+        if seconds_left is not None and left:
+            parts.append(f"about {duration(seconds_left)} left")
+        text = f"{self._command}: " + ", ".join(parts or ["started"])
+        return f"{text}; {self._note}" if self._note else text
 
 
-class TrainingDisplay:
-    """Step, loss, learning rate, tokens/s, time left and next injection of training runs."""
+def _result(row: Mapping[str, Any]) -> str:
+    if row["status"] != "ok":
+        return f"{row['status']}: {row['error']}"
+    parts = [
+        f"{name} {100 * row[column]:+.1f} %"
+        for name, column in (("A", "acquisition"), ("F", "forgetting"))
+        if row.get(column) is not None
+    ]
+    return ", ".join(parts) or "ok"
 
-    def __init__(self, title: str) -> None:
-        self._title = title
-        self._console = Console(stderr=True)
-        self._bar: Progress | None = None
-        self._printed = 0.0
 
-    def title(self, title: str) -> None:
-        """Name the run that is shown from now on."""
-        if title != self._title:
-            self.stop()
-            self._title = title
+def print_outcome(outcome: Outcome, done: str) -> None:
+    """Print the failures of a command, then its counts, and where its results lie.
 
-    def __call__(self, progress: TrainingProgress, next_injection: int | None = None) -> None:
-        """Show one look at the loss."""
-        text = self._text(progress, next_injection)
-        is_last = progress.record.step == progress.num_steps
-        if self._console.is_terminal:
-            if self._bar is None:
-                self._bar = Progress(
-                    SpinnerColumn(),
-                    TextColumn("{task.description}"),
-                    BarColumn(),
-                    console=self._console,
-                    transient=True,
-                )
-                self._bar.start()
-                self._bar.add_task(text, total=progress.num_steps)
-            task = self._bar.tasks[0]
-            self._bar.update(task.id, completed=progress.record.step, description=text)
-            if is_last:
-                self.stop()
-                print(text, file=sys.stderr)
-        elif is_last or time.monotonic() - self._printed >= _LINE_EVERY_S:
-            self._printed = time.monotonic()
-            print(text, file=sys.stderr, flush=True)
-
-    def stop(self) -> None:
-        """Give the terminal back."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
-
-    def _text(self, progress: TrainingProgress, next_injection: int | None) -> str:
-        record = progress.record
-        text = (
-            f"{self._title}: step {record.step}/{progress.num_steps}, loss {record.loss:.3f}, "
-            f"lr {record.learning_rate:.2e}, {record.tokens_per_s:,.0f} tokens/s, "
-            f"{duration(progress.time_left_s)} left"
-        )
-        return text if next_injection is None else f"{text}, next injection at {next_injection}"
+    Args:
+        done: the first count with its words: ``4 scanned``.
+    """
+    for name, error in outcome.failures:
+        typer.echo(f"failed: {name}: {error}", err=True)
+    typer.echo(
+        f"{done}, {len(outcome.failures)} failed, {outcome.num_skipped} skipped "
+        f"(finished before). Results: {outcome.output}"
+    )

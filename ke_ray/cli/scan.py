@@ -22,7 +22,7 @@ from ke_ray.cli.options import (
 from ke_ray.errors import ConfigError
 
 if TYPE_CHECKING:
-    from ke_ray.engine.scan.run import ScanOutcome
+    from ke_ray.outcomes import ScanOutcome
     from ke_ray.studies.scan import ScanStudy
 
 
@@ -114,29 +114,24 @@ def _corpora(options: list[str]) -> dict[str, str]:
 
 def execute_scan(study: ScanStudy) -> ScanOutcome:
     """Run a scan study with progress on the terminal, and print its table."""
-    from ke_ray.cli.progress import ScanDisplay
+    from ke_ray.cli.progress import TerminalDisplay, print_outcome
     from ke_ray.cli.publish import publish_scan
     from ke_ray.engine.scan.run import run_scan
     from ke_ray.planning.scan import prepare_scan
     from ke_ray.planning.scan_tracking import log_predictions
     from ke_ray.resuscitation.prediction import write_predictions
     from ke_ray.storage.ownership import claimed
-    from ke_ray.tracking.tracker import Tracker
+    from ke_ray.tracking.tracker import open_tracker
 
     with claimed(study.output, "scan"):
         setup = prepare_scan(study)
-        with Tracker(study.mlflow) as tracker:
-            outcome = run_scan(setup, ScanDisplay(), tracker)
+        with open_tracker(study.mlflow) as tracker:
+            outcome = run_scan(setup, TerminalDisplay("scan", "checkpoints"), tracker)
             run = tracker.run(outcome.mlflow_run_id)
             log_predictions(run, write_predictions(study.output), setup)
             publish_scan(study.output, run)
     print_results(study.output)
-    for name, error in outcome.failures:
-        typer.echo(f"failed: {name}: {error}", err=True)
-    typer.echo(
-        f"{outcome.scanned} scanned, {len(outcome.failures)} failed, {outcome.skipped} skipped "
-        f"(finished before). Results: {study.output}"
-    )
+    print_outcome(outcome, f"{outcome.num_done} scanned")
     return outcome
 
 

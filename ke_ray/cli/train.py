@@ -23,9 +23,10 @@ from ke_ray.secrets import redacted
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-    from ke_ray.engine.train.continual import ContinualOutcome
+    from ke_ray.outcomes import Outcome
     from ke_ray.studies.continual import ContinualStudy
     from ke_ray.studies.training import PretrainStudy
+    from ke_ray.training.loop import Progress
     from ke_ray.training.pretrain import PretrainOutcome
 
 Study = Annotated[str, typer.Argument(metavar="STUDY.yaml", help="The study file.")]
@@ -55,18 +56,23 @@ def pretrain(
 
 def execute_pretrain(study: PretrainStudy) -> PretrainOutcome:
     """Run a pretraining study with progress on the terminal, and say what came of it."""
-    from ke_ray.cli.progress import TrainingDisplay
+    from ke_ray.cli.progress import TerminalDisplay
 
-    display = TrainingDisplay("pretrain")
+    display = TerminalDisplay("pretrain", "runs")
+
+    def show(progress: Progress) -> None:
+        display.tokens(progress.record.num_tokens, study.num_tokens, str(progress))
+
+    display.start(num_items=1, num_skipped=0)
     try:
         if study.num_workers == 1:
             from ke_ray.training.pretrain import run_pretrain
 
-            outcome = run_pretrain(study, display)
+            outcome = run_pretrain(study, show)
         else:
             from ke_ray.engine.train.trainer import run_pretrain_on_ray
 
-            outcome = run_pretrain_on_ray(study, display)
+            outcome = run_pretrain_on_ray(study, show)
     finally:
         display.stop()
     if outcome.skipped:
@@ -107,36 +113,25 @@ def continual(
     raise typer.Exit(execute_continual(loaded).exit_code)
 
 
-def execute_continual(study: ContinualStudy) -> ContinualOutcome:
+def execute_continual(study: ContinualStudy) -> Outcome:
     """Run a continual-learning study with progress on the terminal, and print its table."""
-    from ke_ray.cli.progress import TrainingDisplay
+    from ke_ray.cli.progress import TerminalDisplay, print_outcome
     from ke_ray.cli.publish import publish_report
     from ke_ray.cli.scan import print_results
-    from ke_ray.engine.train.continual import RunProgress, run_continual_study
+    from ke_ray.engine.train.continual import run_continual_study
     from ke_ray.storage.ownership import claimed
 
-    display = TrainingDisplay("continual")
-
-    def show(state: RunProgress) -> None:
-        display.title(f"{state.run} ({state.number}/{state.num_runs})")
-        display(state.progress, state.next_injection)
-
+    display = TerminalDisplay("continual", "runs")
     with claimed(study.output, "continual"):
         try:
-            outcome = run_continual_study(study, show)
+            outcome = run_continual_study(study, display)
         finally:
             display.stop()
-        if len(outcome.rows) > outcome.skipped:
+        if len(outcome.rows) > outcome.num_skipped:
             ids = [row.get("mlflow_run_id") for row in outcome.rows]
             publish_report(study.output, study.mlflow, ids)
     print_results(study.output)
-    for name, error in outcome.failures:
-        typer.echo(f"failed: {name}: {error}", err=True)
-    done = len(outcome.rows) - len(outcome.failures) - outcome.skipped
-    typer.echo(
-        f"{done} runs done, {len(outcome.failures)} failed, {outcome.skipped} skipped "
-        f"(finished before). Results: {study.output}"
-    )
+    print_outcome(outcome, f"{outcome.num_done} runs done")
     return outcome
 
 

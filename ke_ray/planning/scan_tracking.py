@@ -10,7 +10,8 @@ import datetime
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ke_ray.tracking.tracker import TrackedRun, Tracker
+from ke_ray.tracking.run import TrackedRun
+from ke_ray.tracking.tracker import Tracker
 
 if TYPE_CHECKING:
     from ke_ray.planning.scan import ScanSetup

@@ -171,6 +171,11 @@ class SweepStudy(Strict):
     def _check_scheduler(self) -> None:
         if self.base.injection is None:
             raise ValueError("asha compares what probes show while training; injection is missing")
+        if self.base.num_workers > 1:
+            raise ValueError(
+                f"base.num_workers is {self.base.num_workers}, but asha stops trials of one worker "
+                "only; set base.num_workers: 1, or leave the scheduler out"
+            )
         if len(self.repeats) > 1:
             raise ValueError(
                 "asha stops single trials, and the mean over what is left of a point's seeds would "

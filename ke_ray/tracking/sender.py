@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 
 from ke_ray.secrets import redact
 
-__all__ = ["Outage", "Sender", "outage_of"]
-
 log = logging.getLogger(__name__)
 
 #: How long a store may stay away while somebody waits for what was put.

@@ -30,10 +30,8 @@ from ke_ray.errors import StorageError
 from ke_ray.results.manifest import versions
 from ke_ray.secrets import redact
 from ke_ray.studies.parts import TrackingSettings
-from ke_ray.tracking.run import TrackedRun
+from ke_ray.tracking.run import MlflowRun, TrackedRun
 from ke_ray.tracking.sender import Sender, outage_of
-
-__all__ = ["TrackedRun", "Tracker", "check_store", "flatten", "store_uri"]
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +67,16 @@ def check_store(settings: TrackingSettings) -> None:
     Raises:
         StorageError: the store cannot be reached or created.
     """
-    Tracker(settings).close()
+    open_tracker(settings).close()
+
+
+def open_tracker(settings: TrackingSettings, *, deferred: bool = False) -> Tracker:
+    """A study's tracker: one that does nothing where ``settings.enabled`` is off.
+
+    Raises:
+        StorageError: the store cannot be reached or created (never where ``deferred``).
+    """
+    return Tracker(settings, deferred=deferred) if settings.enabled else NoTracker()
 
 
 class Tracker:
@@ -84,12 +91,10 @@ class Tracker:
         StorageError: the store cannot be reached or created (never where ``deferred``).
     """
 
+    enabled = True
+
     def __init__(self, settings: TrackingSettings, *, deferred: bool = False) -> None:
-        self.enabled = settings.enabled
         self.settings = settings
-        self._sender: Sender | None = None
-        if not self.enabled:
-            return
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         # MLflow's own retries would hold one write for minutes; ours are bounded and visible.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
@@ -99,11 +104,10 @@ class Tracker:
             # MLflow prints a run's address when it ends, with the password that stands in it.
             os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
         self.experiment = settings.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME", "ke_ray")
-        import mlflow
+        import mlflow  # noqa: F401  (seconds, which the first write need not wait for)
 
         logging.getLogger("alembic").setLevel(logging.WARNING)
         logging.getLogger("mlflow").setLevel(logging.WARNING)
-        self._entities = mlflow.entities
         self._is_deferred = deferred
         if not deferred:
             with self._explained():
@@ -134,14 +138,14 @@ class Tracker:
     @cached_property
     def experiment_id(self) -> str:
         """The experiment, created where there is none; runs of dead processes are closed."""
-        found = self._experiment_id()
-        self._close_dead_runs(found)
-        return found
+        experiment_id = self._experiment_id()
+        self._close_dead_runs(experiment_id)
+        return experiment_id
 
     def _experiment_id(self) -> str:
-        found = self.client.get_experiment_by_name(self.experiment)
-        if found is not None:
-            return str(found.experiment_id)
+        experiment = self.client.get_experiment_by_name(self.experiment)
+        if experiment is not None:
+            return str(experiment.experiment_id)
         location = None
         if self.uri.startswith("sqlite:///"):
             # Absolute: the default would land in the working folder of whoever logs first.
@@ -150,13 +154,12 @@ class Tracker:
         try:
             # Recent servers sort experiments into training and GenAI by this tag.
             kind = {"mlflow.experimentKind": "custom_model_development"}
-            made = self.client.create_experiment(self.experiment, location, kind)
-            return str(made)
-        except Exception:
-            again = self.client.get_experiment_by_name(self.experiment)
-            if again is None:
+            return str(self.client.create_experiment(self.experiment, location, kind))
+        except Exception:  # another process may have created it in the meantime
+            experiment = self.client.get_experiment_by_name(self.experiment)
+            if experiment is None:
                 raise
-            return str(again.experiment_id)
+            return str(experiment.experiment_id)
 
     def _close_dead_runs(self, experiment_id: str) -> None:
         for run in self.client.search_runs(
@@ -191,8 +194,6 @@ class Tracker:
             tags: added to the study's and to ke_ray's own.
             parent_id: makes it a child run.
         """
-        if not self.enabled or self._sender is None:
-            return TrackedRun(None, None, None)
         # A digest, since MLflow's filter language has no escape for quotes in a path.
         digest = hashlib.sha256(key.encode()).hexdigest()[:32]
         own = {
@@ -212,14 +213,14 @@ class Tracker:
         every_tag = {**self.settings.tags, **(tags or {}), **own}
 
         def open_run() -> tuple[str, set[str]]:
-            found = self._run_with(digest)
-            if found is None:
-                made = self.client.create_run(self.experiment_id, tags=every_tag, run_name=name)
-                return str(made.info.run_id), set()
-            self.client.update_run(found.info.run_id, status="RUNNING")
-            return str(found.info.run_id), set(found.data.params)
+            existing = self._run_with(digest)
+            if existing is None:
+                new = self.client.create_run(self.experiment_id, tags=every_tag, run_name=name)
+                return str(new.info.run_id), set()
+            self.client.update_run(existing.info.run_id, status="RUNNING")
+            return str(existing.info.run_id), set(existing.data.params)
 
-        run = TrackedRun(None, self, self._sender, open_run)
+        run = MlflowRun(self._sender, lambda: self.client, open_run)
         if not self._is_deferred:
             with self._explained():
                 run.open()
@@ -235,7 +236,7 @@ class Tracker:
 
     def _ask(self, read: Callable[[], T], default: T) -> T:
         """What the store answers; ``default`` where it does not, or has just not answered."""
-        if self._sender is None or self._sender.outage.is_fresh:
+        if self._sender.outage.is_fresh:
             return default
         began = time.monotonic()
         try:
@@ -247,8 +248,8 @@ class Tracker:
     def find_run(self, key: str) -> str | None:
         """The id of the run with this key; None where there is none, or no answer."""
         digest = hashlib.sha256(key.encode()).hexdigest()[:32]
-        found = self._ask(lambda: self._run_with(digest), None)
-        return None if found is None else str(found.info.run_id)
+        run = self._ask(lambda: self._run_with(digest), None)
+        return None if run is None else str(run.info.run_id)
 
     def close_children(
         self, parent_id: str | None, statuses: Mapping[str, str] | None = None
@@ -291,12 +292,12 @@ class Tracker:
 
     def run(self, run_id: str | None) -> TrackedRun:
         """A run by its id, to add to it; one that does nothing where the id is None."""
-        return TrackedRun(run_id, self if self.enabled else None, self._sender)
+        if run_id is None:
+            return TrackedRun()
+        return MlflowRun(self._sender, lambda: self.client, run_id)
 
     def close(self) -> list[str]:
         """Wait until all is written; returns what had to be given up."""
-        if self._sender is None:
-            return []
         if self._sender.is_alive():
             self._sender.stop()
             if self._sender.lost:
@@ -316,6 +317,32 @@ class Tracker:
         tb: TracebackType | None,
     ) -> None:
         self.close()
+
+
+class NoTracker(Tracker):
+    """A tracker without a store: its runs log nothing."""
+
+    enabled = False
+
+    def __init__(self) -> None:
+        pass
+
+    def start_run(self, name: str, **_: Any) -> TrackedRun:
+        return TrackedRun()
+
+    def find_run(self, key: str) -> str | None:
+        return None
+
+    def close_children(
+        self, parent_id: str | None, statuses: Mapping[str, str] | None = None
+    ) -> int:
+        return 0
+
+    def run(self, run_id: str | None) -> TrackedRun:
+        return TrackedRun()
+
+    def close(self) -> list[str]:
+        return []
 
 
 def _host() -> str:

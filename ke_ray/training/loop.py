@@ -66,6 +66,10 @@ class Progress:
     num_steps: int
     time_left_s: float
 
+    def __str__(self) -> str:
+        row = self.record
+        return f"step {row.step}/{self.num_steps}, loss {row.loss:.3f}, lr {row.learning_rate:.2e}"
+
 
 @dataclass
 class Hooks:

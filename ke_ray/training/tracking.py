@@ -7,15 +7,14 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ke_ray.studies.parts import TrackingSettings
-from ke_ray.tracking.tracker import TrackedRun, Tracker
+from ke_ray.tracking.run import TrackedRun
+from ke_ray.tracking.tracker import open_tracker
 from ke_ray.training.loop import Progress
 from ke_ray.training.parallel import Worker
 
 if TYPE_CHECKING:
     from ke_ray.studies.continual import ContinualStudy
     from ke_ray.training.runs import RunSpec
-
-__all__ = ["log_progress", "run_params", "tracked_run"]
 
 #: A run's curves have about this many points: enough to see, cheap enough to send.
 POINTS = 200
@@ -41,10 +40,10 @@ def tracked_run(
     found out by the next one that logs to the store. The store is opened in the background, and
     nothing that it does or does not do is an error here: the work has begun.
     """
-    if not (worker.is_main and settings.enabled):
-        yield TrackedRun(None, None, None)
+    if not worker.is_main:
+        yield TrackedRun()
         return
-    with Tracker(settings, deferred=True) as tracker:
+    with open_tracker(settings, deferred=True) as tracker:
         run = tracker.start_run(
             name, key=key, kind=kind, params=params, tags=tags, parent_id=parent_id
         )

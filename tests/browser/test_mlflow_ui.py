@@ -16,7 +16,8 @@ from tiny_studies import tiny_pretrain
 from tiny_sweep import tiny_sweep
 
 from ke_ray.cli.publish_sweep import publish_sweep
-from ke_ray.engine.sweep.run import SweepOutcome, _Run, collect_sweep
+from ke_ray.engine.sweep.run import _Run, collect_sweep
+from ke_ray.outcomes import SweepOutcome
 from ke_ray.planning.sweep import prepare_sweep
 from ke_ray.results.sweep_folder import objective_value
 from ke_ray.studies.parts import TrackingSettings

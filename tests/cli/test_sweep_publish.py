@@ -10,10 +10,11 @@ from tiny_sweep import begin, finish, tiny_sweep
 
 from ke_ray.cli.publish_sweep import publish_sweep
 from ke_ray.cli.sweep import settings_lines
-from ke_ray.engine.sweep.run import SweepOutcome, collect_sweep
+from ke_ray.engine.sweep.run import collect_sweep
+from ke_ray.outcomes import SweepOutcome
 from ke_ray.planning.sweep import prepare_sweep
 from ke_ray.studies.parts import TrackingSettings
-from ke_ray.tracking.tracker import Tracker
+from ke_ray.tracking.tracker import Tracker, open_tracker
 from ke_ray.training.pretrain import run_pretrain
 
 
@@ -78,5 +79,5 @@ def test_the_settings_are_shown_best_first_with_their_repeats(swept: Path) -> No
 
 
 def test_without_mlflow_nothing_is_drawn(swept: Path) -> None:
-    with Tracker(TrackingSettings(enabled=False)) as tracker:
+    with open_tracker(TrackingSettings(enabled=False)) as tracker:
         publish_sweep(str(swept), tracker, None)

@@ -173,31 +173,25 @@ def make_checkpoint(folder: Path, seed: int) -> None:
     OlmoForCausalLM(config).eval().save_pretrained(folder)
 
 
-class Silent:
-    """A progress display that shows nothing."""
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *_, **__: None
-
-
 def run(study: Any) -> Any:
     """Run a study in the Ray session of this process."""
-    from ke_ray.tracking.tracker import Tracker
+    from ke_ray.tracking.tracker import open_tracker
 
     if study.kind == "pretrain":
         from ke_ray.engine.train.trainer import run_pretrain_on_ray
 
         return run_pretrain_on_ray(study)
-    with Tracker(study.mlflow) as tracker:
+    with open_tracker(study.mlflow) as tracker:
         if study.kind == "sweep":
             from ke_ray.engine.sweep.run import run_sweep
             from ke_ray.planning.sweep import prepare_sweep
 
             return run_sweep(prepare_sweep(study), tracker)
         from ke_ray.engine.scan.run import run_scan
+        from ke_ray.outcomes import Display
         from ke_ray.planning.scan import prepare_scan
 
-        return run_scan(prepare_scan(study), Silent(), tracker)
+        return run_scan(prepare_scan(study), Display(), tracker)
 
 
 def results_of(workload: str, output: Path) -> Results:

@@ -64,33 +64,18 @@ def ray_cluster() -> Iterator[None]:
         yield
 
 
-class Silent:
-    """A progress display that shows nothing."""
-
-    def start(self, **_: Any) -> None:
-        pass
-
-    def tokens(self, _: int) -> None:
-        pass
-
-    def checkpoint(self, *_: Any) -> None:
-        pass
-
-    def stop(self) -> None:
-        pass
-
-
 @pytest.fixture
 def scan() -> Callable[[ScanStudy], Any]:
     """Runs a scan study in the test's Ray session."""
 
     def run(study: ScanStudy) -> Any:
         from ke_ray.engine.scan.run import run_scan
+        from ke_ray.outcomes import Display
         from ke_ray.planning.scan import prepare_scan
-        from ke_ray.tracking.tracker import Tracker
+        from ke_ray.tracking.tracker import open_tracker
 
-        with Tracker(study.mlflow) as tracker:
-            return run_scan(prepare_scan(study), Silent(), tracker)
+        with open_tracker(study.mlflow) as tracker:
+            return run_scan(prepare_scan(study), Display(), tracker)
 
     return run
 

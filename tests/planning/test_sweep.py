@@ -19,7 +19,7 @@ from ke_ray.planning.sweep import SweepPlan, prepare_sweep
 from ke_ray.results.manifest import new_manifest
 from ke_ray.results.scan_folder import ScanFolder
 from ke_ray.results.sweep_folder import pareto_points, settings_rows, sweep_summary
-from ke_ray.tracking.tracker import Tracker
+from ke_ray.tracking.tracker import open_tracker
 from ke_ray.training.pretrain import run_pretrain
 from ke_ray.training.runs import run_key, write_failed
 
@@ -290,7 +290,7 @@ def test_concurrency_follows_the_cluster(
 @pytest.mark.parametrize(
     ("changes", "base", "nodes", "expected"),
     [
-        ({"cpus_per_trial": 3}, {}, ONE, "one trial asks for 3 CPUs"),
+        ({"cpus_per_trial": 3}, {}, ONE, "requests 3 CPUs"),
         ({"cpus_per_trial": 3}, {}, [{"CPU": 2.0}] * 4, "more than the cluster's nodes have"),
         ({"gpus_per_trial": 1}, {}, ONE, "1 CPU and 1 GPU"),
         ({}, {"use_gpu": True}, ONE, "1 GPU"),
@@ -313,7 +313,7 @@ def test_a_trial_that_can_never_run_is_refused(
 
 
 def test_tables_and_summary_of_a_sweep(tmp_path: Path, series: Path) -> None:
-    from ke_ray.engine.sweep.run import SweepOutcome
+    from ke_ray.outcomes import SweepOutcome
 
     study = tiny_sweep(tmp_path, series, base={"starts": {"steps": "3:3"}}, seeds=[0, 1])
     plan = prepare_sweep(study)
@@ -359,7 +359,7 @@ def test_a_folder_that_is_made_anew_is_another_run(
         for trial in plan.trials:
             finish(trial, 0.1, forgetting=0.2)
         for _ in range(2):
-            with Tracker(study.mlflow) as tracker:
+            with open_tracker(study.mlflow) as tracker:
                 assert tracker.experiment == "as users know it"
                 found.append(run_sweep(prepare_sweep(study), tracker).mlflow_run_id)
     assert found[0::2] == found[1::2]
@@ -368,7 +368,7 @@ def test_a_folder_that_is_made_anew_is_another_run(
 
 
 def test_an_objective_that_no_trial_reported_is_said(tmp_path: Path, series: Path) -> None:
-    from ke_ray.engine.sweep.run import SweepOutcome
+    from ke_ray.outcomes import SweepOutcome
 
     plan = prepare_sweep(tiny_sweep(tmp_path, series, base={"starts": {"steps": "3:3"}}))
     begin(plan)

@@ -208,6 +208,7 @@ def test_tokens_of_a_trial_follow_from_whole_steps() -> None:
         ({"base": None}, "'base' must be a continual study"),
         ({"base": {**BASE, "epoch": 1}}, "Did you mean 'epochs'?"),
         ({"scheduler": {"name": "asha"}, "seeds": [0, 1]}, "would be biased"),
+        ({"scheduler": {"name": "asha"}, "base": {**BASE, "num_workers": 2}}, "num_workers: 1"),
         ({"scheduler": {"name": "hyperband"}}, "'scheduler.name'"),
         ({"cpus_per_trial": 0}, "'cpus_per_trial'"),
     ],

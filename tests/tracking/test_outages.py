@@ -17,9 +17,10 @@ from tiny_sweep import tiny_sweep
 from ke_ray.engine.sweep.run import run_sweep
 from ke_ray.engine.train.continual import run_continual_study
 from ke_ray.errors import StorageError
+from ke_ray.outcomes import Display
 from ke_ray.planning.sweep import prepare_sweep
 from ke_ray.studies.parts import TrackingSettings
-from ke_ray.tracking.tracker import Tracker
+from ke_ray.tracking.tracker import Tracker, open_tracker
 from ke_ray.training.pretrain import run_pretrain
 
 pytestmark = pytest.mark.slow
@@ -87,17 +88,11 @@ def test_a_sweep_whose_server_dies_ends_well_and_the_store_tells_the_truth(
 ) -> None:
     uri, ended = server.start(), []
 
-    class Display:
-        def start(self, **_: Any) -> None: ...
-
-        def begun(self, _: str) -> None: ...
-
-        def ended(self, trial_id: str, _: Any) -> None:
-            ended.append(trial_id)
+    class StopsTheServer(Display):
+        def ended(self, name: str, _: Any) -> None:
+            ended.append(name)
             if len(ended) == 1:
                 server.stop()
-
-        def stop(self) -> None: ...
 
     study = tiny_sweep(
         tmp_path / "out",
@@ -106,15 +101,15 @@ def test_a_sweep_whose_server_dies_ends_well_and_the_store_tells_the_truth(
         objectives=["acquisition"],
         mlflow={"uri": uri},
     )
-    with Tracker(study.mlflow) as tracker:
-        outcome = run_sweep(prepare_sweep(study), tracker, Display())
+    with open_tracker(study.mlflow) as tracker:
+        outcome = run_sweep(prepare_sweep(study), tracker, StopsTheServer())
     assert outcome.exit_code == 0, outcome.failures
     assert [row["status"] for row in outcome.rows] == ["ok"] * 3
     server.start()
     # The same command has nothing left to train; what the driver knows reaches the store.
-    with Tracker(study.mlflow) as tracker:
-        again = run_sweep(prepare_sweep(study), tracker, Display())
-        assert (again.exit_code, again.skipped) == (0, 3)
+    with open_tracker(study.mlflow) as tracker:
+        again = run_sweep(prepare_sweep(study), tracker, StopsTheServer())
+        assert (again.exit_code, again.num_skipped) == (0, 3)
         runs = tracker.client.search_runs([tracker.experiment_id])
         assert {run.info.status for run in runs} == {"FINISHED"}
 

@@ -18,7 +18,7 @@ from servers import free_port, running_mlflow
 from ke_ray.errors import StorageError
 from ke_ray.studies.parts import TrackingSettings
 from ke_ray.tracking.sender import Outage, Sender
-from ke_ray.tracking.tracker import Tracker, flatten
+from ke_ray.tracking.tracker import Tracker, flatten, open_tracker
 
 
 def settings(uri, **keys):
@@ -64,7 +64,7 @@ def test_a_killed_process_leaves_no_run_that_says_running(sqlite_uri):
 import time
 from ke_ray.tracking.sender import Sender
 from ke_ray.studies.parts import TrackingSettings
-from ke_ray.tracking.tracker import Tracker
+from ke_ray.tracking.tracker import Tracker, open_tracker
 tracker = Tracker(TrackingSettings(uri={sqlite_uri!r}, experiment="tests"))
 run = tracker.start_run("dies", key="dies", kind="scan")
 run.flush()
@@ -231,7 +231,7 @@ def test_a_refused_write_is_lost_alone(sqlite_uri, tmp_path):
 
 def test_switched_off_it_does_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with Tracker(TrackingSettings(enabled=False)) as tracker:
+    with open_tracker(TrackingSettings(enabled=False)) as tracker:
         run = tracker.start_run("x", key="x", kind="scan")
         run.log_metrics({"a": 1.0})
         run.finish()

@@ -1,4 +1,4 @@
-"""What a running study tells Prometheus, through Ray's metrics.
+"""Prometheus metrics of a running study, through Ray.
 
 Every metric is declared once, in :data:`METRICS`; ``dashboards/grafana`` shows them. Ray exports
 them on each node with the prefix ``ray_`` (counters end in ``_total`` there) and adds labels of its
@@ -15,19 +15,18 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from ke_ray.checkpoints.reference import CheckpointRef
-    from ke_ray.engine.scan.collect import ScanOutcome, ScanProgress
+from ke_ray.outcomes import Display, ScanOutcome
+from ke_ray.planning.scan_items import CheckpointWork
+
+if TYPE_CHECKING:  # torch, which the driver of a scan does without
     from ke_ray.training.loop import Progress
     from ke_ray.training.snapshot import Snapshot
-
-__all__ = ["METRICS", "Metric", "ScanMeter", "TrainingMeter", "record", "study_label"]
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ METRICS = {
 
 _EVERY_S = 1.0
 _IDLE_WINDOW_S = 60.0
-_made: dict[str, Any] = {}
+_metrics: dict[str, Any] = {}  # Ray's objects by name, made when they are first recorded
 
 
 def record(name: str, value: float, **tags: str) -> None:
@@ -82,13 +81,13 @@ def record(name: str, value: float, **tags: str) -> None:
     metric = METRICS[name]
     if metric.kind == "counter" and value <= 0:
         return
-    if name not in _made:
-        from ray.util import metrics
+    if name not in _metrics:
+        from ray.util.metrics import Counter, Gauge
 
-        made = metrics.Counter if metric.kind == "counter" else metrics.Gauge
+        kind = Counter if metric.kind == "counter" else Gauge
         text = f"{metric.description} Unit: {metric.unit}."
-        _made[name] = made(name, text, tag_keys=metric.tags)
-    (_made[name].inc if metric.kind == "counter" else _made[name].set)(value, tags)
+        _metrics[name] = kind(name, text, tag_keys=metric.tags)
+    (_metrics[name].inc if metric.kind == "counter" else _metrics[name].set)(value, tags)
 
 
 def study_label(study: Any) -> str:
@@ -100,16 +99,22 @@ class ScanMeter:
     """Stands between a scan and its display: passes everything on, and records it."""
 
     def __init__(
-        self, shown: ScanProgress, outcome: ScanOutcome, study: str, queue: int, num_scorers: int
+        self,
+        display: Display,
+        outcome: ScanOutcome,
+        study: str,
+        works: Sequence[CheckpointWork],
+        num_scorers: int,
     ) -> None:
-        self._shown, self._outcome, self._study = shown, outcome, study
-        self._queue, self._num_scorers = queue, num_scorers
+        self._display, self._outcome, self._study = display, outcome, study
+        self._queue, self._num_scorers = len(works), num_scorers
+        self._total = sum(work.num_tokens for work in works)
         self._num_tokens = self._num_timed = 0
         self._busy: deque[tuple[float, float]] = deque([(time.monotonic(), 0.0)])
 
     def tick(self, num_tokens: int, busy_s: float) -> None:
         """Once a second: tokens scored and seconds of scoring so far, over all scorers."""
-        self._shown.tokens(num_tokens)
+        self._display.tokens(num_tokens, self._total)
         self._record("tokens", num_tokens - self._num_tokens)
         self._num_tokens = num_tokens
         for timing in self._outcome.timings[self._num_timed :]:
@@ -121,9 +126,9 @@ class ScanMeter:
         self._record("scorers", self._num_scorers)
         self._record("idle_share", self._idle_share(busy_s))
 
-    def checkpoint(self, ref: CheckpointRef, rows: Sequence[dict[str, Any]]) -> None:
+    def ended(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """One checkpoint is done."""
-        self._shown.checkpoint(ref, rows)
+        self._display.ended(name, rows)
         self._queue -= 1
         status = "ok" if all(row["status"] == "ok" for row in rows) else "failed"
         record("ke_ray_scan_checkpoints", 1, study=self._study, status=status)
@@ -147,7 +152,7 @@ class TrainingMeter:
     Args:
         study: the training study.
         run: its run.
-        on_progress, on_probes: told everything too.
+        on_progress, on_probes: called with everything too.
     """
 
     def __init__(
@@ -178,12 +183,12 @@ class TrainingMeter:
         record("ke_ray_training_left_seconds", progress.time_left_s, **self._tags)
         self._record_knowledge()
 
-    def probes(self, step: int, found: Snapshot) -> None:
-        """The probes were asked after ``step`` steps."""
+    def probes(self, step: int, snapshot: Snapshot) -> None:
+        """The probes were evaluated after ``step`` steps."""
         if self._on_probes is not None:
-            self._on_probes(step, found)
-        values = np.array(found.paragraphs)
-        settings = np.array(found.settings)
+            self._on_probes(step, snapshot)
+        values = np.array(snapshot.paragraphs)
+        settings = np.array(snapshot.settings)
         self._knowledge = {str(s): float(values[settings == s].mean()) for s in set(settings)}
         self._record_knowledge()
 

@@ -7,69 +7,25 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow as pa
+from safetensors.numpy import load
 
-from ke_ray.checkpoints.reference import CheckpointRef
 from ke_ray.engine.cluster.metrics import ScanMeter
 from ke_ray.errors import KeRayError
+from ke_ray.outcomes import ScanOutcome
 from ke_ray.planning.scan import ScanSetup
 from ke_ray.planning.scan_items import CheckpointWork
 from ke_ray.planning.scan_messages import ScorerSettings, evaluated_columns, sums_from_bytes
 from ke_ray.planning.scan_tracking import log_scan_metrics
 from ke_ray.results.scan_folder import REPLICATES_SCHEMA
 from ke_ray.resuscitation.prediction import write_revived
-from ke_ray.tracking.tracker import TrackedRun
-
-__all__ = ["Collector", "ScanOutcome", "ScanProgress"]
+from ke_ray.tracking.run import TrackedRun
 
 _FOLD_EVERY_S = 15.0
 _FOLD_SHARE = 0.05  # of the driver's time, at most
-
-
-class ScanProgress(Protocol):
-    """What a scan tells about itself while it runs."""
-
-    def start(self, *, num_checkpoints: int, num_skipped: int, num_tokens: int) -> None:
-        """Before the first item; tokens to score, padding included."""
-
-    def tokens(self, num_tokens: int) -> None:
-        """Tokens scored so far, about once a second."""
-
-    def checkpoint(self, ref: CheckpointRef, rows: Sequence[dict[str, Any]]) -> None:
-        """One checkpoint is done; its result rows, some of which may have failed."""
-
-    def stop(self) -> None:
-        """After the last item."""
-
-
-@dataclass
-class ScanOutcome:
-    """What came of a scan.
-
-    Attributes:
-        scanned, skipped: checkpoints scored now, and found finished.
-        failures: (checkpoint, message) of those that failed.
-        phases_s: seconds of set-up, Ray start, scoring (actor start included) and closing.
-        timings: seconds of fetch, load, score and wait, one entry per item.
-    """
-
-    output: str
-    scanned: int = 0
-    skipped: int = 0
-    failures: list[tuple[str, str]] = field(default_factory=list)
-    phases_s: dict[str, float] = field(default_factory=dict)
-    timings: list[dict[str, float]] = field(default_factory=list)
-    num_tokens: int = 0
-    mlflow_run_id: str | None = None
-
-    @property
-    def exit_code(self) -> int:
-        """1 where a checkpoint failed, else 0."""
-        return 1 if self.failures else 0
 
 
 @dataclass
@@ -187,8 +143,6 @@ class Collector:
             replicates = replicates.add_column(0, pa.field(name, kind), column)
         pending.replicates.append(replicates.cast(REPLICATES_SCHEMA))
         if output["coefficients"] is not None:
-            from safetensors.numpy import load
-
             pending.coefficients[corpus.name] = load(output["coefficients"])[
                 "mean_abs_coefficients"
             ]
@@ -207,12 +161,12 @@ class Collector:
         if errors:
             self._outcome.failures.append((ref.name, " ".join(errors)))
         else:
-            self._outcome.scanned += 1
+            self._outcome.num_done += 1
         self._outcome.num_tokens += sum(
             row["num_tokens"] or 0 for row in {row["corpus"]: row for row in pending.rows}.values()
         )
         log_scan_metrics(self._run, pending.rows, index, self._setup)
-        self._meter.checkpoint(ref, pending.rows)
+        self._meter.ended(ref.name, pending.rows)
         # Folding reads and writes all tables again, which takes ever longer in a long series.
         if (started := time.monotonic()) > self._fold_after:
             folder.consolidate()

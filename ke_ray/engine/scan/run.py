@@ -20,32 +20,29 @@ from ke_ray import storage
 from ke_ray.engine.cluster.metrics import ScanMeter, study_label
 from ke_ray.engine.cluster.placement import cluster_nodes, count_places, most_cpus
 from ke_ray.engine.cluster.placement_watch import watch_placement
-from ke_ray.engine.cluster.session import (
-    beside_driver,
-    ray_session,
-)
+from ke_ray.engine.cluster.session import beside_driver, ray_session
 from ke_ray.engine.cluster.shared_storage import check_nodes_see
-from ke_ray.engine.scan.collect import Collector, ScanOutcome, ScanProgress
+from ke_ray.engine.scan.collect import Collector
 from ke_ray.engine.scan.scorer import CheckpointScorer, ScanMonitor
 from ke_ray.errors import StorageError, UserError
+from ke_ray.outcomes import Display, ScanOutcome
 from ke_ray.planning.scan import ScanSetup
 from ke_ray.planning.scan_items import load_tokens, plan_items
 from ke_ray.planning.scan_messages import ScorerSettings, item_to_json
 from ke_ray.planning.scan_tracking import log_finished, start_scan_run
 from ke_ray.storage.ownership import claimed
-from ke_ray.tracking.tracker import TrackedRun, Tracker
-
-__all__ = ["ScanOutcome", "ScanProgress", "run_scan"]
+from ke_ray.tracking.run import TrackedRun
+from ke_ray.tracking.tracker import Tracker
 
 log = logging.getLogger(__name__)
 
 
-def run_scan(setup: ScanSetup, progress: ScanProgress, tracker: Tracker) -> ScanOutcome:
+def run_scan(setup: ScanSetup, display: Display, tracker: Tracker) -> ScanOutcome:
     """Score what is missing and write it.
 
     Args:
         setup: from ``prepare_scan``.
-        progress: told what happens.
+        display: shows what happens.
         tracker: where the run is logged.
 
     Returns:
@@ -55,7 +52,7 @@ def run_scan(setup: ScanSetup, progress: ScanProgress, tracker: Tracker) -> Scan
         ResultsError: another command is writing the output folder.
         StorageError: the output folder cannot be written (what was finished before is kept).
     """
-    outcome = ScanOutcome(setup.study.output, skipped=setup.num_skipped)
+    outcome = ScanOutcome(setup.study.output, num_skipped=setup.num_skipped)
     outcome.phases_s["setup"] = setup.duration_s
     with claimed(setup.study.output, "scan"):
         setup.folder.manifest.update(status="running")
@@ -67,17 +64,17 @@ def run_scan(setup: ScanSetup, progress: ScanProgress, tracker: Tracker) -> Scan
         status = "FAILED"
         try:
             log_finished(run, setup)
-            _run(setup, progress, run, outcome)
+            _run(setup, display, run, outcome)
             status = "FAILED" if outcome.failures else "FINISHED"
         except KeyboardInterrupt:
             status = "KILLED"
             raise
         finally:
-            progress.stop()
+            display.stop()
             if setup.folder.manifest["status"] == "running":
-                # It did not come to its end: finished parts stay, and the same command goes on.
-                word = "interrupted" if status == "KILLED" else "failed"
-                setup.folder.manifest["status"] = word
+                # It did not come to its end; finished parts stay for the same command to resume.
+                ending = "interrupted" if status == "KILLED" else "failed"
+                setup.folder.manifest["status"] = ending
                 with suppress(StorageError):  # a full disk must not hide its own message
                     setup.folder.write_manifest()
             run.set_tags({"ke_ray.num_failed": str(len(outcome.failures))})
@@ -85,17 +82,14 @@ def run_scan(setup: ScanSetup, progress: ScanProgress, tracker: Tracker) -> Scan
     return outcome
 
 
-def _run(setup: ScanSetup, progress: ScanProgress, run: TrackedRun, outcome: ScanOutcome) -> None:
-    num_tokens = sum(work.num_tokens for work in setup.works)
-    progress.start(
-        num_checkpoints=len(setup.works), num_skipped=setup.num_skipped, num_tokens=num_tokens
-    )
+def _run(setup: ScanSetup, display: Display, run: TrackedRun, outcome: ScanOutcome) -> None:
+    display.start(num_items=len(setup.works), num_skipped=setup.num_skipped)
     if setup.works:
         started = time.monotonic()
         with ray_session():
             outcome.phases_s["ray_start"] = time.monotonic() - started
             started = time.monotonic()
-            _score(setup, run, progress, outcome)
+            _score(setup, run, display, outcome)
             outcome.phases_s["scoring"] = time.monotonic() - started
     started = time.monotonic()
     setup.folder.manifest["checkpoints"] = setup.checkpoint_entries()
@@ -106,7 +100,7 @@ def _run(setup: ScanSetup, progress: ScanProgress, run: TrackedRun, outcome: Sca
     outcome.phases_s["closing"] = time.monotonic() - started
 
 
-def _score(setup: ScanSetup, run: TrackedRun, progress: ScanProgress, outcome: ScanOutcome) -> None:
+def _score(setup: ScanSetup, run: TrackedRun, display: Display, outcome: ScanOutcome) -> None:
     import ray
 
     study = setup.study
@@ -164,7 +158,7 @@ def _score(setup: ScanSetup, run: TrackedRun, progress: ScanProgress, outcome: S
         ),
         **per_actor,
     )
-    meter = ScanMeter(progress, outcome, study_label(study), len(setup.works), num_actors)
+    meter = ScanMeter(display, outcome, study_label(study), setup.works, num_actors)
     collector = Collector(setup, settings, run, meter, outcome)
     with _ticking(monitor, meter), watch_placement():
         try:
@@ -184,21 +178,21 @@ def _score(setup: ScanSetup, run: TrackedRun, progress: ScanProgress, outcome: S
 def _actors(setup: ScanSetup) -> tuple[int, dict[str, float]]:
     """How many scorers, and the resources of each.
 
-    One per GPU where there are any. On CPUs as many as asked for, else one per core, fewer where
-    memory could not hold two models for each.
+    One per GPU where there are any. On CPUs as many as the study requests, else one per core, fewer
+    where memory could not hold two models for each.
     """
     nodes = cluster_nodes()
-    asked = setup.study.num_actors
+    requested = setup.study.num_actors
     if num_places := count_places(nodes, 1, gpus=1):
-        return min(asked or num_places, num_places), {"num_gpus": 1, "num_cpus": 1}
+        return min(requested or num_places, num_places), {"num_gpus": 1, "num_cpus": 1}
     num_places = count_places(nodes, 1)
     if not num_places:
         raise UserError(
             "The cluster has neither CPUs nor GPUs for a scorer right now; wait until its nodes "
             "are up (ray status) and run the command again."
         )
-    num_actors = min(asked or num_places, num_places)
-    if asked is None:
+    num_actors = min(requested or num_places, num_places)
+    if requested is None:
         if setup.model_bytes:  # one that is scored, one that loads, and room to work
             memory = sum(node.get("memory", 0) for node in nodes)
             num_actors = max(1, min(num_actors, int(memory / (2.5 * setup.model_bytes))))
@@ -215,8 +209,8 @@ def _ticking(monitor: Any, meter: ScanMeter) -> Iterator[None]:
 
     def tick() -> None:
         with suppress(ray.exceptions.RayError):
-            asked = monitor.scored.remote(), monitor.take_warnings.remote()
-            scored, warnings = ray.get(list(asked), timeout=5)
+            answers = [monitor.scored.remote(), monitor.take_warnings.remote()]
+            scored, warnings = ray.get(answers, timeout=5)
             meter.tick(*scored)
             for warning in warnings:
                 log.warning("%s", warning)

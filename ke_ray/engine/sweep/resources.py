@@ -20,12 +20,10 @@ from ke_ray.engine.cluster.placement import (
 from ke_ray.errors import ConfigError
 from ke_ray.studies.sweep import SweepStudy
 
-__all__ = ["TrialResources", "sweep_nodes", "trial_resources"]
-
 
 @dataclass(frozen=True)
 class TrialResources:
-    """What every trial gets.
+    """Resources of every trial.
 
     Attributes:
         concurrency: trials at once.
@@ -55,14 +53,14 @@ def trial_resources(
 
     Args:
         nodes: resources of each node that is alive (``CPU``, ``GPU``).
-        num_trials: trials to run; no use in more places.
+        num_trials: trials to run; more places than that are of no use.
         may_grow: whether nodes may be added: one trial then waits for those.
 
     Raises:
-        ConfigError: a trial asks for more than the cluster, or a node of it, has.
+        ConfigError: a trial requests more than the cluster, or a node of it, has.
     """
     num_workers = study.base.num_workers
-    cpus = _asked_cpus(study, num_workers)
+    cpus = _requested_cpus(study, num_workers)
     gpus = _gpus(study, nodes, cpus or 1, num_workers)
     wanted = max(1, min(study.max_concurrent or num_trials, num_trials))
     if cpus is None:
@@ -72,9 +70,9 @@ def trial_resources(
     holds = count_places(nodes, cpus, gpus) // num_workers
     if holds < 1 and not may_grow:
         each = describe_resources({"CPU": cpus, "GPU": gpus})
-        what = f"{num_workers} workers of {each} each" if num_workers > 1 else each
+        request = f"{num_workers} workers of {each} each" if num_workers > 1 else each
         raise ConfigError(
-            f"one trial asks for {what}, more than the cluster's nodes have "
+            f"One trial requests {request}, more than the cluster's nodes have "
             f"({describe_nodes(nodes)}); lower cpus_per_trial, gpus_per_trial or "
             "base.num_workers, or add nodes."
         )
@@ -99,7 +97,7 @@ def _gpus(
     return gpus / num_workers
 
 
-def _asked_cpus(study: SweepStudy, num_workers: int) -> int | None:
+def _requested_cpus(study: SweepStudy, num_workers: int) -> int | None:
     if study.cpus_per_trial is None:
         return study.base.cpus_per_worker if num_workers > 1 else None
     if study.cpus_per_trial < num_workers:

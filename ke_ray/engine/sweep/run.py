@@ -1,21 +1,19 @@
 """A sweep on Ray Tune: trials side by side, each a continual-learning run.
 
-Tune schedules: it starts actors within the resources, uses them again, replaces those that die,
-and (with ASHA) stops trials. It keeps nothing: the ledger does (``sweep_plan``), so that the same
-command after any kind of end goes on with what is missing, on another cluster too. Each trial
-writes its own MLflow run, a child of the sweep's.
+Tune schedules: it starts actors within the resources, uses them again, starts trials again that
+failed or whose process died, and (with ASHA) stops trials. It keeps nothing: the ledger does
+(``ke_ray.planning.sweep``), so that the same command after any kind of end resumes with what is
+missing, on another cluster too. Each trial writes its own MLflow run, a child of the sweep's.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 import uuid
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from ke_ray import storage
 from ke_ray.engine.cluster.metrics import record, study_label
@@ -25,9 +23,9 @@ from ke_ray.engine.cluster.session import beside_driver, ray_session
 from ke_ray.engine.cluster.shared_storage import check_nodes_see
 from ke_ray.engine.cluster.shared_tracking import check_nodes_reach_store
 from ke_ray.engine.sweep.resources import TrialResources, sweep_nodes, trial_resources
-from ke_ray.engine.sweep.trial import STOPPED_TAG, TIME, VALUE, Handout, config_of_trial
-from ke_ray.engine.sweep.tuner import ENVIRONMENT, build_tuner, scratch
+from ke_ray.engine.sweep.trial import STOPPED_TAG, TIME, VALUE, TrialConfigs, config_of_trial
 from ke_ray.engine.train.continual import read_by_workers
+from ke_ray.outcomes import Display, SweepOutcome
 from ke_ray.planning.sweep import SweepPlan
 from ke_ray.planning.trials import Trial
 from ke_ray.results.columns import OBJECTIVES
@@ -40,63 +38,27 @@ from ke_ray.results.sweep_folder import (
 )
 from ke_ray.storage.ownership import claimed
 from ke_ray.studies.identity import identity_fields, identity_keys
-from ke_ray.tracking.tracker import TrackedRun, Tracker, flatten
-from ke_ray.training.runs import base_row, part_folder, run_key, write_failed, write_row
+from ke_ray.tracking.run import TrackedRun
+from ke_ray.tracking.tracker import Tracker, flatten
+from ke_ray.training.runs import base_row, run_key, write_failed, write_row
 from ke_ray.training.tracking import run_params
 
-__all__ = ["SweepOutcome", "SweepProgress", "collect_sweep", "run_sweep"]
-
-log = logging.getLogger(__name__)
-
-
-class SweepProgress(Protocol):
-    """What a live display is told, on the driver."""
-
-    def start(self, *, num_trials: int, num_skipped: int, concurrency: int) -> None:
-        """Trials to run, trials found finished, and how many run at once."""
-
-    def begun(self, trial_id: str) -> None:
-        """A trial was given to an actor."""
-
-    def ended(self, trial_id: str, row: Mapping[str, Any]) -> None:
-        """A trial has its row."""
-
-    def stop(self) -> None:
-        """The sweep has ended."""
+#: Read by Tune on the driver and in its actors.
+_ENVIRONMENT = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no csv, json and TensorBoard files of each trial
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is an exception here, as SIGTERM is
+    "TUNE_GLOBAL_CHECKPOINT_S": "100000",  # Tune's own state is not used
+    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "30",  # a stopped trial closes its MLflow run
+    "TUNE_WARN_THRESHOLD_S": "60",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial's last report has no metric
+    "TUNE_MAX_PENDING_TRIALS_PG": "1",
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # they are in the trials' rows
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+}
 
 
-@dataclass
-class SweepOutcome:
-    """What came of a sweep.
-
-    Attributes:
-        rows: one a trial: ``trial_id``, ``point``, ``params`` and the columns of ``runs.parquet``.
-        skipped: trials found finished.
-        missing: objectives that no trial reported.
-        phases_s: seconds of Ray's start, from there until a trial began its work, and of the rest.
-    """
-
-    output: str
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    skipped: int = 0
-    missing: list[str] = field(default_factory=list)
-    phases_s: dict[str, float] = field(default_factory=dict)
-    mlflow_run_id: str | None = None
-
-    @property
-    def failures(self) -> list[tuple[str, str]]:
-        """(trial, error) of the trials that failed."""
-        return [(r["trial_id"], r["error"]) for r in self.rows if r["status"] == "failed"]
-
-    @property
-    def exit_code(self) -> int:
-        """1 where a trial failed or an objective was never reported."""
-        return 1 if self.failures or self.missing else 0
-
-
-def run_sweep(
-    plan: SweepPlan, tracker: Tracker, progress: SweepProgress | None = None
-) -> SweepOutcome:
+def run_sweep(plan: SweepPlan, tracker: Tracker, display: Display | None = None) -> SweepOutcome:
     """Run the trials of a sweep that are missing, and write its tables.
 
     Args:
@@ -107,22 +69,19 @@ def run_sweep(
         UserError: the cluster cannot hold a trial; another command runs this sweep.
         KeyboardInterrupt: after statuses and tables were made truthful.
     """
-    study = plan.study
-    outcome = SweepOutcome(study.output, skipped=sum(t.is_done for t in plan.trials))
-    pending = plan.num_trials - outcome.skipped
-    run = _Run(plan, tracker, progress)
-    with ExitStack() as held:
-        held.enter_context(claimed(study.output, "sweep"))
-        session = held.enter_context(ExitStack())
+    study, display = plan.study, display or Display()
+    missing = [trial for trial in plan.trials if not trial.is_done]
+    outcome = SweepOutcome(study.output, num_skipped=len(plan.trials) - len(missing))
+    pending = plan.num_trials - outcome.num_skipped
+    run = _Run(plan, tracker, display)
+    with claimed(study.output, "sweep"), ExitStack() as session:
         if pending:
             started = time.perf_counter()
-            for name, value in ENVIRONMENT.items():
+            for name, value in _ENVIRONMENT.items():
                 os.environ.setdefault(name, value)
             session.enter_context(ray_session())
-            missing = [trial for trial in plan.trials if not trial.is_done]
-            check_nodes_see(
-                [read for t in missing for read in read_by_workers(t.study, [t.spec])], study.output
-            )
+            inputs = [source for t in missing for source in read_by_workers(t.study, [t.spec])]
+            check_nodes_see(inputs, study.output)
             check_nodes_reach_store(study.mlflow)
             run.resources = trial_resources(study, sweep_nodes(study), pending, may_grow=may_grow())
             outcome.phases_s["ray_start"] = time.perf_counter() - started
@@ -147,8 +106,7 @@ def run_sweep(
             tracker.close_children(parent.run_id, run.ends())
             unfinished = {"KILLED": "interrupted", "FAILED": "failed"}
             collect_sweep(plan, outcome, unfinished.get(status))
-            if progress is not None:
-                progress.stop()
+            display.stop()
             status = "FAILED" if status == "FINISHED" and outcome.exit_code else status
             _log_parent(parent, outcome)
             parent.finish(status)
@@ -170,17 +128,17 @@ class _Run:
         self,
         plan: SweepPlan,
         tracker: Tracker,
-        progress: SweepProgress | None,
+        display: Display,
     ) -> None:
-        self.plan, self.tracker, self.progress = plan, tracker, progress
+        self.plan, self.tracker, self.display = plan, tracker, display
         self.parent = tracker.run(None)
-        self.unnamed: list[Trial] = []  # trials whose rows do not know their MLflow runs
+        self.unnamed: list[Trial] = []  # trials whose rows do not name their MLflow runs
         # A folder that is removed and made again is another sweep.
         self.folder_id = _folder_id(plan.study.output) or uuid.uuid4().hex
         self.command = uuid.uuid4().hex[:12]
         self.settings: dict[str, Any] = {}
         self.resources: TrialResources | None = None
-        self.handout: Any = None
+        self.configs: Any = None
 
     def go(self, pending: int, outcome: SweepOutcome) -> None:
         """Run the trials that are missing."""
@@ -188,44 +146,35 @@ class _Run:
         assert resources is not None
         record("ke_ray_sweep_trials_planned", pending, study=study_label(study))
         self._write_start()
-        if self.progress is not None:
-            self.progress.start(
-                num_trials=pending,
-                num_skipped=outcome.skipped,
-                concurrency=resources.concurrency,
-            )
+        self.display.start(
+            num_items=pending,
+            num_skipped=outcome.num_skipped,
+            note=f"{resources.concurrency} at a time",
+        )
         self.settings = {
             "cwd": os.getcwd(),
             "threads": resources.cpus,
-            "retries": study.retries,
             "command": self.command,
             "parent_id": self.parent.run_id,
             "watch": study.scheduler is not None,
         }
+        # Tune reads its environment when it is imported.
         import ray
 
         from ke_ray.engine.sweep.search import LedgerSearcher
+        from ke_ray.engine.sweep.tuner import build_tuner, scratch_folder
 
-        self.handout = ray.remote(Handout).options(**beside_driver()).remote()
-        began, began_at = time.perf_counter(), time.time()
+        self.configs = ray.remote(TrialConfigs).options(**beside_driver()).remote()
+        started, started_at = time.perf_counter(), time.time()
         searcher = LedgerSearcher(self.plan, self.config, self.settle)
-        with scratch(study.output) as place, watch_placement():
+        with scratch_folder(study.output) as folder, watch_placement():
             build_tuner(
-                study, searcher, resources, place, pending, self.command, self.handout
+                study, searcher, resources, folder, pending, self.command, self.configs
             ).fit()
-        took_s = time.perf_counter() - began
-        waited_s = min(max(0.0, self._first_begun_at() - began_at), took_s)
+        took_s = time.perf_counter() - started
+        first_at = ray.get(self.configs.first_read_at.remote()) or started_at
+        waited_s = min(max(0.0, first_at - started_at), took_s)
         outcome.phases_s |= {"worker_start": waited_s, "trials": took_s - waited_s}
-
-    def _first_begun_at(self) -> float:
-        """When the first trial of this command began its work; 0 where none did."""
-        times = []
-        for trial in self.plan.trials:
-            path = storage.join(part_folder(trial.study, trial.spec), "attempts.json")
-            known = storage.read_json(path) if storage.exists(path) else {}
-            if known.get("command") == self.command:
-                times.append(float(known["begun_at"]))
-        return min(times, default=0.0)
 
     def _write_start(self) -> None:
         """The manifest, which says whose folder this is, and the points so far."""
@@ -247,11 +196,9 @@ class _Run:
         self.plan.save_points()
 
     def config(self, trial: Trial) -> dict[str, Any]:
-        """What Tune gets of a trial: where its actor finds the rest."""
+        """What Tune gets of a trial: the name under which its actor finds the rest."""
         import ray
 
-        if self.progress is not None:
-            self.progress.begun(trial.trial_id)
         config = config_of_trial(trial, self.settings)
         config["study"]["mlflow"] = self._mlflow()
         resources = self.resources
@@ -259,7 +206,7 @@ class _Run:
             # Else each trial would take all of the cluster's CPUs for its workers.
             config["study"]["cpus_per_worker"] = resources.cpus
             config["study"]["use_gpu"] = bool(resources.gpus)
-        ray.get(self.handout.put.remote(trial.trial_id, config))
+        ray.get(self.configs.put.remote(trial.trial_id, config))
         return {"trial": trial.trial_id}
 
     def _mlflow(self) -> dict[str, Any]:
@@ -289,8 +236,7 @@ class _Run:
             self.unnamed.append(trial)  # looked up at the end: Tune waits here
         self._log_child(trial, row)
         record("ke_ray_sweep_trials", 1, study=study_label(self.plan.study), status=row["status"])
-        if self.progress is not None:
-            self.progress.ended(trial.trial_id, row)
+        self.display.ended(trial.trial_id, [row])
         trials = sweep_rows(self.plan)
         table = trials_table(trials, self.plan.study.shown_keys)
         storage.write_table(storage.join(self.plan.study.output, "trials.parquet"), table)
@@ -328,25 +274,25 @@ class _Run:
             return
         named = {f"objective/{o.metric}": o.metric for o in self.plan.study.objectives}
         named |= {f"result/{metric}": metric for metric in OBJECTIVES}
-        found = {name: objective_value(row, metric) for name, metric in named.items()}
+        values = {name: objective_value(row, metric) for name, metric in named.items()}
         run = self.tracker.run(run_id)
         # A group that is off has no keys, and MLflow would draw its trial beside the largest value.
-        known = flatten(run_params(trial.study, trial.spec))
+        own = flatten(run_params(trial.study, trial.spec))
         usual = flatten(run_params(self.plan.study.base, trial.spec))
-        run.log_params(dict.fromkeys({*usual, *trial.params} - set(known), "none"))
+        run.log_params(dict.fromkeys({*usual, *trial.params} - set(own), "none"))
         run.log_metrics(
-            {k: v for k, v in found.items() if v is not None}, row.get("num_steps") or 0
+            {k: v for k, v in values.items() if v is not None}, row.get("num_steps") or 0
         )
         run.set_tags({"ke_ray.trial": trial.trial_id, "ke_ray.point": str(trial.point.number)})
 
 
 def _write_stopped(trial: Trial, result: Mapping[str, Any]) -> None:
     step, share = result.get("step"), result.get(TIME)
-    where = "before its first probes" if share is None else f"after {share:.0f} % of its steps"
+    moment = "before its first probes" if share is None else f"after {share:.0f} % of its steps"
     row = {
         **base_row(trial.study, trial.spec),
         "status": "stopped",
-        "error": f"Stopped by the scheduler {where}.",
+        "error": f"Stopped by the scheduler {moment}.",
         "stopped_at_step": step,
         "acquisition_at_stop": result.get(VALUE),
     }
@@ -355,21 +301,21 @@ def _write_stopped(trial: Trial, result: Mapping[str, Any]) -> None:
 
 def sweep_rows(plan: SweepPlan) -> list[dict[str, Any]]:
     """The rows of all trials that have ended, by point and seed."""
-    found = []
+    rows = []
     for trial in plan.trials:
         row = trial.row()
         if row is not None:
             own = {"trial_id": trial.trial_id, "point": trial.point.number, "params": trial.params}
-            found.append({**row, **own})
-    return found
+            rows.append({**row, **own})
+    return rows
 
 
 def collect_sweep(plan: SweepPlan, outcome: SweepOutcome, status: str | None = None) -> None:
     """Write ``trials.parquet``, ``settings.parquet`` and the manifest; fill in the outcome."""
     study = plan.study
     if not storage.exists(storage.join(study.output, "manifest.json")):
-        return  # refused before it began
-    outcome.rows = sweep_rows(plan)
+        return  # refused before it started
+    outcome.set_rows(sweep_rows(plan))
     objectives = [(o.metric, str(o.direction)) for o in study.objectives]
     settings = settings_rows(outcome.rows, objectives)
     table = trials_table(outcome.rows, study.shown_keys)

@@ -1,7 +1,7 @@
-"""Which trial comes next: a Ray Tune searcher over a sweep's ledger, with Optuna where it draws.
+"""A Ray Tune searcher over a sweep's ledger, with Optuna for new points.
 
 Every command builds Optuna's study anew from the ledger: a finished point becomes a finished
-Optuna trial with the mean over its seeds, an unfinished one a running trial that is told later. So
+Optuna trial with the mean over its seeds, an unfinished one a running trial that ends later. So
 the history that TPE sees is exactly what the result files say, whatever was killed when.
 
 A trial that the scheduler stopped is PRUNED for Optuna, with the acquisition it had reached, and
@@ -14,8 +14,16 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import optuna
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
 from ke_ray.planning.sweep import SweepPlan
@@ -24,31 +32,23 @@ from ke_ray.results.sweep_folder import objective_value
 from ke_ray.studies.axis import Axis
 from ke_ray.studies.sweep import SweepStudy
 
-if TYPE_CHECKING:
-    import optuna
-
-__all__ = ["LedgerSearcher", "distributions", "point_values"]
-
 log = logging.getLogger(__name__)
 
 
-def distributions(study: SweepStudy) -> dict[str, Any]:
+def distributions(study: SweepStudy) -> dict[str, BaseDistribution]:
     """The space in Optuna's terms."""
-    import optuna
+    return {key: _distribution(axis) for key, axis in study.space.items()}
 
-    kinds = optuna.distributions
 
-    def one(axis: Axis) -> Any:
-        if axis.choice is not None:
-            return kinds.CategoricalDistribution(axis.choice)
-        if axis.integer is not None:
-            return kinds.IntDistribution(*axis.integer)
-        if axis.uniform is not None:
-            return kinds.FloatDistribution(*axis.uniform)
-        assert axis.loguniform is not None
-        return kinds.FloatDistribution(*axis.loguniform, log=True)
-
-    return {key: one(axis) for key, axis in study.space.items()}
+def _distribution(axis: Axis) -> BaseDistribution:
+    if axis.choice is not None:
+        return CategoricalDistribution(axis.choice)
+    if axis.integer is not None:
+        return IntDistribution(*axis.integer)
+    if axis.uniform is not None:
+        return FloatDistribution(*axis.uniform)
+    assert axis.loguniform is not None
+    return FloatDistribution(*axis.loguniform, log=True)
 
 
 def point_values(study: SweepStudy, rows: Sequence[dict[str, Any]]) -> list[float] | None:
@@ -57,28 +57,25 @@ def point_values(study: SweepStudy, rows: Sequence[dict[str, Any]]) -> list[floa
     means = []
     for objective in study.objectives:
         values = [objective_value(row, objective.metric) for row in finished]
-        known = [value for value in values if value is not None]
-        if not known:
+        reported = [value for value in values if value is not None]
+        if not reported:
             return None
-        means.append(sum(known) / len(known))
+        means.append(sum(reported) / len(reported))
     return means
 
 
-class _Drawer:
+class _PointSampler:
     """Optuna's study of a sweep, kept in memory and fed from the ledger."""
 
     def __init__(self, plan: SweepPlan) -> None:
-        import optuna
-
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.plan, self.space = plan, distributions(plan.study)
-        keys = plan.study
         self.study = optuna.create_study(
-            directions=[objective.direction for objective in keys.objectives],
+            directions=[objective.direction for objective in plan.study.objectives],
             sampler=optuna.samplers.TPESampler(
                 # Another seed on resume, or the same first draws would come again.
-                seed=(keys.search_seed * 1_000_003 + len(plan.points)) % 2**32,
-                n_startup_trials=keys.startup_trials,
+                seed=(plan.study.search_seed * 1_000_003 + len(plan.points)) % 2**32,
+                n_startup_trials=plan.study.startup_trials,
                 constant_liar=True,
             ),
         )
@@ -87,42 +84,37 @@ class _Drawer:
             self._remember(point)
 
     def _remember(self, point: Point) -> None:
-        import optuna
-
         if not set(self.space) <= set(point.params):
             return  # a point of its own, outside the space
-        trials = self.plan.trials_of(point.number)
-        state, values, shown_at = optuna.trial.TrialState.RUNNING, None, dict[int, float]()
-        if all(trial.is_done for trial in trials):
-            rows = [row for trial in trials if (row := trial.row())]
-            state, values = self._outcome(rows)
-            shown_at = self._intermediate(rows)
-        shown = {key: point.params[key] for key in self.space}
+        params = {key: point.params[key] for key in self.space}
         if not all(
-            self.space[k]._contains(self.space[k].to_internal_repr(shown[k])) for k in shown
+            axis._contains(axis.to_internal_repr(params[k])) for k, axis in self.space.items()
         ):
             return
+        trials = self.plan.trials_of(point.number)
+        state, values, intermediate = TrialState.RUNNING, None, dict[int, float]()
+        if all(trial.is_done for trial in trials):
+            rows = [row for trial in trials if (row := trial.row())]
+            state, values = self._result(rows)
+            intermediate = self._intermediate(rows)
         self.study.add_trial(
             optuna.trial.create_trial(
                 state=state,
                 values=values,
-                params=shown,
+                params=params,
                 distributions=self.space,
-                intermediate_values=shown_at if state == optuna.trial.TrialState.PRUNED else None,
+                intermediate_values=intermediate if state == TrialState.PRUNED else None,
             )
         )
         self.numbers[point.number] = len(self.study.trials) - 1
 
-    def _outcome(self, rows: Sequence[dict[str, Any]]) -> tuple[Any, list[float] | None]:
-        import optuna
-
-        states = optuna.trial.TrialState
+    def _result(self, rows: Sequence[dict[str, Any]]) -> tuple[TrialState, list[float] | None]:
         values = point_values(self.plan.study, rows)
         if values is not None:
-            return states.COMPLETE, values
+            return TrialState.COMPLETE, values
         if any(row["status"] == "stopped" for row in rows):
-            return states.PRUNED, None
-        return states.FAIL, None
+            return TrialState.PRUNED, None
+        return TrialState.FAIL, None
 
     def _intermediate(self, rows: Sequence[dict[str, Any]]) -> dict[int, float]:
         """Where a stopped trial stood, if that is what the objective is about: step → value."""
@@ -136,29 +128,27 @@ class _Drawer:
 
     def ask(self) -> Point:
         """Another point."""
-        asked = self.study.ask(self.space)
-        point = Point(len(self.plan.points), dict(asked.params))
-        self.numbers[point.number] = asked.number
+        trial = self.study.ask(self.space)
+        point = Point(len(self.plan.points), dict(trial.params))
+        self.numbers[point.number] = trial.number
         return point
 
     def tell(self, number: int, rows: Sequence[dict[str, Any]]) -> None:
-        """What came of a point."""
-        import optuna
-
+        """Give Optuna the results of a point."""
         if number not in self.numbers:
             return
-        state, values = self._outcome(rows)
-        told = self.study.trials[self.numbers[number]]
-        if told.state.is_finished():
+        state, values = self._result(rows)
+        trial = self.study.trials[self.numbers[number]]
+        if trial.state.is_finished():
             return
-        if state == optuna.trial.TrialState.PRUNED:
+        if state == TrialState.PRUNED:
             for step, value in self._intermediate(rows).items():
-                optuna.trial.Trial(self.study, told._trial_id).report(value, step)
+                optuna.trial.Trial(self.study, trial._trial_id).report(value, step)
         self.study.tell(self.numbers[number], values, state=state)
 
 
 class LedgerSearcher(Searcher):
-    """Hands out the trials that are not done, then draws points until there are enough.
+    """Suggests the trials that are not done, then draws points until there are enough.
 
     Args:
         plan: points and trials so far; drawn points are added to it and saved.
@@ -178,21 +168,21 @@ class LedgerSearcher(Searcher):
         self.waiting: deque[Trial] = deque(t for t in plan.trials if not t.is_done)
         self.running: dict[str, Trial] = {}
         draws = plan.study.search == "tpe" and bool(plan.study.space)
-        self.drawer = _Drawer(plan) if draws else None
+        self.sampler = _PointSampler(plan) if draws else None
 
     @property
     def optuna_study(self) -> optuna.Study | None:
         """Optuna's view of the sweep."""
-        return self.drawer.study if self.drawer else None
+        return self.sampler.study if self.sampler else None
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """See Ray: a config, or that there is nothing more."""
         if not self.waiting:
-            if self.drawer is None or len(self.plan.points) >= self.plan.num_points:
+            if self.sampler is None or len(self.plan.points) >= self.plan.num_points:
                 return Searcher.FINISHED
-            point = self.drawer.ask()
+            point = self.sampler.ask()
             self.waiting.extend(self.plan.add(point))
-            self.plan.save_points()  # before its trials can leave anything
+            self.plan.save_points()  # before its trials can write anything
         trial = self.waiting.popleft()
         self.running[trial_id] = trial
         return self.config_of(trial)
@@ -205,11 +195,11 @@ class LedgerSearcher(Searcher):
         if trial is None:
             return
         self.settle(trial, result or {}, error)
-        if self.drawer is None:
+        if self.sampler is None:
             return
         rows = [t.row() for t in self.plan.trials_of(trial.point.number)]
         if all(row is not None for row in rows):
-            self.drawer.tell(trial.point.number, [row for row in rows if row is not None])
+            self.sampler.tell(trial.point.number, [row for row in rows if row is not None])
 
     def __getstate__(self) -> dict[str, Any]:
         """For the copy of everything that Tune writes to disk, which nothing ever reads."""

@@ -2,45 +2,36 @@
 
 With one worker the run is done here, in the actor, which is then used again for the next trial
 (importing torch and starting an actor take longer than a small run). With more the actor only
-waits for the Ray Train workers that do it. Either way it is ``run_continual``, which writes the
-row; an exception is tried again here, and after ``retries`` of them becomes a failed row. Deaths
-of the process count as attempts too.
+waits for the Ray Train workers that do it. Either way ``run_continual`` writes the row of a trial
+that succeeds. An exception becomes a failed row and is raised, so that Tune counts it and starts
+the trial again as often as ``retries`` says, just as it does after the death of the process.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from ke_ray import storage
+from ke_ray.checkpoints.reference import CheckpointRef
 from ke_ray.engine.cluster.metrics import TrainingMeter
 from ke_ray.engine.cluster.placement import granted_device
-from ke_ray.errors import KeRayError, TrainingError
+from ke_ray.engine.train.trainer import fit
+from ke_ray.errors import TrainingError, row_error
+from ke_ray.planning.trials import Trial
 from ke_ray.studies.continual import ContinualStudy
-from ke_ray.studies.parts import TrackingSettings
+from ke_ray.tracking.tracker import open_tracker
+from ke_ray.training.continual import run_continual
+from ke_ray.training.parallel import Worker
 from ke_ray.training.runs import RunSpec, part_folder, read_row, run_key, write_failed
-
-if TYPE_CHECKING:
-    from ke_ray.planning.trials import Trial
-    from ke_ray.training.parallel import Worker
-    from ke_ray.training.snapshot import Snapshot
-
-__all__ = [
-    "STOPPED_TAG",
-    "TIME",
-    "VALUE",
-    "Handout",
-    "config_of_trial",
-    "run_trial",
-    "study_of",
-    "told",
-]
+from ke_ray.training.snapshot import Snapshot
 
 log = logging.getLogger(__name__)
 
@@ -64,19 +55,11 @@ def config_of_trial(trial: Trial, settings: Mapping[str, Any]) -> dict[str, Any]
 
 def study_of(config: Mapping[str, Any]) -> tuple[ContinualStudy, RunSpec]:
     """The inverse of :func:`config_of_trial`."""
-    from ke_ray.checkpoints.reference import CheckpointRef
-
     study = ContinualStudy.model_validate(config["study"])
     return study, RunSpec(config["name"], CheckpointRef(**config["ref"]), config["seed"])
 
 
-def told(error: BaseException) -> str:
-    """An exception as the ``error`` of a row."""
-    text = str(error).strip()
-    return text if isinstance(error, KeRayError) else f"{type(error).__name__}: {text}"[:2000]
-
-
-class Handout:
+class TrialConfigs:
     """An actor that holds the configs of trials.
 
     Tune writes what it passes to a trial into files of its own, and sources may hold a login. So
@@ -85,105 +68,83 @@ class Handout:
 
     def __init__(self) -> None:
         self._configs: dict[str, dict[str, Any]] = {}
+        self._first_read_at: float | None = None
 
     def put(self, name: str, config: dict[str, Any]) -> None:
-        """Leave the config of a trial."""
+        """Store the config of a trial."""
         self._configs[name] = config
 
     def get(self, name: str) -> dict[str, Any]:
-        """The config of a trial."""
+        """The config of a trial, which starts its work with it."""
+        self._first_read_at = self._first_read_at or time.time()
         return self._configs[name]
 
+    def first_read_at(self) -> float | None:
+        """When the first trial started its work (Unix seconds); None where none has."""
+        return self._first_read_at
 
-def run_trial(named: dict[str, str], handout: Any, environment: Mapping[str, str]) -> None:
+
+def run_trial(named: dict[str, str], configs: Any, environment: Mapping[str, str]) -> None:
     """Tune's trainable.
 
     Args:
-        named: ``trial``, the name of a config in the handout: what :func:`config_of_trial` makes,
-            with ``cwd``, ``threads``, ``retries``, ``command`` (names the command that
-            runs the sweep), ``parent_id`` and ``watch`` (whether a scheduler wants intermediate
-            results).
-        handout: the :class:`Handout`.
+        named: ``trial``, the name of a config: what :func:`config_of_trial` makes, with ``cwd``,
+            ``threads``, ``command`` (names the command that runs the sweep), ``parent_id`` and
+            ``watch`` (whether a scheduler wants intermediate results).
+        configs: handle of the :class:`TrialConfigs`.
         environment: variables that are not to be written down (MLflow's credentials).
+
+    Raises:
+        TrainingError: the attempt failed, for whatever reason; its row is written.
     """
     import ray
     from ray import tune
 
-    config = ray.get(handout.get.remote(named["trial"]))
     os.environ.update(environment)
+    config = ray.get(configs.get.remote(named["trial"]))
     if Path(config["cwd"]).is_dir():
         os.chdir(config["cwd"])  # relative paths mean what they mean to the driver
-    import ke_ray.training.continual  # noqa: F401  (seconds, which are the actor's, not a trial's)
-
     study, spec = study_of(config)
-    attempts = _Attempts(study, spec, config["command"], config["retries"])
-    while True:
-        if not attempts.begin():
-            break
+    row = read_row(study, spec)
+    if row is None or row["status"] != "ok":  # else the process died after its last write
         try:
             _execute(study, spec, config, tune.report)
-            break
         except SystemExit:  # the scheduler's: raised in tune.report
             _finish_stopped(study, spec, config["parent_id"])
             raise
         except Exception as error:
             log.warning("trial %s failed: %s", spec.name, error, exc_info=True)
-            write_failed(study, spec, told(error), fit=config["command"])
-    row = read_row(study, spec)
-    tune.report({"status": row["status"] if row else "failed"})
-
-
-class _Attempts:
-    """How often a command has begun a trial, counted where a killed process leaves it."""
-
-    def __init__(self, study: ContinualStudy, spec: RunSpec, command: str, retries: int) -> None:
-        self.study, self.spec = study, spec
-        self.path = storage.join(part_folder(study, spec), "attempts.json")
-        self.command, self.allowed = command, retries + 1
-
-    def begin(self) -> bool:
-        """Whether another attempt is due; counts it."""
-        known = storage.read_json(self.path) if storage.exists(self.path) else {}
-        count = known.get("count", 0) if known.get("command") == self.command else 0
-        row = read_row(self.study, self.spec)
-        if row is not None and row["status"] == "ok":
-            return False
-        if count >= self.allowed:
-            if row is None or row.get("fit") != self.command:
-                text = f"The trial's process died {count} times."
-                write_failed(self.study, self.spec, text, fit=self.command)
-            return False
-        told = {"command": self.command, "count": count + 1, "begun_at": time.time()}
-        storage.write_json(self.path, told)
-        return True
+            write_failed(study, spec, row_error(error), fit=config["command"])
+            # Without the cause, whose text Tune would write to a file as it is.
+            raise TrainingError(row_error(error)) from None
+    tune.report({"status": "ok"})
 
 
 def _execute(
     study: ContinualStudy, spec: RunSpec, config: Mapping[str, Any], report: Report
 ) -> None:
-    watch = report if config["watch"] else None
+    parent_id = config["parent_id"]
     if study.num_workers > 1:
-        _on_train_workers(study, spec, config["parent_id"], watch)
+        payload = {"study": study, "spec": spec, "parent_id": parent_id}
+        fit(_train_worker, payload, study, storage.join(part_folder(study, spec), "ray"))
         return
-    import torch
-
-    from ke_ray.training.continual import run_continual
-    from ke_ray.training.parallel import Worker
-
     device, problem = granted_device()
     if problem is not None:
         raise TrainingError(f"{problem}.")
     torch.set_num_threads(config["threads"])
-    probes = _Probes(watch)
+    probes = _Probes(report if config["watch"] else None)
     meter = TrainingMeter(study, spec.name, probes.on_progress, probes)
-    run_continual(
-        study,
-        spec,
-        Worker(device=device),
-        meter,
-        parent_id=config["parent_id"],
-        on_probes=meter.probes,
-    )
+    worker = Worker(device=device)
+    run_continual(study, spec, worker, meter, parent_id=parent_id, on_probes=meter.probes)
+
+
+def _train_worker(
+    payload: dict[str, Any], worker: Worker, on_progress: Callable[..., None]
+) -> None:
+    """The run on one of the Ray Train workers."""
+    study, spec, parent_id = payload["study"], payload["spec"], payload["parent_id"]
+    meter = TrainingMeter(study, spec.name, on_progress)
+    run_continual(study, spec, worker, meter, parent_id=parent_id, on_probes=meter.probes)
 
 
 class _Probes:
@@ -198,98 +159,21 @@ class _Probes:
         """Learns how long the run is."""
         self.num_steps = progress.num_steps
 
-    def __call__(self, step: int, found: Snapshot) -> None:
-        """The probes were asked after ``step`` steps."""
-        if self.report is None or found.knowledge is None:
+    def __call__(self, step: int, snapshot: Snapshot) -> None:
+        """The probes were evaluated after ``step`` steps."""
+        if self.report is None or snapshot.knowledge is None:
             return
         if self.start is None:
-            self.start = found.knowledge
+            self.start = snapshot.knowledge
         if step and self.num_steps:
-            gained = (found.knowledge - self.start) / abs(self.start)
+            gained = (snapshot.knowledge - self.start) / abs(self.start)
             time = 100.0 * step / self.num_steps
             self.report({TIME: time, VALUE: gained, "step": step})
 
 
-def _on_train_workers(
-    study: ContinualStudy, spec: RunSpec, parent_id: str | None, report: Report | None
-) -> None:
-    """Run on ``study.num_workers`` Ray Train workers."""
-    from ke_ray.engine.train.trainer import fit
-
-    folder = storage.join(part_folder(study, spec), "ray")
-    probes = storage.join(storage.absolute(part_folder(study, spec)), "watched.json")
-    stop = storage.join(storage.absolute(part_folder(study, spec)), "stop.json")
-    for path in (probes, stop):
-        storage.remove(path)
-    payload = {"study": study, "spec": spec, "parent_id": parent_id}
-    payload |= {"probes": probes if report else None, "stop": stop}
-    if report is None:
-        fit(_train_worker, payload, study, folder)
-        return
-    # Tune's report has to come from this thread, which it may end: training waits in another.
-    failure: list[BaseException] = []
-
-    def train() -> None:
-        try:
-            fit(_train_worker, payload, study, folder)
-        except BaseException as error:
-            failure.append(error)
-
-    thread = threading.Thread(target=train, name="trial-fit", daemon=True)
-    thread.start()
-    shown = 0
-    try:
-        while thread.is_alive():
-            thread.join(0.5)
-            known = storage.read_json(probes) if storage.exists(probes) else []
-            for entry in known[shown:]:
-                report(entry)
-            shown = len(known)
-    except SystemExit:
-        storage.write_json(stop, {})
-        thread.join(60)
-        raise
-    if failure:
-        raise failure[0]
-
-
-def _train_worker(
-    payload: dict[str, Any], worker: Worker, on_progress: Callable[..., None]
-) -> None:
-    """The run on one of the Ray Train workers."""
-    from ke_ray.training.continual import run_continual
-
-    left: list[dict[str, Any]] = []
-
-    def leave(entry: dict[str, Any]) -> None:
-        if storage.exists(payload["stop"]):
-            raise KeRayError("Stopped by the scheduler.")
-        left.append(entry)
-        storage.write_json(payload["probes"], left)
-
-    probes = _Probes(leave if payload["probes"] and worker.is_main else None)
-
-    def show(progress: Any, **more: Any) -> None:
-        probes.on_progress(progress)
-        on_progress(progress, **more)
-
-    meter = TrainingMeter(payload["study"], payload["spec"].name, show, probes)
-    run_continual(
-        payload["study"],
-        payload["spec"],
-        worker,
-        meter,
-        parent_id=payload["parent_id"],
-        on_probes=meter.probes,
-    )
-
-
 def _finish_stopped(study: ContinualStudy, spec: RunSpec, parent_id: str | None) -> None:
     """A trial that a scheduler ended is finished in MLflow, neither failed nor killed."""
-    from ke_ray.tracking.tracker import Tracker
-
-    settings: TrackingSettings = study.mlflow
-    with Tracker(settings, deferred=True) as tracker:
+    with open_tracker(study.mlflow, deferred=True) as tracker:
         run = tracker.run(tracker.find_run(run_key(study, spec, parent_id)))
         run.set_tags({STOPPED_TAG: "asha"})
         run.finish("FINISHED")

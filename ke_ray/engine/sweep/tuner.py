@@ -6,57 +6,61 @@ import logging
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from ray import tune
+from ray.tune.schedulers import AsyncHyperBandScheduler
 
 from ke_ray import storage
 from ke_ray.engine.sweep.resources import TrialResources
+from ke_ray.engine.sweep.search import LedgerSearcher
 from ke_ray.engine.sweep.trial import TIME, VALUE, run_trial
 from ke_ray.studies.sweep import SweepStudy
 
-if TYPE_CHECKING:
-    from ke_ray.engine.sweep.search import LedgerSearcher
+log = logging.getLogger(__name__)
 
-__all__ = ["ENVIRONMENT", "build_tuner", "scratch"]
 
-#: Read by Tune on the driver and in its actors.
-ENVIRONMENT = {
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no csv, json and TensorBoard files of each trial
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is an exception here, as SIGTERM is
-    "TUNE_GLOBAL_CHECKPOINT_S": "100000",  # Tune's own state is not used
-    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "30",  # a stopped trial closes its MLflow run
-    "TUNE_WARN_THRESHOLD_S": "60",
-    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial's last word is no metric
-    "TUNE_MAX_PENDING_TRIALS_PG": "1",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "RAY_AIR_NEW_OUTPUT": "0",
-}
+class _RetryLog(tune.Callback):
+    """Says on the driver that Tune starts a failed trial again."""
+
+    def __init__(self, retries: int) -> None:
+        self._attempts = retries + 1
+        self._failures: Counter[str] = Counter()
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """See Ray."""
+        name = trial.config["trial"]
+        self._failures[name] += 1
+        log.warning(
+            "Trial %s failed (attempt %d of %d); it starts again.",
+            *(name, self._failures[name], self._attempts),
+        )
 
 
 def build_tuner(
     study: SweepStudy,
     searcher: LedgerSearcher,
     resources: TrialResources,
-    place: str,
+    folder: str,
     num_trials: int,
     command: str,
-    handout: Any,
-) -> Any:
-    """The tuner over what is missing of a sweep; nothing starts before ``fit``.
+    configs: Any,
+) -> tune.Tuner:
+    """Build a Tuner for the unfinished trials; call ``fit()`` to start it.
 
     Args:
-        place: a local folder for what Tune insists on writing.
-        num_trials: what the searcher hands out in all.
-        command: names this command's files in ``place``.
-        handout: the actor that has the trials' configs.
+        folder: a local folder for what Tune insists on writing.
+        num_trials: what the searcher suggests in all.
+        command: names this command's files in ``folder``.
+        configs: handle of the actor that has the trials' configs.
     """
-    from ray import tune
-    from ray.tune.schedulers import AsyncHyperBandScheduler
-
-    # It warns of every trial whose metrics it cannot read back, and there is nothing to read.
-    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    # It warns of every trial whose metrics it cannot read back, and there is nothing to read; its
+    # errors are of trials that failed, which have rows.
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     scheduler = None
     if study.scheduler is not None:
         scheduler = AsyncHyperBandScheduler(
@@ -70,16 +74,16 @@ def build_tuner(
         )
     environment = {k: v for k, v in os.environ.items() if k.startswith("MLFLOW_")}
     if study.base.num_workers == 1:
-        asked: dict[str, float] = {"cpu": resources.cpus}
+        per_trial: dict[str, float] = {"cpu": resources.cpus}
         if resources.gpus:
-            asked["gpu"] = resources.gpus
+            per_trial["gpu"] = resources.gpus
     else:
         # The actor only waits for its workers. It needs something of Ray's, or Tune refuses it,
         # and no CPU, or it would hold what they wait for: a byte of memory, which every node has.
-        asked = {"cpu": 0, "memory": 1}
-    trainable = tune.with_parameters(run_trial, handout=handout, environment=environment)
+        per_trial = {"cpu": 0, "memory": 1}
+    trainable = tune.with_parameters(run_trial, configs=configs, environment=environment)
     return tune.Tuner(
-        tune.with_resources(trainable, asked),
+        tune.with_resources(trainable, per_trial),
         tune_config=tune.TuneConfig(
             search_alg=searcher,
             scheduler=scheduler,
@@ -90,8 +94,9 @@ def build_tuner(
         ),
         run_config=tune.RunConfig(
             name=f"sweep-{command}",
-            storage_path=place,
+            storage_path=folder,
             failure_config=tune.FailureConfig(max_failures=study.retries),
+            callbacks=[_RetryLog(study.retries)],
             verbose=0,
         ),
     )
@@ -102,14 +107,14 @@ def _folder_name(trial: Any) -> str:
 
 
 @contextmanager
-def scratch(output: str) -> Iterator[str]:
+def scratch_folder(output: str) -> Iterator[str]:
     """A local folder for Tune's files, removed afterwards."""
     if storage.is_local(output):
-        place = Path(storage.local_path(output)).absolute() / "ray"
-        place.mkdir(parents=True, exist_ok=True)
+        folder = Path(storage.local_path(output)).absolute() / "ray"
+        folder.mkdir(parents=True, exist_ok=True)
     else:
-        place = Path(tempfile.mkdtemp(prefix="ke_ray-sweep-"))
+        folder = Path(tempfile.mkdtemp(prefix="ke_ray-sweep-"))
     try:
-        yield str(place)
+        yield str(folder)
     finally:
-        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
+
+import pyarrow as pa
 
 from ke_ray import storage
 from ke_ray.engine.cluster.metrics import TrainingMeter
@@ -21,7 +23,9 @@ from ke_ray.engine.cluster.session import ray_session
 from ke_ray.engine.cluster.shared_storage import check_nodes_see
 from ke_ray.engine.cluster.shared_tracking import check_nodes_reach_store
 from ke_ray.engine.train.trainer import fit, progress_of
-from ke_ray.errors import KeRayError, PlacementError
+from ke_ray.errors import KeRayError, PlacementError, row_error
+from ke_ray.evaluation.downstream import load_tasks
+from ke_ray.outcomes import Display, Outcome
 from ke_ray.results.columns import RUN_TABLES, names, to_table
 from ke_ray.results.manifest import new_manifest, read_manifest, write_manifest
 from ke_ray.storage.ownership import claimed
@@ -29,6 +33,7 @@ from ke_ray.studies.continual import ContinualStudy
 from ke_ray.studies.identity import check_same_study, identity_fields
 from ke_ray.tracking.tracker import check_store
 from ke_ray.training.continual import run_continual
+from ke_ray.training.inputs import load_inputs, read_start
 from ke_ray.training.loop import Progress
 from ke_ray.training.parallel import Worker
 from ke_ray.training.runs import (
@@ -40,53 +45,7 @@ from ke_ray.training.runs import (
     write_failed,
 )
 
-__all__ = [
-    "ContinualOutcome",
-    "RunProgress",
-    "collect",
-    "prepare_continual",
-    "read_by_workers",
-    "run_continual_study",
-]
-
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class RunProgress:
-    """What a live display shows: the loop's progress and where it stands in the study."""
-
-    progress: Progress
-    run: str
-    number: int
-    num_runs: int
-    next_injection: int | None
-
-
-@dataclass
-class ContinualOutcome:
-    """What came of a study.
-
-    Attributes:
-        rows: one per run, as in ``runs.parquet``.
-        skipped: runs found finished.
-        phases_s: seconds of checking the input, of Ray's and the workers' start, of the work.
-    """
-
-    output: str
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    skipped: int = 0
-    phases_s: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def failures(self) -> list[tuple[str, str]]:
-        """(run, error) of the runs that failed."""
-        return [(r["run"], r["error"]) for r in self.rows if r["status"] != "ok"]
-
-    @property
-    def exit_code(self) -> int:
-        """1 where a run failed."""
-        return 1 if self.failures else 0
 
 
 def prepare_continual(study: ContinualStudy) -> list[RunSpec]:
@@ -103,10 +62,7 @@ def prepare_continual(study: ContinualStudy) -> list[RunSpec]:
 
 
 def _prepare_claimed(study: ContinualStudy) -> list[RunSpec]:
-    from ke_ray.training.inputs import load_inputs, read_start
-
-    specs = list_runs(study)
-    _check_output(study)
+    specs = _listed(study)
     checked: set[tuple[str, int, int]] = set()
     for spec in specs:
         if not spec.ref.is_local:
@@ -118,11 +74,9 @@ def _prepare_claimed(study: ContinualStudy) -> list[RunSpec]:
             checked.add(key)
             load_inputs(study, start, spec.seed)
     if study.downstream is not None:
-        from ke_ray.evaluation.downstream import load_tasks
-
-        keys = study.downstream
+        settings = study.downstream
         logging.getLogger("lm_eval").setLevel(logging.ERROR)  # remarks on every task it loads
-        load_tasks(keys.tasks, data_dir=keys.data, own_tasks=keys.own_tasks)
+        load_tasks(settings.tasks, data_dir=settings.data, own_tasks=settings.own_tasks)
     return specs
 
 
@@ -134,44 +88,40 @@ def _check_output(study: ContinualStudy) -> None:
     check_same_study(study.output, manifest, study_keys(study))
 
 
-def run_continual_study(
-    study: ContinualStudy, progress: Callable[[RunProgress], None] | None = None
-) -> ContinualOutcome:
+def run_continual_study(study: ContinualStudy, display: Display | None = None) -> Outcome:
     """Run what is missing of a study and write its tables.
-
-    Args:
-        progress: called on the driver about twice a second.
 
     Raises:
         UserError: bad input, or another command is writing the output folder; nothing was trained.
     """
     with claimed(study.output, "continual"):
-        return _run_claimed(study, progress)
+        return _run_claimed(study, display or Display())
 
 
-def _run_claimed(
-    study: ContinualStudy, progress: Callable[[RunProgress], None] | None
-) -> ContinualOutcome:
+def _run_claimed(study: ContinualStudy, display: Display) -> Outcome:
     started = time.perf_counter()
-    outcome = ContinualOutcome(study.output)
+    outcome = Outcome(study.output)
     specs = _listed(study)
     pending = [spec for spec in specs if not _is_done(study, spec)]
     if pending:
         specs = prepare_continual(study)
         check_store(study.mlflow)
-    outcome.skipped = len(specs) - len(pending)
+    outcome.num_skipped = len(specs) - len(pending)
     outcome.phases_s["check"] = time.perf_counter() - started
     manifest = new_manifest("continual", study.model_dump(mode="json"))
     manifest |= identity_fields(study_keys(study)) | {"runs": [spec.name for spec in specs]}
+    display.start(num_items=len(pending), num_skipped=outcome.num_skipped)
     if pending:
         write_manifest(study.output, manifest)
+        reporter = _RunReporter(study, pending, display)
         if study.executor == "inline":
-            for number, spec in enumerate(pending):
-                _run_inline(study, spec, _Board(specs, progress, outcome.skipped + number))
+            for spec in pending:
+                _run_inline(study, spec, reporter)
         else:
-            _run_on_ray(study, specs, pending, progress, outcome)
+            _run_on_ray(study, pending, reporter, outcome)
+        reporter.finish()
     collected = time.perf_counter()
-    outcome.rows = collect(study, specs)
+    outcome.set_rows(collect(study, specs))
     manifest |= {
         "status": "finished" if not outcome.failures else "failed",
         "num_failed": len(outcome.failures),
@@ -194,45 +144,54 @@ def _is_done(study: ContinualStudy, spec: RunSpec) -> bool:
     return row is not None and row["status"] == "ok"
 
 
-class _Board:
-    """Turns what the workers leave into :class:`RunProgress` for the caller."""
+class _RunReporter:
+    """Passes what the workers write to the display, run by run.
 
-    def __init__(
-        self,
-        specs: Sequence[RunSpec],
-        progress: Callable[[RunProgress], None] | None,
-        num_done: int,
-    ) -> None:
-        self.names = [spec.name for spec in specs]
-        self.progress, self.num_done = progress, num_done
+    Args:
+        pending: the runs to do, in order.
+    """
+
+    def __init__(self, study: ContinualStudy, pending: Sequence[RunSpec], display: Display) -> None:
+        self._study, self._display = study, display
+        self._left, self._num_runs = deque(pending), len(pending)
         self.started_at: float | None = None
-        self.seen: list[str] = []
 
     def show(self, progress: Progress, run: str, next_injection: int | None) -> None:
-        """Pass on one state of one run."""
+        """Show how far a run is; all before it have ended."""
         self.started_at = self.started_at or time.perf_counter()
-        if run not in self.seen:
-            self.seen.append(run)
-        if self.progress is not None:
-            number = self.num_done + len(self.seen)
-            self.progress(RunProgress(progress, run, number, len(self.names), next_injection))
+        if any(spec.name == run for spec in self._left):
+            while self._left[0].name != run:
+                self._end_first()
+        record = progress.record
+        per_run = record.num_tokens // record.step * progress.num_steps  # in all runs of a study
+        note = f"{run}: {progress}"
+        if next_injection is not None:
+            note += f", next injection at {next_injection}"
+        num_ended = self._num_runs - len(self._left)
+        total = self._num_runs * per_run
+        self._display.tokens(num_ended * per_run + record.num_tokens, total, note)
 
-    def show_file(self, found: dict[str, Any]) -> None:
+    def show_file(self, state: dict[str, Any]) -> None:
         """The same from a progress file."""
-        self.show(progress_of(found), found.get("run", ""), found.get("next_injection"))
+        self.show(progress_of(state), state.get("run", ""), state.get("next_injection"))
+
+    def finish(self) -> None:
+        """All runs have ended."""
+        while self._left:
+            self._end_first()
+
+    def _end_first(self) -> None:
+        spec = self._left.popleft()
+        if row := read_row(self._study, spec):
+            self._display.ended(spec.name, [row])
 
 
-def _run_inline(study: ContinualStudy, spec: RunSpec, board: _Board) -> None:
+def _run_inline(study: ContinualStudy, spec: RunSpec, reporter: _RunReporter) -> None:
     try:
-        run_continual(study, spec, Worker(), board.show)
+        run_continual(study, spec, Worker(), reporter.show)
     except Exception as error:
         log.debug("run %s failed", spec.name, exc_info=True)
-        write_failed(study, spec, _told(error))
-
-
-def _told(error: Exception) -> str:
-    text = str(error).strip()
-    return text if isinstance(error, KeRayError) else f"{type(error).__name__}: {text}"[:2000]
+        write_failed(study, spec, row_error(error))
 
 
 def _current(study: ContinualStudy) -> str:
@@ -257,34 +216,29 @@ def _continual_worker(
             if worker.world_size > 1:
                 raise  # the others may wait in a collective: Ray ends them, the driver goes on
             log.debug("run %s failed", spec.name, exc_info=True)
-            write_failed(study, spec, _told(error), fit=payload["fit"])
+            write_failed(study, spec, row_error(error), fit=payload["fit"])
 
 
 def read_by_workers(
     study: ContinualStudy, specs: Sequence[RunSpec]
 ) -> list[tuple[str, str | None]]:
     """What the workers of these runs read: (what it is, path or URI)."""
-    found: list[tuple[str, str | None]] = [
+    inputs: list[tuple[str, str | None]] = [
         ("The checkpoint", spec.ref.location) for spec in specs if spec.ref.is_local
     ]
     for group in ("corpus", "injection", "downstream", "held_out", "entropy", "resuscitation"):
-        keys = getattr(study, group)
+        settings = getattr(study, group)
         for name in ("source", "paraphrase", "once", "schedule", "data", "coefficients"):
-            found.append((f"{group}.{name}", getattr(keys, name, None)))
+            inputs.append((f"{group}.{name}", getattr(settings, name, None)))
     own_tasks = study.downstream.own_tasks if study.downstream else {}
-    found += [(f"downstream.own_tasks.{name}", place) for name, place in own_tasks.items()]
-    return [*found, ("tokenizer", study.tokenizer)]
+    inputs += [(f"downstream.own_tasks.{name}", path) for name, path in own_tasks.items()]
+    return [*inputs, ("tokenizer", study.tokenizer)]
 
 
 def _run_on_ray(
-    study: ContinualStudy,
-    specs: Sequence[RunSpec],
-    pending: Sequence[RunSpec],
-    progress: Callable[[RunProgress], None] | None,
-    outcome: ContinualOutcome,
+    study: ContinualStudy, pending: Sequence[RunSpec], reporter: _RunReporter, outcome: Outcome
 ) -> None:
     started = time.perf_counter()
-    board = _Board(specs, progress, outcome.skipped)
     left = list(pending)
     with ray_session():
         outcome.phases_s["ray_start"] = time.perf_counter() - started
@@ -296,15 +250,15 @@ def _run_on_ray(
             folder = storage.join(study.output, "ray")
             storage.remove(_current(study))
             try:
-                fit(_continual_worker, payload, study, folder, board.show_file)
+                fit(_continual_worker, payload, study, folder, reporter.show_file)
                 break
             except PlacementError:
                 raise
             except KeRayError as error:
                 if not storage.exists(_current(study)):
                     raise  # the cluster cannot hold the workers, …: no run is to blame
-                left = _after_failure(study, left, fit_id, _told(error))
-    work_started = board.started_at or time.perf_counter()
+                left = _after_failure(study, left, fit_id, row_error(error))
+    work_started = reporter.started_at or time.perf_counter()
     outcome.phases_s["worker_start"] = work_started - started - outcome.phases_s["ray_start"]
     outcome.phases_s["work"] = time.perf_counter() - work_started
 
@@ -332,11 +286,10 @@ def collect(study: ContinualStudy, specs: Sequence[RunSpec]) -> list[dict[str, A
     Returns:
         The rows of ``runs.parquet``, in the order of ``specs``.
     """
-    import pyarrow as pa
-
     rows = [row for spec in specs if (row := read_row(study, spec)) is not None]
-    known = [{k: v for k, v in row.items() if k in names("runs")} for row in rows]
-    storage.write_table(storage.join(study.output, "runs.parquet"), to_table("runs", known))
+    columns = names("runs")
+    rows = [{k: v for k, v in row.items() if k in columns} for row in rows]
+    storage.write_table(storage.join(study.output, "runs.parquet"), to_table("runs", rows))
     ok = {row["run"] for row in rows if row["status"] == "ok"}
     for name in RUN_TABLES:
         if name == "runs":
@@ -350,4 +303,4 @@ def collect(study: ContinualStudy, specs: Sequence[RunSpec]) -> list[dict[str, A
             storage.write_table(
                 storage.join(study.output, f"{name}.parquet"), pa.concat_tables(parts)
             )
-    return known
+    return rows

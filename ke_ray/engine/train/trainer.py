@@ -43,15 +43,6 @@ from ke_ray.training.loop import Progress, StepRecord
 from ke_ray.training.parallel import Worker
 from ke_ray.training.pretrain import PretrainOutcome, is_finished, prepare_data, run_pretrain
 
-__all__ = [
-    "ProgressFile",
-    "WorkerResources",
-    "build_trainer",
-    "fit",
-    "run_pretrain_on_ray",
-    "worker_resources",
-]
-
 #: ``function(payload, worker, on_progress)``, importable on the workers.
 WorkerFunction = Callable[[Any, Worker, Callable[..., None]], None]
 
@@ -64,7 +55,7 @@ class WorkerResources:
     use_gpu: bool
 
 
-def worker_resources(keys: TrainingKeys) -> WorkerResources:
+def worker_resources(settings: TrainingKeys) -> WorkerResources:
     """CPUs and GPU of each worker in the cluster that is connected.
 
     By default each has as many CPUs as let all workers run at the same time, node by node.
@@ -73,17 +64,17 @@ def worker_resources(keys: TrainingKeys) -> WorkerResources:
         ConfigError: the nodes cannot hold that many workers at once and nothing adds nodes, or
             torch cannot use the GPUs that are requested.
     """
-    nodes = training_nodes(keys.use_gpu)
-    use_gpu = keys.use_gpu
+    num_workers, use_gpu = settings.num_workers, settings.use_gpu
+    nodes = training_nodes(use_gpu)
     if use_gpu is None:
-        use_gpu = count_places(nodes, keys.cpus_per_worker or 1, gpus=1) >= keys.num_workers
+        use_gpu = count_places(nodes, settings.cpus_per_worker or 1, gpus=1) >= num_workers
     gpus = int(use_gpu)
-    cpus = keys.cpus_per_worker or max(1, most_cpus(nodes, keys.num_workers, gpus))
+    cpus = settings.cpus_per_worker or max(1, most_cpus(nodes, num_workers, gpus))
     num_places = count_places(nodes, cpus, gpus)
-    if num_places < keys.num_workers and not may_grow():
+    if num_places < num_workers and not may_grow():
         each = describe_resources({"CPU": cpus, "GPU": gpus})
         raise ConfigError(
-            f"num_workers {keys.num_workers} × ({each}) requested, but the cluster has "
+            f"num_workers {num_workers} × ({each}) requested, but the cluster has "
             f"{describe_nodes(nodes)} and holds {num_places} of them; lower num_workers or "
             "cpus_per_worker, set use_gpu: false, or add nodes."
         )
@@ -91,7 +82,7 @@ def worker_resources(keys: TrainingKeys) -> WorkerResources:
 
 
 class ProgressFile:
-    """Where the main worker leaves its progress and its process id for the driver.
+    """A file in which the main worker writes its progress and its process id for the driver.
 
     Not through Ray's reports: those are a barrier of all workers. Local files are replaced
     without a sync to disk, at most twice a second; elsewhere every ten seconds.
@@ -103,7 +94,7 @@ class ProgressFile:
         self._last = 0.0
 
     def write(self, progress: Progress, **more: Any) -> None:
-        """Leave ``progress`` unless something was left a moment ago."""
+        """Write ``progress`` unless something was written a moment ago."""
         now = time.monotonic()
         if now - self._last < self._every_s and progress.record.step < progress.num_steps:
             return
@@ -118,7 +109,7 @@ class ProgressFile:
             storage.write_atomic(self.uri, text)
 
     def read(self) -> dict[str, Any] | None:
-        """What was left last, or None."""
+        """What was written last, or None."""
         try:
             return json.loads(storage.read_bytes(self.uri))
         except (OSError, ValueError):
@@ -150,18 +141,18 @@ def _worker_main(config: dict[str, Any]) -> None:
     try:
         config["function"](config["payload"], worker, on_progress)
     except KeRayError as error:
-        told = {"type": type(error).__name__, "message": str(error)}
-        storage.write_json(config["fatal"], told)
+        fatal = {"type": type(error).__name__, "message": str(error)}
+        storage.write_json(config["fatal"], fatal)
         if worker.world_size > 1:
-            raise  # its fellows may wait for it in a collective: let Ray end them all
-    # Every rank reports once, so that the run has an end that Ray knows of.
+            raise  # the others may wait for it in a collective: Ray ends them all
+    # Every rank reports once, so that Ray knows that the run has ended.
     ray.train.report({"finished": 1})
 
 
 def build_trainer(
-    function: WorkerFunction, payload: Any, keys: TrainingKeys, folder: str, name: str
+    function: WorkerFunction, payload: Any, settings: TrainingKeys, folder: str, name: str
 ) -> Any:
-    """A TorchTrainer that runs ``function`` on ``keys.num_workers`` workers; :func:`fit` runs it.
+    """A TorchTrainer that runs ``function`` on all workers; :func:`fit` runs it.
 
     Args:
         function: importable on the workers; called as ``function(payload, worker, on_progress)``.
@@ -171,7 +162,7 @@ def build_trainer(
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    resources = worker_resources(keys)
+    resources = worker_resources(settings)
     per_worker: dict[str, float] = {"CPU": resources.cpus}
     if resources.use_gpu:
         per_worker["GPU"] = 1
@@ -194,14 +185,14 @@ def build_trainer(
             "progress": storage.join(folder, "progress.json"),
         },
         scaling_config=ScalingConfig(
-            num_workers=keys.num_workers,
+            num_workers=settings.num_workers,
             use_gpu=resources.use_gpu,
             resources_per_worker=per_worker,
         ),
         run_config=RunConfig(
             name=name,
             storage_path=folder,
-            failure_config=FailureConfig(max_failures=keys.max_failures),
+            failure_config=FailureConfig(max_failures=settings.max_failures),
         ),
         torch_config=TorchConfig(backend="nccl" if resources.use_gpu else "gloo"),
     )
@@ -210,31 +201,31 @@ def build_trainer(
 def fit(
     function: WorkerFunction,
     payload: Any,
-    keys: TrainingKeys,
+    settings: TrainingKeys,
     folder: str,
     on_progress: Callable[[dict[str, Any]], None] | None = None,
 ) -> None:
     """Run ``function`` on Ray Train workers until it returns on all of them.
 
-    Needs a Ray session. A worker that dies is replaced, ``keys.max_failures`` times.
+    Needs a Ray session. A worker that dies is replaced, ``settings.max_failures`` times.
 
     Args:
         folder: URI for Ray's own files; removed afterwards.
-        on_progress: called on the driver, in a thread, with what the main worker left.
+        on_progress: called on the driver, in a thread, with what the main worker wrote.
 
     Raises:
         KeRayError: as the worker raised it.
         PlacementError: no node can hold a worker any more.
         TrainingError: workers died more often than allowed; the message says of what.
     """
-    place, name = storage.absolute(folder), f"fit-{uuid.uuid4().hex[:12]}"
-    storage.make_dirs(storage.join(place, name))
-    storage.remove(storage.join(place, "progress.json"))  # of a driver that was killed
-    trainer = build_trainer(function, payload, keys, place, name)
-    fatal = storage.join(place, name, "fatal.json")
+    folder, name = storage.absolute(folder), f"fit-{uuid.uuid4().hex[:12]}"
+    storage.make_dirs(storage.join(folder, name))
+    storage.remove(storage.join(folder, "progress.json"))  # of a driver that was killed
+    trainer = build_trainer(function, payload, settings, folder, name)
+    fatal = storage.join(folder, name, "fatal.json")
     try:
         with (
-            _watched(ProgressFile(storage.join(place, "progress.json")), on_progress),
+            _watched(ProgressFile(storage.join(folder, "progress.json")), on_progress),
             kept_handlers(signal.SIGINT, signal.SIGTERM),
             watch_placement(),
         ):
@@ -243,21 +234,21 @@ def fit(
         raise
     except Exception as error:  # ray.train's own kinds, which are not stable across versions
         if not storage.exists(fatal):
-            raise TrainingError(_explain(error, keys)) from error
+            raise TrainingError(_explain(error, settings.max_failures)) from error
     if storage.exists(fatal):
-        told = storage.read_json(fatal)
-        kind = getattr(errors, told["type"], TrainingError)
-        raise kind(told["message"])
-    storage.remove(place)
+        failure = storage.read_json(fatal)
+        kind = getattr(errors, failure["type"], TrainingError)
+        raise kind(failure["message"])
+    storage.remove(folder)
 
 
-def _explain(error: Exception, keys: TrainingKeys) -> str:
+def _explain(error: Exception, max_failures: int) -> str:
     failures = getattr(error, "worker_failures", None) or {}
     causes = [str(cause).strip().splitlines() for cause in failures.values()]
     last = next((lines[-1] for lines in causes if lines), str(error).strip().splitlines()[-1:])
     return (
-        f"Training workers failed {keys.max_failures + 1} times (max_failures "
-        f"{keys.max_failures}); the last time: {last if isinstance(last, str) else ' '.join(last)}"
+        f"Training workers failed {max_failures + 1} times (max_failures {max_failures}); the "
+        f"last time: {last if isinstance(last, str) else ' '.join(last)}"
     )
 
 
@@ -274,10 +265,10 @@ def _watched(
         shown: dict[str, Any] | None = None
         while True:
             ended = done.wait(0.5)
-            found = file.read()
-            if found is not None and found != shown:
-                shown = found
-                on_progress(found)
+            state = file.read()
+            if state is not None and state != shown:
+                shown = state
+                on_progress(state)
             if ended:
                 return
 
@@ -290,10 +281,9 @@ def _watched(
         thread.join()
 
 
-def progress_of(found: dict[str, Any]) -> Progress:
+def progress_of(state: dict[str, Any]) -> Progress:
     """The loop's :class:`Progress` from what :class:`ProgressFile` holds."""
-    record = StepRecord(**found["record"])
-    return Progress(record, found["num_steps"], found["time_left_s"])
+    return Progress(StepRecord(**state["record"]), state["num_steps"], state["time_left_s"])
 
 
 def _pretrain_worker(
@@ -334,7 +324,7 @@ def _run_claimed(
             study,
             study,
             storage.join(study.output, "ray"),
-            None if progress is None else lambda found: progress(progress_of(found)),
+            None if progress is None else lambda state: progress(progress_of(state)),
         )
     outcome = run_pretrain(study)  # finished by now: reads what it left
     return PretrainOutcome(**{**outcome.__dict__, "skipped": False})

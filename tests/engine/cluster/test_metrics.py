@@ -18,10 +18,10 @@ from tiny_sweep import tiny_sweep
 
 from ke_ray.engine.cluster import metrics
 from ke_ray.engine.cluster.metrics import METRICS, ScanMeter
-from ke_ray.engine.scan.collect import ScanOutcome
 from ke_ray.engine.sweep.run import run_sweep
+from ke_ray.outcomes import Display, ScanOutcome
 from ke_ray.planning.sweep import prepare_sweep
-from ke_ray.tracking.tracker import Tracker
+from ke_ray.tracking.tracker import open_tracker
 from ke_ray.training.loop import Progress, StepRecord
 from ke_ray.training.pretrain import run_pretrain
 from ke_ray.training.snapshot import Snapshot
@@ -100,7 +100,7 @@ def test_dashboards_can_be_imported(path: Path) -> None:
 def test_the_idle_share_is_that_of_the_last_minute(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
     monkeypatch.setattr("ke_ray.engine.cluster.metrics.time.monotonic", lambda: now)
-    meter = ScanMeter(None, ScanOutcome(""), "s", 5, num_scorers=2)
+    meter = ScanMeter(Display(), ScanOutcome(""), "s", [], num_scorers=2)
     now += 10
     assert meter._idle_share(5.0) == pytest.approx(1 - 5 / 20)
     now += 50
@@ -178,7 +178,7 @@ def test_a_running_study_exports_all_that_the_dashboards_ask(
         (name, "watched_scan" if name.startswith("ray_ke_ray_scan") else "watched"): labels
         for name, labels in asked().items()
     }
-    with scraped() as seen, Tracker(study.mlflow) as tracker:
+    with scraped() as seen, open_tracker(study.mlflow) as tracker:
         (row,) = run_sweep(prepare_sweep(study), tracker).rows
         assert scan(scan_study(name="watched_scan")).exit_code == 0
         late = threading.Event()

@@ -14,41 +14,36 @@ import psutil
 import pytest
 
 from ke_ray.engine.scan.run import run_scan
+from ke_ray.outcomes import Display
 from ke_ray.planning import scan_items as plan
 from ke_ray.planning.scan import prepare_scan
 from ke_ray.results import ScanFolder, read_manifest
 from ke_ray.studies.parts import TrackingSettings
 from ke_ray.studies.scan import ALL_MEASURES
-from ke_ray.tracking.tracker import Tracker
+from ke_ray.tracking.tracker import open_tracker
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
 
-class Recorder:
-    """Remembers what a scan told."""
+class Recorder(Display):
+    """Remembers what a scan showed."""
 
     def __init__(self):
         self.done, self.failed, self.skipped, self.on_checkpoint = [], [], 0, None
 
-    def start(self, *, num_checkpoints, num_skipped, num_tokens):
+    def start(self, *, num_items, num_skipped, note=""):
         self.skipped = num_skipped
 
-    def tokens(self, num_tokens):
-        pass
-
-    def checkpoint(self, ref, rows):
+    def ended(self, name, rows):
         ok = all(row["status"] == "ok" for row in rows)
-        (self.done if ok else self.failed).append(ref.name)
+        (self.done if ok else self.failed).append(name)
         if self.on_checkpoint:
-            self.on_checkpoint(ref)
-
-    def stop(self):
-        pass
+            self.on_checkpoint(name)
 
 
 def scan(study, recorder=None):
     recorder = recorder or Recorder()
-    with Tracker(study.mlflow) as tracker:
+    with open_tracker(study.mlflow) as tracker:
         outcome = run_scan(prepare_scan(study), recorder, tracker)
     return outcome, recorder
 
@@ -277,7 +272,7 @@ def test_a_killed_scorer_changes_no_result(scan_study, expected, tmp_path, serie
     recorder = Recorder()
     killed = []
 
-    def kill_once(ref):
+    def kill_once(name):
         if len(recorder.done) == 3 and not killed:
             killed.extend(scorer_pids()[:1])
             os.kill(killed[0], signal.SIGKILL)
@@ -324,7 +319,7 @@ def test_an_interrupt_keeps_what_is_finished(scan_study, series, expected):
     study = scan_study(measures=("knowledge_entropy",), num_actors=1)
     recorder = Recorder()
 
-    def interrupt(ref):
+    def interrupt(name):
         recorder.on_checkpoint = None
         signal.raise_signal(signal.SIGINT)
 
@@ -371,7 +366,8 @@ def test_progress_counts_tokens_while_it_runs(scan_study):
     seen = []
 
     class Counter(Recorder):
-        def tokens(self, num_tokens):
+        def tokens(self, num_tokens, total, note=""):
+            assert total == 4 * 70 * 24
             seen.append(num_tokens)
 
     threads_before = threading.active_count()

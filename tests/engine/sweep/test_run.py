@@ -17,13 +17,14 @@ import torch
 from tiny_studies import tiny_pretrain
 from tiny_sweep import tiny_sweep
 
-from ke_ray.engine.sweep.run import SweepOutcome, run_sweep
+from ke_ray.engine.sweep.run import run_sweep
 from ke_ray.errors import ConfigError, ResultsError
+from ke_ray.outcomes import SweepOutcome
 from ke_ray.planning.sweep import prepare_sweep
 from ke_ray.storage import read_json, read_table
 from ke_ray.storage.ownership import claimed
 from ke_ray.studies.sweep import SweepStudy
-from ke_ray.tracking.tracker import Tracker
+from ke_ray.tracking.tracker import open_tracker
 from ke_ray.training.continual import run_continual
 from ke_ray.training.pretrain import run_pretrain
 
@@ -39,7 +40,7 @@ def series(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def sweep(study: SweepStudy) -> SweepOutcome:
     plan = prepare_sweep(study)
-    with Tracker(study.mlflow) as tracker:
+    with open_tracker(study.mlflow) as tracker:
         return run_sweep(plan, tracker)
 
 
@@ -111,13 +112,13 @@ def test_trials_are_the_runs_of_the_continual_study(
     files = sorted((tmp_path / "sweep" / "runs").rglob("run.json"))
     before = [path.stat().st_mtime_ns for path in files]
     again = sweep(study)
-    assert (again.skipped, again.exit_code) == (3, 0)
+    assert (again.num_skipped, again.exit_code) == (3, 0)
     assert [path.stat().st_mtime_ns for path in files] == before
     assert set(mlflow_runs(uri)) == {"sweep", *runs}
 
 
 def test_a_failing_trial_is_retried_then_a_row_and_the_others_finish(
-    tmp_path: Path, series: Path, ray_cluster: None
+    tmp_path: Path, series: Path, ray_cluster: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     study = tiny_sweep(
@@ -135,8 +136,10 @@ def test_a_failing_trial_is_retried_then_a_row_and_the_others_finish(
     ((name, error),) = outcome.failures
     assert "1e18" in name
     assert "The loss is nan" in error
-    attempts = read_json(tmp_path / "sweep" / "runs" / name / "attempts.json")
-    assert attempts["count"] == 3
+    assert retries_in(caplog) == [
+        f"Trial {name} failed (attempt 1 of 3); it starts again.",
+        f"Trial {name} failed (attempt 2 of 3); it starts again.",
+    ]
     runs = mlflow_runs(uri)
     assert runs[name].info.status == "FAILED"
     assert outcome.rows[1]["mlflow_run_id"] == runs[name].info.run_id
@@ -146,8 +149,12 @@ def test_a_failing_trial_is_retried_then_a_row_and_the_others_finish(
     assert (manifest["status"], manifest["num_failed"]) == ("failed", 1)
     # The next command tries the failed trial again, and only that one.
     again = sweep(study)
-    assert again.skipped == 2
+    assert again.num_skipped == 2
     assert mlflow_runs(uri).keys() == runs.keys(), "the retried trial continues its run"
+
+
+def retries_in(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [message for message in caplog.messages if "it starts again" in message]
 
 
 def own_trial_processes() -> list[psutil.Process]:
@@ -181,7 +188,7 @@ def kill_trial_when(ready: Callable[[], bool], killed: list[int]) -> threading.T
 
 
 def test_a_killed_trial_goes_on_and_continues_its_mlflow_run(
-    tmp_path: Path, series: Path, ray_cluster: None
+    tmp_path: Path, series: Path, ray_cluster: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     study = tiny_sweep(
@@ -200,7 +207,7 @@ def test_a_killed_trial_goes_on_and_continues_its_mlflow_run(
     watcher.join()
     assert killed, "the trial was over before it could be killed"
     assert [row["status"] for row in outcome.rows] == ["ok"]
-    assert read_json(state.parent / "attempts.json")["count"] == 2
+    assert retries_in(caplog) == [f"Trial {name} failed (attempt 1 of 2); it starts again."]
     train = read_table(state.parent / "train.parquet").to_pandas()
     assert train["step"].tolist() == list(range(1, 73)), "every step once"
     runs = mlflow_runs(uri)
@@ -234,7 +241,7 @@ def test_asha_stops_the_worse_half_early(tmp_path: Path, series: Path, ray_clust
         run = runs[row["trial_id"]]
         assert run.info.status == "FINISHED"
         assert run.data.tags["ke_ray.stopped_early"] == "asha"
-    assert sweep(study).skipped == 4
+    assert sweep(study).num_skipped == 4
 
 
 def test_tpe_with_two_objectives(tmp_path: Path, series: Path, ray_cluster: None) -> None:
@@ -272,9 +279,8 @@ def test_a_second_command_in_the_same_folder_is_refused(tmp_path: Path, series: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scheduler", [None, {"name": "asha"}])
 def test_two_workers_give_the_weights_of_one(
-    tmp_path: Path, series: Path, ray_cluster: None, scheduler: dict[str, str] | None
+    tmp_path: Path, series: Path, ray_cluster: None
 ) -> None:
     from safetensors.torch import load_file
 
@@ -288,8 +294,7 @@ def test_two_workers_give_the_weights_of_one(
                 "probes": {"every": 2},
             },
             space={"resuscitation.factor": [2]},
-            points=[] if scheduler else [{"resuscitation": None}],  # alone, it is never stopped
-            scheduler=scheduler,
+            points=[{"resuscitation": None}],
             objectives=["acquisition"],
         )
         outcome = sweep(study)
@@ -298,7 +303,7 @@ def test_two_workers_give_the_weights_of_one(
         names = [row["trial_id"] for row in outcome.rows]
         folder = tmp_path / f"workers{workers}" / "runs"
         weights.append([load_file(folder / n / "final" / "model.safetensors") for n in names])
-    assert len(rows[0]) == len(rows[1]) == (1 if scheduler else 2)
+    assert len(rows[0]) == len(rows[1]) == 2
     for one, two in zip(*weights, strict=True):
         for name, tensor in one.items():
             torch.testing.assert_close(tensor, two[name], rtol=2e-4, atol=2e-6)

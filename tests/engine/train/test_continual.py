@@ -8,20 +8,35 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_studies
 from tiny_studies import tiny_continual, tiny_pretrain
 
-from ke_ray.engine.train.continual import (
-    RunProgress,
-    prepare_continual,
-    run_continual_study,
-)
+from ke_ray.engine.train.continual import prepare_continual, run_continual_study
 from ke_ray.errors import CheckpointSpecError, ResultsError
+from ke_ray.outcomes import Display
 from ke_ray.storage import read_json, read_table
 from ke_ray.training.pretrain import run_pretrain
+
+
+class Recorder(Display):
+    """Remembers what a study showed."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.amounts: list[tuple[int, int]] = []
+        self.ended_runs: list[tuple[str, str]] = []
+
+    def tokens(self, num_tokens: int, total: int, note: str = "") -> None:
+        self.notes.append(note)
+        self.amounts.append((num_tokens, total))
+
+    def ended(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        self.ended_runs += [(name, row["status"]) for row in rows]
 
 
 @pytest.fixture(scope="module")
@@ -38,15 +53,21 @@ def series(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_broken_start_is_a_row_and_the_others_finish(tmp_path: Path, series: Path) -> None:
     study = tiny_continual(tmp_path, series)
-    shown: list[RunProgress] = []
-    outcome = run_continual_study(study, shown.append)
+    shown = Recorder()
+    outcome = run_continual_study(study, shown)
     assert [row["status"] for row in outcome.rows] == ["ok", "failed", "ok"]
     assert outcome.exit_code == 1
     assert outcome.failures[0][0] == "step7-seed0"
     assert "step7" in outcome.failures[0][1]
-    assert {p.run for p in shown} == {"step5-seed0", "step10-seed0"}
-    assert shown[0].num_runs == 3
-    assert shown[0].next_injection == 3
+    assert {note.split(":")[0] for note in shown.notes} == {"step5-seed0", "step10-seed0"}
+    assert shown.notes[0].endswith("next injection at 3")
+    assert shown.ended_runs == [
+        ("step5-seed0", "ok"),
+        ("step7-seed0", "failed"),
+        ("step10-seed0", "ok"),
+    ]
+    assert shown.amounts == sorted(shown.amounts)
+    assert shown.amounts[-1][0] == shown.amounts[-1][1], "the last tokens are the total"
     runs = read_table(tmp_path / "runs.parquet").to_pylist()
     assert [r["run"] for r in runs] == ["step5-seed0", "step7-seed0", "step10-seed0"]
     assert runs[1]["acquisition"] is None
@@ -56,20 +77,20 @@ def test_a_broken_start_is_a_row_and_the_others_finish(tmp_path: Path, series: P
 
     # The same command tries the failed run again, and only that.
     kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "runs" / "step5-seed0").rglob("*.json")}
-    shown.clear()
-    again = run_continual_study(study, shown.append)
-    assert again.skipped == 2
+    shown = Recorder()
+    again = run_continual_study(study, shown)
+    assert again.num_skipped == 2
     assert again.exit_code == 1
-    assert shown == []
+    assert (shown.notes, shown.ended_runs) == ([], [("step7-seed0", "failed")])
     assert {p: p.stat().st_mtime_ns for p in kept} == kept
 
     # A narrower selection is finished; a further seed adds what is missing.
     narrow = tiny_continual(tmp_path, series, starts={"steps": "10:"}, seeds=(0, 1))
-    more = run_continual_study(narrow, shown.append)
-    assert more.skipped == 1
+    more = run_continual_study(narrow)
+    assert more.num_skipped == 1
     assert [row["run"] for row in more.rows] == ["step10-seed0", "step10-seed1"]
     assert more.exit_code == 0
-    assert run_continual_study(narrow, shown.append).skipped == 2
+    assert run_continual_study(narrow).num_skipped == 2
 
     with pytest.raises(ResultsError, match="optimizer.learning_rate was"):
         run_continual_study(tiny_continual(tmp_path, series, optimizer={"learning_rate": 0.1}))
@@ -91,8 +112,8 @@ def test_a_missing_tokenizer_stops_the_study_before_any_run(tmp_path: Path, seri
 def test_on_ray_the_same_rows_come_out(tmp_path: Path, series: Path, ray_cluster: None) -> None:
     inline = run_continual_study(tiny_continual(tmp_path / "inline", series))
     study = tiny_continual(tmp_path / "ray", series, executor="ray", cpus_per_worker=1)
-    shown: list[RunProgress] = []
-    on_ray = run_continual_study(study, shown.append)
+    shown = Recorder()
+    on_ray = run_continual_study(study, shown)
     assert [row["status"] for row in on_ray.rows] == ["ok", "failed", "ok"]
     for ours, theirs in zip(on_ray.rows, inline.rows, strict=True):
         for name in ("acquisition", "forgetting", "knowledge_entropy_after_nats"):
@@ -100,7 +121,8 @@ def test_on_ray_the_same_rows_come_out(tmp_path: Path, series: Path, ray_cluster
                 assert ours.get(name) is None
             else:
                 assert ours[name] == pytest.approx(theirs[name], abs=1e-5)
-    assert shown
+    assert shown.notes
+    assert [name for name, _ in shown.ended_runs] == [row["run"] for row in on_ray.rows]
     assert not (tmp_path / "ray" / "ray").exists()
     two = tiny_continual(
         tmp_path / "two",
