@@ -1,6 +1,6 @@
-"""What a scan is going to do, found out before Ray starts.
+"""The plan of a scan, made before Ray starts.
 
-Everything that can be wrong with a request is found here, before anything is written: the SPEC,
+Everything that can be wrong with a request is noticed here, before anything is written: the SPEC,
 the data, the tokenizer, the identity of the output folder.
 """
 
@@ -12,13 +12,16 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from tokenizers import Tokenizer
 
 from ke_ray import storage
 from ke_ray.checkpoints.find.catalog import list_checkpoints
 from ke_ray.checkpoints.reference import CheckpointRef
 from ke_ray.core.measures import MEASURE_VERSION
 from ke_ray.data.corpus import Corpus, build_corpus, source_kind
+from ke_ray.data.tokenizer import load_tokenizer
 from ke_ray.errors import (
     CheckpointError,
     DataError,
@@ -26,6 +29,7 @@ from ke_ray.errors import (
     UnsupportedArchitectureError,
 )
 from ke_ray.models.architectures import lacks_head
+from ke_ray.models.configuration import read_outline
 from ke_ray.planning.scan_items import CheckpointWork, CorpusWork
 from ke_ray.results import ScanFolder, new_manifest, read_manifest
 from ke_ray.results.scan_folder import check_identity, merge_identities
@@ -33,11 +37,6 @@ from ke_ray.secrets import redact, redacted
 from ke_ray.storage.ownership import check_claim
 from ke_ray.studies.parts import CheckpointSelection
 from ke_ray.studies.scan import ScanStudy
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
-__all__ = ["ScanSetup", "prepare_scan", "select_checkpoints"]
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +55,7 @@ class ScanSetup:
         works: what is missing, one entry per checkpoint that is not finished.
         num_skipped: checkpoints that were finished already.
         model_bytes: of the largest model in the dtype it is scored in; 0 where no size is known.
+        earlier: the manifest's entries of checkpoints of earlier scans into this folder, by name.
         changed: checkpoints whose results in the folder are of other weights, in order.
         duration_s: how long the set-up took.
     """
@@ -68,23 +68,23 @@ class ScanSetup:
     num_skipped: int
     model_bytes: int
     duration_s: float
-    known: dict[str, dict[str, Any]] = field(default_factory=dict)
+    earlier: dict[str, dict[str, Any]] = field(default_factory=dict)
     changed: list[str] = field(default_factory=list)
 
     @property
     def steps_rise(self) -> bool:
-        """Whether the known steps rise along the listing, so that one axis can hold them."""
+        """Whether the steps that are known rise along the listing, so that one axis fits them."""
         steps = [ref.step for ref in self.refs if ref.step is not None and not ref.duplicate_of]
         return all(a < b for a, b in itertools.pairwise(steps))
 
     def checkpoint_entries(self) -> list[dict[str, Any]]:
         """The manifest's list: checkpoints of earlier runs into this folder, and these."""
-        entries = dict(self.known)
+        entries = dict(self.earlier)
         for ref in self.refs:
             entry = _entry(ref)
-            # A listing that could not tell (a bare URL, no network) takes nothing away.
-            known = self.known.get(ref.name, {}).get("weights_fingerprint")
-            entry["weights_fingerprint"] = entry["weights_fingerprint"] or known
+            # A listing without fingerprints (a bare URL, no network) takes nothing away.
+            earlier = self.earlier.get(ref.name, {}).get("weights_fingerprint")
+            entry["weights_fingerprint"] = entry["weights_fingerprint"] or earlier
             entries[ref.name] = entry
         return list(entries.values())
 
@@ -125,11 +125,11 @@ def prepare_scan(study: ScanStudy) -> ScanSetup:
         "sampling": {name: corpus.sampling for name, corpus in corpora.items()},
         "groups": {name: corpus.grouping for name, corpus in corpora.items()},
     }
-    folder, known = _open_output(study, identity, corpora)
-    finished = folder.finished() if known is not None else {}
-    known = known or {}
-    changed = _changed_weights(study.output, known, refs)
-    finished = {key: there for key, there in finished.items() if key[0] not in changed}
+    folder, earlier = _open_output(study, identity, corpora)
+    finished = folder.finished() if earlier is not None else {}
+    earlier = earlier or {}
+    changed = _changed_weights(study.output, earlier, refs)
+    finished = {key: measures for key, measures in finished.items() if key[0] not in changed}
     works = []
     for index, ref in enumerate(refs):
         missing = tuple(_missing(study, ref, corpora.values(), finished))
@@ -144,7 +144,7 @@ def prepare_scan(study: ScanStudy) -> ScanSetup:
         num_skipped=len(refs) - len(works),
         model_bytes=_model_bytes(refs, config, study.dtype),
         duration_s=0.0,
-        known=known,
+        earlier=earlier,
         changed=changed,
     )
     folder.manifest["checkpoints"] = setup.checkpoint_entries()
@@ -177,22 +177,22 @@ def _without_head(study: ScanStudy, config: Any, ref: CheckpointRef | None) -> S
 
 
 def _resuscitation(study: ScanStudy, corpora: dict[str, Corpus]) -> dict[str, Any] | None:
-    """The keys, with where C̄ comes from: measured on the first corpus where they name nothing."""
-    keys = study.resuscitation
-    if keys is None:
+    """The settings, with the source of C̄: the first corpus where they name none."""
+    settings = study.resuscitation
+    if settings is None:
         return None
-    told: dict[str, Any] = redacted(keys.model_dump())
-    if keys.coefficients is None and keys.control != "attention_temperature":
-        told["coefficients"] = f"measured on {next(iter(corpora.values())).sha256}"
-    return told
+    values: dict[str, Any] = redacted(settings.model_dump())
+    if settings.coefficients is None and settings.control != "attention_temperature":
+        values["coefficients"] = f"measured on {next(iter(corpora.values())).sha256}"
+    return values
 
 
 def _missing(
     study: ScanStudy, ref: CheckpointRef, corpora: Any, finished: dict[tuple[str, str], set[str]]
 ) -> Any:
     for corpus in corpora:
-        there = finished.get((ref.name, corpus.name), set())
-        measures = tuple(m for m in study.measures if m not in there)
+        done = finished.get((ref.name, corpus.name), set())
+        measures = tuple(m for m in study.measures if m not in done)
         if measures:
             yield CorpusWork(
                 corpus.name,
@@ -206,7 +206,7 @@ def _missing(
 def _open_output(
     study: ScanStudy, identity: dict[str, Any], corpora: dict[str, Corpus]
 ) -> tuple[ScanFolder, dict[str, dict[str, Any]] | None]:
-    """The output folder and the checkpoints it knows (None: it is new)."""
+    """The output folder and its manifest's checkpoints by name (None: it is new)."""
     manifest = new_manifest("scan", study.model_dump(mode="json")) | {"id": uuid.uuid4().hex}
     described = {name: _describe(corpus) for name, corpus in corpora.items()}
     if not storage.exists(storage.join(study.output, "manifest.json")):
@@ -225,22 +225,22 @@ def _open_output(
             *(m for m in study.measures if m not in before["measures"]),
         ],
     }
-    known = {entry["name"]: entry for entry in before.get("checkpoints", [])}
-    return ScanFolder(study.output, manifest), known
+    earlier = {entry["name"]: entry for entry in before.get("checkpoints", [])}
+    return ScanFolder(study.output, manifest), earlier
 
 
 def _changed_weights(
-    output: str, known: dict[str, dict[str, Any]], refs: Sequence[CheckpointRef]
+    output: str, earlier: dict[str, dict[str, Any]], refs: Sequence[CheckpointRef]
 ) -> list[str]:
     """Compare checkpoints with those of the same name in the folder.
 
-    Same weight files, or files at the same place that cannot be compared: finished work stands.
-    Other files at the same place: returned, to be done again from scratch. Another place and not
-    the same files: refused.
+    Same weight files, or files at the same location that cannot be compared: finished work stands.
+    Other files at the same location: returned, to be done again from scratch. Another location and
+    not the same files: refused.
     """
     changed = []
     for ref in refs:
-        entry = known.get(ref.name)
+        entry = earlier.get(ref.name)
         if entry is None:
             continue
         before, given = entry["weights_fingerprint"], ref.weights_fingerprint
@@ -331,8 +331,6 @@ def _first_config(
         CheckpointError: none can be read, and documents need an end-of-text id or tokenizer of it.
         UnsupportedArchitectureError: there are configs, and none can be scored.
     """
-    from ke_ray.models.configuration import read_outline
-
     refused: UnsupportedArchitectureError | None = None
     broken: CheckpointError | None = None
     for ref in refs[:_CONFIGS_READ]:
@@ -362,8 +360,6 @@ def _check_series(
     Raises:
         DataError: a series has fewer positions than the instances are long.
     """
-    from ke_ray.models.configuration import read_outline
-
     if len({ref.series for ref in refs}) < 2:
         return
     for ref in {ref.series: ref for ref in reversed(refs)}.values():
@@ -386,26 +382,26 @@ def _check_positions(study: ScanStudy, config: Any, ref: CheckpointRef) -> None:
     if positions is not None and study.sequence_length > positions:
         raise DataError(
             f"sequence_length is {study.sequence_length}, but '{ref.label}' has {positions} "
-            f"positions; ask for at most {positions}."
+            f"positions; lower sequence_length to {positions} or less."
         )
 
 
 def _tokenizer(study: ScanStudy, ref: CheckpointRef | None) -> Tokenizer:
-    from ke_ray.data.tokenizer import load_tokenizer
-
     if study.tokenizer is not None:
         return load_tokenizer(study.tokenizer)
-    place = None
+    source = None
     if ref is not None:
-        place = ref.repo or (ref.location if ref.format == "hf" else None)
-    if place is None or (
-        storage.is_local(place)
-        and storage.local_path(place).is_dir()
-        and not storage.exists(storage.join(place, "tokenizer.json"))
+        source = ref.repo or (ref.location if ref.format == "hf" else None)
+    if source is None or (
+        storage.is_local(source)
+        and storage.local_path(source).is_dir()
+        and not storage.exists(storage.join(source, "tokenizer.json"))
     ):
         raise DataError(
             "The data are documents and the checkpoints bring no tokenizer.json; give one with "
             "--tokenizer (a tokenizer.json, a folder, or a Hub repo). AutoTokenizer."
             "from_pretrained(FOLDER).save_pretrained(FOLDER) makes one of other tokenizer files."
         )
-    return load_tokenizer(f"{place}@{ref.revision}" if ref and ref.repo and ref.revision else place)
+    if ref and ref.repo and ref.revision:
+        source = f"{source}@{ref.revision}"
+    return load_tokenizer(source)

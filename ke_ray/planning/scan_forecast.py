@@ -1,4 +1,4 @@
-"""What a scan would do: checkpoints, bytes, disk, hours. Nothing is fetched or written."""
+"""The forecast of a scan: checkpoints, bytes, disk, hours. Nothing is fetched or written."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import Any
 import yaml
 
 from ke_ray.checkpoints.fetch.cache import Store
+from ke_ray.checkpoints.fetch.checkpoint import size_to_fetch
 from ke_ray.checkpoints.reference import CheckpointRef
 from ke_ray.errors import CheckpointError
+from ke_ray.models.configuration import read_config
 from ke_ray.planning.scan import select_checkpoints
 from ke_ray.planning.scan_items import (
     BYTES_PER_S,
@@ -23,8 +25,6 @@ from ke_ray.planning.scan_items import (
 from ke_ray.planning.speed import H100_FLOPS_PER_S, measured_speed
 from ke_ray.secrets import redacted
 from ke_ray.studies.scan import ScanStudy
-
-__all__ = ["forecast", "num_body_parameters"]
 
 #: GPUs to plan for, beside this machine.
 _NUM_GPUS = (1, 8, 64)
@@ -85,8 +85,6 @@ def _on_gpus(study: ScanStudy, sizes: list[int], flops: float, *, fetched: bool)
 
 
 def _first_config(refs: list[CheckpointRef]) -> Any:
-    from ke_ray.models.configuration import read_config
-
     for ref in refs[:5]:
         try:
             return read_config(ref)
@@ -98,17 +96,15 @@ def _first_config(refs: list[CheckpointRef]) -> Any:
 def _sizes(refs: list[CheckpointRef]) -> tuple[list[int], int]:
     """Bytes of each checkpoint, and how many of them are guessed.
 
-    A list of URLs says no sizes. The checkpoints of a series are equally large, so one that is
-    asked for stands for the others: 351 requests would take minutes.
+    A list of URLs has no sizes. The checkpoints of a series are equally large, so the size of one
+    stands for the others: 351 requests would take minutes.
     """
-    from ke_ray.checkpoints.fetch.checkpoint import size_to_fetch
-
     known = [ref.size_bytes for ref in refs if ref.size_bytes is not None]
     unknown = [ref for ref in refs if ref.size_bytes is None]
     if not unknown:
         return known, 0
-    asked = size_to_fetch(unknown[0])
-    return known + [asked] * len(unknown) if asked else known, len(unknown) - 1 if asked else 0
+    size = size_to_fetch(unknown[0])
+    return known + [size] * len(unknown) if size else known, len(unknown) - 1 if size else 0
 
 
 def forecast(study: ScanStudy) -> str:
@@ -136,7 +132,7 @@ def forecast(study: ScanStudy) -> str:
             )
         if known:
             lines.append(f"bytes to fetch: {sum(known):,}{guessed}")
-            # Fetched checkpoints stay until the budget asks for their room.
+            # Fetched checkpoints stay until the budget needs their room.
             peak = min(study.cache_bytes or sum(known), sum(known))
             hint = "" if study.cache_bytes else " (all of them; --cache-bytes bounds it)"
             lines.append(f"peak disk per node: {peak:,} bytes{hint}")

@@ -1,13 +1,13 @@
-"""How a scan is cut into work items.
+"""Work items of a scan, and how its work is cut into them.
 
 The unit of work is one instance of one corpus on one checkpoint. The work of one checkpoint is a
-tape: its corpora one after the other. A work item is a stretch of one tape. Whole checkpoints are
+tape: its corpora one after the other. A work item is a part of one tape. Whole checkpoints are
 dealt first, in order; the last ones, fewer than there are actors, are cut into pieces of about the
 same length, so that all actors end together.
 
-Finer pieces balance better and load more. Which cut is best is found by trying: ``makespan`` plays
-a plan through, tokens being its unit of time, and of all plans that end within 2 % of the earliest
-the one with the fewest items is taken. There are at most eight pieces for each actor:
+Finer pieces balance better and load more. The best cut is found by trial: ``makespan`` plays a plan
+through, with tokens as its unit of time, and of all plans that end within 2 % of the earliest the
+one with the fewest items is taken. There are at most eight pieces for each actor:
 
     loads ≤ num_checkpoints + 8 · num_actors.
 
@@ -20,18 +20,6 @@ import heapq
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-
-__all__ = [
-    "BYTES_PER_S",
-    "FLOPS_PER_S",
-    "CheckpointWork",
-    "CorpusWork",
-    "Stretch",
-    "WorkItem",
-    "load_tokens",
-    "makespan",
-    "plan_items",
-]
 
 #: Assumed of an actor, to weigh another load against a better balance (60 % of an H100's 989).
 FLOPS_PER_S = {"cpu": 1e12, "gpu": 6e14}
@@ -46,7 +34,7 @@ _SLACK = 1.02
 
 @dataclass(frozen=True)
 class CorpusWork:
-    """What is to be computed of one corpus: which measures, over how many instances.
+    """The work on one corpus: which measures, over how many instances.
 
     ``group_sizes`` are those of the jackknife groups; None makes equal ones.
     """
@@ -60,7 +48,7 @@ class CorpusWork:
 
 @dataclass(frozen=True)
 class CheckpointWork:
-    """What is to be computed of one checkpoint; ``index`` is its place in the listing."""
+    """The work on one checkpoint; ``index`` is its position in the listing."""
 
     index: int
     corpora: tuple[CorpusWork, ...]
@@ -77,7 +65,7 @@ class CheckpointWork:
 
 
 @dataclass(frozen=True)
-class Stretch:
+class RowRange:
     """Instances ``start`` … ``stop − 1`` of one corpus."""
 
     work: CorpusWork
@@ -92,16 +80,16 @@ class Stretch:
 
 @dataclass(frozen=True)
 class WorkItem:
-    """A stretch of one checkpoint's tape, the unit that Ray schedules and retries."""
+    """A part of one checkpoint's tape, the unit that Ray schedules and retries."""
 
     index: int
     checkpoint: int
-    stretches: tuple[Stretch, ...]
+    ranges: tuple[RowRange, ...]
 
     @property
     def num_tokens(self) -> int:
         """Tokens to score, padding included."""
-        return sum((s.stop - s.start) * s.work.sequence_length for s in self.stretches)
+        return sum((s.stop - s.start) * s.work.sequence_length for s in self.ranges)
 
 
 def load_tokens(*, gpu: bool, fetched: bool) -> float:
@@ -142,7 +130,7 @@ def plan_items(
     ends = [makespan(plan, num_actors, load_cost) for plan in plans]
     good = [p for p, end in zip(plans, ends, strict=True) if end <= _SLACK * min(ends)]
     items = [*_items(works[:first], 0, 0), *min(good, key=len)]
-    return [WorkItem(index, item.checkpoint, item.stretches) for index, item in enumerate(items)]
+    return [WorkItem(index, item.checkpoint, item.ranges) for index, item in enumerate(items)]
 
 
 def makespan(items: Sequence[WorkItem], num_actors: int, load_cost: float) -> float:
@@ -152,10 +140,10 @@ def makespan(items: Sequence[WorkItem], num_actors: int, load_cost: float) -> fl
     while it scores the other, and loads a checkpoint that both need once.
 
     Args:
-        items: in the order in which they are dealt: to whoever has a place free first.
+        items: in the order in which they are dealt: to the actor that is free first.
         load_cost: tokens that could be scored while one checkpoint loads.
     """
-    places = [(0.0, held, actor) for held in range(2) for actor in range(num_actors)]
+    places = [(0.0, place, actor) for place in range(2) for actor in range(num_actors)]
     loaded, scored = [0.0] * num_actors, [0.0] * num_actors
     current: list[list[tuple[int, float, float]]] = [[] for _ in range(num_actors)]
     for item in items:
@@ -176,28 +164,28 @@ def _items(works: Sequence[CheckpointWork], num_cut: int, num_pieces: int) -> li
     pieces = [(work, 0, work.num_instances) for work in works[:num_whole]]
     if cut := works[num_whole:]:
         total = sum(work.num_tokens for work in cut)
-        wanted = [num_pieces * work.num_tokens // total for work in cut]
-        found = [piece for work, n in zip(cut, wanted, strict=True) for piece in _cut(work, n)]
-        pieces += sorted(found, key=lambda piece: piece[1] - piece[2])
+        shares = [num_pieces * work.num_tokens // total for work in cut]
+        cuts = [piece for work, n in zip(cut, shares, strict=True) for piece in _cut(work, n)]
+        pieces += sorted(cuts, key=lambda piece: piece[1] - piece[2])
     return [
-        WorkItem(index, work.index, tuple(_stretches(work, start, stop)))
+        WorkItem(index, work.index, tuple(_ranges(work, start, stop)))
         for index, (work, start, stop) in enumerate(pieces)
     ]
 
 
-def _cut(work: CheckpointWork, wanted: int) -> Iterator[tuple[CheckpointWork, int, int]]:
-    """Cut one tape into ``wanted`` pieces of about equal length, or fewer longer ones."""
+def _cut(work: CheckpointWork, num_pieces: int) -> Iterator[tuple[CheckpointWork, int, int]]:
+    """Cut one tape into ``num_pieces`` of about equal length, or fewer longer ones."""
     most = min(work.num_instances, work.num_tokens // MIN_TOKENS_OF_A_CUT)
-    number = max(1, min(wanted, most))
+    number = max(1, min(num_pieces, most))
     marks = [round(k * work.num_instances / number) for k in range(number + 1)]
     yield from ((work, a, b) for a, b in itertools.pairwise(marks))
 
 
-def _stretches(work: CheckpointWork, start: int, stop: int) -> Iterator[Stretch]:
+def _ranges(work: CheckpointWork, start: int, stop: int) -> Iterator[RowRange]:
     """The part of each corpus that lies on the tape between ``start`` and ``stop``."""
     offset = 0
     for corpus in work.corpora:
         first, last = max(start - offset, 0), min(stop - offset, corpus.num_instances)
         if first < last:
-            yield Stretch(corpus, first, last)
+            yield RowRange(corpus, first, last)
         offset += corpus.num_instances

@@ -1,19 +1,18 @@
-"""What goes to a scorer and what comes back: the rows of a scan's Ray Data pipeline."""
+"""The rows of a scan's Ray Data pipeline: what goes to a scorer and what comes back."""
 
 from __future__ import annotations
 
-import dataclasses
 import io
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+from pydantic import TypeAdapter
 
 from ke_ray.errors import CheckpointError
-from ke_ray.planning.scan_items import CorpusWork, Stretch, WorkItem
+from ke_ray.planning.scan_items import WorkItem
 from ke_ray.secrets import redact
 from ke_ray.studies.parts import Resuscitation
 
@@ -22,18 +21,6 @@ if TYPE_CHECKING:
 
     from ke_ray.core.measures import Evaluation
     from ke_ray.core.statistics import GroupSums
-
-__all__ = [
-    "OUTPUT_SCHEMA",
-    "ScorerSettings",
-    "evaluated_columns",
-    "failed_table",
-    "item_from_json",
-    "item_to_json",
-    "output_table",
-    "save_tensors",
-    "sums_from_bytes",
-]
 
 OUTPUT_SCHEMA = pa.schema(
     [
@@ -96,9 +83,9 @@ def evaluated_columns(
     )
     if not evaluation.is_finite():
         bad = next(row for row in evaluation.rows if not np.isfinite(row.value))
-        place = "its total" if bad.layer is None else f"layer {bad.layer}"
+        part = "its total" if bad.layer is None else f"layer {bad.layer}"
         raise CheckpointError(
-            f"{bad.measure} is {bad.value} at {place}: the activations overflow or the weights "
+            f"{bad.measure} is {bad.value} at {part}: the activations overflow or the weights "
             "are damaged. Try --dtype float32, or fetch the checkpoint again."
         )
     columns: dict[str, Any] = {
@@ -146,27 +133,17 @@ def _replicates_table(evaluation: Evaluation) -> pa.Table:
     )
 
 
+_ITEM = TypeAdapter(WorkItem)
+
+
 def item_to_json(item: WorkItem) -> str:
     """A work item as text, for the input column."""
-    return json.dumps(dataclasses.asdict(item))
+    return _ITEM.dump_json(item).decode()
 
 
 def item_from_json(text: str) -> WorkItem:
     """The inverse of ``item_to_json``."""
-    values = json.loads(text)
-    stretches = tuple(
-        Stretch(_corpus_work(s["work"]), s["start"], s["stop"]) for s in values["stretches"]
-    )
-    return WorkItem(values["index"], values["checkpoint"], stretches)
-
-
-def _corpus_work(values: dict[str, Any]) -> CorpusWork:
-    sizes = values["group_sizes"]
-    tuples = {
-        "measures": tuple(values["measures"]),
-        "group_sizes": None if sizes is None else tuple(sizes),
-    }
-    return CorpusWork(**{**values, **tuples})
+    return _ITEM.validate_json(text)
 
 
 def failed_table(item: WorkItem, message: str) -> pa.Table:
@@ -176,7 +153,7 @@ def failed_table(item: WorkItem, message: str) -> pa.Table:
         "status": "failed",
         "error": redact(" ".join(message.split())),
     }
-    return output_table([{**failure, "corpus": stretch.work.corpus} for stretch in item.stretches])
+    return output_table([{**failure, "corpus": rows.work.corpus} for rows in item.ranges])
 
 
 def output_table(rows: Sequence[dict[str, Any]]) -> pa.Table:

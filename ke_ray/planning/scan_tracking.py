@@ -1,22 +1,18 @@
 """A scan in MLflow: one run, metrics with step = pretraining step.
 
-Points carry the time the results began, not the time they are sent, so that sending one twice
-changes nothing: what a killed driver had not sent yet is sent when the scan goes on.
+Points carry the time the result folder was created, not the time they are sent, so that sending
+one twice changes nothing: what a killed driver had not sent yet is sent when the scan resumes.
 """
 
 from __future__ import annotations
 
 import datetime
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ke_ray.planning.scan import ScanSetup
 from ke_ray.tracking.run import TrackedRun
 from ke_ray.tracking.tracker import Tracker
-
-if TYPE_CHECKING:
-    from ke_ray.planning.scan import ScanSetup
-
-__all__ = ["log_finished", "log_predictions", "log_scan_metrics", "start_scan_run"]
 
 
 def start_scan_run(setup: ScanSetup, tracker: Tracker) -> TrackedRun:
@@ -38,7 +34,7 @@ def start_scan_run(setup: ScanSetup, tracker: Tracker) -> TrackedRun:
 
 
 def log_finished(run: TrackedRun, setup: ScanSetup) -> None:
-    """Log what the folder holds already of this scan's checkpoints."""
+    """Log the results of this scan's checkpoints that the folder has already."""
     if run.run_id is None or not setup.num_skipped:
         return
     rows: dict[str, list[dict[str, Any]]] = {}
@@ -53,7 +49,7 @@ def log_scan_metrics(
 ) -> None:
     """Log one checkpoint's values at step = pretraining step.
 
-    At its place in the listing instead where it has no step, or where the steps of the listing
+    At its position in the listing instead where it has no step, or where the steps of the listing
     start again in a later stage or series.
     """
     metrics: dict[str, float] = {}
@@ -61,12 +57,12 @@ def log_scan_metrics(
     ok = [row for row in rows if row["status"] == "ok"]
     for row in ok:
         step = row["step"] if setup.steps_rise and row["step"] is not None else index
-        place = "total" if row["layer"] is None else f"layer_{row['layer']:02d}"
+        part = "total" if row["layer"] is None else f"layer_{row['layer']:02d}"
         corpus = f"/{row['corpus']}" if len(setup.study.data) > 1 else ""
-        metrics[f"{row['measure']}{corpus}/{place}_{row['unit']}"] = row["value"]
+        metrics[f"{row['measure']}{corpus}/{part}_{row['unit']}"] = row["value"]
     if not ok:
         return
-    run.log_metrics(metrics, step, _began_ms(setup))
+    run.log_metrics(metrics, step, _created_ms(setup))
     sha256 = _first(row["weights_sha256"] for row in ok)
     if sha256:
         run.set_tags({f"weights_sha256.{ok[0]['checkpoint']}": sha256})
@@ -74,23 +70,23 @@ def log_scan_metrics(
 
 def log_predictions(run: TrackedRun, rows: Sequence[Mapping[str, Any]], setup: ScanSetup) -> None:
     """Log what resuscitation was predicted to make of the entropy, beside what was measured."""
-    index = {ref.name: place for place, ref in enumerate(setup.refs)}
+    positions = {ref.name: index for index, ref in enumerate(setup.refs)}
     first = next(iter(setup.corpora))
     for row in rows:
         if row["layer"] is None and row["corpus"] == first and row["predicted_nats"] is not None:
-            known = setup.steps_rise and row["step"] is not None
-            step = row["step"] if known else index.get(row["checkpoint"], 0)
+            has_step = setup.steps_rise and row["step"] is not None
+            step = row["step"] if has_step else positions.get(row["checkpoint"], 0)
             metrics = {
                 "knowledge_entropy_before/total_nats": row["before_nats"],
                 "knowledge_entropy_predicted/total_nats": row["predicted_nats"],
             }
-            run.log_metrics(metrics, step, _began_ms(setup))
+            run.log_metrics(metrics, step, _created_ms(setup))
 
 
 def _first(values: Iterable[str | None]) -> str | None:
     return next((value for value in values if value), None)
 
 
-def _began_ms(setup: ScanSetup) -> int:
-    began = datetime.datetime.fromisoformat(setup.folder.manifest["created_at"])
-    return int(began.timestamp() * 1000)
+def _created_ms(setup: ScanSetup) -> int:
+    created = datetime.datetime.fromisoformat(setup.folder.manifest["created_at"])
+    return int(created.timestamp() * 1000)

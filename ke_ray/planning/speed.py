@@ -5,8 +5,6 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-__all__ = ["H100_FLOPS_PER_S", "Speed", "measured_speed"]
-
 #: Dense products per second by dtype, as its data sheet says; float32 without TF32, which PyTorch
 #: does not use unless told to.
 H100_FLOPS_PER_S = {"float32": 67e12, "bfloat16": 989e12, "float16": 989e12}

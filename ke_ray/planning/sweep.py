@@ -1,22 +1,22 @@
-"""What a sweep is going to do: its points and trials, and what is wrong with them, before Ray.
+"""The plan of a sweep: its points and trials, checked before Ray starts.
 
 Everything a trial leaves lies in ``<output>/runs/<trial_id>/`` (as in a continual study), its
 ``run.json`` written last: that file is the ledger. A resumed sweep reads it and needs nothing of
-Ray's own state: a trial is finished if its row is there and belongs to the same keys, weights and
-seed. Points that were drawn are kept in ``points.json`` before their trials start.
+Ray's own state: a trial is finished if its row is there and belongs to the same settings, weights
+and seed. Points that were drawn are kept in ``points.json`` before their trials start.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ke_ray import storage
+from ke_ray.checkpoints.reference import CheckpointRef
 from ke_ray.config import set_keys, validate
 from ke_ray.errors import ConfigError, nearest
 from ke_ray.planning.sweep_inputs import check_inputs, check_unchanged, fingerprints
@@ -28,19 +28,6 @@ from ke_ray.studies.continual import ContinualStudy
 from ke_ray.studies.identity import check_same_study, identity_keys
 from ke_ray.studies.sweep import SweepStudy
 from ke_ray.training.runs import RunSpec, list_runs
-
-if TYPE_CHECKING:
-    from ke_ray.checkpoints.reference import CheckpointRef
-
-__all__ = [
-    "Point",
-    "SweepPlan",
-    "Trial",
-    "draw_axis",
-    "fixed_points",
-    "prepare_sweep",
-    "value_at",
-]
 
 _MAX_DRAWS = 200
 
@@ -69,15 +56,15 @@ class SweepPlan:
         Raises:
             ConfigError: the point's values make no valid study, or name no checkpoint.
         """
-        made = [self._trial(point, seed) for seed in self._seeds(point)]
+        trials = [self._trial(point, seed) for seed in seeds_of(self.study, point)]
         self.points.append(point)
-        self.trials += made
-        return made
+        self.trials += trials
+        return trials
 
     def save_points(self) -> None:
         """Write ``points.json``."""
-        told = [{"number": point.number, "params": point.params} for point in self.points]
-        storage.write_json(storage.join(self.study.output, "points.json"), told)
+        points = [{"number": point.number, "params": point.params} for point in self.points]
+        storage.write_json(storage.join(self.study.output, "points.json"), points)
 
     def trials_of(self, number: int) -> list[Trial]:
         """The trials of a point."""
@@ -89,22 +76,10 @@ class SweepPlan:
         to_come = self.num_points - len(self.points)
         return len(self.trials) + to_come * len(self.study.repeats)
 
-    def _seeds(self, point: Point) -> tuple[int, ...]:
-        if "seed" not in point.params:
-            return self.study.repeats
-        seed = point.params["seed"]
-        if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-            raise ConfigError(f"the sweep's seed {seed!r} is not a whole number from 0 on.")
-        return (seed,)
-
     def _trial(self, point: Point, seed: int) -> Trial:
-        values = resolve(self.study, point.params, seed)
-        text = ", ".join(f"{key}={_short(value)}" for key, value in point.params.items())
-        study = validate(ContinualStudy, values, f"{self.study.output}, trial with {text}")
-        wanted = point.params.get("checkpoint", self.study.checkpoint)
-        ref = self._start(study, wanted)
-        label = _label(point.params)
-        name = storage.slug(f"{point.number:04d}-{label}-seed{seed}"[:80])
+        study = trial_study(self.study, point, seed)
+        ref = self._start(study, point.params.get("checkpoint", self.study.checkpoint))
+        name = storage.slug(f"{point.number:04d}-{_label(point.params)}-seed{seed}"[:80])
         shown = study.model_dump(mode="json")
         params = {key: value_at(shown, key) for key in self.study.shown_keys}
         for key, value in (("checkpoint", ref.name), ("seed", seed)):
@@ -112,63 +87,82 @@ class SweepPlan:
                 params[key] = value
         return Trial(point, study, RunSpec(name, ref, seed), params)
 
-    def _start(self, study: ContinualStudy, wanted: Any) -> CheckpointRef:
+    def _start(self, study: ContinualStudy, checkpoint: Any) -> CheckpointRef:
         key = study.starts.model_dump_json()
         if key not in self._starts:
             self._starts[key] = [spec.ref for spec in list_runs(study)]
-        return pick_start(self._starts[key], wanted)
+        return pick_start(self._starts[key], checkpoint)
 
 
-def pick_start(refs: Sequence[CheckpointRef], wanted: Any) -> CheckpointRef:
+def pick_start(refs: Sequence[CheckpointRef], checkpoint: Any) -> CheckpointRef:
     """One of the starting checkpoints, in training order.
 
     Raises:
         ConfigError: there is no such checkpoint, or none was chosen of several.
     """
     names = [ref.name for ref in refs]
-    if wanted is None:
+    if checkpoint is None:
         if len(refs) == 1:
             return refs[0]
         raise ConfigError(
-            f"the base study has {len(refs)} starting checkpoints ({', '.join(names[:4])}"
-            f"{', …' if len(names) > 4 else ''}), a trial has one: choose it with "
+            f"The base study has {len(refs)} starting checkpoints ({', '.join(names[:4])}"
+            f"{', …' if len(names) > 4 else ''}), and a trial has one: choose it with "
             "'checkpoint: last', or sweep the key 'checkpoint'."
         )
-    if wanted in names:
-        return refs[names.index(wanted)]
-    if wanted in ("first", "last"):
-        return refs[0 if wanted == "first" else -1]
-    steps = [ref for ref in refs if ref.step is not None]
-    if isinstance(wanted, int) and not isinstance(wanted, bool) and steps:
-        return min(steps, key=lambda ref: abs((ref.step or 0) - wanted))
+    if checkpoint in names:
+        return refs[names.index(checkpoint)]
+    if checkpoint in ("first", "last"):
+        return refs[0 if checkpoint == "first" else -1]
+    with_step = [ref for ref in refs if ref.step is not None]
+    if isinstance(checkpoint, int) and not isinstance(checkpoint, bool) and with_step:
+        return min(with_step, key=lambda ref: abs((ref.step or 0) - checkpoint))
     raise ConfigError(
-        f"checkpoint {wanted!r} is none of the base study's starts.{nearest(str(wanted), names)} "
-        f"There are {', '.join(names[:6])}{', …' if len(names) > 6 else ''}; also a step, 'first' "
-        "or 'last'."
+        f"The checkpoint {checkpoint!r} is none of the base study's starts."
+        f"{nearest(str(checkpoint), names)} They are {', '.join(names[:6])}"
+        f"{', …' if len(names) > 6 else ''}; a step, 'first' and 'last' are understood too."
     )
 
 
-def resolve(study: SweepStudy, params: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """The keys of the continual study that a trial runs."""
+def seeds_of(study: SweepStudy, point: Point) -> tuple[int, ...]:
+    """The seeds of a point's trials.
+
+    Raises:
+        ConfigError: the point's own seed is not a whole number from 0 on.
+    """
+    if "seed" not in point.params:
+        return study.repeats
+    seed = point.params["seed"]
+    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+        raise ConfigError(f"The sweep's seed is {seed!r}; it must be a whole number from 0 on.")
+    return (seed,)
+
+
+def trial_study(study: SweepStudy, point: Point, seed: int) -> ContinualStudy:
+    """The continual study that a trial runs.
+
+    Raises:
+        ConfigError: the point's values make no valid study.
+    """
     base = study.base.model_dump(mode="json", exclude_unset=True)
-    values = set_keys(base, {k: v for k, v in params.items() if k not in ("checkpoint", "seed")})
-    values |= {
+    params = {k: v for k, v in point.params.items() if k not in ("checkpoint", "seed")}
+    values = set_keys(base, params) | {
         "output": study.output,
         "seeds": [seed],
         "executor": "ray",
         "mlflow": study.mlflow.model_dump(mode="json"),
     }
-    return values
+    text = ", ".join(f"{key}={_short(value)}" for key, value in point.params.items())
+    return validate(ContinualStudy, values, f"{study.output}, trial with {text}")
 
 
 def value_at(values: Mapping[str, Any], key: str) -> Any:
     """The value of a dotted key; None where a group on the way is absent."""
-    place: Any = values
+    value: Any = values
     for part in key.split("."):
-        if not isinstance(place, Mapping):
+        if not isinstance(value, Mapping):
             return None
-        place = place.get(part)
-    return place
+        value = value.get(part)
+    return value
 
 
 def _short(value: Any) -> str:
@@ -199,34 +193,42 @@ def fixed_points(study: SweepStudy) -> list[Point]:
     """The points that are known without results: those given, a grid, or random draws.
 
     Raises:
-        ConfigError: the space has fewer points than are asked for.
+        ConfigError: the space has fewer points than ``num_trials``.
     """
-    found = [dict(point) for point in study.points]
+    points = [dict(point) for point in study.points]
     if study.search == "grid":
-        found += study.grid_points()
+        points += study.grid_points()
     elif study.search == "random" and study.space:
-        found += _random(study)
-    seen: set[str] = set()
-    unique = []
-    for params in found:
-        text = json.dumps(params, sort_keys=True)
-        if text not in seen:
-            seen.add(text)
-            unique.append(params)
-    return [Point(number, params) for number, params in enumerate(unique)]
+        points += _random(study)
+    unique: dict[str, dict[str, Any]] = {}
+    for params in points:
+        unique.setdefault(json.dumps(params, sort_keys=True), params)
+    return [Point(number, params) for number, params in enumerate(unique.values())]
+
+
+def num_drawn(study: SweepStudy) -> int:
+    """Points that Optuna draws while the sweep runs."""
+    return (study.num_trials or 0) if study.search == "tpe" and study.space else 0
+
+
+def end_points(study: SweepStudy) -> Iterator[Point]:
+    """Samples of every axis, to find out beforehand whether a draw could be invalid."""
+    usual = {key: axis.samples()[0] for key, axis in study.space.items()}
+    for key, axis in study.space.items():
+        yield from (Point(0, {**usual, key: value}) for value in axis.samples())
 
 
 def _random(study: SweepStudy) -> list[dict[str, Any]]:
     generator = np.random.Generator(np.random.PCG64([study.search_seed, 1]))
-    wanted, found = study.num_trials or 0, dict[str, dict[str, Any]]()
-    for _ in range(wanted * _MAX_DRAWS):
+    num_trials, points = study.num_trials or 0, dict[str, dict[str, Any]]()
+    for _ in range(num_trials * _MAX_DRAWS):
         params = {key: draw_axis(axis, generator) for key, axis in study.space.items()}
-        found.setdefault(json.dumps(params, sort_keys=True), params)
-        if len(found) == wanted:
-            return list(found.values())
+        points.setdefault(json.dumps(params, sort_keys=True), params)
+        if len(points) == num_trials:
+            return list(points.values())
     raise ConfigError(
-        f"the space has only {len(found)} different points, num_trials asks for {wanted}; ask for "
-        "fewer, or use search: grid."
+        f"num_trials is {num_trials}, but the space has only {len(points)} different points; lower "
+        "num_trials, or use search: grid."
     )
 
 
@@ -258,23 +260,24 @@ def prepare_sweep(study: SweepStudy) -> SweepPlan:
 
 def _prepare_claimed(study: SweepStudy) -> SweepPlan:
     plan = SweepPlan(study)
-    known = _known_points(study)
+    earlier = _earlier_points(study)
     fixed = fixed_points(study)
-    for point in known if len(known) > len(fixed) else fixed:
+    for point in earlier if len(earlier) > len(fixed) else fixed:
         plan.add(point)
-    drawn = study.num_trials or 0 if study.search == "tpe" and study.space else 0
-    plan.num_points = len(fixed) + drawn
-    if drawn:
-        _check_ends(plan)
+    plan.num_points = len(fixed) + num_drawn(study)
+    if num_drawn(study):
+        probe = SweepPlan(study, _starts=plan._starts)
+        for point in end_points(study):
+            probe.add(point)
+        check_inputs(probe.trials[:1])
     plan.files = fingerprints(plan.trials)
-    if known:
+    if earlier:
         check_unchanged(study.output, read_manifest(study.output).get("files", {}), plan.files)
-    pending = [trial for trial in plan.trials if not trial.is_done]
-    check_inputs(pending)
+    check_inputs([trial for trial in plan.trials if not trial.is_done])
     return plan
 
 
-def _known_points(study: SweepStudy) -> list[Point]:
+def _earlier_points(study: SweepStudy) -> list[Point]:
     """Points of an earlier command into this folder."""
     if not storage.exists(storage.join(study.output, "manifest.json")):
         return []
@@ -284,15 +287,3 @@ def _known_points(study: SweepStudy) -> list[Point]:
     if not storage.exists(path):
         return []
     return [Point(entry["number"], entry["params"]) for entry in storage.read_json(path)]
-
-
-def _check_ends(plan: SweepPlan) -> None:
-    """Try samples of every axis, so that a draw cannot turn out to be invalid later."""
-    space = plan.study.space
-    usual = {key: axis.samples()[0] for key, axis in space.items()}
-    probe = SweepPlan(plan.study, _starts=plan._starts)
-    for key, value in itertools.chain.from_iterable(
-        ((key, end) for end in axis.samples()) for key, axis in space.items()
-    ):
-        probe.add(Point(0, {**usual, key: value}))
-    check_inputs(probe.trials[:1])

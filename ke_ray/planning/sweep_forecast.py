@@ -1,29 +1,25 @@
-"""What a sweep would do: trials, tokens, hours. Nothing is fetched, packed or written.
+"""The forecast of a sweep: trials, tokens, hours. Nothing is fetched, packed or written.
 
-Checkpoints that are not on this machine are not asked for: a plan can be printed without a network.
+Checkpoints that are not on this machine are not requested: a forecast needs no network.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import yaml
 
 from ke_ray import storage
-from ke_ray.config import validate
+from ke_ray.checkpoints.find.catalog import list_checkpoints
 from ke_ray.errors import KeRayError
 from ke_ray.planning.scan_forecast import num_body_parameters
 from ke_ray.planning.speed import H100_FLOPS_PER_S, measured_speed
-from ke_ray.planning.sweep import fixed_points, resolve
-from ke_ray.planning.trials import Point
+from ke_ray.planning.sweep import end_points, fixed_points, num_drawn, seeds_of, trial_study
 from ke_ray.studies.continual import ContinualStudy
 from ke_ray.studies.sweep import SweepStudy
-
-__all__ = ["SweepForecast", "forecast", "measure_sweep", "num_tokens"]
 
 #: Of the matrix products' speed that training reaches, all told (assumed).
 _EFFICIENCY = 0.4
@@ -64,43 +60,25 @@ def measure_sweep(study: SweepStudy) -> SweepForecast:
     Raises:
         ConfigError: a point whose values make no valid study, or too few different points.
     """
-    points = fixed_points(study)
-    drawn = (study.num_trials or 0) if study.search == "tpe" and study.space else 0
-    seeds = [len(_seeds(study, point)) for point in points]
-    trials = [(point, _validated(study, point)) for point in points]
-    per_trial = [num_tokens(trial) for _, trial in trials]
+    points, drawn = fixed_points(study), num_drawn(study)
+    trials = [(point, seed) for point in points for seed in seeds_of(study, point)]
+    per_trial = [num_tokens(trial_study(study, *trial)) for trial in trials]
     if drawn:
-        ends = {key: axis.samples()[0] for key, axis in study.space.items()}
-        for key, axis in study.space.items():
-            for end in axis.samples():
-                _validated(study, Point(0, {**ends, key: end}))
-        typical = num_tokens(study.base)
-        per_trial += [typical] * drawn
-        seeds += [len(study.repeats)] * drawn
-    known = [tokens for tokens in per_trial if tokens is not None]
-    total = None
-    if len(known) == len(per_trial):
-        total = sum(t * n for t, n in zip(known, seeds, strict=True))
-    parameters, where = _parameters(study)
+        for point in end_points(study):
+            trial_study(study, point, seeds_of(study, point)[0])
+        per_trial += [num_tokens(study.base)] * drawn * len(study.repeats)
+    counted = [tokens for tokens in per_trial if tokens is not None]
+    total = sum(counted) if len(counted) == len(per_trial) else None
+    parameters, source = _parameters(study)
     shown = [(str(point.number), point.params) for point in points]
-    return SweepForecast(len(points) + drawn, sum(seeds), total, parameters, where, shown)
-
-
-def _seeds(study: SweepStudy, point: Point) -> Sequence[int]:
-    return (point.params["seed"],) if "seed" in point.params else study.repeats
-
-
-def _validated(study: SweepStudy, point: Point) -> ContinualStudy:
-    values = resolve(study, point.params, _seeds(study, point)[0])
-    return validate(ContinualStudy, values, f"point {point.number} of {study.output}")
+    return SweepForecast(len(points) + drawn, len(per_trial), total, parameters, source, shown)
 
 
 def _parameters(study: SweepStudy) -> tuple[float | None, str]:
     """Weights in matrix products: from a local config, else from the model's name."""
     spec = study.base.starts.spec
     if storage.is_local(spec) and storage.exists(spec):
-        from ke_ray.checkpoints.find.catalog import list_checkpoints
-        from ke_ray.models.loading import load_config
+        from ke_ray.models.loading import load_config  # transformers
 
         try:
             config = load_config(list_checkpoints(spec)[-1])
@@ -108,11 +86,11 @@ def _parameters(study: SweepStudy) -> tuple[float | None, str]:
             return None, "no checkpoint could be read"
         head = config.hidden_size * config.vocab_size
         return float(num_body_parameters(config) + head), "the checkpoint's config"
-    found = _SIZE_IN_NAME.search(spec)
-    if found is None:
+    size = _SIZE_IN_NAME.search(spec)
+    if size is None:
         return None, f"'{spec}' is not here and its name gives no size"
-    unit = 1e9 if found.group(2) in "bB" else 1e6
-    return float(found.group(1)) * unit, f"the name '{spec}'"
+    unit = 1e9 if size.group(2) in "bB" else 1e6
+    return float(size.group(1)) * unit, f"the name '{spec}'"
 
 
 def _measured_tokens_per_s(output: str) -> float | None:
@@ -129,30 +107,32 @@ def _measured_tokens_per_s(output: str) -> float | None:
 
 def forecast(study: SweepStudy) -> str:
     """The plan as text: the resolved study, then the trials and the figures."""
-    found = measure_sweep(study)
+    figures = measure_sweep(study)
     plan = json.loads(study.model_dump_json(exclude_none=True, by_alias=True))
     # None is a value here: it switches a group off.
     plan["points"] = [dict(point) for point in study.points]
     lines = [yaml.safe_dump(plan, sort_keys=False), "points:"]
-    for number, params in found.shown[:60]:
+    for number, params in figures.shown[:60]:
         text = ", ".join(f"{key}={_text(value)}" for key, value in params.items())
         lines.append(f"  {number:>4}  {text}")
-    if len(found.shown) > 60:
-        lines.append(f"  … and {len(found.shown) - 60} more")
-    if found.num_points > len(found.shown):
-        lines.append(f"  and {found.num_points - len(found.shown)} that {study.search} will draw")
+    if len(figures.shown) > 60:
+        lines.append(f"  … and {len(figures.shown) - 60} more")
+    if figures.num_points > len(figures.shown):
+        lines.append(
+            f"  and {figures.num_points - len(figures.shown)} that {study.search} will draw"
+        )
     lines.append(
-        f"trials: {found.num_trials} ({found.num_points} points"
+        f"trials: {figures.num_trials} ({figures.num_points} points"
         + (f", {len(study.repeats)} seeds" if "seed" not in study.swept_keys else "")
         + f"), each with {study.base.num_workers} worker"
         + ("s" if study.base.num_workers > 1 else "")
     )
-    if found.tokens is None:
+    if figures.tokens is None:
         lines.append("training tokens: not known (corpus.num_instances is not given)")
         lines.append("hours: not known")
         return "\n".join(lines)
-    lines.append(f"training tokens: about {found.tokens:,} in all")
-    lines.append(_hours(study, found))
+    lines.append(f"training tokens: about {figures.tokens:,} in all")
+    lines.append(_hours(study, figures))
     return "\n".join(lines)
 
 
@@ -160,25 +140,25 @@ def _text(value: Any) -> str:
     return json.dumps(value) if isinstance(value, dict | list | tuple) else str(value)
 
 
-def _hours(study: SweepStudy, found: SweepForecast) -> str:
-    assert found.tokens is not None
+def _hours(study: SweepStudy, figures: SweepForecast) -> str:
+    assert figures.tokens is not None
     measured = _measured_tokens_per_s(study.output)
     if measured is not None:
-        hours = found.tokens / measured / 3600
+        hours = figures.tokens / measured / 3600
         return (
             f"hours: {_number(hours)} of trials one after another ({measured:,.0f} tokens/s in the "
             "trials that are finished, evaluations included)"
         )
-    if found.parameters is None:
-        return f"hours: not known ({found.parameters_from})"
+    if figures.parameters is None:
+        return f"hours: not known ({figures.parameters_from})"
     speed = measured_speed(study.base.precision, study.base.use_gpu)
     peak = H100_FLOPS_PER_S[study.base.precision]
-    hours = 6 * found.parameters * found.tokens / _EFFICIENCY / 3600
+    hours = 6 * figures.parameters * figures.tokens / _EFFICIENCY / 3600
     return (
         f"hours: {_number(hours / speed.flops_per_s)} on this machine's {speed.device} ({speed}), "
         f"{_number(hours / peak)} on one H100 in {study.base.precision} "
         f"({peak / 1e12:.0f} TFLOP/s, assumed), trials one after another; {_EFFICIENCY:.0%} of "
-        f"either assumed, {found.parameters / 1e6:,.1f}M weights by {found.parameters_from}; "
+        f"either assumed, {figures.parameters / 1e6:,.1f}M weights by {figures.parameters_from}; "
         "probes and tasks come on top"
     )
 

@@ -30,10 +30,10 @@ def make_works(num_checkpoints: int, sizes: list[int], sequence_length: int = 20
 def test_every_instance_is_covered_exactly_once(num_checkpoints, num_actors, sizes):
     items = plan_items(make_works(num_checkpoints, sizes), num_actors, HERE)
     covered = Counter(
-        (item.checkpoint, stretch.work.corpus, instance)
+        (item.checkpoint, rows.work.corpus, instance)
         for item in items
-        for stretch in item.stretches
-        for instance in range(stretch.start, stretch.stop)
+        for rows in item.ranges
+        for instance in range(rows.start, rows.stop)
     )
     assert set(covered.values()) == {1}
     assert len(covered) == num_checkpoints * sum(sizes)
@@ -91,7 +91,7 @@ def test_small_work_is_not_cut():
 
 def test_whole_corpora_are_known_as_whole():
     (item,) = plan_items(make_works(1, [5, 7], sequence_length=16), 1, HERE)
-    assert [stretch.is_whole for stretch in item.stretches] == [True, True]
+    assert [rows.is_whole for rows in item.ranges] == [True, True]
 
 
 @pytest.mark.parametrize("num_actors", [1, 2, 3, 8])

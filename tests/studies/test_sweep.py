@@ -10,7 +10,7 @@ import yaml
 
 from ke_ray.config import validate
 from ke_ray.errors import ConfigError
-from ke_ray.planning.sweep import fixed_points, resolve, value_at
+from ke_ray.planning.sweep import fixed_points, trial_study, value_at
 from ke_ray.planning.sweep_forecast import measure_sweep, num_tokens
 from ke_ray.results.columns import OBJECTIVES
 from ke_ray.studies.continual import ContinualStudy
@@ -85,7 +85,7 @@ def test_table1_has_the_papers_rows_at_every_stage() -> None:
     study = load_sweep(SWEEPS / "table1.yaml")
     stages: dict[int, set[tuple[int, float, int]]] = {}
     for point in fixed_points(study):
-        values = resolve(study, point.params, 6198)
+        values = trial_study(study, point, 6198).model_dump()
         rates = value_at(values, "optimizer.learning_rate")
         setting = (values["global_batch_size"], rates, values["epochs"])
         stages.setdefault(point.params["checkpoint"], set()).add(setting)
@@ -97,7 +97,7 @@ def test_fig5_has_its_factors_its_original_and_three_controls() -> None:
     study = load_sweep(SWEEPS / "resuscitation_q.yaml")
     seen = {
         (value_at(v, "resuscitation.factor"), value_at(v, "resuscitation.control"))
-        for v in (resolve(study, point.params, 0) for point in fixed_points(study))
+        for v in (trial_study(study, point, 0).model_dump() for point in fixed_points(study))
     }
     controls = {(2, name) for name in ("random", "matched_norm", "attention_temperature")}
     assert seen == {(None, None), *((q, None) for q in (0.5, 1, 2, 3)), *controls}

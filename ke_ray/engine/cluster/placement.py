@@ -14,18 +14,6 @@ from collections.abc import Mapping, Sequence
 
 from ke_ray.errors import ConfigError
 
-__all__ = [
-    "cluster_nodes",
-    "count_places",
-    "describe_nodes",
-    "describe_resources",
-    "granted_device",
-    "in_driver",
-    "may_grow",
-    "most_cpus",
-    "training_nodes",
-]
-
 log = logging.getLogger(__name__)
 
 #: Resources of one node, as Ray names them: ``CPU``, ``GPU``, ``memory`` (bytes), …

@@ -31,8 +31,6 @@ from ke_ray.engine.cluster.placement import (
 )
 from ke_ray.errors import ConfigError, PlacementError
 
-__all__ = ["WAIT_VARIABLE", "watch_placement"]
-
 log = logging.getLogger(__name__)
 
 #: Seconds after which a wait is told.

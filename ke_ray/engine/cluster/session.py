@@ -19,13 +19,6 @@ from typing import Any
 
 from ke_ray.errors import KeRayError, UserError
 
-__all__ = [
-    "beside_driver",
-    "kept_handlers",
-    "ray_session",
-    "worker_env",
-]
-
 log = logging.getLogger(__name__)
 
 _OBJECT_STORE_BYTES = 512 << 20

@@ -14,8 +14,6 @@ from typing import Any
 from ke_ray import storage
 from ke_ray.errors import StorageError
 
-__all__ = ["ask_other_nodes", "check_nodes_see", "other_nodes"]
-
 #: A node starts a process for its answer, perhaps with a runtime environment to set up first.
 _ANSWER_TIMEOUT_S = 120.0
 

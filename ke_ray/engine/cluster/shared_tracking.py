@@ -15,8 +15,6 @@ from ke_ray.secrets import redact
 from ke_ray.studies.parts import TrackingSettings, is_loopback
 from ke_ray.tracking.tracker import store_uri
 
-__all__ = ["check_nodes_reach_store"]
-
 _ANSWER_TIMEOUT_S = 15.0
 _SQLITE = "sqlite:///"
 _REMEDY = (

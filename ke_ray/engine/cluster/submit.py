@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
     from ke_ray.studies.jobs import JobStudy
 
-__all__ = ["JobResult", "JobServer", "exit_code_of", "new_submission_id", "run_job"]
-
 log = logging.getLogger(__name__)
 
 _REQUEST_TIMEOUT_S = 120.0

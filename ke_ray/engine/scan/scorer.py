@@ -6,7 +6,7 @@ Whatever goes wrong with an item becomes a row with its error; an item that keep
 is given up after ``MAX_ATTEMPTS`` by count of the monitor, which outlives the actors.
 
     input    one row    ``item`` (JSON of the work item and its checkpoint)
-    output   one row for each corpus of the item, columns of ``scorer_output.OUTPUT_SCHEMA``
+    output   one row for each corpus of the item, columns of ``scan_messages.OUTPUT_SCHEMA``
     resources   ``num_cpus`` or ``num_gpus`` per actor, chosen by the scan; a scorer uses a GPU
                 only where Ray granted it one
 """
@@ -28,7 +28,7 @@ import pyarrow as pa
 from ke_ray.checkpoints.reference import CheckpointRef
 from ke_ray.engine.cluster.placement import granted_device
 from ke_ray.errors import KeRayError
-from ke_ray.planning.scan_items import Stretch, WorkItem
+from ke_ray.planning.scan_items import RowRange, WorkItem
 from ke_ray.planning.scan_messages import (
     ScorerSettings,
     evaluated_columns,
@@ -43,8 +43,6 @@ if TYPE_CHECKING:
 
     from ke_ray.core.statistics import GroupSums
     from ke_ray.resuscitation.start import Revived
-
-__all__ = ["CheckpointScorer", "ScanMonitor"]
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +77,7 @@ class ScanMonitor:
         return self._attempts[item]
 
     def attempts(self, item: int) -> int:
-        """How often an item was begun."""
+        """How many attempts at an item have started."""
         return self._attempts.get(item, 0)
 
     def report(self, item: int, num_tokens: int, busy_s: float) -> None:
@@ -145,7 +143,7 @@ class CheckpointScorer:
         self._guard = threading.Lock()
         self._load_lock = threading.Lock()
         self._score_lock = threading.Lock()
-        self._alone = _Exclusive()
+        self._item_lock = _SharedLock()
         self._hasher = ThreadPoolExecutor(1, "weights-hash")
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -157,7 +155,7 @@ class CheckpointScorer:
         earlier = ray.get(self._monitor.attempts.remote(item.index))
         # An item that was lost with its actor runs alone the next time, so that an item which
         # kills its actor takes no neighbour's attempts with it.
-        with self._alone.enter(exclusive=earlier > 0):
+        with self._item_lock.held(exclusive=earlier > 0):
             if earlier >= MAX_ATTEMPTS:
                 return failed_table(
                     item,
@@ -181,12 +179,12 @@ class CheckpointScorer:
             with self._score_lock:
                 started = time.monotonic()
                 report = self._reporter(item.index)
-                sums = [self._sum(loaded.model, stretch, report) for stretch in item.stretches]
+                sums = [self._sum(loaded.model, rows, report) for rows in item.ranges]
                 ended = time.monotonic()
             scored = sum(part.total_tokens for part in sums)
             self._monitor.report.remote(item.index, scored, ended - started)
-            for stretch, part in zip(item.stretches, sums, strict=True):
-                outputs.append(self._output(item, ref, stretch, part))
+            for rows, part in zip(item.ranges, sums, strict=True):
+                outputs.append(self._output(item, ref, rows, part))
             model = {"weights_sha256": loaded.sha256.result(), **_identity(loaded.model)}
         for output in outputs:
             output |= model
@@ -196,42 +194,41 @@ class CheckpointScorer:
             "score_s": ended - started,
             "wait_s": started - waiting,
         }
-        told = None if loaded.revived is None else json.dumps(asdict(loaded.revived))
-        outputs[0] |= {**timings, "revived": told}  # once an item
+        revived = None if loaded.revived is None else json.dumps(asdict(loaded.revived))
+        outputs[0] |= {**timings, "revived": revived}  # once per item
         return output_table(outputs)
 
-    def _sum(self, model: Any, stretch: Stretch, report: Any) -> GroupSums:
+    def _sum(self, model: Any, rows: RowRange, report: Any) -> GroupSums:
         from ke_ray.models.scoring import score_instances
 
-        input_ids, lengths = self._corpora[stretch.work.corpus]
-        rows = slice(stretch.start, stretch.stop)
+        input_ids, lengths = self._corpora[rows.work.corpus]
         return score_instances(
             model,
-            input_ids[rows],
-            lengths[rows],
-            measures=stretch.work.measures,
-            num_instances=stretch.work.num_instances,
-            group_sizes=stretch.work.group_sizes,
-            first_instance=stretch.start,
+            input_ids[rows.start : rows.stop],
+            lengths[rows.start : rows.stop],
+            measures=rows.work.measures,
+            num_instances=rows.work.num_instances,
+            group_sizes=rows.work.group_sizes,
+            first_instance=rows.start,
             batch_size=self._settings.batch_size,
             on_batch=report,
         )
 
     def _output(
-        self, item: WorkItem, ref: CheckpointRef, stretch: Stretch, sums: GroupSums
+        self, item: WorkItem, ref: CheckpointRef, rows: RowRange, sums: GroupSums
     ) -> dict[str, Any]:
         output: dict[str, Any] = {
             "item": item.index,
             "checkpoint": item.checkpoint,
-            "corpus": stretch.work.corpus,
+            "corpus": rows.work.corpus,
             "status": "ok",
             "num_instances": sums.total_instances,
             "num_tokens": sums.total_tokens,
         }
-        if not stretch.is_whole:
+        if not rows.is_whole:
             return {**output, "sums": save_tensors(sums.to_tensors())}
         try:
-            return {**output, **evaluated_columns(sums, stretch.work.measures, self._settings)}
+            return {**output, **evaluated_columns(sums, rows.work.measures, self._settings)}
         except KeRayError as error:
             return {**output, "status": "failed", "error": f"'{ref.label}': {error}"}
 
@@ -253,7 +250,7 @@ class CheckpointScorer:
                 except BaseException as error:
                     slot.ready.set_exception(error)
             loaded = slot.ready.result()
-            # Whoever finds it loaded has waited for nothing.
+            # An item that finds it loaded has waited for nothing.
             yield loaded if is_owner else replace(loaded, fetch_s=0.0, load_s=0.0)
         finally:
             with self._guard:
@@ -261,9 +258,9 @@ class CheckpointScorer:
                 if slot.ready.exception() is not None and not slot.users:
                     self._slots.pop(index, None)
 
-    def _drop_idle(self, wanted: int) -> None:
+    def _drop_idle(self, needed: int) -> None:
         with self._guard:
-            for index in [i for i, s in self._slots.items() if not s.users and i != wanted]:
+            for index in [i for i, s in self._slots.items() if not s.users and i != needed]:
                 del self._slots[index]
 
     def _load(self, ref: CheckpointRef) -> _Loaded:
@@ -282,8 +279,8 @@ class CheckpointScorer:
         try:
             dtype: torch.dtype = getattr(torch, self._settings.dtype)
             model = load_model(folder, dtype=dtype, device=self._device)
-            keys = self._settings.resuscitation
-            revived = revive(model, folder, ref, self._measured, keys) if keys else None
+            settings = self._settings.resuscitation
+            revived = revive(model, folder, ref, self._measured, settings) if settings else None
         finally:
             digest.add_done_callback(lambda _: self._store.release(ref))
         return _Loaded(model, fetched - started, time.monotonic() - fetched, digest, revived)
@@ -328,26 +325,26 @@ def _identity(model: Any) -> dict[str, Any]:
     return {"series": series, "n_layers": n_layers, "d_mlp": d_mlp}
 
 
-class _Exclusive:
-    """Lets any number in together, or one alone."""
+class _SharedLock:
+    """A lock that any number of threads share, or that one thread has exclusively."""
 
     def __init__(self) -> None:
         self._condition = threading.Condition()
-        self._inside = 0
-        self._taken = False
+        self._num_holders = 0
+        self._is_exclusive = False
 
     @contextmanager
-    def enter(self, *, exclusive: bool) -> Iterator[None]:
+    def held(self, *, exclusive: bool) -> Iterator[None]:
         with self._condition:
             self._condition.wait_for(
-                lambda: not self._taken and (not exclusive or self._inside == 0)
+                lambda: not self._is_exclusive and (not exclusive or self._num_holders == 0)
             )
-            self._inside += 1
-            self._taken = exclusive
+            self._num_holders += 1
+            self._is_exclusive = exclusive
         try:
             yield
         finally:
             with self._condition:
-                self._inside -= 1
-                self._taken = False
+                self._num_holders -= 1
+                self._is_exclusive = False
                 self._condition.notify_all()
