@@ -57,13 +57,13 @@ def submit(
 
     current: list[str] = []
 
-    def begun(submission_id: str, attempt: int) -> None:
+    def show_attempt(submission_id: str, attempt: int) -> None:
         current[:] = [submission_id]
         again = f", attempt {attempt} of {loaded.retries + 1}" if attempt > 1 else ""
         _say(f"Job {submission_id} on {server.address}{again}: {loaded.entrypoint}")
 
     try:
-        result = run_job(server, loaded, runtime_env, write=_write, begun=begun)
+        result = run_job(server, loaded, runtime_env, write=_write, on_attempt=show_attempt)
     except KeyboardInterrupt:
         if current:
             _interrupted(server, current[0])

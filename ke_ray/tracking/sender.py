@@ -34,18 +34,18 @@ class Outage:
     unsent: deque[tuple[str, Callable[[], None]]] = field(default_factory=deque)
     since: float | None = None
     last: float = 0.0
-    is_told: bool = False
+    is_logged: bool = False
 
     @property
     def is_fresh(self) -> bool:
         """Whether the store failed a moment ago, so that asking it again would be in vain."""
         return self.since is not None and time.monotonic() - self.last < _BRIEF_S
 
-    def failed(self, error: Exception, began: float) -> None:
-        """An attempt that began at ``began`` (monotonic seconds) failed; told once an outage."""
-        self.since, self.last = self.since or began, time.monotonic()
-        if not self.is_told and self.last - self.since > _BRIEF_S:
-            self.is_told = True
+    def failed(self, error: Exception, started: float) -> None:
+        """Note an attempt that failed (``started`` in monotonic seconds); logged once per outage."""
+        self.since, self.last = self.since or started, time.monotonic()
+        if not self.is_logged and self.last - self.since > _BRIEF_S:
+            self.is_logged = True
             log.warning(
                 "MLflow at '%s' does not answer (%s). The work goes on; what is to be logged is "
                 "kept and sent when it answers again.",
@@ -54,9 +54,9 @@ class Outage:
 
     def ended(self) -> None:
         """The store answers."""
-        if self.is_told:
+        if self.is_logged:
             log.warning("MLflow at '%s' answers again.", self.store)
-        self.since, self.is_told = None, False
+        self.since, self.is_logged = None, False
 
 
 _outages: dict[str, Outage] = {}
@@ -88,7 +88,7 @@ class Sender(threading.Thread):
         self._give_up_after_s = give_up_after_s
         self._is_awaited = False
         self._queue: queue.Queue[tuple[str, Callable[[], None]] | None] = queue.Queue()
-        self._told: set[str] = set()
+        self._logged: set[str] = set()
         self.lost: list[str] = []
 
     def put(self, what: str, write: Callable[[], None]) -> None:
@@ -122,17 +122,17 @@ class Sender(threading.Thread):
 
     def _try(self, what: str, write: Callable[[], None]) -> bool:
         """Whether a write was sent or refused; False where the store is not there."""
-        began = time.monotonic()
+        started = time.monotonic()
         try:
             write()
         except Exception as error:  # MLflow raises its own, SQLAlchemy's and requests' kinds
             if not _is_refusal(error):
-                self.outage.failed(error, began)
+                self.outage.failed(error, started)
                 return False
             reason = _reason(error)
-            if reason not in self._told:
+            if reason not in self._logged:
                 log.warning("MLflow: gave up on %s: %s", what, reason)
-                self._told.add(reason)
+                self._logged.add(reason)
             self.lost.append(what)
         else:
             self.outage.ended()

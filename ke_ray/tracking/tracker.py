@@ -238,11 +238,11 @@ class Tracker:
         """What the store answers; ``default`` where it does not, or has just not answered."""
         if self._sender.outage.is_fresh:
             return default
-        began = time.monotonic()
+        started = time.monotonic()
         try:
             return read()
         except Exception as error:
-            self._sender.outage.failed(error, began)
+            self._sender.outage.failed(error, started)
             return default
 
     def find_run(self, key: str) -> str | None:

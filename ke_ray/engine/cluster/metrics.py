@@ -62,7 +62,9 @@ METRICS = {
     "ke_ray_probe_knowledge_nats": Metric(
         "gauge", "nats per token", "K of the last probes.", ("study", "run", "setting")
     ),
-    "ke_ray_sweep_trials_planned": Metric("counter", "trials", "Trials that commands began with."),
+    "ke_ray_sweep_trials_planned": Metric(
+        "counter", "trials", "Trials that commands started with."
+    ),
     "ke_ray_sweep_trials": Metric(
         "counter", "trials", "Trials that came to an end.", ("study", "status")
     ),
@@ -141,8 +143,8 @@ class ScanMeter:
         self._busy.append((now, busy_s))
         while now - self._busy[1][0] > _IDLE_WINDOW_S:
             self._busy.popleft()
-        began, busy_before = self._busy[0]
-        share = (busy_s - busy_before) / max((now - began) * self._num_scorers, 1e-9)
+        started, busy_before = self._busy[0]
+        share = (busy_s - busy_before) / max((now - started) * self._num_scorers, 1e-9)
         return min(max(1.0 - share, 0.0), 1.0)
 
 
@@ -172,7 +174,7 @@ class TrainingMeter:
         """The loop has looked at its losses."""
         self._on_progress(progress, **more)
         row, now = progress.record, time.monotonic()
-        if self._num_tokens is None:  # a run that goes on has tokens of earlier processes
+        if self._num_tokens is None:  # a resumed run has tokens of earlier processes
             self._num_tokens = row.num_tokens - row.num_tokens // row.step
         if now - self._last < _EVERY_S and row.step < progress.num_steps:
             return

@@ -1,4 +1,4 @@
-"""Places of a cluster: what its nodes can hold, and which GPUs torch can use.
+"""Capacity of a cluster: what its nodes can hold, and which GPUs torch can use.
 
 An actor or a worker lives on one node, so everything is counted node by node: a share of the
 cluster's sum may fit on none. Ray counts GPUs that a node declares, whether torch can use them or
@@ -78,11 +78,11 @@ def describe_nodes(nodes: Sequence[Node]) -> str:
 def training_nodes(use_gpu: bool | None) -> list[dict[str, float]]:
     """The nodes as training counts them: with their GPUs only where it is to use them.
 
-    The workers of a run agree on one device before they start, so each node that declares GPUs is
-    asked first whether torch can use one there.
+    The workers of a run agree on one device before they start, so a task on each node that declares
+    GPUs first finds out whether torch can use one there.
 
     Args:
-        use_gpu: None: where torch can use those that are declared.
+        use_gpu: None: where torch can use the GPUs that are declared.
 
     Raises:
         ConfigError: GPUs are requested, or some nodes have usable ones, and a node declares GPUs
@@ -93,23 +93,23 @@ def training_nodes(use_gpu: bool | None) -> list[dict[str, float]]:
     if use_gpu is False or not any(node.get("GPU") for node in nodes):
         return nodes if use_gpu else without
     if use_gpu and not in_driver():
-        return nodes  # a trial of a sweep, whose driver has asked
-    answers = _ask_gpu_nodes()
+        return nodes  # a trial of a sweep, whose driver has looked
+    answers = _gpu_problems()
     problems = {address: problem for address, problem in answers.items() if problem is not None}
     if not problems:
         return nodes
     address, problem = next(iter(problems.items()))
-    found = f"The node {address} declares GPUs, but {problem}"
+    message = f"The node {address} declares GPUs, but {problem}"
     if use_gpu is None and len(problems) == len(answers):
-        log.warning("%s, as on all nodes that declare GPUs. Training runs on CPUs.", found)
+        log.warning("%s, as on all nodes that declare GPUs. Training runs on CPUs.", message)
         return without
     raise ConfigError(
-        f"{found}. Set use_gpu: false to train on CPUs, or install a torch that can use the GPUs "
+        f"{message}. Set use_gpu: false to train on CPUs, or install a torch that can use the GPUs "
         "of all nodes that declare some."
     )
 
 
-def _ask_gpu_nodes() -> dict[str, str | None]:
+def _gpu_problems() -> dict[str, str | None]:
     """Why torch cannot use a GPU, None where it can, by address of the nodes that declare any."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -123,14 +123,14 @@ def _ask_gpu_nodes() -> dict[str, str | None]:
         for node in ray.nodes()
         if node["Alive"] and node["Resources"].get("GPU")
     }
-    found: dict[str, str | None] = {}
+    problems: dict[str, str | None] = {}
     for address, answer in answers.items():
         try:
-            found[address] = ray.get(answer, timeout=_GPU_PROBE_TIMEOUT_S)
+            problems[address] = ray.get(answer, timeout=_GPU_PROBE_TIMEOUT_S)
         except ray.exceptions.RayError as error:  # a node that has just gone trains nothing either
             log.debug("The node %s did not say whether torch can use its GPUs: %s", address, error)
-            found[address] = None
-    return found
+            problems[address] = None
+    return problems
 
 
 def _probe_gpu() -> str | None:

@@ -1,4 +1,4 @@
-"""A watch over what waits for a place on a cluster, so that nothing waits in silence.
+"""A watch over work that waits for a node of a cluster, so that nothing waits in silence.
 
 Scorers, Ray Train's worker groups and Ray Tune's trials are actors and placement groups of this
 command's Ray job; Ray's control store says which of them have no node yet. What is requested and
@@ -33,7 +33,7 @@ from ke_ray.errors import ConfigError, PlacementError
 
 log = logging.getLogger(__name__)
 
-#: Seconds after which a wait is told.
+#: Seconds after which a wait is logged.
 WAIT_VARIABLE = "KE_RAY_PLACEMENT_WAIT_S"
 _DEFAULT_WAIT_S = 120.0
 _POLL_S = 5.0
@@ -116,7 +116,7 @@ class _Watch:
         self.verdict: str | None = None
         self._can_end = can_end
         self._limit_s = limit_s
-        self._waiting_since = self._last_seen = self._last_told = -math.inf
+        self._waiting_since = self._last_seen = self._last_logged = -math.inf
         self._impossible_since = math.inf
 
     def run(self) -> None:
@@ -127,11 +127,11 @@ class _Watch:
                 if demand.groups:
                     self._look(demand, cluster_nodes(), time.monotonic())
             except Exception:  # a control store that is away for a moment must not end the watch
-                log.debug("Could not see what waits for a place", exc_info=True)
+                log.debug("Could not see what waits for a node", exc_info=True)
 
     def _look(self, demand: _Demand, nodes: Sequence[Node], now: float) -> None:
         if now - self._last_seen > 3 * _POLL_S:  # Ray Train's wait goes on when it asks anew
-            self._waiting_since = self._last_told = now
+            self._waiting_since = self._last_logged = now
             self._impossible_since = math.inf
         self._last_seen = now
         is_possible = demand.fits(nodes)
@@ -141,8 +141,8 @@ class _Watch:
         ends_in_s = self._impossible_since + self._limit_s - now if has_end else None
         if ends_in_s is not None and ends_in_s <= 0:
             self._end(demand, nodes)
-        elif is_news or now - self._last_told >= self._limit_s:
-            self._last_told = now
+        elif is_news or now - self._last_logged >= self._limit_s:
+            self._last_logged = now
             log.warning(
                 "Waiting for a place (%.0f s so far): %s requested, the cluster has %s. %s",
                 *(now - self._waiting_since, demand, describe_nodes(nodes)),
@@ -163,11 +163,11 @@ class _Watch:
 
 def _outlook(demand: _Demand, is_possible: bool, ends_in_s: float | None) -> str:
     if is_possible:
-        return f"Free in all: {_free()}; it starts when others give back what they hold."
+        return f"Free in all: {_free()}; it starts when other work releases what it holds."
     if ends_in_s is not None:
         return f"No node can hold it; this ends in {ends_in_s:.0f} s unless one joins that can."
     if demand.is_running:
-        return "No node can hold it; what runs already goes on without it."
+        return "No node can hold it; the work that runs already continues without it."
     return "No node can hold it; it starts when a node joins that can."
 
 
@@ -179,9 +179,9 @@ def _free() -> str:
 
 def _fit(bundles: Sequence[dict[str, float]], nodes: Sequence[Node]) -> bool:
     """Whether the bundles fit on empty nodes, the largest placed first."""
-    left = [dict(node) for node in nodes]
+    remaining = [dict(node) for node in nodes]
     for bundle in sorted(bundles, key=lambda b: (b.get("GPU", 0), b.get("CPU", 0)), reverse=True):
-        for node in left:
+        for node in remaining:
             if all(node.get(name, 0) >= amount for name, amount in bundle.items()):
                 for name, amount in bundle.items():
                     node[name] -= amount
@@ -194,8 +194,8 @@ def _fit(bundles: Sequence[dict[str, float]], nodes: Sequence[Node]) -> bool:
 def _demand_of_job() -> _Demand:
     """What actors and placement groups of this job wait for.
 
-    Read where ``ray.nodes()`` reads too: the public state API asks the dashboard, which need not
-    be reachable from the driver's node.
+    Read from the same store as ``ray.nodes()``: the public state API asks the dashboard, which need
+    not be reachable from the driver's node.
     """
     import ray
     from ray._private.state import state

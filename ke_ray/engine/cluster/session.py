@@ -1,8 +1,9 @@
-"""Starting or joining Ray, with the settings that ke_ray wants everywhere.
+"""Ray sessions, with the settings that ke_ray needs everywhere.
 
-Environment variables are set before Ray is imported, since it reads them then. Ray's ports bind to
-all interfaces whatever address is asked for, so token authentication is switched on: a call
-without the token is refused.
+Environment variables are set before Ray is imported, since it reads them then; so the modules that
+a driver imports before its session import Ray inside functions. Ray's ports bind to all interfaces
+whatever address is requested, so token authentication is switched on: a call without the token is
+refused.
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ def ray_session(
     else:
         settings |= {"address": address, "runtime_env": {"env_vars": worker_env()}}
     try:
-        with _held_stderr(), kept_handlers(signal.SIGTERM):
+        with _quiet_stderr(), kept_handlers(signal.SIGTERM):
             _start(settings)
     except (ConnectionError, RuntimeError) as error:
         if not address:
@@ -179,21 +180,21 @@ def kept_handlers(*numbers: signal.Signals) -> Iterator[None]:
 
 
 @contextmanager
-def _held_stderr() -> Iterator[None]:
-    """Hold back what native code writes to standard error; shown only where the block fails.
+def _quiet_stderr() -> Iterator[None]:
+    """Show what native code writes to standard error only where the block fails.
 
     Ray's core says on every start that it read its log level, below Python's logging.
     """
     sys.stderr.flush()
     kept = os.dup(2)
-    with tempfile.TemporaryFile() as held:
-        os.dup2(held.fileno(), 2)
+    with tempfile.TemporaryFile() as output:
+        os.dup2(output.fileno(), 2)
         try:
             yield
         except BaseException:
             sys.stderr.flush()
-            held.seek(0)
-            os.write(kept, held.read())
+            output.seek(0)
+            os.write(kept, output.read())
             raise
         finally:
             sys.stderr.flush()
@@ -202,9 +203,9 @@ def _held_stderr() -> Iterator[None]:
 
 
 def beside_driver() -> dict[str, Any]:
-    """Options of an actor that must live as long as the driver: on its node, and of no CPU.
+    """Options of an actor that must live as long as the driver: on its node, without a CPU.
 
-    Elsewhere it would go with a node that the work itself survives.
+    Elsewhere it would die with a node that the work itself survives.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy

@@ -1,7 +1,7 @@
-"""Whether the nodes of a cluster see the files that a command needs, found out before work starts.
+"""A check that the nodes of a cluster see the files that a command needs, before work starts.
 
 A local path means another disk on another node. Results that workers write there would be lost
-with the node, so each node that can run work is asked for what the driver has.
+with the node, so each node that can run work looks for what the driver has.
 """
 
 from __future__ import annotations
@@ -61,22 +61,22 @@ def ask_other_nodes(question: Callable[..., Any], *arguments: Any) -> list[tuple
     if not others:
         return []
     remote = ray.remote(num_cpus=0, max_retries=2)(question)
-    asked = [
+    pending = [
         remote.options(
             scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         ).remote(*arguments)
         for node in others
     ]
-    _, late = ray.wait(asked, num_returns=len(asked), timeout=_ANSWER_TIMEOUT_S)
+    _, late = ray.wait(pending, num_returns=len(pending), timeout=_ANSWER_TIMEOUT_S)
     addresses = [node["NodeManagerAddress"] for node in others]
     if late:
-        silent = ", ".join(a for a, ref in zip(addresses, asked, strict=True) if ref in late)
+        silent = ", ".join(a for a, ref in zip(addresses, pending, strict=True) if ref in late)
         raise StorageError(
-            f"No answer within {_ANSWER_TIMEOUT_S:.0f} seconds from {silent}, asked what it sees "
-            "of this command's files and addresses. Look at `ray status`; remove a node that hangs."
+            f"{silent} did not say within {_ANSWER_TIMEOUT_S:.0f} seconds what it sees of this "
+            "command's files and addresses. Look at `ray status`; remove a node that hangs."
         )
     answers = []
-    for address, ref in zip(addresses, asked, strict=True):
+    for address, ref in zip(addresses, pending, strict=True):
         try:
             answers.append((address, ray.get(ref)))
         except ray.exceptions.RayError:
@@ -88,7 +88,7 @@ def check_nodes_see(inputs: Iterable[tuple[str, str | None]], output: str | None
     """Ask every node for local inputs and for the output folder; needs a Ray session.
 
     Args:
-        inputs: (what it is, path or URI). Only local paths that exist on the driver are asked for:
+        inputs: (what it is, path or URI). Only local paths that exist on the driver are checked:
             globs, Hub names and URIs mean the same everywhere, and what is missing has messages of
             its own.
         output: where workers write; None: the driver alone does.
@@ -98,25 +98,25 @@ def check_nodes_see(inputs: Iterable[tuple[str, str | None]], output: str | None
     """
     if not other_nodes():
         return
-    found = [
-        (f"{what} '{place}'", storage.absolute(place))
-        for what, place in dict.fromkeys(inputs)
-        if place and storage.is_local(place) and storage.exists(place)
+    files = [
+        (f"{what} '{path}'", storage.absolute(path))
+        for what, path in dict.fromkeys(inputs)
+        if path and storage.is_local(path) and storage.exists(path)
     ]
     mark = None
     if output is not None and storage.is_local(output):
         mark = storage.join(storage.absolute(output), f".seen-by-all-nodes-{secrets.token_hex(4)}")
         storage.write_atomic(mark, b"")
-        found.append((f"The output folder '{output}'", mark))
+        files.append((f"The output folder '{output}'", mark))
     try:
-        answers = ask_other_nodes(_missing, [path for _, path in found])
+        answers = ask_other_nodes(_missing, [path for _, path in files])
     finally:
         if mark is not None:
             storage.remove(mark)
     for address, unseen in answers:
         if unseen:
             raise StorageError(
-                f"{found[unseen[0]][0]} lies on the driver's disk, and the node "
+                f"{files[unseen[0]][0]} lies on the driver's disk, and the node "
                 f"{address} does not see it there. Give a folder that all nodes "
                 "share, or a URI (s3://, gs://, …)."
             )

@@ -1,4 +1,4 @@
-"""Whether the nodes of a cluster reach the MLflow store of a command, found out before work starts.
+"""A check that the nodes of a cluster reach the MLflow store of a command, before work starts.
 
 Trials and training workers write to the store themselves, wherever Ray places them. An address that
 only the driver's machine understands would lose what they log, or log it somewhere else.
@@ -41,12 +41,12 @@ def check_nodes_reach_store(settings: TrackingSettings) -> None:
             f"machine on each node: {_names(elsewhere)} would not find the store. {_REMEDY}"
         )
     if is_server:
-        asked = _without_login(uri)
+        address = _without_login(uri)
     elif uri.startswith(_SQLITE):  # a relative path means another folder to another node
-        asked = _SQLITE + str(Path(uri.removeprefix(_SQLITE)).absolute())
+        address = _SQLITE + str(Path(uri.removeprefix(_SQLITE)).absolute())
     else:
         return  # a database server, with drivers and networks of its own
-    answers = ask_other_nodes(_unreachable, asked)
+    answers = ask_other_nodes(_unreachable, address)
     failures = {node: reason for node, reason in answers if reason}
     if failures:
         reasons = sorted({redact(reason) for reason in failures.values()})
@@ -75,11 +75,11 @@ def _unreachable(uri: str) -> str:
     import requests
 
     try:
-        # Any answer will do, of a proxy that wants a login too: what the store says to writes is
-        # not for this check to know.
+        # Any answer will do, also of a proxy that requires a login: what the store says to writes
+        # is not for this check to know.
         requests.get(f"{uri.rstrip('/')}/health", timeout=_ANSWER_TIMEOUT_S, stream=True).close()
     except requests.exceptions.SSLError:
-        return ""  # it answers; MLFLOW_TRACKING_INSECURE_TLS and the like decide the rest
+        return ""  # it answers; MLFLOW_TRACKING_INSECURE_TLS and the like decide what follows
     except requests.exceptions.Timeout:
         return f"no answer within {_ANSWER_TIMEOUT_S:.0f} seconds"
     except requests.exceptions.ConnectionError as error:

@@ -1,4 +1,4 @@
-"""Submitting a job to a cluster's job server and following it to its end.
+"""Submission of a job to a cluster's job server, and following it to its end.
 
 The job is the cluster's from its submission on: when this process ends, the job goes on. What the
 follower adds is the log, the exit code, the time limit and the retries.
@@ -31,7 +31,7 @@ _ANSWER_TIMEOUT_S = 15.0
 _LOOK_EVERY_S = 10.0
 _LOST_AFTER_S = 60.0
 _STOPPED_AFTER_S = 30.0
-_CHATTY = (  # they tell of each ignored folder and each closed connection
+_CHATTY = (  # they report each ignored folder and each closed connection
     "ray.dashboard.modules.job.sdk",
     "ray.dashboard.modules.dashboard_sdk",
     "ray._private.runtime_env.packaging",
@@ -102,7 +102,7 @@ class JobServer:
         address: its HTTP address, ``http://127.0.0.1:8265``. It wins over ``RAY_ADDRESS``.
 
     Raises:
-        UserError: not such an address, nothing answers there, or it wants a token.
+        UserError: not such an address, nothing answers there, or it requires a token.
     """
 
     def __init__(self, address: str) -> None:
@@ -294,9 +294,9 @@ class JobServer:
         try:
             yield
         except AuthenticationError as error:
-            given = "no valid token" if os.environ.get("RAY_AUTH_MODE") == "token" else "no token"
+            token = "no valid token" if os.environ.get("RAY_AUTH_MODE") == "token" else "no token"
             raise UserError(
-                f"The cluster at {self.address} wants its token, and got {given}. Set "
+                f"The cluster at {self.address} requires its token, and got {token}. Set "
                 "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to a file with the cluster's token."
             ) from error
 
@@ -307,19 +307,19 @@ def run_job(
     runtime_env: Mapping[str, Any],
     *,
     write: Callable[[str], None],
-    begun: Callable[[str, int], None],
+    on_attempt: Callable[[str, int], None],
 ) -> JobResult:
     """Submit and follow a job, again as often as ``job.retries`` says.
 
     A wrong request (exit code 2), a stopped job and one whose time was up are not tried again.
-    All commands go on from what is finished, so that a retry costs only what was lost.
+    All commands resume from what is finished, so that a retry costs only what was lost.
 
     Args:
-        server: where.
-        job: what.
+        server: the cluster's job server.
+        job: the job.
         runtime_env: from ``ke_ray.studies.jobs.runtime_env_of``.
         write: gets the log.
-        begun: told each submission's id and the number of the attempt (from 1), just before it.
+        on_attempt: called just before each submission with its id and the attempt's number from 1.
 
     Returns:
         How the last attempt ended.
@@ -327,7 +327,7 @@ def run_job(
     attempt = 1
     while True:
         submission_id = new_submission_id(job.name)
-        begun(submission_id, attempt)
+        on_attempt(submission_id, attempt)
         server.submit(job, runtime_env, submission_id)
         result = server.follow(submission_id, write, job.timeout_s)
         if result.status != "FAILED" or result.exit_code == _BAD_INPUT or attempt > job.retries:
@@ -372,7 +372,7 @@ def _first_line(error: BaseException) -> str:
 
 @contextmanager
 def _without(*names: str) -> Iterator[None]:
-    """Hide variables that would win over the address that was asked for."""
+    """Hide variables that would win over the requested address."""
     kept = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:
         yield

@@ -1,4 +1,4 @@
-"""What comes back from the scorers of a scan, made into result files.
+"""The collector of a scan, which turns what the scorers return into result files.
 
 Partial sums are merged in float64; a checkpoint is written when all of it is there.
 """

@@ -1,4 +1,4 @@
-"""How many trials run at once, and with what: never more than the cluster can hold.
+"""Resources of a sweep's trials, and how many run at once: never more than the cluster can hold.
 
 Ray would wait for ever for a trial that fits on no node, and trials that hold what their own
 workers wait for would wait for each other. So the number is computed here from the nodes, and what
@@ -62,10 +62,10 @@ def trial_resources(
     num_workers = study.base.num_workers
     cpus = _requested_cpus(study, num_workers)
     gpus = _gpus(study, nodes, cpus or 1, num_workers)
-    wanted = max(1, min(study.max_concurrent or num_trials, num_trials))
+    most = max(1, min(study.max_concurrent or num_trials, num_trials))
     if cpus is None:
         # As many at once as there are CPUs, or GPUs, for; then each as many CPUs as are left.
-        shared = max(1, min(wanted, count_places(nodes, 1, gpus) // num_workers))
+        shared = max(1, min(most, count_places(nodes, 1, gpus) // num_workers))
         cpus = max(1, most_cpus(nodes, shared * num_workers, gpus))
     holds = count_places(nodes, cpus, gpus) // num_workers
     if holds < 1 and not may_grow:
@@ -76,7 +76,7 @@ def trial_resources(
             f"({describe_nodes(nodes)}); lower cpus_per_trial, gpus_per_trial or "
             "base.num_workers, or add nodes."
         )
-    return TrialResources(max(1, min(wanted, holds)), cpus, gpus)
+    return TrialResources(max(1, min(most, holds)), cpus, gpus)
 
 
 def _gpus(

@@ -115,14 +115,14 @@ def run_sweep(plan: SweepPlan, tracker: Tracker, display: Display | None = None)
 
 
 def _folder_id(output: str) -> str | None:
-    """What the folder calls itself; None where no sweep has begun there."""
+    """The id in the folder's manifest; None where no sweep has started there."""
     if not storage.exists(storage.join(output, "manifest.json")):
         return None
     return str(read_manifest(output, "sweep").get("id", storage.absolute(output)))
 
 
 class _Run:
-    """State of one command: what its trials get, and what becomes of each."""
+    """State of one command: what its trials get, and how each ended."""
 
     def __init__(
         self,
@@ -177,7 +177,7 @@ class _Run:
         outcome.phases_s |= {"worker_start": waited_s, "trials": took_s - waited_s}
 
     def _write_start(self) -> None:
-        """The manifest, which says whose folder this is, and the points so far."""
+        """Write the manifest, which says whose folder this is, and the points so far."""
         study, path = self.plan.study, self.plan.study.output
         storage.check_writable(path)
         manifest = new_manifest("sweep", study.model_dump(mode="json", by_alias=True))

@@ -4,7 +4,7 @@ One ``fit`` serves all runs: starting Ray Train takes longer than a small run. T
 through the pending runs; a run that fails becomes a row and the next one follows. What a worker
 cannot survive (killed, out of memory) is Ray Train's to retry, and after ``max_failures`` of those
 the run it happened in becomes the failed row. Every run writes its own part, so a killed command
-redoes no finished run, and an unfinished one goes on from its last training state.
+redoes no finished run, and an unfinished one resumes from its last training state.
 """
 
 from __future__ import annotations
@@ -153,21 +153,21 @@ class _RunReporter:
 
     def __init__(self, study: ContinualStudy, pending: Sequence[RunSpec], display: Display) -> None:
         self._study, self._display = study, display
-        self._left, self._num_runs = deque(pending), len(pending)
+        self._remaining, self._num_runs = deque(pending), len(pending)
         self.started_at: float | None = None
 
     def show(self, progress: Progress, run: str, next_injection: int | None) -> None:
         """Show how far a run is; all before it have ended."""
         self.started_at = self.started_at or time.perf_counter()
-        if any(spec.name == run for spec in self._left):
-            while self._left[0].name != run:
+        if any(spec.name == run for spec in self._remaining):
+            while self._remaining[0].name != run:
                 self._end_first()
         record = progress.record
         per_run = record.num_tokens // record.step * progress.num_steps  # in all runs of a study
         note = f"{run}: {progress}"
         if next_injection is not None:
             note += f", next injection at {next_injection}"
-        num_ended = self._num_runs - len(self._left)
+        num_ended = self._num_runs - len(self._remaining)
         total = self._num_runs * per_run
         self._display.tokens(num_ended * per_run + record.num_tokens, total, note)
 
@@ -177,11 +177,11 @@ class _RunReporter:
 
     def finish(self) -> None:
         """All runs have ended."""
-        while self._left:
+        while self._remaining:
             self._end_first()
 
     def _end_first(self) -> None:
-        spec = self._left.popleft()
+        spec = self._remaining.popleft()
         if row := read_row(self._study, spec):
             self._display.ended(spec.name, [row])
 
@@ -239,14 +239,14 @@ def _run_on_ray(
     study: ContinualStudy, pending: Sequence[RunSpec], reporter: _RunReporter, outcome: Outcome
 ) -> None:
     started = time.perf_counter()
-    left = list(pending)
+    remaining = list(pending)
     with ray_session():
         outcome.phases_s["ray_start"] = time.perf_counter() - started
         check_nodes_see(read_by_workers(study, pending), study.output)
         check_nodes_reach_store(study.mlflow)
-        while left:
+        while remaining:
             fit_id = f"{time.time_ns():x}"
-            payload = {"study": study, "specs": left, "fit": fit_id}
+            payload = {"study": study, "specs": remaining, "fit": fit_id}
             folder = storage.join(study.output, "ray")
             storage.remove(_current(study))
             try:
@@ -257,19 +257,19 @@ def _run_on_ray(
             except KeRayError as error:
                 if not storage.exists(_current(study)):
                     raise  # the cluster cannot hold the workers, …: no run is to blame
-                left = _after_failure(study, left, fit_id, row_error(error))
+                remaining = _after_failure(study, remaining, fit_id, row_error(error))
     work_started = reporter.started_at or time.perf_counter()
     outcome.phases_s["worker_start"] = work_started - started - outcome.phases_s["ray_start"]
     outcome.phases_s["work"] = time.perf_counter() - work_started
 
 
 def _after_failure(
-    study: ContinualStudy, left: Sequence[RunSpec], fit_id: str, error: str
+    study: ContinualStudy, remaining: Sequence[RunSpec], fit_id: str, error: str
 ) -> list[RunSpec]:
     """Write down the run in which the workers failed; the runs that are still to be done."""
     current = storage.read_json(_current(study))["run"]
     rest = []
-    for spec in left:
+    for spec in remaining:
         row = read_row(study, spec)
         if row is not None and (row["status"] == "ok" or row.get("fit") == fit_id):
             continue
