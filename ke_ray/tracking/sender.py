@@ -42,7 +42,7 @@ class Outage:
         return self.since is not None and time.monotonic() - self.last < _BRIEF_S
 
     def failed(self, error: Exception, started: float) -> None:
-        """Note an attempt that failed (``started`` in monotonic seconds); logged once per outage."""
+        """An attempt failed, which ``started`` at that monotonic second; logged once per outage."""
         self.since, self.last = self.since or started, time.monotonic()
         if not self.is_logged and self.last - self.since > _BRIEF_S:
             self.is_logged = True

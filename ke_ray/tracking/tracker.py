@@ -30,7 +30,7 @@ from ke_ray.errors import StorageError
 from ke_ray.results.manifest import versions
 from ke_ray.secrets import redact
 from ke_ray.studies.parts import TrackingSettings
-from ke_ray.tracking.run import MlflowRun, TrackedRun
+from ke_ray.tracking.run import NoRun, TrackedRun
 from ke_ray.tracking.sender import Sender, outage_of
 
 log = logging.getLogger(__name__)
@@ -220,7 +220,7 @@ class Tracker:
             self.client.update_run(existing.info.run_id, status="RUNNING")
             return str(existing.info.run_id), set(existing.data.params)
 
-        run = MlflowRun(self._sender, lambda: self.client, open_run)
+        run = TrackedRun(self._sender, lambda: self.client, open_run)
         if not self._is_deferred:
             with self._explained():
                 run.open()
@@ -293,8 +293,8 @@ class Tracker:
     def run(self, run_id: str | None) -> TrackedRun:
         """A run by its id, to add to it; one that does nothing where the id is None."""
         if run_id is None:
-            return TrackedRun()
-        return MlflowRun(self._sender, lambda: self.client, run_id)
+            return NoRun()
+        return TrackedRun(self._sender, lambda: self.client, run_id)
 
     def close(self) -> list[str]:
         """Wait until all is written; returns what had to be given up."""
@@ -328,18 +328,13 @@ class NoTracker(Tracker):
         pass
 
     def start_run(self, name: str, **_: Any) -> TrackedRun:
-        return TrackedRun()
-
-    def find_run(self, key: str) -> str | None:
-        return None
-
-    def close_children(
-        self, parent_id: str | None, statuses: Mapping[str, str] | None = None
-    ) -> int:
-        return 0
+        return NoRun()
 
     def run(self, run_id: str | None) -> TrackedRun:
-        return TrackedRun()
+        return NoRun()
+
+    def _ask(self, read: Callable[[], T], default: T) -> T:
+        return default
 
     def close(self) -> list[str]:
         return []

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ke_ray.studies.parts import TrackingSettings
-from ke_ray.tracking.run import TrackedRun
+from ke_ray.tracking.run import NoRun, TrackedRun
 from ke_ray.tracking.tracker import open_tracker
 from ke_ray.training.loop import Progress
 from ke_ray.training.parallel import Worker
@@ -41,7 +41,7 @@ def tracked_run(
     nothing that it does or does not do is an error here: the work has begun.
     """
     if not worker.is_main:
-        yield TrackedRun()
+        yield NoRun()
         return
     with open_tracker(settings, deferred=True) as tracker:
         run = tracker.start_run(
