@@ -19,7 +19,9 @@ from ke_ray.cli.options import (
     parse_resuscitate,
     read_study,
 )
+from ke_ray.cli.progress import TerminalDisplay, print_outcome
 from ke_ray.errors import ConfigError
+from ke_ray.storage.ownership import claimed
 
 if TYPE_CHECKING:
     from ke_ray.outcomes import ScanOutcome
@@ -114,13 +116,11 @@ def _corpora(options: list[str]) -> dict[str, str]:
 
 def execute_scan(study: ScanStudy) -> ScanOutcome:
     """Run a scan study with progress on the terminal, and print its table."""
-    from ke_ray.cli.progress import TerminalDisplay, print_outcome
     from ke_ray.cli.publish import publish_scan
     from ke_ray.engine.scan.run import run_scan
     from ke_ray.planning.scan import prepare_scan
     from ke_ray.planning.scan_tracking import log_predictions
     from ke_ray.resuscitation.prediction import write_predictions
-    from ke_ray.storage.ownership import claimed
     from ke_ray.tracking.tracker import open_tracker
 
     with claimed(study.output, "scan"):

@@ -8,7 +8,10 @@ import typer
 
 from ke_ray import storage
 from ke_ray.cli.options import DryRun, MlflowUri, NoMlflow, Output, Set
+from ke_ray.cli.progress import TerminalDisplay, print_outcome
+from ke_ray.cli.publish_sweep import publish_sweep, settings_cells
 from ke_ray.cli.train import Study
+from ke_ray.storage.ownership import claimed
 
 if TYPE_CHECKING:
     from ke_ray.outcomes import SweepOutcome
@@ -43,11 +46,8 @@ def sweep(
 
 def execute_sweep(study: SweepStudy) -> SweepOutcome:
     """Run a sweep with progress on the terminal; publish and print what came of it."""
-    from ke_ray.cli.progress import TerminalDisplay, print_outcome
-    from ke_ray.cli.publish_sweep import publish_sweep
     from ke_ray.engine.sweep.run import run_sweep
     from ke_ray.planning.sweep import prepare_sweep
-    from ke_ray.storage.ownership import claimed
     from ke_ray.tracking.tracker import open_tracker
 
     with claimed(study.output, "sweep"):
@@ -68,8 +68,6 @@ def execute_sweep(study: SweepStudy) -> SweepOutcome:
 
 def settings_lines(folder: str) -> list[str]:
     """The settings of a sweep as a table for the terminal (``settings_cells``)."""
-    from ke_ray.cli.publish_sweep import settings_cells
-
     table = settings_cells(folder)
     if table is None:
         return []

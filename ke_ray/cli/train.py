@@ -18,7 +18,11 @@ from ke_ray.cli.options import (
     parse_resuscitate,
     read_study,
 )
+from ke_ray.cli.progress import TerminalDisplay, print_outcome
+from ke_ray.cli.publish import publish_report
+from ke_ray.cli.scan import print_results
 from ke_ray.secrets import redacted
+from ke_ray.storage.ownership import claimed
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -56,8 +60,6 @@ def pretrain(
 
 def execute_pretrain(study: PretrainStudy) -> PretrainOutcome:
     """Run a pretraining study with progress on the terminal, and say what came of it."""
-    from ke_ray.cli.progress import TerminalDisplay
-
     display = TerminalDisplay("pretrain", "runs")
 
     def show(progress: Progress) -> None:
@@ -115,11 +117,7 @@ def continual(
 
 def execute_continual(study: ContinualStudy) -> Outcome:
     """Run a continual-learning study with progress on the terminal, and print its table."""
-    from ke_ray.cli.progress import TerminalDisplay, print_outcome
-    from ke_ray.cli.publish import publish_report
-    from ke_ray.cli.scan import print_results
     from ke_ray.engine.train.continual import run_continual_study
-    from ke_ray.storage.ownership import claimed
 
     display = TerminalDisplay("continual", "runs")
     with claimed(study.output, "continual"):

@@ -10,7 +10,7 @@ import itertools
 import logging
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -130,11 +130,7 @@ def prepare_scan(study: ScanStudy) -> ScanSetup:
     earlier = earlier or {}
     changed = _changed_weights(study.output, earlier, refs)
     finished = {key: measures for key, measures in finished.items() if key[0] not in changed}
-    works = []
-    for index, ref in enumerate(refs):
-        missing = tuple(_missing(study, ref, corpora.values(), finished))
-        if missing:
-            works.append(CheckpointWork(index, missing))
+    works = list(_works(study, refs, corpora, finished))
     setup = ScanSetup(
         study,
         refs,
@@ -187,20 +183,22 @@ def _resuscitation(study: ScanStudy, corpora: dict[str, Corpus]) -> dict[str, An
     return values
 
 
-def _missing(
-    study: ScanStudy, ref: CheckpointRef, corpora: Any, finished: dict[tuple[str, str], set[str]]
-) -> Any:
-    for corpus in corpora:
-        done = finished.get((ref.name, corpus.name), set())
-        measures = tuple(m for m in study.measures if m not in done)
-        if measures:
-            yield CorpusWork(
-                corpus.name,
-                measures,
-                corpus.num_instances,
-                corpus.sequence_length,
-                corpus.group_sizes,
-            )
+def _works(
+    study: ScanStudy,
+    refs: Sequence[CheckpointRef],
+    corpora: dict[str, Corpus],
+    finished: dict[tuple[str, str], set[str]],
+) -> Iterator[CheckpointWork]:
+    """What is not finished of each checkpoint."""
+    for index, ref in enumerate(refs):
+        missing = []
+        for name, corpus in corpora.items():
+            done = finished.get((ref.name, name), set())
+            if measures := tuple(m for m in study.measures if m not in done):
+                shape = (corpus.num_instances, corpus.sequence_length, corpus.group_sizes)
+                missing.append(CorpusWork(name, measures, *shape))
+        if missing:
+            yield CheckpointWork(index, tuple(missing))
 
 
 def _open_output(

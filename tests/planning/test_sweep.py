@@ -144,7 +144,7 @@ def test_a_corpus_that_changed_under_its_name_is_refused(tmp_path: Path, series:
     begin(prepare_sweep(study))
     prepare_sweep(study)
     moved.write_bytes(source.read_bytes() * 2)
-    with pytest.raises(ResultsError, match=f"other contents of '{moved}'.*new name with --output"):
+    with pytest.raises(ResultsError, match=f"'{moved}' changed after.*new name with --output"):
         prepare_sweep(study)
 
 

@@ -228,7 +228,7 @@ def test_bad_sweeps_are_one_message(
         ({"optimizer.learning_rate": {"uniform": [1, 0.1]}}, "is empty"),
         ({"resuscitation.ratio": {"uniform": [0.5, 1.2]}}, "less than or equal to 1"),
         ({"epochs": {"uniform": [1, 3]}}, "'epochs': Input should be a valid integer"),
-        ({"seed": {"loguniform": [1, 100]}}, "Input should be a valid integer"),
+        ({"seed": {"loguniform": [1, 100]}}, "must be a whole number"),
         ({"seed": {"int": [0, 10**30]}}, "beyond 64 bits"),
         ({"resuscitation.factor": [1, 2]}, "only 2 different points"),
         ({"resuscitation.factor": [1, 1.0, 2, 3]}, "holds a value twice"),

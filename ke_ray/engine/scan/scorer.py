@@ -25,9 +25,13 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from ke_ray.checkpoints.fetch.cache import Store
+from ke_ray.checkpoints.find.series import series_label
+from ke_ray.checkpoints.formats.fingerprint import weights_sha256
 from ke_ray.checkpoints.reference import CheckpointRef
 from ke_ray.engine.cluster.placement import granted_device
 from ke_ray.errors import KeRayError
+from ke_ray.models.architectures import describe
 from ke_ray.planning.scan_items import RowRange, WorkItem
 from ke_ray.planning.scan_messages import (
     ScorerSettings,
@@ -126,8 +130,6 @@ class CheckpointScorer:
     ) -> None:
         import ray
         import torch
-
-        from ke_ray.checkpoints.fetch.cache import Store
 
         if settings.threads:
             torch.set_num_threads(settings.threads)
@@ -266,7 +268,6 @@ class CheckpointScorer:
     def _load(self, ref: CheckpointRef) -> _Loaded:
         import torch
 
-        from ke_ray.checkpoints.formats.fingerprint import weights_sha256
         from ke_ray.models.loading import load_model
         from ke_ray.resuscitation.start import revive
 
@@ -316,9 +317,6 @@ class CheckpointScorer:
 
 def _identity(model: Any) -> dict[str, Any]:
     """What tells a model's series from others: architecture and sizes, from the model itself."""
-    from ke_ray.checkpoints.find.series import series_label
-    from ke_ray.models.architectures import describe
-
     config, layers = model.config, describe(model)
     n_layers, d_mlp = len(layers), layers[0].d_mlp
     series = series_label(config.model_type, n_layers, config.hidden_size, d_mlp)

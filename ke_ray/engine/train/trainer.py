@@ -21,6 +21,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ke_ray import errors, storage
 from ke_ray.engine.cluster.metrics import TrainingMeter
 from ke_ray.engine.cluster.placement import (
@@ -120,7 +122,6 @@ def _worker_main(config: dict[str, Any]) -> None:
     """Runs on every worker; ``config`` as :func:`fit` made it."""
     import ray.train
     import ray.train.torch
-    import torch
 
     context = ray.train.get_context()
     if Path(config["cwd"]).is_dir():
