@@ -153,7 +153,7 @@ def test_only_tracking_imports_mlflow_anywhere():
 #: What a room may import stands on the lines above it (and in its own room).
 ORDER = (
     ("secrets",),
-    ("errors",),
+    ("errors", "outcomes"),
     ("storage",),
     ("config",),
     ("core", "results"),

@@ -124,12 +124,7 @@ def _folder_id(output: str) -> str | None:
 class _Run:
     """State of one command: what its trials get, and how each ended."""
 
-    def __init__(
-        self,
-        plan: SweepPlan,
-        tracker: Tracker,
-        display: Display,
-    ) -> None:
+    def __init__(self, plan: SweepPlan, tracker: Tracker, display: Display) -> None:
         self.plan, self.tracker, self.display = plan, tracker, display
         self.parent = tracker.run(None)
         self.unnamed: list[Trial] = []  # trials whose rows do not name their MLflow runs
