@@ -48,7 +48,7 @@ def _run_table(study: Result, mlflow: str | None) -> None:
         column_config={"MLflow": st.column_config.LinkColumn(display_text="open run")},
     )
     if len(broken):
-        st.subheader("Failed", anchor=False)
+        st.subheader("Not finished", anchor=False)
         st.dataframe(broken, hide_index=True)
 
 

@@ -10,6 +10,7 @@ from parts import chart, name_of, pick
 
 from ke_ray.report import compare, series
 from ke_ray.report.charts import Chart, HeatMap, Line
+from ke_ray.report.scan_figures import band_caption, x_title
 from ke_ray.report.sources import Result
 
 __all__ = ["scan_menus", "show_scans"]
@@ -120,13 +121,15 @@ def show_scans(results: list[Result], menus: Menus) -> None:
     for scan in scans:
         lines += _scan_lines(scan, menus, len(scans) > 1, len(lines))
     title, unit = series.MEASURE_TITLES.get(menus.measure, (menus.measure, ""))
-    axis = ("change of " if menus.relative else "") + title.lower()
+    axis = ("change of " if menus.relative else "") + title.lower() + (f" ({unit})" if unit else "")
+    counted = " or ".join(dict.fromkeys(x_title(scan) for scan in scans))
     st.subheader(title, anchor=False)
-    chart(Chart("pretraining step", f"{axis} ({unit})", lines, log_x=menus.log), "scan-lines")
-    st.caption("Bands: ±1.96 jackknife standard errors; of a change, of the paired difference.")
+    chart(Chart(counted, axis, lines, log_x=menus.log), "scan-lines")
+    of = " of the paired difference" if menus.relative else ""
+    st.caption(band_caption(lines, f"jackknife standard errors{of}"))
     rows = pd.DataFrame(
         [
-            {"series": line.name, "step": x, "value": y}
+            {"series": line.name, counted: x, axis: y}
             for line in lines
             for x, y in zip(line.x, line.y, strict=True)
         ]
@@ -149,7 +152,7 @@ def _scan_details(scan: Result, menus: Menus) -> None:
             names = [f"{x:g}" for x in order["x"]]
             layers = [str(layer) for layer in range(len(matrix))]
             centre = 0.0 if menus.relative else None
-            heat = HeatMap("pretraining step", "layer", unit, values, names, layers, centre)
+            heat = HeatMap(x_title(scan), "layer", unit, values, names, layers, centre)
             chart(heat, f"heat-{scan.path}-{corpus}")
     names = series.checkpoints(scan)["checkpoint"].to_list()
     if len(names) > 1:

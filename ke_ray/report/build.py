@@ -123,30 +123,31 @@ def _scan(scan: Result, prefix: str) -> dict[str, Any]:
             if len(change) > 1:
                 last = change.iloc[-1]
                 error = f" ± {1.96 * last['stderr']:.2g}" if math.isfinite(last["stderr"]) else ""
+                interval = " (95 %)" if error else ""
                 unit = series.MEASURE_TITLES.get(measure, ("", ""))[1]
                 title = series.MEASURE_TITLES.get(measure, (measure, ""))[0]
                 facts.append(
                     (
-                        f"{title}, first to last, {corpus}",
+                        f"{title}, first to last, {corpus}{interval}",
                         f"{last['value']:+.4g}{error} {unit}".replace("-", "−"),
                     )
                 )
     broken, copies = failures(scan), duplicates(scan)
     if not broken.empty:
-        facts.append(("failed checkpoints", number(len(broken.rows))))
+        facts.append(("failed checkpoints", number(len({row[0] for row in broken.rows}))))
     missing = []
     if not held:
         missing.append("No checkpoint has been scored yet, so there is no figure.")
     else:
         wanted = [name for name in series.MEASURE_TITLES if name not in held]
-        missing += [
-            f"{series.MEASURE_TITLES[name][0]}: not asked for ('--measures {name}')."
-            for name in wanted
-        ]
+        missing += [_why_missing(scan, name) for name in wanted]
         if scan.table("replicates").empty:
-            missing.append("Paired errors of changes: no replicates.parquet.")
+            missing.append("Paired errors of changes: no leave-one-out values to read.")
         if not any(figure.id.endswith("-distribution") for figure in figures):
-            missing.append("Coefficient distributions: no coefficients/ files.")
+            missing.append(
+                "Coefficient distributions: no coefficients/ file of the first, middle or last "
+                "checkpoint."
+            )
         if series.ceiling(scan) is None:
             missing.append(
                 "Ceiling of knowledge entropy: neither manifest nor coefficients/ tell d_mlp."
@@ -155,21 +156,36 @@ def _scan(scan: Result, prefix: str) -> dict[str, Any]:
     return {"facts": facts, "figures": figures, "tables": tables, "missing": missing}
 
 
+def _why_missing(scan: Result, measure: str) -> str:
+    title, requested = series.MEASURE_TITLES[measure][0], scan.manifest.get("measures")
+    if not isinstance(requested, list):
+        return f"{title}: not in the results."
+    if measure in requested:
+        return f"{title}: requested, but no checkpoint has it yet."
+    return f"{title}: not requested ('--measures {measure}')."
+
+
 def _runs(study: Result, prefix: str) -> dict[str, Any]:
     make = continual_figures if study.kind == "continual" else sweep_figures
     figures, missing = make(study, prefix)
     frame, failed = runs.good_runs(study), runs.failed_runs(study)
     word = "runs" if study.kind == "continual" else "trials"
     facts = [(f"{word} finished", number(len(frame)))]
-    if len(failed):
-        facts.append((f"{word} failed", number(len(failed))))
+    facts += [
+        (f"{word} {status}", number(int(count)))
+        for status, count in failed["status"].value_counts().items()
+    ]
     key = runs.run_key(study)
     rows = [
-        [row[key], row["status"], row["error"] or "no reason recorded"]
+        [
+            row[key],
+            row["status"],
+            row["error"] or ("–" if row["status"] == "stopped" else "no reason recorded"),
+        ]
         for row in failed.to_dict("records")
     ]
     tables = [
-        (f"Failed {word}", TextTable((key, "status", "error"), rows)),
+        (f"{word.capitalize()} that did not finish", TextTable((key, "status", "error"), rows)),
         (f"All finished {word}", _run_table(frame, key)),
     ]
     return {"facts": facts, "figures": figures, "tables": tables, "missing": missing}
@@ -225,7 +241,7 @@ def _pretrain(result: Result, prefix: str) -> dict[str, Any]:
             Figure(
                 id=f"{prefix}-{column.replace('_', '-')}",
                 title=title,
-                caption="At most 1,000 steps are drawn."
+                caption="At most 1,000 steps of a run are drawn, at even distances."
                 if len(table) > 1000
                 else "Every logged step is drawn.",
                 panels=[Panel((), Chart("pretraining step", axis, lines))],

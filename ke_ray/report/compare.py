@@ -1,4 +1,9 @@
-"""What may be compared between results, and what must not be."""
+"""What may be compared between results, and what must not be.
+
+Two scans are laid over each other where they share data and measure version, and the thresholds of
+a measure that has any. Numbers in different dtypes, and of resuscitated checkpoints, may be
+compared: their lines and the caption say so. Everything else is refused with a warning.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +11,17 @@ from collections.abc import Sequence
 
 from ke_ray.report import series
 from ke_ray.report.charts import Chart, Figure, Line, Panel
-from ke_ray.report.scan_figures import x_title
+from ke_ray.report.scan_figures import band_caption, x_title
 from ke_ray.report.sources import Result
 
-__all__ = ["compare_scans", "data_hashes", "warnings"]
+__all__ = ["compare_scans", "data_hashes", "labels", "warnings"]
+
+# A setting in a scan's manifest -> the measures that it changes; None stands for all.
+_DECISIVE: dict[str, tuple[str, ...] | None] = {
+    "measure_version": None,
+    "top_k_fraction": ("top_k_mass",),
+    "dormant_threshold": ("dormant_share",),
+}
 
 
 def data_hashes(scan: Result, corpus: str) -> list[str]:
@@ -19,89 +31,196 @@ def data_hashes(scan: Result, corpus: str) -> list[str]:
     return [str(value) for value in rows["data_sha256"].dropna().unique()]
 
 
+def labels(results: Sequence[Result]) -> dict[str, str]:
+    """Path -> the fewest last parts of it that no other result's path ends in."""
+    parts = {result.path: result.path.rstrip("/").split("/") for result in results}
+    made = {}
+    for path, own in parts.items():
+        others = [other for name, other in parts.items() if name != path]
+        count = 1
+        while count < len(own) and any(other[-count:] == own[-count:] for other in others):
+            count += 1
+        made[path] = "/".join(own[-count:])
+    return made
+
+
 def warnings(results: Sequence[Result]) -> list[str]:
     """Sentences about results that look comparable and are not."""
-    found: list[str] = []
+    messages: list[str] = []
     scans = [result for result in results if result.kind == "scan" and series.measures(result)]
     for scan in scans:
         for corpus in series.corpora(scan):
             hashes = data_hashes(scan, corpus)
             if len(hashes) > 1:
-                found.append(
+                messages.append(
                     f"{scan.path} holds corpus '{corpus}' with {len(hashes)} data hashes "
                     f"({_few(hashes)}): its checkpoints were not scored on the same instances and "
                     "must not be compared with one another."
                 )
     for place, one in enumerate(scans):
         for other in scans[place + 1 :]:
-            mine = {h for corpus in series.corpora(one) for h in data_hashes(one, corpus)}
-            theirs = {h for corpus in series.corpora(other) for h in data_hashes(other, corpus)}
-            if mine and theirs and not mine & theirs:
-                found.append(
-                    f"{one.path} and {other.path} were scored on different data "
-                    f"({_few(sorted(mine))} against {_few(sorted(theirs))}): knowledge entropy "
-                    "depends on the data, so their values must not be compared."
-                )
-            for corpus in set(series.corpora(one)) & set(series.corpora(other)):
-                a, b = data_hashes(one, corpus), data_hashes(other, corpus)
-                if a and b and mine & theirs and set(a) != set(b):
-                    found.append(
-                        f"Corpus '{corpus}' is not the same data in {one.path} and {other.path} "
-                        f"({_few(a)} against {_few(b)}): do not compare it between them."
-                    )
-    return found
+            messages += _data_warnings(one, other)
+            messages += _setting_warnings(one, other)
+    return messages
+
+
+def _data_warnings(one: Result, other: Result) -> list[str]:
+    mine = {h for corpus in series.corpora(one) for h in data_hashes(one, corpus)}
+    theirs = {h for corpus in series.corpora(other) for h in data_hashes(other, corpus)}
+    if mine and theirs and not mine & theirs:
+        return [
+            f"{one.path} and {other.path} were scored on different data "
+            f"({_few(sorted(mine))} against {_few(sorted(theirs))}): knowledge entropy "
+            "depends on the data, so their values must not be compared."
+        ]
+    messages = []
+    for corpus in [name for name in series.corpora(one) if name in series.corpora(other)]:
+        a, b = data_hashes(one, corpus), data_hashes(other, corpus)
+        if a and b and set(a) != set(b):
+            messages.append(
+                f"Corpus '{corpus}' is not the same data in {one.path} and {other.path} "
+                f"({_few(a)} against {_few(b)}): do not compare it between them."
+            )
+    return messages
+
+
+def _setting_warnings(one: Result, other: Result) -> list[str]:
+    messages = []
+    shared = [name for name in series.measures(one) if name in series.measures(other)]
+    for name, affected in _DECISIVE.items():
+        a, b = series.setting(one, name), series.setting(other, name)
+        touched = [measure for measure in shared if affected is None or measure in affected]
+        if a != b and touched:
+            what = "their values" if affected is None else f"their {', '.join(touched)}"
+            messages.append(
+                f"{one.path} has {name} {_known(a)}, {other.path} has {_known(b)}: {what} must "
+                "not be compared."
+            )
+    if _dtype(one) != _dtype(other) and shared:
+        messages.append(
+            f"{one.path} was computed in {_dtype(one)}, {other.path} in {_dtype(other)}: their "
+            "values also differ by rounding, which can be as large as an early change over steps."
+        )
+    if _resuscitation(one) != _resuscitation(other) and shared:
+        messages.append(
+            f"{one.path} holds {_resuscitation(one)} checkpoints, {other.path} "
+            f"{_resuscitation(other)} ones."
+        )
+    return messages
 
 
 def _few(hashes: Sequence[str]) -> str:
     return ", ".join(value[:10] + "…" for value in hashes[:3])
 
 
+def _known(value: object) -> str:
+    return "unknown" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _text_setting(scan: Result, name: str) -> object:
+    for part in (scan.manifest.get("identity"), scan.manifest.get("config"), scan.manifest):
+        if isinstance(part, dict) and part.get(name) is not None:
+            return part[name]
+    return None
+
+
+def _dtype(scan: Result) -> str:
+    return str(_text_setting(scan, "dtype") or "an unknown dtype")
+
+
+def _resuscitation(scan: Result) -> str:
+    settings = _text_setting(scan, "resuscitation")
+    if not isinstance(settings, dict):
+        return "unchanged"
+    shown = ", ".join(
+        f"{name} {settings[name]}"
+        for name in ("ratio", "factor", "control")
+        if settings.get(name) not in (None, "none")
+    )
+    return f"resuscitated ({shown})"
+
+
+def _key(scan: Result, corpus_hash: str, measure: str) -> tuple[object, ...]:
+    """Scans are laid over each other where this is equal."""
+    decisive = [
+        series.setting(scan, name)
+        for name, affected in _DECISIVE.items()
+        if affected is None or measure in affected
+    ]
+    return (corpus_hash, x_title(scan), *decisive)
+
+
 def compare_scans(results: Sequence[Result]) -> list[Figure]:
-    """Totals of several scans that share data, side by side; empty where none share any."""
+    """Totals of several comparable scans, side by side; empty where none are comparable."""
     scans = [result for result in results if result.kind == "scan" and series.measures(result)]
-    shared: dict[str, list[tuple[Result, str]]] = {}
-    for scan in scans:
-        for corpus in series.corpora(scan):
-            for value in data_hashes(scan, corpus):
-                shared.setdefault(value, []).append((scan, corpus))
-    panels = []
-    for value, group in shared.items():
-        if len({scan.path for scan, _ in group}) < 2:
-            continue
-        held = [m for m in series.measures(group[0][0]) if m in series.measures(group[1][0])]
-        for measure in held:
+    held = list(dict.fromkeys(name for scan in scans for name in series.measures(scan)))
+    panels, lines_drawn = [], []
+    drawn: dict[str, Result] = {}
+    for measure in sorted(held, key=lambda name: [*series.MEASURE_TITLES, name].index(name)):
+        groups: dict[tuple[object, ...], list[tuple[Result, str]]] = {}
+        for scan in scans:
+            for corpus in series.corpora(scan):
+                hashes = data_hashes(scan, corpus)
+                if len(hashes) == 1 and not series.totals(scan, measure, corpus).empty:
+                    groups.setdefault(_key(scan, hashes[0], measure), []).append((scan, corpus))
+        for key, group in groups.items():
+            if len({scan.path for scan, _ in group}) < 2:
+                continue
             title, unit = series.MEASURE_TITLES.get(measure, (measure, ""))
-            lines = []
-            for colour, (scan, corpus) in enumerate(group):
-                frame = series.totals(scan, measure, corpus)
-                y, error = frame["value"].to_numpy(), 1.96 * frame["stderr"].to_numpy()
-                name = scan.path.rstrip("/").split("/")[-1]
-                lines.append(
-                    Line(
-                        f"{name} ({corpus})",
-                        frame["x"].to_numpy(),
-                        y,
-                        y - error,
-                        y + error,
-                        colour=colour,
-                        dash=colour,
-                        labels=frame["checkpoint"].to_list(),
-                    )
-                )
+            lines = _lines(group, measure)
             axis = f"{title.lower()} ({unit})" if unit else title.lower()
-            chart = Chart(x_title(group[0][0]), axis, lines)
-            panels.append(Panel((title, f"data {value[:10]}…"), chart))
+            panels.append(
+                Panel((title, f"data {str(key[0])[:10]}…"), Chart(str(key[1]), axis, lines))
+            )
+            lines_drawn += lines
+            drawn |= {scan.path: scan for scan, _ in group}
     if not panels:
         return []
     return [
         Figure(
             id="compare-scans",
             title="Scans on the same data, side by side",
-            caption="Only scans whose data fingerprints are equal are laid over each other. "
-            "Bands: ±1.96 jackknife standard errors.",
+            caption="Only values on the same data, of the same measure version and thresholds, "
+            "are laid over each other. "
+            + _differences(list(drawn.values()))
+            + band_caption(lines_drawn, "jackknife standard errors"),
             panels=panels,
             controls=("measure", "data"),
-            source=", ".join(dict.fromkeys(s.path for g in shared.values() for s, _ in g)),
+            source=", ".join(drawn),
             wide=True,
         )
     ]
+
+
+def _differences(scans: Sequence[Result]) -> str:
+    """Sentences for the caption on what the scans that are drawn differ in."""
+    names = labels(scans)
+    text = ""
+    for told in (_dtype, _resuscitation):
+        if len({told(scan) for scan in scans}) > 1:
+            each = "; ".join(f"{names[scan.path]}: {told(scan)}" for scan in scans)
+            text += f"They differ: {each}. "
+    return text
+
+
+def _lines(group: Sequence[tuple[Result, str]], measure: str) -> list[Line]:
+    names = labels([scan for scan, _ in group])
+    several = len({_dtype(scan) for scan, _ in group}) > 1
+    lines = []
+    for colour, (scan, corpus) in enumerate(group):
+        frame = series.totals(scan, measure, corpus)
+        y, error = frame["value"].to_numpy(), 1.96 * frame["stderr"].to_numpy()
+        dtype = f", {_dtype(scan)}" if several else ""
+        lines.append(
+            Line(
+                f"{names[scan.path]} ({corpus}{dtype})",
+                frame["x"].to_numpy(),
+                y,
+                y - error,
+                y + error,
+                colour=colour,
+                dash=colour,
+                labels=frame["checkpoint"].to_list(),
+            )
+        )
+    return lines

@@ -9,7 +9,7 @@ import pandas as pd
 
 from ke_ray.report import paper, runs
 from ke_ray.report.charts import Chart, Figure, Line, Mark, Panel
-from ke_ray.report.correlation import correlate
+from ke_ray.report.correlation import correlate, p_value
 from ke_ray.report.dynamics_figures import dynamics_figures
 from ke_ray.report.sources import Result
 
@@ -54,9 +54,10 @@ def _figure(study: Result, prefix: str, name: str, **parts: object) -> Figure:
 
 
 def _by_stage(study: Result, prefix: str, frame: pd.DataFrame, missing: list[str]) -> list[Figure]:
-    setting, reason = paper.comparable(study, frame)
+    settings, reason = paper.repeated(study, frame)
+    known = settings.dropna().unique()
     figures = []
-    for place, column in enumerate(("acquisition", "forgetting")):
+    for column in ("acquisition", "forgetting"):
         title, unit, factor = runs.RUN_COLUMNS[column]
         lines: list[Line] = []
         for colour, variant in enumerate(frame["variant"].unique()):
@@ -69,22 +70,22 @@ def _by_stage(study: Result, prefix: str, frame: pd.DataFrame, missing: list[str
             low, high = mean["low"].to_numpy() * factor, mean["high"].to_numpy() * factor
             lines.append(Line(name, x, y, low, high, colour=colour, band=False))
             if len(part) > len(mean):
-                known = part[part[column].notna()]
+                single = part[part[column].notna()]
                 lines.append(
                     Line(
                         "single runs" if variant == "original" else f"{variant}, single runs",
-                        known["x"].to_numpy(),
-                        known[column].to_numpy() * factor,
+                        single["x"].to_numpy(),
+                        single[column].to_numpy() * factor,
                         colour=colour,
                         kind="dots",
-                        labels=known["run"].astype(str).to_list(),
+                        labels=single["run"].astype(str).to_list(),
                     )
                 )
         if not lines:
             missing.append(f"{title}: no run holds it.")
             continue
-        if setting is not None:
-            values = paper.TABLE_1[setting][place]
+        for setting in known:
+            values = getattr(paper.TABLE_1[setting], column)
             lines.append(Line(f"paper, Table 1 ({setting})", paper.STEPS, values, colour=1, dash=1))
         figures.append(
             _figure(
@@ -93,12 +94,13 @@ def _by_stage(study: Result, prefix: str, frame: pd.DataFrame, missing: list[str
                 column,
                 title=f"{title} by starting stage",
                 caption="Interval: 95 % Student interval over seeds where a start has several "
-                "runs, else the run's own 95 % bootstrap interval.",
+                "runs, else the run's own 95 % bootstrap interval where it has one."
+                + (f" {paper.TREND_ONLY}" if len(known) and column == "acquisition" else ""),
                 paper="Fig. 4",
                 panels=[Panel((), Chart(x_title(frame), f"{title} ({unit})", lines))],
             )
         )
-    if setting is None:
+    if not len(known):
         missing.append(f"The paper's Table 1 is not laid over A and F: {reason}.")
     return figures
 
@@ -140,9 +142,8 @@ def _correlation(
                 prefix,
                 f"correlation-{column}",
                 title=f"Knowledge entropy and {title.lower()[:-2]}",
-                caption=f"Pearson {found}. One point a starting checkpoint (mean over seeds). "
-                "In the paper, over four stages of OLMo-1B: "
-                f"{'0.94 with A' if place == 0 else '−0.96 with F'}.",
+                caption=f"Pearson {found}. One point a starting checkpoint (mean over its runs). "
+                + _published_correlation(column),
                 paper="§4",
                 panels=[
                     Panel(
@@ -153,6 +154,16 @@ def _correlation(
             )
         )
     return figures
+
+
+def _published_correlation(column: str) -> str:
+    r = paper.CORRELATIONS[column]
+    text = (
+        f"The paper, for stages of OLMo-1B: r = {r:+.2f}, with a p-value that takes n = 10 points "
+        f"(p = {p_value(r, 10):.0e}); the four stages of its Table 1 would give "
+        f"p = {p_value(r, 4):.2f}."
+    )
+    return text.replace("-0", "−0").replace("e-", "e−")
 
 
 def _probes(study: Result, prefix: str, frame: pd.DataFrame, missing: list[str]) -> list[Figure]:
@@ -198,7 +209,12 @@ def _probes(study: Result, prefix: str, frame: pd.DataFrame, missing: list[str])
             "probes",
             title="Probe log probability while training",
             caption="Mean over probes by level (colour) and setting (solid: paraphrase, dashed: "
-            "once). Dotted lines with a triangle: steps at which knowledge is injected.",
+            "once)."
+            + (
+                " Dotted lines with a triangle: steps at which knowledge is injected."
+                if not injections.empty
+                else ""
+            ),
             paper="Fig. 11",
             panels=panels,
             controls=("run",),
@@ -219,6 +235,7 @@ def _before_after(
     figures = []
     base = frame[frame["variant"] == "original"]
     base = base if len(base) else frame
+    starts = " and ".join(str(name) for name in base["variant"].unique())
     for stem, title, axis, factor in pairs:
         end = "_nats" if stem == "knowledge_entropy" else ""
         lines = []
@@ -226,14 +243,15 @@ def _before_after(
             mean = runs.aggregate(base, ["x"], f"{stem}_{when}{end}")
             if mean.empty:
                 continue
-            many = bool((mean["count"] > 1).all()) and when == "after"
+            several = mean[["low", "high"]].where(mean["count"] > 1) * factor
+            barred = when == "after" and bool(several["low"].notna().any())
             lines.append(
                 Line(
                     when,
                     mean["x"].to_numpy(),
                     mean["value"].to_numpy() * factor,
-                    mean["low"].to_numpy() * factor if many else None,
-                    mean["high"].to_numpy() * factor if many else None,
+                    several["low"].to_numpy() if barred else None,
+                    several["high"].to_numpy() if barred else None,
                     colour=place,
                     dash=1 - place,
                     band=False,
@@ -248,9 +266,13 @@ def _before_after(
                 prefix,
                 f"{stem.replace('_', '-')}-before-after",
                 title=f"{title} before and after",
-                caption="Mean over seeds; bars: 95 % Student interval over seeds."
-                if any(line.low is not None for line in lines)
-                else "One run a start, or one seed.",
+                caption=f"Starts: {starts}. "
+                + (
+                    "Mean over the runs of a start; bars: 95 % Student interval over them, where "
+                    "there are several."
+                    if any(line.low is not None for line in lines)
+                    else "One run per start."
+                ),
                 paper="Fig. 12" if stem in ("probe_logprob", "downstream") else "",
                 panels=[Panel((), Chart(x_title(frame), axis, lines))],
             )
@@ -296,11 +318,13 @@ def _training(study: Result, prefix: str, frame: pd.DataFrame, missing: list[str
         missing.append("Training loss: no train.parquet.")
         return []
     lines = []
+    thinned = False
     starts = frame.drop_duplicates("x")["x"].tolist()
     for run, start in zip(frame["run"], frame["x"], strict=True):
         own = table[table["run"] == run].sort_values("step")
         if len(own):
             keep = own.iloc[:: max(1, math.ceil(len(own) / 400))]
+            thinned = thinned or len(keep) < len(own)
             lines.append(
                 Line(
                     str(run),
@@ -319,7 +343,8 @@ def _training(study: Result, prefix: str, frame: pd.DataFrame, missing: list[str
             prefix,
             "training-loss",
             title="Training loss of the runs",
-            caption="Cross-entropy of the batch, injected texts included.",
+            caption="Cross-entropy of the batch, injected texts included."
+            + (" At most 400 steps of a run are drawn, at even distances." if thinned else ""),
             panels=[Panel((), Chart("training step", "loss (nats per token)", lines))],
         )
     ]

@@ -42,7 +42,7 @@ def dynamics_figures(
             )
         )
     else:
-        missing.append("Effectivity of injections: needs probes between injections.")
+        missing.append("Effectivity of injections: none recorded (needs probes between them).")
     kept = _panels(
         study.table("retainability"),
         frame,
@@ -56,13 +56,16 @@ def dynamics_figures(
                 id=f"{prefix}-retainability",
                 title="How much of it stays",
                 caption="Retainability: share of the rise that is left before the next injection, "
-                "mean over injections.",
+                "mean over the injections after which the log probability rose.",
                 panels=kept,
                 **common,  # type: ignore[arg-type]
             )
         )
     else:
-        missing.append("Retainability: needs two or more probes between injections.")
+        missing.append(
+            "Retainability: none recorded (needs two or more probes between injections, and a rise "
+            "after one of them)."
+        )
     return figures
 
 

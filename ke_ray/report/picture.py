@@ -64,6 +64,7 @@ def _draw(scan: Result, held: list[str]) -> bytes:
     canvas = FigureCanvasAgg(figure)
     corpora = series.corpora(scan)
     with_steps = bool(series.checkpoints(scan)["step"].notna().all())
+    banded = False
     for place, measure in enumerate(held):
         axes = figure.add_subplot(1, len(held), place + 1)
         title, unit = series.MEASURE_TITLES.get(measure, (measure, ""))
@@ -75,6 +76,7 @@ def _draw(scan: Result, held: list[str]) -> bytes:
             colour = PALETTE[index % len(PALETTE)]
             x, value = line["x"].to_numpy(), line["value"].to_numpy()
             error = 1.96 * np.nan_to_num(line["stderr"].to_numpy())
+            banded = banded or bool((error > 0).any())
             axes.fill_between(x, value - error, value + error, color=colour, alpha=0.22, lw=0)
             axes.plot(
                 x,
@@ -103,7 +105,7 @@ def _draw(scan: Result, held: list[str]) -> bytes:
     figure.suptitle(
         f"{scan.name}: {len(series.checkpoints(scan))} checkpoints"
         + (f", {failed} failed" if failed else "")
-        + "; bands ±1.96 jackknife standard errors",
+        + ("; bands ±1.96 jackknife standard errors" if banded else ""),
         fontsize=9,
         color="#555555",
     )

@@ -15,8 +15,10 @@ __all__ = [
     "aggregate",
     "failed_runs",
     "good_runs",
+    "other_parameters",
     "pareto_front",
     "run_key",
+    "setting_names",
     "swept_parameters",
     "variant",
 ]
@@ -70,7 +72,7 @@ def good_runs(result: Result) -> pd.DataFrame:
 
 
 def failed_runs(result: Result) -> pd.DataFrame:
-    """Rows that did not finish: [name, status, error]."""
+    """Rows without A and F, failed or stopped by a scheduler: [name, status, error]."""
     frame = _frame(result)
     if frame.empty:
         return pd.DataFrame(columns=[run_key(result), "status", "error"])
@@ -144,3 +146,26 @@ def swept_parameters(result: Result) -> list[str]:
         if not any(frame[other].astype(str).tolist() == values for other in kept):
             kept.append(name)
     return kept
+
+
+def other_parameters(result: Result) -> list[str]:
+    """What a sweep varies beside seeds, starts and resuscitation: a mean goes over it as well."""
+    resuscitation = ("resuscit", "amplifying", "control", "checkpoint")
+    return [
+        name
+        for name in swept_parameters(result)
+        if name.rsplit(".", 1)[-1] != "seed" and not name.startswith(resuscitation)
+    ]
+
+
+def setting_names(result: Result, frame: pd.DataFrame) -> list[str]:
+    """A name for each run that is equal for its repeats: what is swept, seeds and starts apart."""
+    swept = other_parameters(result) if result.kind == "sweep" else []
+    return [
+        " ".join([row["variant"], *(f"{name}={_shown(row[name])}" for name in swept)])
+        for row in frame.to_dict("records")
+    ]
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -12,7 +13,7 @@ from ke_ray.report.charts import Chart, Figure, HeatMap, Line, Mark, Panel, Text
 from ke_ray.report.scales import ordered
 from ke_ray.report.sources import Result
 
-__all__ = ["fingerprints", "scan_figures", "x_title"]
+__all__ = ["band_caption", "duplicates", "failures", "fingerprints", "scan_figures", "x_title"]
 
 _ENTROPIES = {
     "knowledge_entropy": "Fig. 2, A.2",
@@ -92,6 +93,17 @@ def _banded(frame: pd.DataFrame, name: str, colour: int) -> Line:
     )
 
 
+def band_caption(lines: Sequence[Line], errors: str) -> str:
+    """What the bands are, where any is drawn."""
+    drawn = [
+        line.low is not None and bool((np.asarray(line.low) < np.asarray(line.y)).any())
+        for line in lines
+    ]
+    if not any(drawn):
+        return "No error band: the results hold no error of this."
+    return f"Bands: ±1.96 {errors}" + ("." if all(drawn) else ", where there are any.")
+
+
 def _over_steps(scan: Result, prefix: str, measure: str) -> Figure:
     title, unit = series.MEASURE_TITLES.get(measure, (measure, ""))
     lines = [
@@ -100,7 +112,7 @@ def _over_steps(scan: Result, prefix: str, measure: str) -> Figure:
         if not (frame := series.totals(scan, measure, corpus)).empty
     ]
     marks: list[Mark] = []
-    caption = "Bands: ±1.96 jackknife standard errors over groups of instances."
+    caption = band_caption(lines, "jackknife standard errors over groups of instances")
     bound = series.ceiling(scan)
     if measure == "knowledge_entropy" and bound is not None:
         values = np.concatenate([np.asarray(line.y, dtype=float) for line in lines])
@@ -110,7 +122,7 @@ def _over_steps(scan: Result, prefix: str, measure: str) -> Figure:
         caption += f" Largest possible value: {bound}."
     if measure in ("participation_ratio", "gini", "top_k_mass", "dormant_share"):
         caption += " Mean over layers."
-    elif measure != "next_token_entropy":
+    elif measure in series.MEASURE_TITLES and measure != "next_token_entropy":
         caption += " Sum over layers."
     if measure == "top_k_mass":
         share = series.setting(scan, "top_k_fraction")
@@ -140,7 +152,7 @@ def _over_steps(scan: Result, prefix: str, measure: str) -> Figure:
 
 
 def _changes(scan: Result, prefix: str, held: list[str]) -> Figure:
-    panels = []
+    panels, drawn = [], []
     for measure in held:
         title, unit = series.MEASURE_TITLES.get(measure, (measure, ""))
         lines = [
@@ -148,20 +160,19 @@ def _changes(scan: Result, prefix: str, held: list[str]) -> Figure:
             for colour, corpus in enumerate(series.corpora(scan))
             if not (frame := series.paired_change(scan, measure, corpus)).empty
         ]
+        drawn += [line for line in lines if len(line.x) > 1]
         if lines:
             axis = f"change of {title.lower()}" + (f" ({unit})" if unit else "")
             panels.append(Panel((title,), Chart(x_title(scan), axis, lines, [Mark("y", 0.0)])))
-    paired = not scan.table("replicates").empty
     return _figure(
         scan,
         prefix,
         "changes",
-        title="Change since the first checkpoint, corpora side by side",
-        caption=(
-            "Bands: ±1.96 paired jackknife standard errors (the difference itself is jackknifed, "
-            "since both checkpoints saw the same instances)."
-            if paired
-            else "No error band: the folder keeps no replicates.parquet."
+        title="Change since the first checkpoint",
+        caption=band_caption(
+            drawn,
+            "paired jackknife standard errors (the difference itself is jackknifed, since both "
+            "checkpoints saw the same instances)",
         ),
         paper="Fig. 7",
         panels=panels,
@@ -285,15 +296,15 @@ def _distributions(scan: Result, prefix: str) -> list[Figure]:
                 ),
             )
         )
-    stages = ", ".join(held)
+    stages, corpus = ", ".join(held), series.corpora(scan)[0]
     return [
         _figure(
             scan,
             prefix,
             "distribution",
             title="Distribution of memory coefficients",
-            caption=f"Histograms of mean |coefficient| relative to its layer's mean, at {stages}. "
-            "Values beyond the axis are counted in the outermost bins.",
+            caption="Histograms of mean |coefficient| relative to its layer's mean, at "
+            f"{stages}, on {corpus}. Values beyond the axis are counted in the outermost bins.",
             panels=panels,
             controls=("layers",),
         ),
@@ -303,7 +314,8 @@ def _distributions(scan: Result, prefix: str) -> list[Figure]:
             "mass",
             title="How few memories carry the mass",
             caption=f"Share of a layer's total coefficient held by its largest memories, at "
-            f"{stages}; several layers are averaged. A straight line would be an even spread.",
+            f"{stages}, on {corpus}; several layers are averaged. A straight line would be an even "
+            "spread.",
             panels=lorenz,
             controls=("layers",),
         ),

@@ -1,14 +1,16 @@
-"""Figures of a sweep: ratio × factor map, factor curve with controls, Pareto front, parameters."""
+"""Figures of a sweep: Table 1, factor curve, ratio × factor map, Pareto front, parameters."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from ke_ray.report import runs
-from ke_ray.report.charts import Chart, Figure, HeatMap, Line, Mark, Panel
+from ke_ray.report import paper, runs
+from ke_ray.report.charts import Chart, Figure, HeatMap, Line, Mark, Panel, TextTable
+from ke_ray.report.scales import number
 from ke_ray.report.sources import Result
 
 __all__ = ["sweep_figures"]
@@ -33,6 +35,7 @@ def sweep_figures(study: Result, prefix: str) -> tuple[list[Figure], list[str]]:
     frame = _own_originals(frame.assign(control=frame["control"].map(_control)))
     missing: list[str] = []
     figures = [
+        *_table_1(study, prefix, frame, missing),
         *_factor_curve(study, prefix, frame, missing),
         *_map(study, prefix, frame, missing),
         *_front(study, prefix, frame, missing),
@@ -72,6 +75,61 @@ def _starts(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     return [(str(name), part) for name, part in frame.groupby("checkpoint", sort=False)]
 
 
+def _table_1(study: Result, prefix: str, frame: pd.DataFrame, missing: list[str]) -> list[Figure]:
+    """A and F by starting step and setting beside the published ones."""
+    settings, reason = paper.repeated(study, frame)
+    frame = frame.assign(setting=settings)[settings.notna()]
+    if frame.empty:
+        missing.append(f"The paper's Table 1 is not laid over A and F: {reason}.")
+        return []
+    panels = []
+    cells: dict[tuple[str, int], list[str]] = {}
+    for column in ("acquisition", "forgetting"):
+        title, unit, factor = runs.RUN_COLUMNS[column]
+        lines: list[Line] = []
+        for colour, (setting, published) in enumerate(paper.TABLE_1.items()):
+            part = frame[frame["setting"] == setting]
+            mean = runs.aggregate(part, ["step"], column)
+            values = getattr(published, column)
+            if mean.empty:
+                continue
+            y, low, high = (mean[end].to_numpy() * factor for end in ("value", "low", "high"))
+            x = mean["step"].to_numpy()
+            lines.append(Line(setting, x, y, low, high, colour=colour, band=False))
+            lines.append(Line(f"{setting}, paper", paper.STEPS, values, colour=colour, dash=1))
+            for step, own, least, most in zip(x, y, low, high, strict=True):
+                interval = f" [{least:.1f}, {most:.1f}]" if math.isfinite(least + most) else ""
+                stage = paper.nearest_stage(step)
+                row = cells.setdefault((setting, int(step)), [setting, number(step)])
+                row += [f"{own:.1f}{interval}", str(values[stage]) if stage is not None else "–"]
+        if lines:
+            axis = f"{title} ({unit})"
+            panels.append(Panel((title,), Chart("pretraining step of the start", axis, lines)))
+    heads = ["setting", "step"]
+    heads += [f"{name} %{by}" for name in ("A", "F") for by in (" [95 %]", ", paper")]
+    full = [row for row in cells.values() if len(row) == len(heads)]
+    if full:
+        panels.append(Panel(("table",), TextTable(heads, full)))
+    return (
+        [
+            _figure(
+                study,
+                prefix,
+                "table-1",
+                title="Table 1 of the paper, repeated",
+                caption="Solid: these trials, with 95 % Student intervals over seeds or a single "
+                "trial's bootstrap interval; dashed: as published. " + paper.TREND_ONLY,
+                paper="Table 1",
+                panels=panels,
+                controls=("shown",),
+                wide=True,
+            )
+        ]
+        if panels
+        else []
+    )
+
+
 def _factor_curve(
     study: Result, prefix: str, frame: pd.DataFrame, missing: list[str]
 ) -> list[Figure]:
@@ -82,7 +140,7 @@ def _factor_curve(
             if chart is not None:
                 panels.append(Panel((runs.RUN_COLUMNS[column][0], start), chart))
     if not panels:
-        missing.append("Factor curve: no trial varies the amplifying factor.")
+        missing.append("Factor curve: no finished trial has an amplifying factor.")
         return []
     return [
         _figure(
@@ -90,14 +148,25 @@ def _factor_curve(
             prefix,
             "factor-curve",
             title="Over the amplifying factor q",
-            caption="One line a resuscitation ratio p; controls are separate points at the same "
-            "(p, q); dotted line: the original, unchanged checkpoint. Bars: 95 % Student interval "
-            "over seeds, or the single run's bootstrap interval.",
+            caption=_curve_caption(study, frame),
             paper="Fig. 5, 15–17",
             panels=panels,
             controls=("shown", "start"),
         )
     ]
+
+
+def _curve_caption(study: Result, frame: pd.DataFrame) -> str:
+    text = "One line per resuscitation ratio p"
+    if (frame["control"] != "").any():
+        text += "; controls are separate points at their own p and q"
+    if (frame["variant"] == "original").any():
+        text += "; dotted line: the original, unchanged checkpoint"
+    over = " and over ".join(["seeds", *runs.other_parameters(study)])
+    return (
+        f"{text}. Means over {over}. Bars: 95 % Student interval over these trials, or a single "
+        "trial's bootstrap interval, where there is one."
+    )
 
 
 def _curve(part: pd.DataFrame, column: str) -> Chart | None:
@@ -111,7 +180,8 @@ def _curve(part: pd.DataFrame, column: str) -> Chart | None:
     groups = swept.groupby(["control", "resuscitation_ratio"], dropna=False, sort=True)
     for place, ((control, ratio), group) in enumerate(groups):
         mean = runs.aggregate(group, ["amplifying_factor"], column)
-        name = f"p = {ratio:g}" if not control else f"{control}, p = {ratio:g}"
+        named = [control] if control else []
+        name = ", ".join([*named, f"p = {ratio:g}"] if math.isfinite(ratio) else named or ["no p"])
         lines.append(
             Line(
                 name,
@@ -171,7 +241,8 @@ def _map(study: Result, prefix: str, frame: pd.DataFrame, missing: list[str]) ->
             prefix,
             "ratio-factor",
             title="Resuscitation ratio × amplifying factor",
-            caption="Mean over seeds; controls are not in the map.",
+            caption=f"Mean over {' and over '.join(['seeds', *runs.other_parameters(study)])}; "
+            "controls are not in the map.",
             paper="B.6",
             panels=panels,
             controls=("shown", "start"),
@@ -184,7 +255,11 @@ def _front(study: Result, prefix: str, frame: pd.DataFrame, missing: list[str]) 
     if len(both) < 2:
         missing.append("Pareto front: needs two or more trials with both A and F.")
         return []
-    names = _settings(study, both)
+    names = runs.setting_names(study, both)
+    if both["checkpoint"].nunique() > 1:
+        names = [
+            f"{name} from {start}" for name, start in zip(names, both["checkpoint"], strict=True)
+        ]
     a, f = (
         both.assign(setting=names).groupby("setting", sort=False)[column].mean() * 100
         for column in ("acquisition", "forgetting")
@@ -214,27 +289,17 @@ def _front(study: Result, prefix: str, frame: pd.DataFrame, missing: list[str]) 
             prefix,
             "pareto",
             title="Acquisition against forgetting",
-            caption="One point a setting (mean over seeds). On the front, no other setting "
-            "acquires as much and forgets as little: " + "; ".join(a.index[best]) + ". "
-            "Differences within the error of A and F are not told apart here.",
+            caption="One point per setting (mean over seeds). On the front are the settings that "
+            "no other beats in A or F without losing in the other: "
+            + "; ".join(a.index[best])
+            + ". Differences within the error of A and F are not told apart here."
+            + (
+                " A and F are against each trial's own start, which resuscitation has changed."
+                if (both["variant"] != "original").any()
+                else ""
+            ),
             panels=[Panel((), Chart("Forgetting F (%)", "Acquisition A (%)", lines))],
         )
-    ]
-
-
-def _settings(study: Result, frame: pd.DataFrame) -> list[str]:
-    """A name for each trial that is equal for its repeats: what is swept, seeds apart."""
-    swept = [
-        name
-        for name in runs.swept_parameters(study)
-        if name.rsplit(".", 1)[-1] != "seed"
-        and not name.startswith(("resuscit", "amplifying", "control"))
-    ]
-    starts = frame["checkpoint"].nunique() > 1 and "checkpoint" not in swept
-    swept += ["checkpoint"] if starts else []
-    return [
-        " ".join([row["variant"], *(f"{name}={row[name]}" for name in swept)])
-        for row in frame.to_dict("records")
     ]
 
 

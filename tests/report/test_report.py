@@ -87,7 +87,7 @@ def test_commands_fingerprints_and_ceiling_are_told(demo_page: str) -> None:
     assert f"{abs(synthetic.hash_of('biographies')):064x}" in words
     assert "ceiling 4·ln 64 = 16.64 nats" in words
     assert "worker killed by signal 9" in words
-    assert "not asked for ('--measures knowledge_entropy_relu')" in words
+    assert "not requested ('--measures knowledge_entropy_relu')" in words
 
 
 def test_three_stages_get_no_correlation_interval(demo_page: str) -> None:
@@ -194,7 +194,13 @@ def test_names_from_results_cannot_become_markup(tmp_path: Path) -> None:
 
 
 def test_table_1_is_overlaid_only_where_the_study_repeats_it(tmp_path: Path) -> None:
-    config = {"checkpoints": "allenai/OLMo-1B-hf", "corpus": "pubmed"}
+    config = {
+        "starts": {"spec": "allenai/OLMo-1B-hf"},
+        "corpus": {"name": "pubmed", "source": "data/pubmed/*.jsonl.gz"},
+        "global_batch_size": 128,
+        "optimizer": {"learning_rate": 4e-4},
+        "epochs": 1,
+    }
     study = synthetic.make_continual(
         tmp_path / "continual", steps=(117850, 738020), seeds=(0,), config=config
     )
@@ -208,6 +214,13 @@ def test_table_1_is_overlaid_only_where_the_study_repeats_it(tmp_path: Path) -> 
     lines = _numbers(page, "continual-acquisition")["lines"]
     assert lines[-1]["name"] == "paper, Table 1 (baseline)"
     assert lines[-1]["y"] == [25.2, 24.8, 21.4, 18.8]
+    assert "compare the trend over the stages, not the values" in _words(page)
+    manifest = json.loads((study / "manifest.json").read_text())
+    manifest["config"]["optimizer"]["learning_rate"] = 2e-4
+    (study / "manifest.json").write_text(json.dumps(manifest))
+    page = _built(tmp_path, study)
+    assert "no row with batch 128, learning rate 0.0002 and 1 epochs" in _words(page)
+    assert "paper, Table 1" not in page
 
 
 def test_building_imports_neither_torch_nor_ray_nor_mlflow(
