@@ -11,14 +11,15 @@ from typing import Any
 import pandas as pd
 
 from ke_ray import storage
-from ke_ray.report import compare, runs, series
-from ke_ray.report.charts import Chart, Figure, Line, Panel, TextTable
-from ke_ray.report.continual_figures import continual_figures
+from ke_ray.report import runs, series
+from ke_ray.report.charts import comparison
+from ke_ray.report.charts.continual import continual_figures
+from ke_ray.report.charts.figure import Panel, TextTable, figure_of, number
+from ke_ray.report.charts.plot import X, series_plot
+from ke_ray.report.charts.scan import duplicates, failures, scan_figures
+from ke_ray.report.charts.sweep import sweep_figures
 from ke_ray.report.page import Section, page
-from ke_ray.report.scales import number
-from ke_ray.report.scan_figures import duplicates, failures, scan_figures
 from ke_ray.report.sources import Result, find_results
-from ke_ray.report.sweep_figures import sweep_figures
 
 __all__ = ["build_report", "sections"]
 
@@ -64,14 +65,14 @@ def build_report(
     title = "Knowledge entropy: " + (
         ", ".join(_KIND_TITLES[kind].lower() for kind in kinds) if kinds else "no results yet"
     )
-    storage.write_atomic(target, page(title, lead, compare.warnings(found), sections(found)))
+    storage.write_atomic(target, page(title, lead, comparison.warnings(found), sections(found)))
     return target
 
 
 def sections(found: Sequence[Result]) -> list[Section]:
     """The parts of the report: a comparison where one is possible, one section a result, gaps."""
     made: list[Section] = []
-    together = compare.compare_scans(found)
+    together = comparison.compare_scans(found)
     if together:
         made.append(Section("comparison", "Side by side", figures=together))
     counts: dict[str, int] = {}
@@ -216,6 +217,11 @@ def _pretrain(result: Result, prefix: str) -> dict[str, Any]:
     table = result.table("train")
     if table.empty or not {"step", "loss"} <= set(table.columns):
         return {"figures": [], "missing": ["Training loss: no rows in train.parquet yet."]}
+    runs_of = table.groupby("run" if "run" in table else lambda _: "run")
+    rows = pd.concat(
+        part.sort_values("step").iloc[:: math.ceil(len(part) / 1000)].assign(series=str(run))
+        for run, part in runs_of
+    )
     figures = []
     for column, title, axis in (
         ("loss", "Training loss", "loss (nats per token)"),
@@ -223,30 +229,19 @@ def _pretrain(result: Result, prefix: str) -> dict[str, Any]:
     ):
         if column not in table:
             continue
-        lines = []
-        for colour, (run, part) in enumerate(
-            table.groupby("run") if "run" in table else [("run", table)]
-        ):
-            part = part.sort_values("step")
-            part = part.iloc[:: max(1, math.ceil(len(part) / 1000))]
-            lines.append(
-                Line(
-                    str(run),
-                    part["step"].to_numpy(dtype=float),
-                    part[column].to_numpy(dtype=float),
-                    colour=colour,
-                )
-            )
+        plot = series_plot(
+            rows[["series", "step"]].assign(value=rows[column]), X("step", "pretraining step"), axis
+        )
         figures.append(
-            Figure(
-                id=f"{prefix}-{column.replace('_', '-')}",
+            figure_of(
+                result,
+                prefix,
+                column.replace("_", "-"),
                 title=title,
-                caption="At most 1,000 steps of a run are drawn, at even distances."
-                if len(table) > 1000
-                else "Every logged step is drawn.",
-                panels=[Panel((), Chart("pretraining step", axis, lines))],
-                command=result.command,
-                source=result.path,
+                caption="Every logged step is drawn."
+                if len(rows) == len(table)
+                else "At most 1,000 evenly spaced steps of a run are drawn.",
+                panels=[Panel((), plot)],
             )
         )
     tokens = table["num_tokens"].max() if "num_tokens" in table else math.nan

@@ -310,10 +310,10 @@ def _error(stderr: float) -> str:
 
 
 def _interval(part: pd.DataFrame, name: str) -> str:
-    """``+12.3 [10.1, 14.2]``: fractions shown as per cent (see ``runs.aggregate``)."""
+    """``+12.3 [10.1, 14.2]``, in per cent (see ``runs.aggregate``)."""
     summary = runs.aggregate(part, ["variant"], name)
     if summary.empty:
         return "–"
-    value, low, high = (float(summary[end].iloc[0]) * 100 for end in ("value", "low", "high"))
+    value, low, high = (float(summary[end].iloc[0]) for end in ("value", "low", "high"))
     known = math.isfinite(low) and math.isfinite(high)
     return f"{value:+.1f}" + (f" [{low:.1f}, {high:.1f}]" if known else "")

@@ -15,8 +15,8 @@ from rich.console import Console
 
 from ke_ray.report import paper
 from ke_ray.report.build import sections
-from ke_ray.report.charts import Figure, TextTable
-from ke_ray.report.compare import compare_scans, labels, warnings
+from ke_ray.report.charts.comparison import compare_scans, labels, warnings
+from ke_ray.report.charts.figure import Figure, TextTable
 from ke_ray.report.correlation import p_value
 from ke_ray.report.series import paired_change
 from ke_ray.report.sources import Result, find_results, read_result
@@ -116,19 +116,22 @@ def test_table_1_is_laid_over_its_own_sweep(tmp_path: Path) -> None:
     folder = _table_1_sweep(tmp_path / "table1")
     figure = _figures(folder)["sweep-table-1"]
     trials = pq.read_table(folder / "trials.parquet").to_pandas()
-    shown = {panel.key[0]: panel.chart for panel in figure.panels}
+    shown = {panel.key[0]: panel.view for panel in figure.panels}
     for column, title in (("acquisition", "Acquisition A"), ("forgetting", "Forgetting F")):
-        lines = {line.name: line for line in shown[title].lines}
-        assert set(lines) == {name + end for name in paper.TABLE_1 for end in ("", ", paper")}
+        rows = shown[title].rows
+        assert set(rows["setting"]) == set(paper.TABLE_1)
         for name, published in paper.TABLE_1.items():
-            assert tuple(lines[f"{name}, paper"].x) == paper.STEPS
-            assert tuple(lines[f"{name}, paper"].y) == getattr(published, column)
+            line = rows[rows["setting"] == name]
+            theirs = line[line["source"] == "the paper"]
+            assert tuple(theirs["x"]) == paper.STEPS
+            assert tuple(theirs["value"]) == getattr(published, column)
             own = trials[
                 (trials["global_batch_size"] == published.global_batch_size)
                 & (trials["optimizer.learning_rate"] == published.learning_rate)
                 & (trials["epochs"] == published.epochs)
             ]
-            np.testing.assert_allclose(lines[name].y, own.sort_values("step")[column] * 100)
+            ours = line[line["source"] == "these trials"]
+            np.testing.assert_allclose(ours["value"], own.sort_values("step")[column] * 100)
     assert isinstance(shown["table"], TextTable)
     assert list(shown["table"].rows[0][:2]) == ["baseline", "117,850"]
     assert shown["table"].rows[0][3] == "25.2"
@@ -153,7 +156,7 @@ def test_scans_in_different_dtypes_are_compared_with_a_word(tmp_path: Path) -> N
     results = find_results([tmp_path])
     (figure,) = compare_scans(results)
     assert "one: float32; two: bfloat16" in figure.caption
-    names = [line.name for line in figure.panels[0].chart.lines]
+    names = list(figure.panels[0].view.rows["series"].unique())
     assert names == ["one (a, float32)", "two (a, bfloat16)"]
     assert any("float32" in text and "bfloat16" in text for text in warnings(results))
 
@@ -280,8 +283,8 @@ def test_starts_with_one_run_beside_starts_with_several_have_no_bar(tmp_path: Pa
     rows = pq.read_table(folder / "runs.parquet")
     pq.write_table(rows.slice(0, 3), folder / "runs.parquet")
     figure = _figures(folder)["continual-downstream-before-after"]
-    after = figure.panels[0].chart.lines[1]
-    assert np.isfinite(after.low).tolist() == [True, False]
+    rows = figure.panels[0].view.rows
+    assert rows.loc[rows["series"] == "after", "low"].notna().tolist() == [True, False]
     assert "where there are several" in figure.caption
 
 

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pandas as pd
+
 from ke_ray.report import series
-from ke_ray.report.charts import Chart, Figure, Line, Panel
-from ke_ray.report.scan_figures import band_caption, x_title
+from ke_ray.report.charts.figure import Figure, Panel
+from ke_ray.report.charts.plot import X, series_plot
+from ke_ray.report.charts.scan import band_caption, measure_axis, x_title
 from ke_ray.report.sources import Result
 
 __all__ = ["compare_scans", "data_hashes", "labels", "warnings"]
@@ -154,7 +157,7 @@ def compare_scans(results: Sequence[Result]) -> list[Figure]:
     """Totals of several comparable scans, side by side; empty where none are comparable."""
     scans = [result for result in results if result.kind == "scan" and series.measures(result)]
     held = list(dict.fromkeys(name for scan in scans for name in series.measures(scan)))
-    panels, lines_drawn = [], []
+    panels, all_rows = [], []
     drawn: dict[str, Result] = {}
     for measure in sorted(held, key=lambda name: [*series.MEASURE_TITLES, name].index(name)):
         groups: dict[tuple[object, ...], list[tuple[Result, str]]] = {}
@@ -166,13 +169,12 @@ def compare_scans(results: Sequence[Result]) -> list[Figure]:
         for key, group in groups.items():
             if len({scan.path for scan, _ in group}) < 2:
                 continue
-            title, unit = series.MEASURE_TITLES.get(measure, (measure, ""))
-            lines = _lines(group, measure)
-            axis = f"{title.lower()} ({unit})" if unit else title.lower()
-            panels.append(
-                Panel((title, f"data {str(key[0])[:10]}…"), Chart(str(key[1]), axis, lines))
-            )
-            lines_drawn += lines
+            title, axis = measure_axis(measure)
+            rows = _rows(group, measure)
+            x = X("x", str(key[1]))
+            plot = series_plot(rows, x, axis, columns={"checkpoint": "checkpoint"})
+            panels.append(Panel((title, f"data {str(key[0])[:10]}…"), plot))
+            all_rows.append(rows.assign(series=rows["series"] + measure))
             drawn |= {scan.path: scan for scan, _ in group}
     if not panels:
         return []
@@ -183,7 +185,7 @@ def compare_scans(results: Sequence[Result]) -> list[Figure]:
             caption="Only values on the same data, of the same measure version and thresholds, "
             "are laid over each other. "
             + _differences(list(drawn.values()))
-            + band_caption(lines_drawn, "jackknife standard errors"),
+            + band_caption(pd.concat(all_rows), "jackknife standard errors"),
             panels=panels,
             controls=("measure", "data"),
             source=", ".join(drawn),
@@ -203,24 +205,20 @@ def _differences(scans: Sequence[Result]) -> str:
     return text
 
 
-def _lines(group: Sequence[tuple[Result, str]], measure: str) -> list[Line]:
+def _rows(group: Sequence[tuple[Result, str]], measure: str) -> pd.DataFrame:
+    """One row per scan, corpus and checkpoint, with 95 % intervals."""
     names = labels([scan for scan, _ in group])
     several = len({_dtype(scan) for scan, _ in group}) > 1
-    lines = []
-    for colour, (scan, corpus) in enumerate(group):
-        frame = series.totals(scan, measure, corpus)
-        y, error = frame["value"].to_numpy(), 1.96 * frame["stderr"].to_numpy()
+    parts = []
+    for scan, corpus in group:
+        rows = series.totals(scan, measure, corpus)
+        error = 1.96 * rows["stderr"]
         dtype = f", {_dtype(scan)}" if several else ""
-        lines.append(
-            Line(
-                f"{names[scan.path]} ({corpus}{dtype})",
-                frame["x"].to_numpy(),
-                y,
-                y - error,
-                y + error,
-                colour=colour,
-                dash=colour,
-                labels=frame["checkpoint"].to_list(),
+        parts.append(
+            rows.assign(
+                series=f"{names[scan.path]} ({corpus}{dtype})",
+                low=rows["value"] - error,
+                high=rows["value"] + error,
             )
         )
-    return lines
+    return pd.concat(parts, ignore_index=True)
