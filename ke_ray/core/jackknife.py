@@ -47,7 +47,7 @@ __all__ = [
 ]
 
 NUM_GROUPS = 64
-_LEAST_SHARE_OF_GROUPS = 0.5
+_LEAST_WORTH = 10.0  # equal groups; an error from fewer is worth less than one of cut documents
 
 Array = npt.NDArray[np.float64]
 
@@ -89,7 +89,7 @@ def document_groups(first: npt.ArrayLike, last: npt.ArrayLike) -> npt.NDArray[np
 
     Returns:
         int64 [G], n_g of each group. (Σn)²/Σn², the number of equal groups that would be worth as
-        much, is at least half of min(64, n) unless documents are cut.
+        much, is at least 10 (half of n, where n < 20) unless documents are cut.
     """
     begins, ends = np.asarray(first), np.asarray(last)
     equal = group_sizes(len(begins))
@@ -103,7 +103,7 @@ def document_groups(first: npt.ArrayLike, last: npt.ArrayLike) -> npt.NDArray[np
     bounds = np.unique(np.where(nearer, allowed[below], allowed[above]))
     sizes = np.diff(np.concatenate([[0], bounds, [len(begins)]])).astype(np.int64)
     worth = len(begins) ** 2 / float((sizes**2).sum())
-    return sizes if worth >= _LEAST_SHARE_OF_GROUPS * len(equal) else equal
+    return sizes if worth >= min(_LEAST_WORTH, len(equal) / 2) else equal
 
 
 def cut_document_factor(sizes: npt.ArrayLike, document: npt.ArrayLike) -> float:
