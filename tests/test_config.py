@@ -85,6 +85,12 @@ def test_no_such_file():
         load_study("nowhere.yaml", ScanStudy)
 
 
+@pytest.mark.parametrize("text", ["!!bool maybe", "!!int ''", "!!float ''", "!!timestamp noon"])
+def test_a_value_that_does_not_fit_its_tag_is_no_valid_yaml(text):
+    with pytest.raises(ConfigError, match="study.yaml is not valid YAML"):
+        parse_yaml(text, "study.yaml")
+
+
 @given(st.text(max_size=200))
 def test_any_text_is_read_or_refused(text):
     try:
