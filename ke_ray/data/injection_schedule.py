@@ -22,28 +22,21 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Self
+
+import yaml
+from pydantic import AliasChoices, Field, model_validator
 
 from ke_ray import storage
-from ke_ray.data.facts import SETTINGS, FactSet
-from ke_ray.errors import DataError, StorageError, nearest
+from ke_ray.config import Strict, parse_yaml, validate
+from ke_ray.data.facts import FactSet, Setting, Text
+from ke_ray.data.sources import reading
+from ke_ray.data.text_file import parse_json, read_text
+from ke_ray.errors import DataError
 
-__all__ = [
-    "Schedule",
-    "ScheduledText",
-    "contiguous_groups",
-    "load_schedule",
-    "save_schedule",
-    "schedule_from_facts",
-]
-
-_ALIASES = {"injection_step": "injection", "split": "setting"}
-_INTEGERS = ("injection", "step", "row", "instance", "version")
-_KEYS = (*_INTEGERS, "setting", "text", "token_ids")
 _MAX_BYTES = 256 << 20
-_MAX_DEPTH = 8
 _INT32_MAX = 2**31 - 1
 
 
@@ -152,102 +145,67 @@ def schedule_from_facts(
     return Schedule(tuple(rows), spread=True)
 
 
-def _integer(value: Any, key: str, where: str) -> int:
-    low = 1 if key in ("injection", "step") else 0
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= _INT32_MAX:
-        shown = repr(value)[:60] if not isinstance(value, int) else "a number out of range"
-        raise DataError(f"{where}, '{key}' is {shown}; expected a whole number from {low}.")
-    return value
+_FromZero = Annotated[int, Field(ge=0, le=_INT32_MAX)]
+_FromOne = Annotated[int, Field(ge=1, le=_INT32_MAX)]
 
 
-def _parse_row(value: Any, where: str) -> tuple[dict[str, Any], int | None]:
-    if not isinstance(value, Mapping):
-        raise DataError(f"{where} is {type(value).__name__}, expected an object with its fields.")
-    row: dict[str, Any] = {}
-    for key, item in value.items():
-        name = _ALIASES.get(key, key) if isinstance(key, str) else str(key)[:60]
-        if name not in _KEYS:
-            raise DataError(f"{where} has an unknown field '{name[:60]}'.{nearest(name, _KEYS)}")
-        if item is not None:
-            row[name] = _integer(item, name, where) if name in _INTEGERS else item
-    for key in ("row", "setting", "instance", "version"):
-        if key not in row:
-            raise DataError(f"{where} lacks the field '{key}'.")
-    if ("injection" in row) == ("step" in row):
-        raise DataError(f"{where} needs either 'injection' or 'step', and not both.")
-    if not isinstance(row["setting"], str) or row["setting"] not in SETTINGS:
-        raise DataError(f"{where}, 'setting' is {row['setting']!r:.60}, not one of {SETTINGS}.")
-    text = row.get("text")
-    if text is not None and (not isinstance(text, str) or not text.strip()):
-        raise DataError(f"{where}, 'text' is not a text or is empty.")
-    if text is not None and any("\ud800" <= character <= "\udfff" for character in text):
-        raise DataError(f"{where}, 'text' holds half of a surrogate pair, which is no character.")
-    if "token_ids" in row:
-        ids = row["token_ids"]
-        if not isinstance(ids, list) or not ids:
-            raise DataError(f"{where}, 'token_ids' is not a list of token ids, or is empty.")
-        row["token_ids"] = tuple(_integer(item, "token_ids", where) for item in ids)
-    return row, row.pop("step", None)
+class _Row(Strict, strict=True):
+    """A row of a file; the aliases are the names of the published table."""
+
+    injection: _FromOne | None = Field(
+        None, validation_alias=AliasChoices("injection", "injection_step")
+    )
+    step: _FromOne | None = None
+    row: _FromZero
+    setting: Setting = Field(validation_alias=AliasChoices("setting", "split"))
+    instance: _FromZero
+    version: _FromZero
+    text: Text | None = None
+    token_ids: Annotated[tuple[_FromZero, ...], Field(strict=False, fail_fast=True)] | None = None
+
+    @model_validator(mode="after")
+    def _check_row(self) -> Self:
+        if (self.injection is None) == (self.step is None):
+            raise ValueError("give either 'injection' or 'step', and not both")
+        if self.token_ids == ():
+            raise ValueError("'token_ids' is empty; give the ids or leave the key out")
+        return self
+
+
+class _ScheduleFile(Strict, strict=True):
+    rows: Annotated[list[_Row], Field(fail_fast=True)]
+    spread: bool = False
 
 
 def _parse_schedule(value: Any, source: str) -> Schedule:
-    spread = False
-    if isinstance(value, Mapping):
-        for key in value:
-            if key not in ("rows", "spread"):
-                raise DataError(
-                    f"{source} has an unknown key '{str(key)[:60]}'; valid: rows, spread."
-                )
-        spread = value.get("spread", False)
-        if not isinstance(spread, bool):
-            raise DataError(f"{source}: 'spread' is {spread!r:.60}, expected true or false.")
-        value = value.get("rows")
-    if not isinstance(value, list) or not value:
-        raise DataError(f"{source} has no list of schedule rows; give at least one row.")
-    parsed = [_parse_row(item, f"{source}, row {index}") for index, item in enumerate(value)]
-    with_steps = sum(step is not None for _, step in parsed)
-    if with_steps not in (0, len(parsed)):
+    values = {"rows": value} if isinstance(value, list) else value
+    file = validate(_ScheduleFile, values, source, DataError)
+    if not file.rows:
+        raise DataError(f"{source} has no schedule rows; give at least one.")
+    numbers = {
+        step: number
+        for number, step in enumerate(sorted({row.step for row in file.rows if row.step}), start=1)
+    }
+    if numbers and any(row.step is None for row in file.rows):
         raise DataError(f"{source} mixes rows with 'step' and with 'injection'; use one of them.")
-    steps = None
-    if with_steps:
-        ordered = sorted({step for _, step in parsed if step is not None})
-        steps = dict(enumerate(ordered, start=1))
-        numbers = {step: number for number, step in steps.items()}
-        for row, step in parsed:
-            if step is not None:
-                row["injection"] = numbers[step]
-    rows = tuple(
-        sorted((ScheduledText(**row) for row, _ in parsed), key=lambda r: (r.injection, r.row))
+    rows = sorted(
+        (
+            ScheduledText(
+                row.injection or numbers[row.step or 0],
+                *(row.row, row.setting, row.instance, row.version, row.text, row.token_ids),
+            )
+            for row in file.rows
+        ),
+        key=lambda text: (text.injection, text.row),
     )
     for before, after in itertools.pairwise(rows):
         if (before.injection, before.row) == (after.injection, after.row):
-            raise DataError(f"{source}: two texts in one place: {before.name} and {after.name}.")
-    return Schedule(rows, steps, spread)
-
-
-def _yaml(text: str, source: str) -> Any:
-    import yaml
-
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    depth = 0
-    for token in yaml.scan(text, Loader=loader):
-        if isinstance(token, yaml.AliasToken):
-            raise DataError(f"{source} uses YAML aliases (*name); write the values out.")
-        if isinstance(
-            token,
-            yaml.BlockMappingStartToken
-            | yaml.BlockSequenceStartToken
-            | yaml.FlowMappingStartToken
-            | yaml.FlowSequenceStartToken,
-        ):
-            depth += 1
-        elif isinstance(
-            token, yaml.BlockEndToken | yaml.FlowMappingEndToken | yaml.FlowSequenceEndToken
-        ):
-            depth -= 1
-        if depth > _MAX_DEPTH:
-            raise DataError(f"{source} is nested deeper than a schedule can be.")
-    return yaml.load(text, Loader=loader)  # noqa: S506 (a safe loader either way)
+            raise DataError(
+                f"{source} puts two texts into one row of one injection: {before.name} and "
+                f"{after.name}. Change 'row' of one of them."
+            )
+    steps = {number: step for step, number in numbers.items()}
+    return Schedule(tuple(rows), steps or None, file.spread)
 
 
 def load_schedule(path: str | os.PathLike[str]) -> Schedule:
@@ -255,42 +213,28 @@ def load_schedule(path: str | os.PathLike[str]) -> Schedule:
 
     Raises:
         DataError: no such file, another format, or a row that is not valid (named).
+        ConfigError: not YAML.
+        StorageError: not Parquet.
     """
     source = f"'{os.fspath(path)}'"
-    kind = os.fspath(path).rsplit(".", 1)[-1].lower()
-    if kind not in ("json", "yaml", "yml", "parquet"):
-        raise DataError(f"{source} is no schedule: expected .json, .yaml or .parquet.")
-    try:
-        if kind == "parquet":
+    suffix = os.fspath(path).rsplit(".", 1)[-1].lower()
+    if suffix == "parquet":
+        with reading(os.fspath(path)):
             return _parse_schedule(storage.read_table(path).to_pylist(), source)
-        raw = storage.read_bytes(path)
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise DataError(f"There is no schedule file {source}.") from error
-    except (StorageError, ValueError, OSError) as error:
-        raise DataError(f"{source} is not a readable schedule: {str(error)[:200]}") from error
-    if len(raw) > _MAX_BYTES:
-        raise DataError(f"{source} has {len(raw)} bytes; a schedule has at most 256 MiB.")
-    try:
-        text = raw.decode("utf-8")
-        value = json.loads(text) if kind == "json" else _yaml(text, source)
-    except DataError:
-        raise
-    except Exception as error:  # the parsers raise many kinds on hostile text
-        problem = str(error).splitlines()[0] if str(error) else type(error).__name__
-        name = "JSON" if kind == "json" else "YAML"
-        raise DataError(f"{source} is not valid {name}: {problem[:200]}.") from error
-    return _parse_schedule(value, source)
+    if suffix not in ("json", "yaml", "yml"):
+        raise DataError(f"{source} is no schedule: expected .json, .yaml or .parquet.")
+    text = read_text(path, "a schedule", max_bytes=_MAX_BYTES)
+    if suffix == "json":
+        return _parse_schedule(parse_json(text, source), source)
+    return _parse_schedule(parse_yaml(text, source, max_characters=_MAX_BYTES), source)
 
 
-def _plain_rows(schedule: Schedule) -> Iterable[dict[str, Any]]:
+def _plain_rows(schedule: Schedule) -> Iterator[dict[str, Any]]:
     for row in schedule.rows:
-        when = (
-            {"injection": row.injection}
-            if schedule.steps is None
-            else {"step": schedule.steps[row.injection]}
-        )
-        plain = {
-            **when,
+        plain: dict[str, Any] = {"injection": row.injection}
+        if schedule.steps is not None:
+            plain = {"step": schedule.steps[row.injection]}
+        plain |= {
             "row": row.row,
             "setting": row.setting,
             "instance": row.instance,
@@ -314,8 +258,6 @@ def save_schedule(schedule: Schedule, path: str | os.PathLike[str]) -> None:
     if target.endswith(".json"):
         storage.write_atomic(target, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
     elif target.endswith((".yaml", ".yml")):
-        import yaml
-
         dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
         text = yaml.dump(value, Dumper=dumper, sort_keys=False, allow_unicode=True, width=1000)
         storage.write_atomic(target, text)
