@@ -30,20 +30,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-__all__ = [
-    "Interval",
-    "TaskScore",
-    "acquisition",
-    "acquisition_interval",
-    "bootstrap_weights",
-    "forgetting",
-    "forgetting_interval",
-    "knowledge",
-    "mean_accuracy",
-    "paragraph_means",
-    "percentile_interval",
-]
-
 Array = npt.NDArray[np.float64]
 
 

@@ -27,8 +27,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["attention_entropy", "identity_entropy", "rows_entropy"]
-
 _ROWS = 128  # queries whose scores are formed at once by `rows_entropy`
 
 

@@ -17,8 +17,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["TokenMean", "accumulation_dtype"]
-
 _ROWS = 256  # tokens per block on a CPU: fastest of 64 … 2048 at d_mlp 2048
 
 

@@ -20,16 +20,6 @@ from torch import Tensor
 
 from ke_ray.errors import UserError
 
-__all__ = [
-    "check_dormant_threshold",
-    "check_top_k_fraction",
-    "dormant_share",
-    "gini",
-    "participation_ratio",
-    "top_k",
-    "top_k_mass",
-]
-
 
 def participation_ratio(mean_coefficients: Tensor) -> Tensor:
     """(Σ C̄)² / (m Σ C̄²) over the last axis.

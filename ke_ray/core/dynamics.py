@@ -38,16 +38,6 @@ import numpy.typing as npt
 
 from ke_ray.core.acquisition import Interval, bootstrap_weights, percentile_interval
 
-__all__ = [
-    "LAM_WINDOW",
-    "DynamicsIntervals",
-    "InjectionDynamics",
-    "decay_constant",
-    "dynamics",
-    "dynamics_intervals",
-    "pooled_decay",
-]
-
 LAM_WINDOW = 50
 
 Array = npt.NDArray[np.float64]

@@ -35,17 +35,6 @@ from ke_ray.data.biography_templates import (
 )
 from ke_ray.errors import DataError
 
-__all__ = [
-    "BiographyFiles",
-    "Person",
-    "iter_biographies",
-    "make_facts",
-    "make_people",
-    "make_questions",
-    "task_config",
-    "write_biographies",
-]
-
 NUM_VERSIONS = 10  # a paragraph and its nine paraphrases
 NUM_PROBES = 5
 NUM_CHOICES = 4

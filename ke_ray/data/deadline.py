@@ -9,8 +9,6 @@ from typing import Any, TypeVar
 
 from ke_ray.errors import DataError
 
-__all__ = ["START_TIMEOUT_S", "within"]
-
 START_TIMEOUT_S = 12.0  # "no network" is said within 20 seconds
 
 ValueT = TypeVar("ValueT")

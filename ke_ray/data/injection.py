@@ -29,8 +29,6 @@ from ke_ray.errors import DataError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["InjectionPlan", "injection_records", "plan_injections"]
-
 #: Below this global batch the published code divides the texts over all rows.
 SPREAD_BELOW = 128
 

@@ -24,8 +24,6 @@ from ke_ray.errors import DataError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["Probe", "build_probes", "join_probe", "tokenize_probe"]
-
 _QUOTES = "\"'`“‘«‹„‚"
 _BRACKETS = "([{"
 

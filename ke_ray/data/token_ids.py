@@ -21,8 +21,6 @@ from ke_ray.data.sources import SourceFile, list_files, reading, split_part
 from ke_ray.data.stored_array import StoredArray, npy_array, safetensors_arrays
 from ke_ray.errors import DataError
 
-__all__ = ["TOKEN_ID_SUFFIXES", "compact", "iter_token_ids", "load_token_ids"]
-
 TOKEN_ID_SUFFIXES = (".npy", ".safetensors", ".parquet")
 _ROWS = 1024
 

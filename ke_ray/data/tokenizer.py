@@ -22,14 +22,6 @@ from ke_ray.data.deadline import START_TIMEOUT_S, within
 from ke_ray.data.sources import reading
 from ke_ray.errors import DataError
 
-__all__ = [
-    "SPECIAL_TOKENS",
-    "load_tokenizer",
-    "save_tokenizer",
-    "tokenizer_sha256",
-    "train_bpe",
-]
-
 SPECIAL_TOKENS = ("<|endoftext|>", "<|padding|>")
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
 _FILE_NAME = "tokenizer.json"

@@ -23,8 +23,6 @@ from ke_ray.data.token_ids import iter_token_ids
 from ke_ray.data.tokenizer import tokenizer_sha256
 from ke_ray.errors import DataError
 
-__all__ = ["FORMAT_VERSION", "pack_to_file", "source_fingerprint"]
-
 FORMAT_VERSION = 1
 
 

@@ -33,8 +33,6 @@ from ke_ray import storage
 from ke_ray.data.training_cache import pack_to_file, source_fingerprint
 from ke_ray.errors import DataError, StorageError
 
-__all__ = ["PackedDataset", "prepare_training_set"]
-
 
 @dataclass(frozen=True)
 class PackedDataset:

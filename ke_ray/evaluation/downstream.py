@@ -34,8 +34,6 @@ from ke_ray.core.acquisition import TaskScore, mean_accuracy
 from ke_ray.errors import DataError, nearest
 from ke_ray.evaluation.lm import wrap_model
 
-__all__ = ["TASK_METRICS", "DownstreamResult", "downstream_score", "load_tasks", "run_downstream"]
-
 #: The tasks of P and the metric of each.
 TASK_METRICS = {
     "sciq": "acc",

@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["evaluating", "logit_rows", "max_positions", "plain_model", "read_logits"]
-
 #: Bytes of the float32 logits of one pass, about.
 _LOGIT_BYTES = {"cpu": 128 << 20, "cuda": 2 << 30}
 

@@ -22,8 +22,6 @@ from ke_ray.evaluation.spans import score_spans
 if TYPE_CHECKING:
     from lm_eval.api.model import TemplateLM
 
-__all__ = ["as_transformers_tokenizer", "wrap_model"]
-
 _NO_LIMIT = 10**9  # transformers writes 1e30 for "no limit"
 
 

@@ -26,8 +26,6 @@ from ke_ray.evaluation.forward import (
     read_logits,
 )
 
-__all__ = ["Perplexity", "held_out_perplexity"]
-
 #: Positions of one cross-entropy call; its float32 copies of the logits stay small.
 _CHUNK = 256
 

@@ -28,8 +28,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["PrefixTree", "Span", "build_trees", "join_short", "plan_batches"]
-
 #: A sequence joins a tree when it shares at least this part of its own tokens with its neighbour:
 #: below it, attention over the longer row costs more than the shared tokens save.
 _MIN_SHARED = 0.25

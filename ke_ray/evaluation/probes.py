@@ -25,8 +25,6 @@ from ke_ray.evaluation.forward import max_positions, plain_model
 from ke_ray.evaluation.prefix_tree import Span
 from ke_ray.evaluation.spans import score_spans
 
-__all__ = ["ProbeScores", "score_probes"]
-
 
 @dataclass(frozen=True)
 class ProbeScores:

@@ -35,8 +35,6 @@ from ke_ray.evaluation.forward import (
 from ke_ray.evaluation.prefix_tree import PrefixTree, Span, build_trees, plan_batches
 from ke_ray.models.architectures import supported_model_types
 
-__all__ = ["SpanScores", "score_spans"]
-
 _BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
 #: What a pass costs beyond its tokens (weights read once, kernels launched), in tokens.
 _BATCH_OVERHEAD = {"cpu": 32, "cuda": 4096}
