@@ -1,4 +1,4 @@
-"""Which text is injected when and where, as data.
+"""The injection schedule: which text enters which row of the batch at which injection.
 
 A schedule is a list of rows; each puts one version of one paragraph into one row of the batch at
 one *injection* (numbered from 1). The paper's schedule (docs/science.md#injection) is that of
@@ -48,7 +48,7 @@ class ScheduledText:
         injection: number of the injection, from 1.
         row: row of the global batch, from 0.
         setting: ``once`` or ``paraphrase``.
-        instance: the paragraph's place in its facts file.
+        instance: the paragraph's index in its facts file.
         version: 0 is the paragraph itself, k its k-th paraphrase.
         text: the text without end-of-text, or None.
         token_ids: the ids with the final end-of-text, or None.
@@ -64,7 +64,7 @@ class ScheduledText:
 
     @property
     def name(self) -> str:
-        """How messages call it."""
+        """The row's name in messages."""
         return (
             f"schedule row (injection {self.injection}, row {self.row}, {self.setting} "
             f"{self.instance}, version {self.version})"
@@ -107,10 +107,10 @@ def contiguous_groups(count: int, num_groups: int) -> list[range]:
 def schedule_from_facts(
     fact_sets: Sequence[FactSet], *, num_injections: int | None = None
 ) -> Schedule:
-    """The published rule applied to facts.
+    """The schedule that the published rule gives for facts.
 
     Args:
-        fact_sets: at most one set of each setting; paraphrase rows come first whatever the order.
+        fact_sets: at most one set per setting; paraphrase rows come first whatever the order.
         num_injections: default: the largest number of versions of a *paraphrase* fact, or 10
             where there is none.
 
@@ -120,28 +120,29 @@ def schedule_from_facts(
     by_setting: dict[str, FactSet] = {}
     for facts in fact_sets:
         if facts.setting in by_setting:
-            raise DataError(f"Two sets of '{facts.setting}' facts; merge them into one file.")
+            raise DataError(
+                f"There are two sets of '{facts.setting}' facts; merge them into one file."
+            )
         by_setting[facts.setting] = facts
     if not by_setting:
         raise DataError("No facts to schedule; give a 'paraphrase' or a 'once' file.")
-    paraphrased = by_setting["paraphrase"].facts if "paraphrase" in by_setting else ()
-    num_once = len(by_setting["once"].facts) if "once" in by_setting else 0
+    no_facts = FactSet("once", ())
+    paraphrase = by_setting.get("paraphrase", no_facts).facts
+    once = by_setting.get("once", no_facts).facts
     if num_injections is None:
-        num_injections = max((len(fact.versions) for fact in paraphrased), default=10)
+        num_injections = max((len(fact.versions) for fact in paraphrase), default=10)
     if num_injections < 1:
-        raise DataError(f"num_injections is {num_injections}; at least 1 is needed.")
-    groups = contiguous_groups(num_once, num_injections)
+        raise DataError(f"num_injections is {num_injections}; it must be at least 1.")
+    groups = contiguous_groups(len(once), num_injections)
     rows = []
     for injection in range(1, num_injections + 1):
-        for instance, fact in enumerate(paraphrased):
+        for instance, fact in enumerate(paraphrase):
             version = (injection - 1) % len(fact.versions)
             text = fact.versions[version]
             rows.append(ScheduledText(injection, instance, "paraphrase", instance, version, text))
-        for place, instance in enumerate(groups[injection - 1]):
-            text = by_setting["once"].facts[instance].versions[0]
-            rows.append(
-                ScheduledText(injection, len(paraphrased) + place, "once", instance, 0, text)
-            )
+        for row, instance in enumerate(groups[injection - 1], start=len(paraphrase)):
+            text = once[instance].versions[0]
+            rows.append(ScheduledText(injection, row, "once", instance, 0, text))
     return Schedule(tuple(rows), spread=True)
 
 
