@@ -31,7 +31,7 @@ class ProbeScores:
     """Scores of probes, in the order they were given.
 
     Attributes:
-        probes: what was scored.
+        probes: the scored probes.
         logprob_summed: float64 [n_probes], nats.
         num_target_tokens: int64 [n_probes].
     """
@@ -78,7 +78,7 @@ class ProbeScores:
         ]
 
     def items(self) -> list[dict[str, Any]]:
-        """Rows of ``probe_items.parquet``, one a probe: setting, instance, level, probe,
+        """Rows of ``probe_items.parquet``, one per probe: setting, instance, level, probe,
         num_target_tokens, logprob_summed."""
         return [
             {
@@ -101,7 +101,7 @@ def score_probes(
     """Score probes with a model in memory, in as few passes as memory allows.
 
     Args:
-        model: a causal language model of transformers; its mode (train, eval) is put back.
+        model: a causal language model of transformers; its mode (train, eval) is restored.
         probes: as ``ke_ray.data.probes.build_probes`` gives them.
         batch_tokens: as ``score_spans``.
 
