@@ -26,7 +26,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class TokenMean:
-    """Means over tokens; holds nothing but the CPU's buffer, reused by every layer."""
+    """Means over tokens; its only state is the CPU's buffer, which every layer reuses."""
 
     def __init__(self, *, blocked: bool | None = None) -> None:
         """``blocked``: sum by blocks of rows or by fused reductions; default: by device."""

@@ -1,4 +1,4 @@
-"""How unevenly a layer's memories are used: four measures of mean coefficients.
+"""Concentration of a layer's memory use: four measures of mean coefficients.
 
     participation ratio   (Σ C̄)² / (m Σ C̄²)                                     1/m … 1
     Gini                  Σ_i (2i − m − 1) C̄_(i) / (m Σ C̄), C̄ ascending         0 … 1 − 1/m
