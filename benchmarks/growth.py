@@ -130,7 +130,7 @@ def scan(rounds: int, say: Callable[[str], None]) -> list[dict[str, float]]:
     from ke_ray.engine.scan.run import run_scan
     from ke_ray.planning.scan import prepare_scan
     from ke_ray.studies.scan import ScanStudy
-    from ke_ray.tracking.runs import Tracker
+    from ke_ray.tracking.tracker import Tracker
 
     logging.disable_progress_bar()
     shape = Shape(2, 64, 256, 4, 512, 64)

@@ -114,7 +114,7 @@ def run_engine(number: int) -> dict[str, float]:
     from ke_ray.engine.scan.run import run_scan
     from ke_ray.planning.scan import prepare_scan
     from ke_ray.studies.scan import ScanStudy
-    from ke_ray.tracking.runs import Tracker
+    from ke_ray.tracking.tracker import Tracker
 
     with tempfile.TemporaryDirectory() as root:
         spec, ids = tiny_series(Path(root), number)

@@ -86,7 +86,7 @@ def run_engine(
     """The real engine, driver and all."""
     from ke_ray.engine.scan.run import run_scan
     from ke_ray.planning.scan import prepare_scan
-    from ke_ray.tracking.runs import Tracker
+    from ke_ray.tracking.tracker import Tracker
 
     changes |= {"num_instances": num_instances, "num_actors": num_workers}
     with tempfile.TemporaryDirectory() as output:

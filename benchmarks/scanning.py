@@ -210,7 +210,7 @@ def play_start(spec: str, corpus: str, output: str, started: str) -> None:
     from ke_ray.cli.publish import publish_scan  # noqa: F401
     from ke_ray.engine.scan.run import run_scan
     from ke_ray.planning.scan import prepare_scan
-    from ke_ray.tracking.runs import Tracker
+    from ke_ray.tracking.tracker import Tracker
 
     marks = [float(started), time.monotonic()]
     uri = f"sqlite:///{Path(output).parent}/mlflow.db"

@@ -47,10 +47,10 @@ from ke_ray.data.injection import InjectionPlan
 from ke_ray.engine.train.trainer import ProgressFile
 from ke_ray.studies.parts import TrackingSettings
 from ke_ray.studies.training import TrainingKeys
-from ke_ray.tracking.runs import TrackedRun, Tracker
-from ke_ray.tracking.training import SEND_EVERY_S, log_progress
+from ke_ray.tracking.tracker import TrackedRun, Tracker
 from ke_ray.training.loop import Hooks, Progress, StepRecord, train
 from ke_ray.training.parallel import Worker
+from ke_ray.training.tracking import SEND_EVERY_S, log_progress
 
 SEQUENCE, BATCH = 256, 4
 LENGTH_GPU = 1024  # of continual learning, on OLMo-1B's shape

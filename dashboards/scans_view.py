@@ -58,9 +58,9 @@ def _clip(frame: pd.DataFrame, limits: tuple[float, float] | None) -> pd.DataFra
     return frame[frame["x"].between(*limits)]
 
 
-def _scan_lines(scan: Result, menus: Menus, several: bool, colour: int) -> list[Line]:
+def _scan_lines(scan: Result, menus: Menus, name: str, colour: int) -> list[Line]:
     measure, limits = menus.measure, menus.limits
-    prefix = f"{name_of(scan)}: " if several else ""
+    prefix = f"{name}: " if name else ""
     lines: list[Line] = []
     for corpus in menus.corpora:
         if corpus not in series.corpora(scan):
@@ -117,8 +117,16 @@ def show_scans(results: list[Result], menus: Menus) -> None:
         tile.metric(f"{name_of(scan)}: checkpoints", f"{done}{planned}")
         if broken:
             tile.caption(f"{broken} failed")
-    for scan in scans:
-        lines += _scan_lines(scan, menus, len(scans) > 1, len(lines))
+    curves = [
+        (
+            curve,
+            ": ".join(part for part in (name_of(scan) if len(scans) > 1 else "", label) if part),
+        )
+        for scan in scans
+        for label, curve in series.curves(scan)
+    ]
+    for curve, name in curves:
+        lines += _scan_lines(curve, menus, name, len(lines))
     title, unit = series.MEASURE_TITLES.get(menus.measure, (menus.measure, ""))
     axis = ("change of " if menus.relative else "") + title.lower()
     st.subheader(title, anchor=False)
@@ -140,17 +148,19 @@ def show_scans(results: list[Result], menus: Menus) -> None:
 
 def _scan_details(scan: Result, menus: Menus) -> None:
     measure = menus.measure
-    for corpus in menus.corpora:
-        order, matrix = series.layer_matrix(scan, measure, corpus)
+    curves = [(*part, corpus) for part in series.curves(scan) for corpus in menus.corpora]
+    for label, curve, corpus in curves:
+        order, matrix = series.layer_matrix(curve, measure, corpus)
         if len(matrix) and len(order):
-            st.subheader(f"Layer × checkpoint: {name_of(scan)}, {corpus}", anchor=False)
+            heading = ", ".join(part for part in (name_of(scan), label, corpus) if part)
+            st.subheader(f"Layer × checkpoint: {heading}", anchor=False)
             unit = series.MEASURE_TITLES.get(measure, ("", ""))[1]
             values = matrix - matrix[:, :1] if menus.relative else matrix
             names = [f"{x:g}" for x in order["x"]]
             layers = [str(layer) for layer in range(len(matrix))]
             centre = 0.0 if menus.relative else None
             heat = HeatMap("pretraining step", "layer", unit, values, names, layers, centre)
-            chart(heat, f"heat-{scan.path}-{corpus}")
+            chart(heat, f"heat-{scan.path}-{label}-{corpus}")
     names = series.checkpoints(scan)["checkpoint"].to_list()
     if len(names) > 1:
         with st.expander(f"Compare two checkpoints of {name_of(scan)}"):

@@ -11,6 +11,7 @@
     │   ├── ResultsError              a result folder that cannot be used as asked
     │   └── StorageError              no space, no permission, no such store
     ├── CheckpointError               one checkpoint cannot be fetched, loaded or scored
+    ├── PlacementError                the cluster has no node that can hold the work
     └── TrainingError                 a training run cannot go on
         └── NonFiniteLossError
 
@@ -32,6 +33,7 @@ __all__ = [
     "DataError",
     "KeRayError",
     "NonFiniteLossError",
+    "PlacementError",
     "ResultsError",
     "StorageError",
     "TrainingError",
@@ -89,6 +91,10 @@ class CheckpointError(KeRayError):
     """One checkpoint cannot be fetched, loaded or scored; the others go on."""
 
 
+class PlacementError(KeRayError):
+    """No node of the cluster can hold the work, and nothing adds nodes."""
+
+
 class TrainingError(KeRayError):
     """A training run cannot go on."""
 
@@ -97,12 +103,13 @@ class NonFiniteLossError(TrainingError):
     """The loss or the gradient norm became infinite or NaN."""
 
 
-def nearest(word: str, candidates: Iterable[str]) -> str:
+def nearest(word: str, candidates: Iterable[str], cutoff: float = 0.5) -> str:
     """A hint like ``" Did you mean 'learning_rate'?"``, or an empty string.
 
     Args:
         word: what was given.
         candidates: what would have been valid.
+        cutoff: likeness, from 0 to 1, below which nothing is offered.
     """
-    found = difflib.get_close_matches(word, sorted(candidates), n=1, cutoff=0.5)
+    found = difflib.get_close_matches(word, sorted(candidates), n=1, cutoff=cutoff)
     return f" Did you mean '{found[0]}'?" if found else ""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
+from ke_ray.checkpoints.find.names import parse_checkpoint_name
+from ke_ray.errors import CheckpointError
 from ke_ray.secrets import redact
-from ke_ray.storage import is_local
-
-__all__ = ["CheckpointFormat", "CheckpointRef", "order_key"]
+from ke_ray.storage import is_local, local_path
 
 CheckpointFormat = Literal["hf", "hub", "native"]
 
@@ -26,10 +27,12 @@ class CheckpointRef:
         revision: branch or tag on the Hub.
         commit: the commit the revision stood for when it was listed; fetched by it, so that a
             branch that moves meanwhile cannot mix two states.
-        step: optimizer step, from the name or the CSV list.
+        step: optimizer step, from the name, the CSV list or ``trainer_state.json``.
         pretraining_tokens: tokens seen so far, from the name.
         stage: training stage, where the name has one (its steps restart at each stage).
         ingredient: the branch within a stage, where the name has one.
+        series: architecture and sizes, where a folder's configuration tells them
+            (:func:`ke_ray.checkpoints.find.series.series_label`).
         size_bytes: bytes to fetch, where known without fetching.
         weights_fingerprint: cheap identity of the weight *files*: ``lfs-sha256:…`` on the Hub
             (exact), ``sampled-sha256:…`` in folders (sizes and samples of the bytes).
@@ -45,6 +48,7 @@ class CheckpointRef:
     pretraining_tokens: int | None = None
     stage: int | None = None
     ingredient: int | None = None
+    series: str | None = None
     size_bytes: int | None = None
     weights_fingerprint: str | None = None
     duplicate_of: str | None = None
@@ -65,12 +69,39 @@ class CheckpointRef:
         return f"{self.location}@{self.revision}" if self.revision else redact(self.location)
 
 
-def order_key(ref: CheckpointRef) -> tuple[bool, int, int, int, str]:
-    """Sort key in training order: stage, ingredient, step; without a step last, by name."""
+def order_key(ref: CheckpointRef) -> tuple[bool, int, int, int, bool, str]:
+    """Sort key in training order: stage, ingredient, step; without a step last, by name.
+
+    A final checkpoint follows the numbered one of its step, of which it may be a copy.
+    """
     return (
         ref.step is None,
-        ref.stage if ref.stage is not None else 1,
+        ref.stage or 0,
         ref.ingredient or 0,
         ref.step or 0,
+        parse_checkpoint_name(ref.name).step is None,
         ref.name,
     )
+
+
+def local_folder(checkpoint: CheckpointRef | str | Path) -> Path:
+    """The folder of a checkpoint on this machine.
+
+    Raises:
+        CheckpointError: it is elsewhere; fetch it through ``Store`` first.
+    """
+    if isinstance(checkpoint, CheckpointRef):
+        if not checkpoint.is_local:
+            raise CheckpointError(
+                f"'{checkpoint.label}' is not on this machine; fetch it with "
+                "ke_ray.checkpoints.fetch.cache.Store first."
+            )
+        checkpoint = checkpoint.location
+    return local_path(checkpoint)
+
+
+def find_tokenizer(checkpoint: CheckpointRef | str | Path) -> Path | None:
+    """The ``tokenizer.json`` in a local checkpoint folder or one level up, or None."""
+    folder = local_folder(checkpoint)
+    candidates = (folder / "tokenizer.json", folder.parent / "tokenizer.json")
+    return next((path for path in candidates if path.is_file()), None)

@@ -32,11 +32,16 @@ def checkpoints(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """List the checkpoints that SPEC names, with step, size and duplicates."""
-    from ke_ray.checkpoints.find.catalog import list_checkpoints
+    from ke_ray.checkpoints.find.catalog import find_checkpoints
+    from ke_ray.checkpoints.find.series import stage_label
 
-    refs = list_checkpoints(spec, revisions=revisions, steps=steps, every=every, limit=limit)
+    listing = find_checkpoints(spec, revisions=revisions, steps=steps, every=every, limit=limit)
+    refs = listing.checkpoints
     if as_json:
         import dataclasses
+
+        for note in listing.notes:
+            typer.echo(f"note: {note}", err=True)
 
         from ke_ray.secrets import redacted
 
@@ -45,10 +50,15 @@ def checkpoints(
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("checkpoint", "step", "tokens", "size", "format", "same weights as")
+    optional = {
+        "stage": [stage_label(ref) for ref in refs],
+        "series": [ref.series or "" for ref in refs],
+    }
+    shown = {name: cells for name, cells in optional.items() if len(set(cells)) > 1}
+    table = Table("checkpoint", "step", "tokens", "size", "format", "same weights as", *shown)
     for column in (1, 2, 3):
         table.columns[column].justify = "right"
-    for ref in refs:
+    for place, ref in enumerate(refs):
         table.add_row(
             ref.name,
             "–" if ref.step is None else f"{ref.step:,}",
@@ -56,6 +66,7 @@ def checkpoints(
             "–" if ref.size_bytes is None else f"{ref.size_bytes / 1e6:,.1f} MB",
             ref.format,
             ref.duplicate_of or "",
+            *(cells[place] for cells in shown.values()),
         )
     console = Console()
     console.print(table)
@@ -66,6 +77,8 @@ def checkpoints(
         + (f"{sum(sizes) / 1e9:,.2f} GB" if len(sizes) == len(refs) else "sizes not known")
         + (f", {duplicates} with the weights of another" if duplicates else "")
     )
+    for note in listing.notes:
+        console.print(f"note: {note}", markup=False, highlight=False)
 
 
 def register(app: typer.Typer) -> None:

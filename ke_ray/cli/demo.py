@@ -30,6 +30,14 @@ def demo(
     folder: Annotated[str, typer.Option(help="Where everything goes.")] = "runs/demo",
 ) -> None:
     """Pretrain a small series, scan it, inject facts, sweep; show what came out."""
+    from ke_ray.storage.ownership import claimed
+
+    with claimed(folder, "demo", evidence=("pretrain", "pretrain")):
+        raise typer.Exit(_demo(folder))
+
+
+def _demo(folder: str) -> int:
+    """All phases; the exit code."""
     from ke_ray.cli.scan import execute_scan
     from ke_ray.cli.sweep import execute_sweep
     from ke_ray.cli.train import execute_continual, execute_pretrain
@@ -127,7 +135,7 @@ def demo(
     typer.echo(f"  explore   ke-ray dashboard {folder}")
     typer.echo(f"  tables    ke-ray results {folder}")
     typer.echo(f"  MLflow    mlflow ui --backend-store-uri sqlite:///{folder}/mlflow.db")
-    raise typer.Exit(max(scanned.exit_code, continued.exit_code, swept.exit_code))
+    return max(scanned.exit_code, continued.exit_code, swept.exit_code)
 
 
 def scan_summary(folder: str) -> list[dict[str, Any]]:

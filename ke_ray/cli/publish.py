@@ -12,7 +12,7 @@ from ke_ray.errors import KeRayError
 
 if TYPE_CHECKING:
     from ke_ray.studies.parts import TrackingSettings
-    from ke_ray.tracking.runs import TrackedRun
+    from ke_ray.tracking.tracker import TrackedRun
 
 __all__ = ["publish_report", "publish_scan"]
 
@@ -47,13 +47,13 @@ def publish_scan(output: str, run: TrackedRun) -> None:
 
 def publish_report(output: str, settings: TrackingSettings, run_ids: Iterable[str | None]) -> None:
     """Leave ``report.html`` in a result folder and log it to MLflow runs."""
-    from ke_ray.tracking.runs import Tracker
+    from ke_ray.tracking.tracker import Tracker
 
     name = _write_report(output)
     known = sorted({run_id for run_id in run_ids if run_id})
     if not (known and settings.enabled and storage.is_local(output)):
         return
-    with Tracker(settings) as tracker:
+    with Tracker(settings, deferred=True) as tracker:
         for run_id in known:
             tracker.run(run_id).log_artifact(Path(storage.local_path(output), name))
 

@@ -13,7 +13,7 @@ from ke_ray import storage
 from ke_ray.errors import KeRayError
 
 if TYPE_CHECKING:
-    from ke_ray.tracking.runs import Tracker
+    from ke_ray.tracking.tracker import Tracker
 
 __all__ = ["describe_sweep", "publish_sweep", "settings_cells"]
 

@@ -35,6 +35,9 @@ def scan(
     ] = None,
     num_instances: Annotated[int | None, typer.Option(min=1, help="N, instances.")] = None,
     sequence_length: Annotated[int | None, typer.Option(min=2, help="T, tokens each.")] = None,
+    sampling: Annotated[
+        str | None, typer.Option(help="Instances: spread over the data (default), or first.")
+    ] = None,
     tokenizer: Annotated[str | None, typer.Option(help="tokenizer.json, folder or repo.")] = None,
     eos_token_id: Annotated[int | None, typer.Option(help="Default: the model config's.")] = None,
     measures: Annotated[
@@ -71,6 +74,7 @@ def scan(
         "data": _corpora(data) if data else None,
         "num_instances": num_instances,
         "sequence_length": sequence_length,
+        "sampling": sampling,
         "tokenizer": tokenizer,
         "eos_token_id": eos_token_id,
         "measures": tuple(m.strip() for m in measures.split(",")) if measures else None,
@@ -114,16 +118,18 @@ def execute_scan(study: ScanStudy) -> ScanOutcome:
     from ke_ray.cli.publish import publish_scan
     from ke_ray.engine.scan.run import run_scan
     from ke_ray.planning.scan import prepare_scan
+    from ke_ray.planning.scan_tracking import log_predictions
     from ke_ray.resuscitation.prediction import write_predictions
-    from ke_ray.tracking.runs import Tracker
-    from ke_ray.tracking.scan import log_predictions
+    from ke_ray.storage.ownership import claimed
+    from ke_ray.tracking.tracker import Tracker
 
-    setup = prepare_scan(study)
-    with Tracker(study.mlflow) as tracker:
-        outcome = run_scan(setup, ScanDisplay(), tracker)
-        run = tracker.run(outcome.mlflow_run_id)
-        log_predictions(run, write_predictions(study.output), setup)
-        publish_scan(study.output, run)
+    with claimed(study.output, "scan"):
+        setup = prepare_scan(study)
+        with Tracker(study.mlflow) as tracker:
+            outcome = run_scan(setup, ScanDisplay(), tracker)
+            run = tracker.run(outcome.mlflow_run_id)
+            log_predictions(run, write_predictions(study.output), setup)
+            publish_scan(study.output, run)
     print_results(study.output)
     for name, error in outcome.failures:
         typer.echo(f"failed: {name}: {error}", err=True)

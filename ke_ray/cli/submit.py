@@ -33,7 +33,7 @@ def submit(
     dry_run: DryRun = False,
 ) -> None:
     """Submit a job file to a Ray cluster, follow it, and end with the job's own exit code."""
-    from ke_ray.studies.jobs import load_job, runtime_env_of
+    from ke_ray.studies.jobs import load_job, refuse_loopback_tracking, runtime_env_of
 
     loaded = load_job(job, overrides or [], os.environ)
     runtime_env = runtime_env_of(loaded, os.environ)
@@ -45,6 +45,7 @@ def submit(
     from ke_ray.engine.cluster.submit import JobServer, new_submission_id, run_job
 
     server = JobServer(address)
+    refuse_loopback_tracking(loaded, runtime_env, server.num_machines())
     if not wait:
         submission_id = new_submission_id(loaded.name)
         server.submit(loaded, runtime_env, submission_id)

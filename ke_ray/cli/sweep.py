@@ -107,13 +107,15 @@ def execute_sweep(study: SweepStudy) -> SweepOutcome:
     from ke_ray.cli.publish_sweep import publish_sweep
     from ke_ray.engine.sweep.run import run_sweep
     from ke_ray.planning.sweep import prepare_sweep
-    from ke_ray.tracking.runs import Tracker
+    from ke_ray.storage.ownership import claimed
+    from ke_ray.tracking.tracker import Tracker
 
-    plan = prepare_sweep(study)
-    with Tracker(study.mlflow) as tracker:
-        outcome = run_sweep(plan, tracker, SweepDisplay())
-        if outcome.rows:
-            publish_sweep(study.output, tracker, outcome.mlflow_run_id)
+    with claimed(study.output, "sweep"):
+        plan = prepare_sweep(study)
+        with Tracker(study.mlflow) as tracker:
+            outcome = run_sweep(plan, tracker, SweepDisplay())
+            if outcome.rows:
+                publish_sweep(study.output, tracker, outcome.mlflow_run_id)
     for line in settings_lines(study.output):
         typer.echo(line)
     for name, error in outcome.failures:

@@ -113,6 +113,7 @@ def execute_continual(study: ContinualStudy) -> ContinualOutcome:
     from ke_ray.cli.publish import publish_report
     from ke_ray.cli.scan import print_results
     from ke_ray.engine.train.continual import RunProgress, run_continual_study
+    from ke_ray.storage.ownership import claimed
 
     display = TrainingDisplay("continual")
 
@@ -120,13 +121,14 @@ def execute_continual(study: ContinualStudy) -> ContinualOutcome:
         display.title(f"{state.run} ({state.number}/{state.num_runs})")
         display(state.progress, state.next_injection)
 
-    try:
-        outcome = run_continual_study(study, show)
-    finally:
-        display.stop()
-    if len(outcome.rows) > outcome.skipped:
-        ids = [row.get("mlflow_run_id") for row in outcome.rows]
-        publish_report(study.output, study.mlflow, ids)
+    with claimed(study.output, "continual"):
+        try:
+            outcome = run_continual_study(study, show)
+        finally:
+            display.stop()
+        if len(outcome.rows) > outcome.skipped:
+            ids = [row.get("mlflow_run_id") for row in outcome.rows]
+            publish_report(study.output, study.mlflow, ids)
     print_results(study.output)
     for name, error in outcome.failures:
         typer.echo(f"failed: {name}: {error}", err=True)

@@ -19,6 +19,10 @@ The identity holds for s = scale · q·k and a 0/−∞ mask, used in both. Soft
 additive biases change s, so ``rows_entropy`` forms a few rows at a time instead. Both run in
 float32 at least: in bfloat16 the identity is biased (mean −5e-3 nats, rows up to 0.1). Rounding
 can put a one-key row a few 1e-7 below zero; results are clamped at 0.
+
+Both terms of the identity are rounded at the size of the scores, which exceeds H in a row that
+looks at one key. A vector common to all keys changes no p but every s, so the mean key is taken
+off first; heads whose |lse| still exceeds 32 nats are computed row by row.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ from torch import Tensor
 from torch.nn import functional
 
 _ROWS = 128  # queries whose scores are formed at once by `rows_entropy`
+_TRUSTED_LSE = 32.0  # nats; float32 keeps such a sum to about 2e-6
 
 
 def attention_entropy(
@@ -47,20 +52,38 @@ def attention_entropy(
     """
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     query, key = query.to(dtype), key.to(dtype)
+    key = key - key.mean(dim=-2, keepdim=True)
     if query.device.type == "cpu":
         bias = None if mask is None else _bias(mask, dtype)
         mean_key, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, key, 0.0, causal and mask is None, attn_mask=bias, scale=scale
         )
-        return identity_entropy(lse, query, mean_key, scale)
-    if query.device.type == "cuda" and dtype == torch.float32:
-        return _efficient_entropy(query, key, scale, causal, mask)
-    return rows_entropy(query, key, scale=scale, causal=causal, mask=mask)[0]
+    elif query.device.type == "cuda" and dtype == torch.float32:
+        mean_key, lse = _efficient_attention(query, key, scale, causal, mask)
+    else:
+        return rows_entropy(query, key, scale=scale, causal=causal, mask=mask)[0]
+    entropy = identity_entropy(lse, query, mean_key, scale)
+    for batch, heads in enumerate((lse.abs() > _TRUSTED_LSE).any(dim=-1).cpu()):
+        if dtype == torch.float32 and bool(heads.any()):
+            chosen = heads.nonzero()[:, 0].to(query.device)
+            rows = query[batch : batch + 1, chosen], key[batch : batch + 1, chosen]
+            entropy[batch, chosen] = rows_entropy(
+                *rows, scale=scale, causal=causal, mask=_of(mask, batch, chosen)
+            )[0][0]
+    return entropy
 
 
 def identity_entropy(lse: Tensor, query: Tensor, mean_key: Tensor, scale: float) -> Tensor:
     """lse − scale · q·(Σ p k), clamped at 0: [batch, heads, T] nats."""
     return (lse - scale * torch.linalg.vecdot(query, mean_key)).clamp_min_(0.0)
+
+
+def _of(mask: Tensor | None, batch: int, heads: Tensor) -> Tensor | None:
+    """The part of a mask, [batch or 1, heads or 1, T, S], that some heads of one item see."""
+    if mask is None:
+        return None
+    part = mask[batch : batch + 1] if mask.shape[0] > 1 else mask
+    return part[:, heads] if part.shape[1] > 1 else part
 
 
 def rows_entropy(
@@ -124,17 +147,17 @@ def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
 
 
-def _efficient_entropy(
+def _efficient_attention(
     query: Tensor, key: Tensor, scale: float, causal: bool, mask: Tensor | None
-) -> Tensor:
-    """The identity with CUDA's memory-efficient kernel, the only one that takes float32."""
+) -> tuple[Tensor, Tensor]:
+    """Mean keys and lse by CUDA's memory-efficient kernel, the only one that takes float32."""
     bias = None
     if mask is not None:
         # The kernel wants rows of the bias aligned to 16 elements and all leading sizes present.
         num_keys = key.shape[-2]
         padded = functional.pad(_bias(mask, query.dtype), (0, -num_keys % 16))[..., :num_keys]
         bias = padded.expand(query.shape[0], query.shape[1], query.shape[2], num_keys)
-    d_head = query.shape[-1]
+    d_head = key.shape[-1]
     if d_head % 4:  # so must rows of q and k; zeros change neither scores nor the product below
         query = functional.pad(query, (0, -d_head % 4))
         key = functional.pad(key, (0, -d_head % 4))
@@ -142,4 +165,4 @@ def _efficient_entropy(
         query, key, key, bias, True, 0.0, causal and mask is None, scale=scale
     )
     # lse comes padded to a multiple of 32 rows.
-    return identity_entropy(lse[..., : query.shape[-2]], query, mean_key, scale)
+    return mean_key[..., :d_head], lse[..., : query.shape[-2]]

@@ -10,18 +10,21 @@ Computing 9 (1999) 3–8. With equal groups it is the usual (G − 1)/G Σ (θ_(
 
     symbol   meaning
     D        the dataset: n instances, indexed 0 … n−1
-    G        number of groups, min(64, n)
-    n_g      instances in group g; sizes differ by at most one when 64 does not divide n
+    G        number of groups, min(64, n) or fewer
+    n_g      instances in group g
     θ̂       the measure evaluated on all of D
     θ_(g)    the measure evaluated on D without group g (a *replicate*)
 
-The groups depend on the instance index alone, never on shards, batches or workers, so the error
-is as independent of how the work was split as the value is. With these weights SE² of a plain
+Groups are contiguous, and their sizes belong to D: by default as equal as can be (sizes differ by
+at most one), and where instances of one document are neighbours in D such that no document is cut
+in two (`document_groups`), since parts of one document are alike and groups must be independent.
+They never depend on shards, batches or workers, so the error is as independent of how the work was
+split as the value is. With these weights SE² of a plain
 mean of independent instances is unbiased exactly, whatever the group sizes; the equal-weight
 formula is so for equal groups only (the difference is small while sizes differ by one).
 
 The jackknife gives the error due to *which instances* are in D. It holds for smooth functions
-of means (entropies, ratios); for a count such as the dormant share it is an approximation.
+of means (entropies, ratios), not for a count such as the dormant share, which gets no error.
 
 Numpy only, so that reports can use it without torch.
 """
@@ -33,17 +36,24 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["NUM_GROUPS", "group_of", "group_sizes", "paired_difference", "standard_error"]
+__all__ = [
+    "NUM_GROUPS",
+    "cut_document_factor",
+    "document_groups",
+    "group_of",
+    "group_sizes",
+    "paired_difference",
+    "standard_error",
+]
 
 NUM_GROUPS = 64
+_LEAST_SHARE_OF_GROUPS = 0.5
 
 Array = npt.NDArray[np.float64]
 
 
 def group_of(index: Any, num_instances: int) -> Any:
-    """Jackknife group of an instance: ``index * G // num_instances``, G = min(64, num_instances).
-
-    Groups are contiguous and fixed by the index in D.
+    """Group of an instance, of equal groups: ``index * G // num_instances``, G = min(64, n).
 
     Args:
         index: int, or an integer array or tensor of instance indices in [0, num_instances).
@@ -56,7 +66,7 @@ def group_of(index: Any, num_instances: int) -> Any:
 
 
 def group_sizes(num_instances: int) -> npt.NDArray[np.int64]:
-    """Instances in each of the G groups, int64 [G]; they sum to ``num_instances``.
+    """Instances in each of min(64, n) equal groups, int64 [G]; they sum to ``num_instances``.
 
     Raises:
         ValueError: ``num_instances`` is below 1.
@@ -65,6 +75,54 @@ def group_sizes(num_instances: int) -> npt.NDArray[np.int64]:
         raise ValueError(f"num_instances is {num_instances}; a dataset has at least 1 instance")
     groups = group_of(np.arange(num_instances, dtype=np.int64), num_instances)
     return np.bincount(groups, minlength=min(NUM_GROUPS, num_instances)).astype(np.int64)
+
+
+def document_groups(first: npt.ArrayLike, last: npt.ArrayLike) -> npt.NDArray[np.int64]:
+    """Sizes of contiguous groups, as equal as can be, that share no document.
+
+    The boundaries of equal groups move to the nearest instances between which a document ends.
+    Where too many of them meet there (documents are few and long, or one ends nowhere near), the
+    groups stay equal and cut documents: `cut_document_factor` tells what that does to errors.
+
+    Args:
+        first, last: [n] the document at the beginning and at the end of each instance, ascending.
+
+    Returns:
+        int64 [G], n_g of each group. (Σn)²/Σn², the number of equal groups that would be worth as
+        much, is at least half of min(64, n) unless documents are cut.
+    """
+    begins, ends = np.asarray(first), np.asarray(last)
+    equal = group_sizes(len(begins))
+    allowed = np.flatnonzero(begins[1:] > ends[:-1]) + 1
+    if not allowed.size:
+        return equal
+    wanted = np.cumsum(equal)[:-1]
+    above = np.searchsorted(allowed, wanted).clip(max=allowed.size - 1)
+    below = (above - 1).clip(min=0)
+    nearer = np.abs(allowed[below] - wanted) <= np.abs(allowed[above] - wanted)
+    bounds = np.unique(np.where(nearer, allowed[below], allowed[above]))
+    sizes = np.diff(np.concatenate([[0], bounds, [len(begins)]])).astype(np.int64)
+    worth = len(begins) ** 2 / float((sizes**2).sum())
+    return sizes if worth >= _LEAST_SHARE_OF_GROUPS * len(equal) else equal
+
+
+def cut_document_factor(sizes: npt.ArrayLike, document: npt.ArrayLike) -> float:
+    """How many times too small errors are, at worst, because groups cut documents.
+
+    √(Σ_d n_d² / Σ_d Σ_g n_dg²), with n_dg instances of document d in group g and n_d in all: right
+    for instances that are the same within a document and independent between documents. 1 where no
+    document is in two groups.
+
+    Args:
+        sizes: [G] instances in each group.
+        document: [n] the document that each instance is (mostly) from.
+    """
+    n_g = np.asarray(sizes)
+    group = np.repeat(np.arange(n_g.size), n_g)
+    _, number = np.unique(np.asarray(document), return_inverse=True)
+    whole = np.bincount(number)
+    pieces = np.bincount(number * n_g.size + group)
+    return float(np.sqrt((whole**2).sum() / (pieces**2).sum()))
 
 
 def standard_error(value: npt.ArrayLike, replicates: npt.ArrayLike, sizes: npt.ArrayLike) -> Array:
@@ -119,7 +177,7 @@ def paired_difference(
     Args:
         value_a, value_b: [...] the measure on all instances.
         replicates_a, replicates_b: [..., G] without group g, the groups being the same instances.
-        sizes: [G] instances in each group (`group_sizes`).
+        sizes: [G] instances in each group (`group_sizes`; of a scan, in its manifest).
 
     Returns:
         (difference, standard error), float64 [...] each.

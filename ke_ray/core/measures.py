@@ -3,7 +3,8 @@
 Each measure is a function of the mean over instances of one quantity (`GroupSums`). It is
 evaluated once on all instances and once without each jackknife group; the standard error comes
 from the latter (`jackknife`), and they are kept, so that differences between checkpoints on the
-same data get paired errors.
+same data get paired errors. The dormant share has neither: it counts memories on one side of a
+threshold, and the jackknife of a count is 2 to 3 times too large.
 
     measure                sums               total over layers   unit
     knowledge_entropy      coefficients       sum                 nats       Eq. 2
@@ -61,12 +62,14 @@ class Measure:
         unit: 'nats', 'memories' or 'fraction'.
         total: over layers, 'sum' or 'mean'; 'only' for a measure that has no layers.
         needs: the table of `GroupSums` it is computed from.
+        is_smooth: whether the jackknife holds; a measure that is not smooth has no error.
     """
 
     name: str
     unit: Literal["nats", "memories", "fraction"]
     total: Literal["sum", "mean", "only"]
     needs: str
+    is_smooth: bool = True
 
 
 MEASURES: dict[str, Measure] = {
@@ -80,14 +83,17 @@ MEASURES: dict[str, Measure] = {
         Measure("participation_ratio", "fraction", "mean", "coefficients"),
         Measure("gini", "fraction", "mean", "coefficients"),
         Measure("top_k_mass", "fraction", "mean", "coefficients"),
-        Measure("dormant_share", "fraction", "mean", "coefficients"),
+        Measure("dormant_share", "fraction", "mean", "coefficients", is_smooth=False),
     )
 }
 
 
 @dataclass(frozen=True)
 class MeasureRow:
-    """One value: a measure at a layer, or its total (layer None)."""
+    """One value: a measure at a layer, or its total (layer None).
+
+    `stderr` is NaN where there is none: of one instance, and of a measure that is not smooth.
+    """
 
     layer: int | None
     measure: str
@@ -102,7 +108,8 @@ class Evaluation:
 
     Attributes:
         rows: measures in the order of `MEASURES`, layers ascending, the total last.
-        replicates: float64 [G] by (layer or None, measure): the value without group g.
+        replicates: float64 [G] by (layer or None, measure): the value without group g; of smooth
+            measures.
         group_counts: int64 [G], the instances in each group.
         num_instances, num_tokens: what the values are over.
     """
@@ -117,25 +124,41 @@ class Evaluation:
         """The row of a measure at a layer, by default its total.
 
         Raises:
-            KeyError: there is no such row.
+            UserError: there is no such row; the message names those that there are.
         """
         for row in self.rows:
             if row.measure == measure and row.layer == layer:
                 return row
-        raise KeyError((layer, measure))
+        layers = [row.layer for row in self.rows if row.measure == measure]
+        if not layers:
+            measures = list(dict.fromkeys(row.measure for row in self.rows))
+            raise UserError(
+                f"{measure!r} was not evaluated; this evaluation has {', '.join(measures)}."
+                f"{nearest(str(measure), measures)} Others: score_model(…, measures=[…])."
+            )
+        numbers = [number for number in layers if number is not None]
+        span = f"layers {min(numbers)} to {max(numbers)} and the total" if numbers else "a total"
+        raise UserError(
+            f"{measure} has no layer {layer!r}; it has {span} (leave layer out for the total)."
+        )
 
     def is_finite(self) -> bool:
-        """Whether every value is a finite number (errors may be NaN: one instance has none)."""
+        """Whether every value is a finite number (errors may be NaN)."""
         return all(np.isfinite(row.value) for row in self.rows)
 
 
-def check_measures(names: Sequence[str]) -> tuple[str, ...]:
+def check_measures(names: str | Sequence[str]) -> tuple[str, ...]:
     """The measures asked for, each once, in the order of `MEASURES`.
+
+    Args:
+        names: names of `MEASURES`, or one text that holds them separated by commas.
 
     Raises:
         UserError: none asked for, or an unknown name (the nearest is offered).
     """
     known = ", ".join(MEASURES)
+    if isinstance(names, str):
+        names = [name.strip() for name in names.split(",") if name.strip()]
     if not names:
         raise UserError(f"no measure was asked for; choose at least one of {known}")
     for name in names:
@@ -144,7 +167,7 @@ def check_measures(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in MEASURES if name in names)
 
 
-def required_sums(names: Sequence[str]) -> tuple[str, ...]:
+def required_sums(names: str | Sequence[str]) -> tuple[str, ...]:
     """The tables of `GroupSums` that these measures need, each once.
 
     Raises:
@@ -155,7 +178,7 @@ def required_sums(names: Sequence[str]) -> tuple[str, ...]:
 
 def evaluate(
     sums: GroupSums,
-    measures: Sequence[str],
+    measures: str | Sequence[str],
     *,
     top_k_fraction: float = 0.01,
     dormant_threshold: float = 0.1,
@@ -183,8 +206,8 @@ def evaluate(
     columns: dict[str, list[npt.NDArray[np.float64]]] = {name: [] for name in chosen}
     for table in required_sums(chosen):
         names = [name for name in chosen if MEASURES[name].needs == table]
-        for mean in _means(sums, table):
-            for name in names:
+        for number, mean in enumerate(_means(sums, table)):
+            for name in names if number == 0 else [n for n in names if MEASURES[n].is_smooth]:
                 columns[name].append(functions[name](mean).cpu().numpy())
     counts = sums.counts.numpy().copy()
     rows: list[MeasureRow] = []
@@ -192,9 +215,11 @@ def evaluate(
     for name in chosen:
         values = np.stack(columns[name], axis=-1)  # [n_layers, 1 + G], or [1 + G] without layers
         for layer, series in _series(values, MEASURES[name].total):
-            error = float(standard_error(series[0], series[1:], counts))
+            error = np.nan
+            if MEASURES[name].is_smooth:
+                error = float(standard_error(series[0], series[1:], counts))
+                replicates[(layer, name)] = series[1:].copy()
             rows.append(MeasureRow(layer, name, float(series[0]), error, MEASURES[name].unit))
-            replicates[(layer, name)] = series[1:].copy()
     return Evaluation(tuple(rows), replicates, counts, sums.total_instances, sums.total_tokens)
 
 

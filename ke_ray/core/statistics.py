@@ -7,7 +7,7 @@ from the merged sums. Sums and counts are kept apart and divided once, at the en
 
     symbol        meaning
     N             instances of the dataset D, `num_instances`
-    G             jackknife groups, min(64, N), fixed by the instance index
+    G             jackknife groups, contiguous in D, min(64, N) equal ones unless sizes are given
     n_layers      decoder layers
     d_mlp         memories (coefficients) of one layer
 
@@ -47,13 +47,14 @@ class GroupSums:
     """An accumulator of sums and counts per jackknife group.
 
     Attributes:
-        num_instances: size N of the whole dataset D, of which any part may have been added.
+        sizes: int64 [G] instances that each group has in the whole dataset D, of which any part
+            may have been added; on the CPU.
         counts: int64 [G] instances added so far, on the CPU.
         num_tokens: int64 [G] real tokens of those instances, on the CPU.
         tables: float64 sums by name (module docstring), only those that were asked for.
     """
 
-    num_instances: int
+    sizes: Tensor
     counts: Tensor
     num_tokens: Tensor
     tables: dict[str, Tensor]
@@ -67,10 +68,12 @@ class GroupSums:
         n_layers: int,
         d_mlp: int,
         device: torch.device | str = "cpu",
+        sizes: Sequence[int] | None = None,
     ) -> GroupSums:
         """Zero sums for a dataset of `num_instances` (the whole of D, not a shard).
 
         Args:
+            sizes: instances in each group, which are contiguous; None makes equal groups.
             names: which tables to keep, of `TABLES`.
             device: where the tables are kept; counts stay on the CPU.
 
@@ -82,15 +85,18 @@ class GroupSums:
         unknown = sorted(set(names) - set(TABLES))
         if unknown:
             raise ValueError(f"unknown sums {unknown}; known are {list(TABLES)}")
-        num_groups = min(NUM_GROUPS, num_instances)
-        sizes = {"n_layers": n_layers, "d_mlp": d_mlp}
+        group = torch.as_tensor(group_sizes(num_instances) if sizes is None else list(sizes))
+        if int(group.sum()) != num_instances or int(group.min()) < 1:
+            raise ValueError(f"groups of sizes {group.tolist()} do not make {num_instances}")
+        num_groups = group.numel()
+        axes = {"n_layers": n_layers, "d_mlp": d_mlp}
         return cls(
-            num_instances=num_instances,
+            sizes=group,
             counts=torch.zeros(num_groups, dtype=torch.int64),
             num_tokens=torch.zeros(num_groups, dtype=torch.int64),
             tables={
                 name: torch.zeros(
-                    (num_groups, *(sizes[axis] for axis in TABLES[name])),
+                    (num_groups, *(axes[axis] for axis in TABLES[name])),
                     dtype=torch.float64,
                     device=device,
                 )
@@ -100,8 +106,13 @@ class GroupSums:
         )
 
     @property
+    def num_instances(self) -> int:
+        """N, instances of the whole dataset D."""
+        return int(self.sizes.sum())
+
+    @property
     def num_groups(self) -> int:
-        """G, min(64, num_instances)."""
+        """G."""
         return int(self.counts.numel())
 
     @property
@@ -116,7 +127,7 @@ class GroupSums:
 
     def is_complete(self) -> bool:
         """Whether every group holds as many instances as D has in it (each added once)."""
-        return self.counts.tolist() == group_sizes(self.num_instances).tolist()
+        return torch.equal(self.counts, self.sizes)
 
     def count(self, instances: Tensor, num_tokens: Tensor) -> None:
         """Count instances, once each, whose values `add` receives.
@@ -134,7 +145,7 @@ class GroupSums:
                 "each instance needs at least one real token: an instance of padding only has no "
                 f"token mean; got {num_tokens.tolist()} tokens"
             )
-        groups = group_of(instances.to(torch.int64), self.num_instances)
+        groups = self._groups_of(instances)
         self.counts.index_add_(0, groups, torch.ones_like(groups))
         self.num_tokens.index_add_(0, groups, num_tokens.to("cpu", torch.int64))
 
@@ -160,7 +171,7 @@ class GroupSums:
                 f"{(instances.numel(), *target.shape[1:])}"
             )
         self._check_indices(instances)
-        groups = group_of(instances.to(torch.int64), self.num_instances)
+        groups = self._groups_of(instances)
         values = values.detach().to(target.device)
         # A batch touches one to three of 64 contiguous groups. A masked sum per group is
         # deterministic on every device; index_add_ on CUDA is not.
@@ -176,7 +187,7 @@ class GroupSums:
         Raises:
             ValueError: the two are of different datasets, tables or shapes.
         """
-        if self.num_instances != other.num_instances or {
+        if not torch.equal(self.sizes, other.sizes) or {
             name: table.shape for name, table in self.tables.items()
         } != {name: table.shape for name, table in other.tables.items()}:
             raise ValueError(
@@ -214,12 +225,12 @@ class GroupSums:
         A work item covers few of the 64 groups, so this is far smaller than the tables.
 
         Returns:
-            `num_instances` int64 [1], `groups`, `counts`, `num_tokens` int64 [K] and
+            `sizes` int64 [G], `groups`, `counts`, `num_tokens` int64 [K] and
             `sum.<table>` float64 [K, …].
         """
         groups = self.counts.nonzero()[:, 0]
         flat = {
-            "num_instances": torch.tensor([self.num_instances]),
+            "sizes": self.sizes,
             "groups": groups,
             "counts": self.counts[groups],
             "num_tokens": self.num_tokens[groups],
@@ -231,10 +242,9 @@ class GroupSums:
     @classmethod
     def from_tensors(cls, flat: Mapping[str, Tensor]) -> GroupSums:
         """The inverse of `to_tensors`."""
-        num_instances = int(flat["num_instances"])
-        num_groups = min(NUM_GROUPS, num_instances)
+        num_groups = flat["sizes"].numel()
         sums = cls(
-            num_instances=num_instances,
+            sizes=flat["sizes"].clone(),
             counts=torch.zeros(num_groups, dtype=torch.int64),
             num_tokens=torch.zeros(num_groups, dtype=torch.int64),
             tables={
@@ -253,9 +263,9 @@ class GroupSums:
         """
         kept = {f"sum.{name}": tuple(table.shape[1:]) for name, table in self.tables.items()}
         given = {key: tuple(t.shape[1:]) for key, t in flat.items() if key.startswith("sum.")}
-        if int(flat["num_instances"]) != self.num_instances or kept != given:
+        if not torch.equal(flat["sizes"], self.sizes) or kept != given:
             raise ValueError(
-                f"cannot merge sums of {int(flat['num_instances'])} instances with tables {given} "
+                f"cannot merge sums of {int(flat['sizes'].sum())} instances with tables {given} "
                 f"into sums of {_describe(self)}"
             )
         groups = flat["groups"]
@@ -264,6 +274,9 @@ class GroupSums:
         for name, table in self.tables.items():
             table[groups.to(table.device)] += flat[f"sum.{name}"].to(table.device, torch.float64)
         return self
+
+    def _groups_of(self, instances: Tensor) -> Tensor:
+        return torch.bucketize(instances.to(torch.int64), self.sizes.cumsum(0), right=True)
 
     def _check_indices(self, instances: Tensor) -> None:
         if instances.numel() and not (

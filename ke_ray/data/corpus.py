@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from ke_ray.core.jackknife import cut_document_factor, document_groups, group_sizes
 from ke_ray.data.documents import DOCUMENT_SUFFIXES, iter_documents
 from ke_ray.data.packing import check_vocabulary, pack_documents
+from ke_ray.data.sampling import spread_instances
 from ke_ray.data.sources import exists_locally, list_files, reading, split_part
 from ke_ray.data.token_ids import TOKEN_ID_SUFFIXES, load_token_ids
 from ke_ray.errors import DataError
@@ -38,6 +41,12 @@ class Corpus:
         source: what it was built from.
         instance_ids: [N] int64, the instances' numbers in OLMo's data; None for other sources.
         eos_token_id: what was put after each document; None for ready-made ids.
+        sampling: how instances were drawn from documents: ``spread`` over the source, or the
+            ``first``; ``stored`` for sources that bring their own instances and order.
+        group_sizes: instances in each jackknife group; groups are contiguous. None: equal groups.
+        stderr_factor: how many times too small errors may be, at worst, because groups cut
+            documents; None where the documents are not known.
+        note: what of the source could not be reached; None where nothing was left out.
     """
 
     name: str
@@ -47,11 +56,21 @@ class Corpus:
     source: str
     instance_ids: NDArray[np.int64] | None = None
     eos_token_id: int | None = None
+    sampling: Literal["spread", "first", "stored"] = "stored"
+    group_sizes: tuple[int, ...] | None = None
+    stderr_factor: float | None = None
+    note: str | None = None
 
     @property
     def num_instances(self) -> int:
         """N."""
         return len(self.input_ids)
+
+    @property
+    def grouping(self) -> Literal["equal", "whole documents"]:
+        """How jackknife groups are formed: as equal as can be, or moved to ends of documents."""
+        equal = tuple(group_sizes(self.num_instances).tolist())
+        return "equal" if self.group_sizes in (None, equal) else "whole documents"
 
     @property
     def sequence_length(self) -> int:
@@ -143,6 +162,8 @@ def build_corpus(
     tokenizer: Tokenizer | None = None,
     eos_token_id: int | None = None,
     vocab_size: int | None = None,
+    sampling: Literal["spread", "first"] = "first",
+    seed: int = 0,
 ) -> Corpus:
     """Read, tokenise and pack a corpus of exactly N instances.
 
@@ -154,6 +175,9 @@ def build_corpus(
         tokenizer: needed for documents alone.
         eos_token_id: put after each document; from the model's config, never looked up by name.
         vocab_size: of the model; ids beyond it are refused.
+        sampling: of documents: ``spread`` over the source (``ke_ray.data.sampling``), or its
+            ``first`` N pieces. Ready-made ids and OLMo's data keep their own order.
+        seed: of ``spread``.
 
     Raises:
         DataError: see the modules named above; a message names file, line, instance or position.
@@ -191,6 +215,54 @@ def build_corpus(
             )
         if sequence_length is None:
             raise DataError(f"'{source}' holds documents: give a sequence length.")
+        drawn = _draw_documents(
+            source,
+            tokenizer,
+            sequence_length,
+            eos_token_id,
+            num_instances=num_instances,
+            vocab_size=vocab_size,
+            seed=seed if sampling == "spread" else None,
+        )
+        return replace(drawn, name=name)
+    return Corpus(
+        name=name,
+        input_ids=input_ids,
+        lengths=lengths,
+        sha256=corpus_sha256(input_ids, lengths),
+        source=source,
+        instance_ids=instance_ids,
+        eos_token_id=eos_token_id,
+    )
+
+
+def _draw_documents(
+    source: str,
+    tokenizer: Tokenizer,
+    sequence_length: int,
+    eos_token_id: int,
+    *,
+    num_instances: int | None,
+    vocab_size: int | None,
+    seed: int | None,
+) -> Corpus:
+    """A corpus of documents: spread by ``seed``, or without one (or without N) the first ones."""
+    note = None
+    sampling: Literal["spread", "first"] = "first" if seed is None else "spread"
+    if seed is not None and num_instances is not None:
+        drawn = spread_instances(
+            source,
+            tokenizer,
+            num_instances=num_instances,
+            sequence_length=sequence_length,
+            eos_token_id=eos_token_id,
+            vocab_size=vocab_size,
+            seed=seed,
+        )
+        input_ids, middle, note = drawn.input_ids, drawn.middle, drawn.note
+        sizes = document_groups(drawn.first, drawn.last)
+    else:
+        ends: list[int] = []
         blocks = list(
             pack_documents(
                 iter_documents(source),
@@ -200,18 +272,25 @@ def build_corpus(
                 num_instances=num_instances,
                 vocab_size=vocab_size,
                 where=f"'{source}'",
+                document_ends=ends,
             )
         )
         if not blocks:
             raise DataError(f"'{source}' holds less than {sequence_length} tokens: no instance.")
         input_ids = np.concatenate(blocks).astype(np.int32)
-        lengths = np.full(len(input_ids), sequence_length, np.int32)
+        middles = np.arange(len(input_ids)) * sequence_length + sequence_length // 2
+        middle = np.searchsorted(np.array(ends), middles, side="right")
+        sizes = group_sizes(len(input_ids))
+    lengths = np.full(len(input_ids), sequence_length, np.int32)
     return Corpus(
-        name=name,
+        name="",
         input_ids=input_ids,
         lengths=lengths,
         sha256=corpus_sha256(input_ids, lengths),
         source=source,
-        instance_ids=instance_ids,
         eos_token_id=eos_token_id,
+        sampling=sampling,
+        group_sizes=tuple(sizes.tolist()),
+        stderr_factor=cut_document_factor(sizes, middle),
+        note=note,
     )

@@ -9,14 +9,20 @@ Nothing is held but the document at hand (Parquet: a batch of 256 rows).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
-from typing import Any
 
+from ke_ray.data.document import check_text, field_names, parse_document
 from ke_ray.data.sources import SourceFile, list_files, open_binary, reading, split_part
 from ke_ray.errors import DataError
 
-__all__ = ["DOCUMENT_SUFFIXES", "MAX_LINE_BYTES", "check_text", "iter_documents", "parse_document"]
+__all__ = [
+    "DOCUMENT_SUFFIXES",
+    "MAX_LINE_BYTES",
+    "check_text",
+    "iter_documents",
+    "iter_file",
+    "parse_document",
+]
 
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 DOCUMENT_SUFFIXES = (
@@ -25,6 +31,8 @@ DOCUMENT_SUFFIXES = (
 )
 MAX_LINE_BYTES = 64 << 20  # a longer line is not a document but a damaged or hostile file
 _PARQUET_ROWS = 256
+_WINDOW_BLOCK_BYTES = 256 << 10  # a window is not much longer; fsspec would fetch 5 MiB
+_TEXT_PER_COMPRESSED = 3  # about as many bytes of JSON come of one compressed byte
 
 
 def iter_documents(source: str | Iterable[str]) -> Iterator[tuple[str, str]]:
@@ -45,86 +53,69 @@ def iter_documents(source: str | Iterable[str]) -> Iterator[tuple[str, str]]:
             continue
         base, column = split_part(one)
         for file in list_files(base, DOCUMENT_SUFFIXES):
-            if file.path.lower().endswith(".parquet"):
-                yield from _iter_parquet(file, column or "text")
-            else:
-                yield from _iter_json_lines(file, column or "text")
+            yield from iter_file(file, column)
 
 
-def parse_document(line: bytes, where: str, column: str = "text") -> str:
-    """The text of one JSON line.
+def iter_file(
+    file: SourceFile, column: str | None = None, start: float = 0.0, stop: float = 1.0
+) -> Iterator[tuple[str, str]]:
+    """The documents of one file, or those that begin in a part of it; each of them is whole.
 
-    Raises:
-        DataError: not UTF-8, not a JSON object, no such field, not a text, empty, or holding
-            lone surrogates (which no tokenizer can encode).
+    Parts that touch share no document and leave none out.
+
+    Args:
+        column: the field or column with the text; None is ``text``.
+        start, stop: the part, as fractions of the rows of a Parquet file and of the bytes of a
+            plain one, and of the first bytes only (``start`` 0) of a compressed one, since nothing
+            in there can be reached without all that comes before.
     """
-    try:
-        document = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: byte {error.start} is not UTF-8 text.") from error
-    except RecursionError as error:
-        raise DataError(f"{where}: the JSON is nested too deeply.") from error
-    except ValueError as error:
-        raise DataError(
-            f"{where}: not valid JSON ({error}); expected one document a line, "
-            f'like {{"id": "…", "text": "…"}}.'
-        ) from error
-    if not isinstance(document, dict):
-        raise DataError(
-            f"{where}: holds a JSON {type(document).__name__}, expected an object with '{column}'."
-        )
-    if column not in document:
-        raise DataError(
-            f"{where}: the document has no field '{column}' (it has: {_names(document)})."
-        )
-    return check_text(document[column], where, column)
+    if file.path.lower().endswith(".parquet"):
+        return _iter_parquet(file, column or "text", start, stop)
+    return _iter_json_lines(file, column or "text", start, stop)
 
 
-def check_text(text: Any, where: str, column: str = "text") -> str:
-    """``text`` itself when it is a document.
-
-    Raises:
-        DataError: not a string, empty, or not encodable.
-    """
-    if not isinstance(text, str):
-        raise DataError(f"{where}: '{column}' is {type(text).__name__}, expected a text.")
-    if not text or text.isspace():
-        raise DataError(f"{where}: the document is empty; remove it from the corpus.")
-    if not text.isascii():
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise DataError(
-                f"{where}: character {error.start} is half a surrogate pair, not text."
-            ) from error
-    return text
-
-
-def _names(mapping: Iterable[object]) -> str:
-    names = [str(name)[:40] for name in mapping]
-    return (", ".join(names[:8]) + (", …" if len(names) > 8 else "")) or "none"
-
-
-def _iter_json_lines(file: SourceFile, column: str) -> Iterator[tuple[str, str]]:
-    number, blank, found = 0, 0, 0
-    with reading(file.url), open_binary(file) as handle:
-        while line := handle.readline(MAX_LINE_BYTES):
+def _iter_json_lines(
+    file: SourceFile, column: str, start: float, stop: float
+) -> Iterator[tuple[str, str]]:
+    number, found, blank = 0, 0, ""
+    first_byte, last_byte, block_bytes = 0, None, None
+    if (start, stop) != (0.0, 1.0):
+        block_bytes = _WINDOW_BLOCK_BYTES
+        size = int(file.describe()["size"])
+        first_byte, last_byte = round(start * size), round(stop * size)
+        if file.is_compressed:
+            last_byte *= _TEXT_PER_COMPRESSED
+    with reading(file.url), open_binary(file, block_bytes) as handle:
+        position = first_byte
+        if first_byte:  # the line that holds the byte before belongs to the part before
+            handle.seek(first_byte - 1)
+            position -= 1
+            line = b"-"
+            while line and not line.endswith(b"\n"):
+                line = handle.readline(MAX_LINE_BYTES)
+                position += len(line)
+        while (last_byte is None or position < last_byte) and (
+            line := handle.readline(MAX_LINE_BYTES)
+        ):
             number += 1
-            where = f"{file.url}, line {number}"
+            where = f"{file.url}, " + (f"byte {position}" if first_byte else f"line {number}")
             if len(line) >= MAX_LINE_BYTES:
                 raise DataError(f"{where}: longer than {MAX_LINE_BYTES >> 20} MiB.")
+            position += len(line)
             if line.isspace():  # fine at the end of a file only
-                blank = blank or number
+                blank = blank or where
                 continue
             if blank:
-                raise DataError(f"{file.url}, line {blank}: blank where a document was expected.")
+                raise DataError(f"{blank}: blank where a document was expected.")
             yield parse_document(line, where, column), where
             found += 1
-    if not found:
+    if not found and last_byte is None:
         raise DataError(f"'{file.url}' holds no documents.")
 
 
-def _iter_parquet(file: SourceFile, column: str) -> Iterator[tuple[str, str]]:
+def _iter_parquet(
+    file: SourceFile, column: str, start: float, stop: float
+) -> Iterator[tuple[str, str]]:
     import pyarrow
     import pyarrow.parquet as parquet
 
@@ -135,14 +126,29 @@ def _iter_parquet(file: SourceFile, column: str) -> Iterator[tuple[str, str]]:
             names = table.schema_arrow.names
             if column not in names:
                 raise DataError(
-                    f"'{file.url}' has no column '{column}' (it has: {_names(names)}); "
+                    f"'{file.url}' has no column '{column}' (it has: {field_names(names)}); "
                     f"name one with '{file.url}#COLUMN'."
                 )
-            for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=[column]):
-                for text in batch.column(0).to_pylist():
-                    number += 1
-                    where = f"{file.url}, row {number}"
-                    yield check_text(text, where, column), where
+            num_rows = table.metadata.num_rows
+            first, last = round(start * num_rows), round(stop * num_rows)
+            for group in range(table.metadata.num_row_groups):
+                end = number + table.metadata.row_group(group).num_rows
+                if end <= first or number >= last:
+                    number = end
+                    continue
+                for batch in table.iter_batches(
+                    batch_size=_PARQUET_ROWS, row_groups=[group], columns=[column]
+                ):
+                    if number + len(batch) <= first:
+                        number += len(batch)
+                        continue
+                    for text in batch.column(0).to_pylist():
+                        number += 1
+                        if first < number <= last:
+                            where = f"{file.url}, row {number}"
+                            yield check_text(text, where, column), where
+                    if number >= last:
+                        break
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"'{file.url}' is not a readable Parquet file: {error}.") from error
     if not number:

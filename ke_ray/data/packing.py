@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from ke_ray.errors import DataError
 
-__all__ = ["TokenBuffer", "check_vocabulary", "pack_documents"]
+__all__ = ["TokenBuffer", "check_request", "check_vocabulary", "pack_documents", "plain_tokenizer"]
 
 _BATCH_CHARACTERS = 1 << 20
 _LEAST_CHARACTERS = 1 << 12
@@ -98,6 +98,7 @@ def pack_documents(
     num_instances: int | None = None,
     vocab_size: int | None = None,
     where: str = "the corpus",
+    document_ends: list[int] | None = None,
 ) -> Iterator[NDArray[np.uint32]]:
     """Yield blocks of instances, [k, T] uint32, until ``num_instances`` are full.
 
@@ -108,26 +109,16 @@ def pack_documents(
         documents: ``(text, where)``, read no further than the last instance needs (to a batch).
         num_instances: None packs all documents.
         vocab_size: of the model; None checks nothing.
+        document_ends: where to append, for each document read, at which token of the stream it
+            ends (its EOS included).
 
     Raises:
         DataError: EOS or a token id outside the vocabulary, T or N below 1, or fewer instances
             than asked (the message says how many there are).
     """
-    if sequence_length < 1 or (num_instances is not None and num_instances < 1):
-        raise DataError(
-            f"{where}: {num_instances} instances of {sequence_length} tokens were asked; both "
-            "must be at least 1."
-        )
-    if eos_token_id < 0 or (vocab_size is not None and eos_token_id >= vocab_size):
-        raise DataError(
-            f"{where}: the end-of-text id {eos_token_id} is outside the model's vocabulary of "
-            f"{vocab_size} entries; give the id from the model's config."
-        )
-    if tokenizer.truncation is not None or tokenizer.padding is not None:
-        tokenizer = Tokenizer.from_str(tokenizer.to_str())
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-    buffer, made = TokenBuffer(sequence_length), 0
+    check_request(num_instances, sequence_length, eos_token_id, vocab_size, where)
+    tokenizer = plain_tokenizer(tokenizer)
+    buffer, made, num_tokens = TokenBuffer(sequence_length), 0, 0
 
     def wanted() -> int:
         return _characters_wanted(buffer, made, num_instances)
@@ -137,6 +128,9 @@ def pack_documents(
         for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False):
             ids += encoding.ids
             ids.append(eos_token_id)
+            if document_ends is not None:
+                document_ends.append(num_tokens + len(ids))
+        num_tokens += len(ids)
         buffer.add(ids)
         block = buffer.take()
         if num_instances is not None:
@@ -152,6 +146,36 @@ def pack_documents(
             f"{where} holds {made} instances of {sequence_length} tokens; {num_instances} were "
             "asked. Ask for fewer, for shorter ones, or give more documents."
         )
+
+
+def check_request(
+    num_instances: int | None,
+    sequence_length: int,
+    eos_token_id: int,
+    vocab_size: int | None,
+    where: str,
+) -> None:
+    """Raises DataError where N, T or the end-of-text id cannot be."""
+    if sequence_length < 1 or (num_instances is not None and num_instances < 1):
+        raise DataError(
+            f"{where}: {num_instances} instances of {sequence_length} tokens were asked; both "
+            "must be at least 1."
+        )
+    if eos_token_id < 0 or (vocab_size is not None and eos_token_id >= vocab_size):
+        raise DataError(
+            f"{where}: the end-of-text id {eos_token_id} is outside the model's vocabulary of "
+            f"{vocab_size} entries; give the id from the model's config."
+        )
+
+
+def plain_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer, without the truncation and padding that its file may ask for."""
+    if tokenizer.truncation is None and tokenizer.padding is None:
+        return tokenizer
+    tokenizer = Tokenizer.from_str(tokenizer.to_str())
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def _characters_wanted(buffer: TokenBuffer, made: int, num_instances: int | None) -> int:

@@ -18,13 +18,13 @@ from typing import Any, BinaryIO
 import fsspec
 
 from ke_ray.errors import DataError
+from ke_ray.storage.drivers import explain_driver_error
 
 __all__ = ["SourceFile", "exists_locally", "list_files", "open_binary", "reading", "split_part"]
 
 CONNECT_TIMEOUT_S = 8  # tried twice (HEAD, then GET): still under 20 seconds
 READ_TIMEOUT_S = 60
 _BUFFER_BYTES = 1 << 20
-_NETWORK_ERROR_MODULES = ("aiohttp", "botocore", "gcsfs", "requests", "httpx")
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,11 @@ class SourceFile:
     url: str
     path: str
     filesystem: Any
+
+    @property
+    def is_compressed(self) -> bool:
+        """Whether its bytes can be read from the beginning only."""
+        return self.path.lower().endswith(tuple(_DECODERS))
 
     def describe(self) -> dict[str, str | int]:
         """What changes when the file's content does: its name, size and version or time.
@@ -92,9 +97,10 @@ def reading(where: str) -> Iterator[None]:
         reason = str(error) or type(error).__name__
         raise DataError(f"'{where}' cannot be read: {reason}.") from error
     except Exception as error:
-        if type(error).__module__.split(".")[0] not in (*_NETWORK_ERROR_MODULES, "zstandard"):
+        explained = explain_driver_error(error)
+        if explained is None and type(error).__module__.split(".")[0] != "zstandard":
             raise
-        reason = str(error) or type(error).__name__
+        reason = explained or str(error) or type(error).__name__
         raise DataError(f"'{where}' cannot be read: {reason}.") from error
 
 
@@ -168,9 +174,14 @@ def list_files(source: str, suffixes: Sequence[str] | None = None) -> list[Sourc
 
 
 @contextmanager
-def open_binary(file: SourceFile) -> Iterator[BinaryIO]:
-    """A buffered handle on the *uncompressed* bytes; ``.gz`` and ``.zst`` are seen by name."""
-    with file.filesystem.open(file.path, "rb") as handle:
+def open_binary(file: SourceFile, block_bytes: int | None = None) -> Iterator[BinaryIO]:
+    """A buffered handle on the *uncompressed* bytes; ``.gz`` and ``.zst`` are seen by name.
+
+    Args:
+        block_bytes: how much a remote file is fetched at a time; None is fsspec's own.
+    """
+    options = {} if block_bytes is None else {"block_size": block_bytes}
+    with file.filesystem.open(file.path, "rb", **options) as handle:
         name = file.path.lower()
         decoder = next((open_ for end, open_ in _DECODERS.items() if name.endswith(end)), None)
         with io.BufferedReader(decoder(handle) if decoder else handle, _BUFFER_BYTES) as lines:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from ke_ray import storage
 from ke_ray.data.corpus import source_kind
 from ke_ray.data.documents import DOCUMENT_SUFFIXES, iter_documents
 from ke_ray.data.hub_dataset import describe_hub_dataset
@@ -144,12 +144,12 @@ def pack_to_file(
     dtype, blocks = _blocks(
         source, sequence_length, tokenizer, eos_token_id, vocab_size, max_instances
     )
-    for stale in target.parent.glob(f".{target.name}.*"):  # left by a killed process
-        stale.unlink()
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    storage.remove_leftovers(target)
+    temporary = storage.temporary_path(target)
     digest, found, largest = hashlib.sha256(), 0, -1
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
+            storage.hold(file.fileno())
             for block in blocks:
                 block = block[: None if max_instances is None else max_instances - found]
                 if not len(block):
@@ -157,10 +157,11 @@ def pack_to_file(
                 file.write(block.astype(dtype).tobytes())
                 digest.update(block.astype("<i4").tobytes())
                 found, largest = found + len(block), max(largest, int(block.max()))
-        os.replace(temporary, target)
+            file.flush()
+            os.replace(temporary, target)
     except BaseException:
         with suppress(OSError):
-            os.unlink(temporary)
+            temporary.unlink()
         raise
     return {
         "num_instances": found,

@@ -31,6 +31,7 @@ __all__ = [
     "FFNLayout",
     "check_config",
     "describe",
+    "lacks_head",
     "supported_model_types",
 ]
 
@@ -102,6 +103,35 @@ _MIXTURE_SIGNS = (
     "num_experts_per_tok",
 )
 
+# Families that users try and that no entry in the table could make measurable, and why.
+_UNMEASURABLE = {
+    **dict.fromkeys(
+        ("mamba", "mamba2", "falcon_mamba", "xlstm"),
+        "a state-space or recurrent model: its layers have no feed-forward part and no attention, "
+        "so it has no memory coefficients",
+    ),
+    **dict.fromkeys(
+        ("rwkv", "recurrent_gemma", "jamba", "bamba", "zamba", "zamba2", "nemotron_h"),
+        "a recurrent model or a hybrid with one: not every layer has the feed-forward part and "
+        "the attention that the measures are defined for",
+    ),
+    **dict.fromkeys(
+        (
+            *("bert", "roberta", "xlm-roberta", "distilbert", "albert", "deberta-v2", "electra"),
+            *("modernbert", "t5", "mt5", "umt5", "bart", "mbart", "pegasus", "marian", "whisper"),
+        ),
+        "an encoder or an encoder-decoder: the measures are defined for causal decoders",
+    ),
+    **dict.fromkeys(
+        (
+            *("gemma3", "gemma3n", "llava", "mllama", "llama4", "qwen2_vl", "qwen2_5_vl"),
+            *("qwen3_vl", "paligemma", "idefics3", "mistral3"),
+        ),
+        "a model of several modalities; save its text decoder (its language_model with the LM "
+        "head) as a checkpoint of its own, which is measured if its type is supported",
+    ),
+}
+
 
 @dataclass(frozen=True)
 class FFNLayout:
@@ -170,11 +200,15 @@ def check_config(config: Any) -> Architecture:
             f"measured. Give a dense decoder; supported: {known}."
         )
     entry = ARCHITECTURES.get(model_type)
+    if model_type in _UNMEASURABLE:
+        raise UnsupportedArchitectureError(
+            f"model type '{model_type}' is {_UNMEASURABLE[model_type]}. Supported: {known}."
+        )
     if entry is None:
         raise UnsupportedArchitectureError(
             f"model type '{model_type}' is not known to ke_ray: it must be told where the "
             f"feed-forward coefficients are. Supported: {known}."
-            + nearest(model_type, ARCHITECTURES)
+            + nearest(model_type, ARCHITECTURES, cutoff=0.8)
         )
     if getattr(config, "use_bidirectional_attention", False):
         raise UnsupportedArchitectureError(
@@ -182,6 +216,17 @@ def check_config(config: Any) -> Architecture:
             "causal decoders. Give a causal checkpoint."
         )
     return entry
+
+
+def lacks_head(config: Any) -> bool:
+    """Whether a config says that its checkpoint is a base model without language-model head.
+
+    Such a config names only classes like ``LlamaModel`` and does not tie the head to the
+    embedding. A config that says nothing is taken for a language model's.
+    """
+    classes = [str(name) for name in getattr(config, "architectures", None) or []]
+    is_base = all(name.endswith("Model") and not name.endswith("HeadModel") for name in classes)
+    return bool(classes) and is_base and not getattr(config, "tie_word_embeddings", True)
 
 
 def describe(model: nn.Module) -> tuple[FFNLayout, ...]:

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from ke_ray.core.coefficients import TokenMean, accumulation_dtype
 from ke_ray.core.prediction import streamed_entropy
-from ke_ray.errors import UnsupportedArchitectureError
 from ke_ray.models.architectures import FFNLayout
 from ke_ray.models.attention import measure_attention
+from ke_ray.models.loading import require_head
 
 __all__ = ["Capture"]
 
@@ -159,12 +159,7 @@ class Capture:
 
 
 def _language_head(model: Any) -> Callable[[Tensor], Tensor]:
-    projection = model.get_output_embeddings()
-    if projection is None:
-        raise UnsupportedArchitectureError(
-            f"next_token_entropy needs a language-model head, which {type(model).__name__} lacks. "
-            "Load it with AutoModelForCausalLM or leave the measure out."
-        )
+    projection = require_head(model, "next_token_entropy")
     softcap = getattr(model.config, "final_logit_softcapping", None)
 
     def head(hidden: Tensor) -> Tensor:

@@ -14,10 +14,10 @@ from ke_ray.checkpoints import hub
 from ke_ray.checkpoints.fetch.transfer import RetryPolicy, download, redact
 from ke_ray.checkpoints.formats.layout import Layout, layout_of
 from ke_ray.checkpoints.formats.weights import read_layout
-from ke_ray.checkpoints.reference import CheckpointRef
+from ke_ray.checkpoints.reference import CheckpointRef, local_folder
 from ke_ray.errors import CheckpointError
 from ke_ray.models.architectures import check_config
-from ke_ray.models.loading import config_from, local_folder
+from ke_ray.models.loading import config_from
 from ke_ray.storage import exists, join, read_bytes
 
 if TYPE_CHECKING:

@@ -23,9 +23,8 @@ from ke_ray.checkpoints.formats.layout import Layout
 from ke_ray.checkpoints.formats.olmo import split
 from ke_ray.checkpoints.formats.olmo_config import read_native_config
 from ke_ray.checkpoints.formats.weights import WeightFiles, is_buffer, open_weights, read_layout
-from ke_ray.checkpoints.reference import CheckpointRef
-from ke_ray.errors import CheckpointError, UserError
-from ke_ray.storage import local_path
+from ke_ray.checkpoints.reference import CheckpointRef, local_folder
+from ke_ray.errors import CheckpointError, UnsupportedArchitectureError, UserError
 
 if TYPE_CHECKING:
     import torch
@@ -34,40 +33,16 @@ if TYPE_CHECKING:
 __all__ = [
     "check_finite",
     "config_from",
-    "find_tokenizer",
     "load_config",
     "load_model",
-    "local_folder",
     "quiet",
+    "require_head",
 ]
 
 _CONFIG_LIMIT = 16 * 2**20  # bytes of a config.json
 _INT_LIMIT = 2**31
 # transformers' switches for progress bars and log level are process-wide.
 _QUIET = threading.Lock()
-
-
-def local_folder(checkpoint: CheckpointRef | str | Path) -> Path:
-    """The folder of a checkpoint on this machine.
-
-    Raises:
-        CheckpointError: it is elsewhere; fetch it through ``Store`` first.
-    """
-    if isinstance(checkpoint, CheckpointRef):
-        if not checkpoint.is_local:
-            raise CheckpointError(
-                f"'{checkpoint.label}' is not on this machine; fetch it with "
-                "ke_ray.checkpoints.fetch.cache.Store first."
-            )
-        checkpoint = checkpoint.location
-    return local_path(checkpoint)
-
-
-def find_tokenizer(checkpoint: CheckpointRef | str | Path) -> Path | None:
-    """The ``tokenizer.json`` in a local checkpoint folder or one level up, or None."""
-    folder = local_folder(checkpoint)
-    candidates = (folder / "tokenizer.json", folder.parent / "tokenizer.json")
-    return next((path for path in candidates if path.is_file()), None)
 
 
 def load_config(checkpoint: CheckpointRef | str | Path) -> PreTrainedConfig:
@@ -95,6 +70,9 @@ def load_model(
         dtype: of all parameters; float32 by default, whatever the file stores.
         device: where the parameters go.
         attn_implementation: passed to transformers; None takes its default.
+
+    Returns:
+        A causal language model, or its bare body where the files hold no language-model head.
 
     Raises:
         CheckpointError: the checkpoint is broken; the message says how.
@@ -167,7 +145,14 @@ def _read_hf_config(path: Path) -> PreTrainedConfig:
     if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
         raise CheckpointError(f"'{path}' names no model_type; expected a transformers config.")
     if values.get("quantization_config"):
-        raise CheckpointError(f"'{path}': quantised weights are not supported; use the original.")
+        quantization = values["quantization_config"]
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        raise CheckpointError(
+            f"'{path}': quantised weights ({method or 'of an unnamed method'}) are not supported: "
+            "their values are not those that were trained. Give the original checkpoint; where "
+            "there is none, AutoModelForCausalLM.from_pretrained(FOLDER).dequantize() and "
+            "save_pretrained(NEW_FOLDER) make a plain one."
+        )
     _check_integers(values, path)
     try:
         return AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
@@ -196,7 +181,7 @@ def _build(
     dtype: torch.dtype,
     attn_implementation: str | None,
 ) -> PreTrainedModel:
-    model_class = _model_class(folder, config, weights)
+    model_class = _model_class(folder, layout, config, weights)
     options: dict[str, Any] = {
         "config": config,
         "dtype": dtype,
@@ -208,7 +193,9 @@ def _build(
     if layout.format == "native":
         named = split(weights, read_native_config(folder / layout.config), where=f"'{folder}'")
         model, info = model_class.from_pretrained(None, state_dict=named, **options)
-    elif layout.weights[0].endswith(".safetensors"):
+    elif layout.weights[0].endswith(".safetensors") and not (
+        weights.renamed or (layout.index and not (folder / layout.index).is_file())
+    ):
         model, info = model_class.from_pretrained(
             folder, use_safetensors=True, local_files_only=True, **options
         )
@@ -219,7 +206,9 @@ def _build(
     return model
 
 
-def _model_class(folder: Path, config: PreTrainedConfig, weights: WeightFiles) -> Any:
+def _model_class(
+    folder: Path, layout: Layout, config: PreTrainedConfig, weights: WeightFiles
+) -> Any:
     """The class to build, after a trial without memory: the files must be able to fill it."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -230,6 +219,8 @@ def _model_class(folder: Path, config: PreTrainedConfig, weights: WeightFiles) -
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         model.tie_weights()
+        if layout.format == "hf" and _is_bare(model, weights):
+            model = model.base_model
         described = sum(parameter.numel() for parameter in model.parameters())
     held = weights.num_elements()
     if model is None or described > 2 * held + 1_000_000:
@@ -239,6 +230,37 @@ def _model_class(folder: Path, config: PreTrainedConfig, weights: WeightFiles) -
             "all; they do not belong together, or files are missing."
         )
     return type(model)
+
+
+def _is_bare(model: PreTrainedModel, weights: WeightFiles) -> bool:
+    """Whether the files are those of a base model: no prefix of the body, and no head.
+
+    A head that shares the embedding's weights is there whenever the embedding is.
+    """
+    head = model.get_output_embeddings()
+    if head is None or head.weight is model.get_input_embeddings().weight:
+        return False
+    name = next(name for name, module in model.named_modules() if module is head)
+    return not any(
+        stored.startswith((f"{name}.", f"{model.base_model_prefix}.")) for stored in weights
+    )
+
+
+def require_head(model: Any, purpose: str) -> Any:
+    """The module that makes logits of final hidden states.
+
+    Raises:
+        UnsupportedArchitectureError: the model has none; ``purpose`` says what needs it.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        raise UnsupportedArchitectureError(
+            f"{purpose} needs a language-model head, and this checkpoint is a base model "
+            f"({type(model).__name__}) without one: it was not saved from a causal language model. "
+            "Its other measures work; for this, give the checkpoint that AutoModelForCausalLM "
+            "saved."
+        )
+    return head
 
 
 def _check_info(folder: Path, info: dict[str, Any]) -> None:

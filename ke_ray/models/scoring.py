@@ -42,7 +42,7 @@ def score_model(
     input_ids: Any,
     attention_mask: Any = None,
     *,
-    measures: Sequence[str] = ("knowledge_entropy",),
+    measures: str | Sequence[str] = ("knowledge_entropy",),
     batch_size: int = 4,
 ) -> Evaluation:
     """Measure a model in hand.
@@ -51,7 +51,7 @@ def score_model(
         model: a causal language model of transformers, on any device.
         input_ids: integer [instances, T], tensor or array; padded on either side.
         attention_mask: [instances, T], nonzero at real tokens; ``None``: all are real.
-        measures: names of ``ke_ray.core.measures.MEASURES``.
+        measures: names of ``ke_ray.core.measures.MEASURES``, or one name.
         batch_size: instances per forward pass; changes speed and memory, not the result.
 
     Returns:
@@ -97,8 +97,9 @@ def score_instances(
     input_ids: Any,
     lengths: Any = None,
     *,
-    measures: Sequence[str],
+    measures: str | Sequence[str],
     num_instances: int,
+    group_sizes: Sequence[int] | None = None,
     first_instance: int = 0,
     batch_size: int = 4,
     device: torch.device | str | None = None,
@@ -111,7 +112,8 @@ def score_instances(
         input_ids: integer [n, T] right-padded ids; whatever stands in the padding is ignored.
         lengths: integer [n], real tokens of each instance; ``None``: T.
         measures: names of ``MEASURES``; only the sums they need are computed.
-        num_instances: size of the whole dataset, which fixes the jackknife groups.
+        num_instances: size of the whole dataset.
+        group_sizes: of its jackknife groups, which are contiguous; None: up to 64 equal ones.
         first_instance: index in the dataset of ``input_ids[0]``.
         batch_size: instances per forward pass. Each batch is cut to its longest instance.
         device: where to run; default: where the model is. The model is not moved.
@@ -136,6 +138,7 @@ def score_instances(
         n_layers=len(layouts),
         d_mlp=layouts[0].d_mlp,
         device=where,
+        sizes=group_sizes,
     )
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode())

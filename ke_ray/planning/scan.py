@@ -6,6 +6,8 @@ the data, the tokenizer, the identity of the output folder.
 
 from __future__ import annotations
 
+import itertools
+import logging
 import time
 import uuid
 from collections.abc import Sequence
@@ -23,10 +25,12 @@ from ke_ray.errors import (
     ResultsError,
     UnsupportedArchitectureError,
 )
+from ke_ray.models.architectures import lacks_head
 from ke_ray.planning.scan_items import CheckpointWork, CorpusWork
 from ke_ray.results import ScanFolder, new_manifest, read_manifest
-from ke_ray.results.scan_folder import check_identity
+from ke_ray.results.scan_folder import check_identity, merge_identities
 from ke_ray.secrets import redact, redacted
+from ke_ray.storage.ownership import check_claim
 from ke_ray.studies.parts import CheckpointSelection
 from ke_ray.studies.scan import ScanStudy
 
@@ -35,6 +39,9 @@ if TYPE_CHECKING:
 
 __all__ = ["ScanSetup", "prepare_scan", "select_checkpoints"]
 
+log = logging.getLogger(__name__)
+
+_CONFIGS_READ = 20
 _ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -64,6 +71,12 @@ class ScanSetup:
     known: dict[str, dict[str, Any]] = field(default_factory=dict)
     changed: list[str] = field(default_factory=list)
 
+    @property
+    def steps_rise(self) -> bool:
+        """Whether the known steps rise along the listing, so that one axis can hold them."""
+        steps = [ref.step for ref in self.refs if ref.step is not None and not ref.duplicate_of]
+        return all(a < b for a, b in itertools.pairwise(steps))
+
     def checkpoint_entries(self) -> list[dict[str, Any]]:
         """The manifest's list: checkpoints of earlier runs into this folder, and these."""
         entries = dict(self.known)
@@ -90,12 +103,17 @@ def select_checkpoints(selection: CheckpointSelection) -> list[CheckpointRef]:
 def prepare_scan(study: ScanStudy) -> ScanSetup:
     """List, pack and compare with what the output folder has.
 
+    A command claims the folder (``storage.ownership``) before, and until it has run the scan.
+
     Raises:
         CheckpointSpecError, DataError, ResultsError, StorageError: see there; nothing is written.
     """
     started = time.monotonic()
+    check_claim(study.output, "scan")
     refs = select_checkpoints(study.checkpoints)
-    config, ref = _first_config(refs)
+    config, ref = _first_config(refs, study)
+    study = _without_head(study, config, ref)
+    _check_series(study, refs, config, ref)
     corpora = _build_corpora(study, config, ref)
     identity = {
         "measure_version": MEASURE_VERSION,
@@ -104,6 +122,8 @@ def prepare_scan(study: ScanStudy) -> ScanSetup:
         "dormant_threshold": study.dormant_threshold,
         "resuscitation": _resuscitation(study, corpora),
         "corpora": {name: corpus.sha256 for name, corpus in corpora.items()},
+        "sampling": {name: corpus.sampling for name, corpus in corpora.items()},
+        "groups": {name: corpus.grouping for name, corpus in corpora.items()},
     }
     folder, known = _open_output(study, identity, corpora)
     finished = folder.finished() if known is not None else {}
@@ -133,6 +153,29 @@ def prepare_scan(study: ScanStudy) -> ScanSetup:
     return setup
 
 
+def _without_head(study: ScanStudy, config: Any, ref: CheckpointRef | None) -> ScanStudy:
+    """The study for checkpoints without language-model head: no next-token entropy by default.
+
+    Raises:
+        UnsupportedArchitectureError: the study itself names that measure.
+    """
+    measure = "next_token_entropy"
+    if ref is None or measure not in study.measures or not lacks_head(config):
+        return study
+    problem = (
+        f"'{ref.label}' is a base model without language-model head (its config names "
+        f"{', '.join(config.architectures)}), so it has no {measure}"
+    )
+    if "measures" in study.model_fields_set:
+        raise UnsupportedArchitectureError(
+            f"{problem}. Leave {measure} out of the measures, or give checkpoints that "
+            "AutoModelForCausalLM saved."
+        )
+    log.warning("%s; the other default measures are scored.", problem)
+    measures = tuple(name for name in study.measures if name != measure)
+    return study.model_copy(update={"measures": measures})
+
+
 def _resuscitation(study: ScanStudy, corpora: dict[str, Corpus]) -> dict[str, Any] | None:
     """The keys, with where C̄ comes from: measured on the first corpus where they name nothing."""
     keys = study.resuscitation
@@ -151,7 +194,13 @@ def _missing(
         there = finished.get((ref.name, corpus.name), set())
         measures = tuple(m for m in study.measures if m not in there)
         if measures:
-            yield CorpusWork(corpus.name, measures, corpus.num_instances, corpus.sequence_length)
+            yield CorpusWork(
+                corpus.name,
+                measures,
+                corpus.num_instances,
+                corpus.sequence_length,
+                corpus.group_sizes,
+            )
 
 
 def _open_output(
@@ -165,11 +214,11 @@ def _open_output(
         return ScanFolder(study.output, manifest), None
     before = read_manifest(study.output, "scan")
     check_identity(study.output, before["identity"], identity)
-    merged = before["identity"]["corpora"] | identity["corpora"]
+    merged = merge_identities(before["identity"], identity)
     manifest |= {
         "created_at": before["created_at"],
         "id": before.get("id", manifest["id"]),
-        "identity": {**identity, "corpora": merged},
+        "identity": merged,
         "corpora": before["corpora"] | described,
         "measures": [
             *before["measures"],
@@ -216,6 +265,8 @@ def _entry(ref: CheckpointRef) -> dict[str, Any]:
         "commit": ref.commit,
         "step": ref.step,
         "pretraining_tokens": ref.pretraining_tokens,
+        "stage": ref.stage,
+        "ingredient": ref.ingredient,
         "weights_fingerprint": ref.weights_fingerprint,
         "size_bytes": ref.size_bytes,
     }
@@ -229,6 +280,10 @@ def _describe(corpus: Corpus) -> dict[str, Any]:
         "sequence_length": corpus.sequence_length,
         "num_tokens": corpus.num_tokens,
         "eos_token_id": corpus.eos_token_id,
+        "sampling": corpus.sampling,
+        "group_sizes": corpus.group_sizes and list(corpus.group_sizes),
+        "stderr_factor": corpus.stderr_factor,
+        "note": corpus.note and redact(corpus.note),
         "instance_ids": None if corpus.instance_ids is None else corpus.instance_ids.tolist(),
     }
 
@@ -242,12 +297,8 @@ def _model_bytes(refs: Sequence[CheckpointRef], config: Any, dtype: str) -> int:
 
 def _build_corpora(study: ScanStudy, config: Any, ref: CheckpointRef | None) -> dict[str, Corpus]:
     vocab_size = getattr(config, "vocab_size", None)
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and study.sequence_length > positions and ref is not None:
-        raise DataError(
-            f"sequence_length is {study.sequence_length}, but '{ref.label}' has {positions} "
-            f"positions; ask for at most {positions}."
-        )
+    if ref is not None:
+        _check_positions(study, config, ref)
     eos_token_id = study.eos_token_id
     if eos_token_id is None:
         eos_token_id = getattr(config, "eos_token_id", None)
@@ -266,29 +317,77 @@ def _build_corpora(study: ScanStudy, config: Any, ref: CheckpointRef | None) -> 
             tokenizer=tokenizer,
             eos_token_id=eos_token_id,
             vocab_size=vocab_size,
+            sampling=study.sampling,
         )
     return corpora
 
 
-def _first_config(refs: Sequence[CheckpointRef]) -> tuple[Any, CheckpointRef | None]:
+def _first_config(
+    refs: Sequence[CheckpointRef], study: ScanStudy
+) -> tuple[Any, CheckpointRef | None]:
     """The config of the first checkpoint that can be scored; others become failed rows.
 
     Raises:
+        CheckpointError: none can be read, and documents need an end-of-text id or tokenizer of it.
         UnsupportedArchitectureError: there are configs, and none can be scored.
     """
     from ke_ray.models.configuration import read_outline
 
     refused: UnsupportedArchitectureError | None = None
-    for ref in refs[:20]:
+    broken: CheckpointError | None = None
+    for ref in refs[:_CONFIGS_READ]:
         try:
             return read_outline(ref), ref
         except UnsupportedArchitectureError as error:
             refused = refused or error
-        except CheckpointError:
-            continue
+        except CheckpointError as error:
+            broken = broken or error
     if refused is not None:
         raise refused
+    needed = study.eos_token_id is None or study.tokenizer is None
+    if (
+        broken is not None
+        and needed
+        and any(source_kind(source) == "documents" for source in study.data.values())
+    ):
+        raise broken
     return None, None
+
+
+def _check_series(
+    study: ScanStudy, refs: Sequence[CheckpointRef], config: Any, first: CheckpointRef | None
+) -> None:
+    """Every series reads the same token ids: refuse those that cannot, warn of other vocabularies.
+
+    Raises:
+        DataError: a series has fewer positions than the instances are long.
+    """
+    from ke_ray.models.configuration import read_outline
+
+    if len({ref.series for ref in refs}) < 2:
+        return
+    for ref in {ref.series: ref for ref in reversed(refs)}.values():
+        try:
+            own = read_outline(ref)
+        except (CheckpointError, UnsupportedArchitectureError):
+            continue  # its rows will say so
+        _check_positions(study, own, ref)
+        vocab_size, own_size = getattr(config, "vocab_size", None), own.vocab_size
+        if first is not None and own_size != vocab_size:
+            log.warning(
+                "'%s' has a vocabulary of %s, '%s' one of %s, but all are scored on the same token "
+                "ids. If their tokenizers differ, scan each series by itself.",
+                *(first.label, vocab_size, ref.label, own_size),
+            )
+
+
+def _check_positions(study: ScanStudy, config: Any, ref: CheckpointRef) -> None:
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and study.sequence_length > positions:
+        raise DataError(
+            f"sequence_length is {study.sequence_length}, but '{ref.label}' has {positions} "
+            f"positions; ask for at most {positions}."
+        )
 
 
 def _tokenizer(study: ScanStudy, ref: CheckpointRef | None) -> Tokenizer:
@@ -299,9 +398,14 @@ def _tokenizer(study: ScanStudy, ref: CheckpointRef | None) -> Tokenizer:
     place = None
     if ref is not None:
         place = ref.repo or (ref.location if ref.format == "hf" else None)
-    if place is None:
+    if place is None or (
+        storage.is_local(place)
+        and storage.local_path(place).is_dir()
+        and not storage.exists(storage.join(place, "tokenizer.json"))
+    ):
         raise DataError(
-            "The data are documents and the checkpoints bring no tokenizer; give one with "
-            "--tokenizer (a tokenizer.json, a folder, or a Hub repo)."
+            "The data are documents and the checkpoints bring no tokenizer.json; give one with "
+            "--tokenizer (a tokenizer.json, a folder, or a Hub repo). AutoTokenizer."
+            "from_pretrained(FOLDER).save_pretrained(FOLDER) makes one of other tokenizer files."
         )
     return load_tokenizer(f"{place}@{ref.revision}" if ref and ref.repo and ref.revision else place)

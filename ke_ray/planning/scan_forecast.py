@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,22 +14,24 @@ from ke_ray.errors import CheckpointError
 from ke_ray.planning.scan import select_checkpoints
 from ke_ray.planning.scan_items import (
     BYTES_PER_S,
-    FLOPS_PER_S,
     CheckpointWork,
     CorpusWork,
     load_tokens,
     makespan,
     plan_items,
 )
+from ke_ray.planning.speed import H100_FLOPS_PER_S, measured_speed
 from ke_ray.secrets import redacted
 from ke_ray.studies.scan import ScanStudy
 
-__all__ = ["forecast", "measured_flops_per_s", "num_body_parameters"]
+__all__ = ["forecast", "num_body_parameters"]
 
 #: GPUs to plan for, beside this machine.
 _NUM_GPUS = (1, 8, 64)
 #: All three entropies over a forward pass with LM head (benchmarks/README.md, Scoring).
 _THREE_ENTROPIES = 1.28
+#: Of the matrix products' speed that scoring reaches (assumed).
+_EFFICIENCY = 0.6
 
 
 def num_body_parameters(config: Any) -> int:
@@ -67,7 +68,8 @@ def _on_gpus(study: ScanStudy, sizes: list[int], flops: float, *, fetched: bool)
         for name in study.data
     )
     works = [CheckpointWork(index, corpora) for index in range(len(sizes))]
-    tokens_per_s = FLOPS_PER_S["gpu"] / flops
+    peak = H100_FLOPS_PER_S[study.dtype]
+    tokens_per_s = _EFFICIENCY * peak / flops
     bytes_per_s = BYTES_PER_S["fetched" if fetched else "here"]
     load_s = sum(sizes) / len(sizes) / bytes_per_s
     shown = []
@@ -76,9 +78,9 @@ def _on_gpus(study: ScanStudy, sizes: list[int], flops: float, *, fetched: bool)
         hours = makespan(items, number, load_s * tokens_per_s) / tokens_per_s / 3600
         shown.append(f"{hours:.3g} on {number} ({number * hours:.3g} GPU-hours)")
     return (
-        f"hours on GPUs of {FLOPS_PER_S['gpu'] / 1e12:.0f} TFLOP/s (60 % of an H100), each "
-        f"{'fetching' if fetched else 'loading'} {bytes_per_s / 1e6:,.0f} MB/s (assumed): "
-        + ", ".join(shown)
+        f"hours on GPUs in {study.dtype}, assumed to reach {_EFFICIENCY * peak / 1e12:.0f} TFLOP/s "
+        f"(60 % of an H100's {peak / 1e12:.0f}) and to {'fetch' if fetched else 'load'} "
+        f"{bytes_per_s / 1e6:,.0f} MB/s each: " + ", ".join(shown)
     )
 
 
@@ -107,22 +109,6 @@ def _sizes(refs: list[CheckpointRef]) -> tuple[list[int], int]:
         return known, 0
     asked = size_to_fetch(unknown[0])
     return known + [asked] * len(unknown) if asked else known, len(unknown) - 1 if asked else 0
-
-
-def measured_flops_per_s(dtype: str) -> float:
-    """Matrix products per second on this machine, measured for a quarter of a second."""
-    import torch
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    size = 4096 if device == "cuda" else 768
-    a = torch.randn(size, size, device=device, dtype=getattr(torch, dtype))
-    num_products, started = 0, time.perf_counter()
-    while time.perf_counter() - started < 0.25:
-        a = (a @ a).clamp_(-1, 1)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        num_products += 1
-    return num_products * 2 * size**3 / (time.perf_counter() - started)
 
 
 def forecast(study: ScanStudy) -> str:
@@ -158,13 +144,13 @@ def forecast(study: ScanStudy) -> str:
     if config is None:
         lines.append("hours: not known (no checkpoint's config could be read)")
     else:
-        flops_per_s = measured_flops_per_s(study.dtype)
+        speed = measured_speed(study.dtype)
         flops = _flops_per_token(config, study.measures)
-        score_s = flops * num_tokens / (0.6 * flops_per_s)
+        score_s = flops * num_tokens / (_EFFICIENCY * speed.flops_per_s)
         fetch_s = sum(known) / BYTES_PER_S["fetched"]
         lines.append(
-            f"hours with one scorer like this machine: scoring {score_s / 3600:.2f} "
-            f"({flops_per_s / 1e12:.2f} TFLOP/s measured, 60 % of it assumed), "
+            f"hours with one scorer on this machine's {speed.device}: scoring "
+            f"{score_s / 3600:,.2f} ({speed}; 60 % of it assumed), "
             f"fetching {fetch_s / 3600:.2f} (100 MB/s assumed); the two overlap"
         )
         sizes = [ref.size_bytes or 0 for ref in refs] if not fetched else known

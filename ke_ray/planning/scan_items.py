@@ -46,12 +46,16 @@ _SLACK = 1.02
 
 @dataclass(frozen=True)
 class CorpusWork:
-    """What is to be computed of one corpus: which measures, over how many instances."""
+    """What is to be computed of one corpus: which measures, over how many instances.
+
+    ``group_sizes`` are those of the jackknife groups; None makes equal ones.
+    """
 
     corpus: str
     measures: tuple[str, ...]
     num_instances: int
     sequence_length: int
+    group_sizes: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,14 @@ from ke_ray import storage
 from ke_ray.config import set_keys, validate
 from ke_ray.errors import ConfigError, nearest
 from ke_ray.planning.sweep_inputs import check_inputs, check_unchanged, fingerprints
+from ke_ray.planning.trials import Point, Trial
 from ke_ray.results.manifest import read_manifest
+from ke_ray.storage.ownership import claimed
 from ke_ray.studies.axis import Axis
 from ke_ray.studies.continual import ContinualStudy
 from ke_ray.studies.identity import check_same_study, identity_keys
 from ke_ray.studies.sweep import SweepStudy
-from ke_ray.training.runs import RunSpec, list_runs, read_row
+from ke_ray.training.runs import RunSpec, list_runs
 
 if TYPE_CHECKING:
     from ke_ray.checkpoints.reference import CheckpointRef
@@ -41,44 +43,6 @@ __all__ = [
 ]
 
 _MAX_DRAWS = 200
-
-
-@dataclass(frozen=True)
-class Point:
-    """One choice of the swept keys: dotted key → value."""
-
-    number: int
-    params: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A point with one seed, as the continual study that it is.
-
-    Attributes:
-        study: seeds and output set; run as ``spec``.
-        params: the values of the swept keys in it, for its row.
-    """
-
-    point: Point
-    study: ContinualStudy
-    spec: RunSpec
-    params: dict[str, Any]
-
-    @property
-    def trial_id(self) -> str:
-        """Names its folder, its row and its MLflow run."""
-        return self.spec.name
-
-    def row(self) -> dict[str, Any] | None:
-        """Its row where it ended (``ok``, ``failed`` or ``stopped``)."""
-        return read_row(self.study, self.spec)
-
-    @property
-    def is_done(self) -> bool:
-        """Whether another command need not run it (a failed one is tried again)."""
-        row = self.row()
-        return row is not None and row["status"] != "failed"
 
 
 @dataclass
@@ -281,10 +245,18 @@ def draw_axis(axis: Axis, generator: np.random.Generator) -> Any:
 def prepare_sweep(study: SweepStudy) -> SweepPlan:
     """Lay out the trials and find out what is wrong before anything runs.
 
+    Packed corpora may be left in the output folder, which is claimed (``storage.ownership``); a
+    command holds that claim until it has run the sweep.
+
     Raises:
         UserError: a value that makes no valid study, a checkpoint or a corpus that is not there,
             a folder that holds another sweep, …
     """
+    with claimed(study.output, "sweep"):
+        return _prepare_claimed(study)
+
+
+def _prepare_claimed(study: SweepStudy) -> SweepPlan:
     plan = SweepPlan(study)
     known = _known_points(study)
     fixed = fixed_points(study)

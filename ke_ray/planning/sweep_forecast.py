@@ -17,7 +17,9 @@ from ke_ray import storage
 from ke_ray.config import validate
 from ke_ray.errors import KeRayError
 from ke_ray.planning.scan_forecast import num_body_parameters
-from ke_ray.planning.sweep import Point, fixed_points, resolve
+from ke_ray.planning.speed import H100_FLOPS_PER_S, measured_speed
+from ke_ray.planning.sweep import fixed_points, resolve
+from ke_ray.planning.trials import Point
 from ke_ray.studies.continual import ContinualStudy
 from ke_ray.studies.sweep import SweepStudy
 
@@ -25,8 +27,6 @@ __all__ = ["SweepForecast", "forecast", "measure_sweep", "num_tokens"]
 
 #: Of the matrix products' speed that training reaches, all told (assumed).
 _EFFICIENCY = 0.4
-#: Dense bfloat16 products per second of an H100, for plans made on a machine without a GPU.
-_GPU_FLOPS_PER_S = 989e12
 _SIZE_IN_NAME = re.compile(r"(?<![0-9.])(\d+(?:\.\d+)?)([bBmM])(?![a-zA-Z])")
 
 
@@ -171,16 +171,15 @@ def _hours(study: SweepStudy, found: SweepForecast) -> str:
         )
     if found.parameters is None:
         return f"hours: not known ({found.parameters_from})"
-    from ke_ray.planning.scan_forecast import measured_flops_per_s
-
-    flops_per_s = measured_flops_per_s(study.base.precision)
+    speed = measured_speed(study.base.precision, study.base.use_gpu)
+    peak = H100_FLOPS_PER_S[study.base.precision]
     hours = 6 * found.parameters * found.tokens / _EFFICIENCY / 3600
     return (
-        f"hours: {_number(hours / flops_per_s)} on one machine or GPU like this "
-        f"({flops_per_s / 1e12:.2f} TFLOP/s measured), {_number(hours / _GPU_FLOPS_PER_S)} on one "
-        f"H100 ({_GPU_FLOPS_PER_S / 1e12:.0f}), trials one after another; {_EFFICIENCY:.0%} of it "
-        f"assumed, {found.parameters / 1e6:,.1f}M weights by {found.parameters_from}; probes "
-        "and tasks come on top"
+        f"hours: {_number(hours / speed.flops_per_s)} on this machine's {speed.device} ({speed}), "
+        f"{_number(hours / peak)} on one H100 in {study.base.precision} "
+        f"({peak / 1e12:.0f} TFLOP/s, assumed), trials one after another; {_EFFICIENCY:.0%} of "
+        f"either assumed, {found.parameters / 1e6:,.1f}M weights by {found.parameters_from}; "
+        "probes and tasks come on top"
     )
 
 

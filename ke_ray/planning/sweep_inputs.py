@@ -11,7 +11,7 @@ from ke_ray import storage
 from ke_ray.errors import ResultsError, UserError
 
 if TYPE_CHECKING:
-    from ke_ray.planning.sweep import Trial
+    from ke_ray.planning.trials import Trial
 
 __all__ = ["check_inputs", "check_unchanged", "fingerprints"]
 

@@ -14,11 +14,12 @@ from ke_ray import storage
 from ke_ray.report import compare, runs, series
 from ke_ray.report.charts import Chart, Figure, Line, Panel, TextTable
 from ke_ray.report.continual_figures import continual_figures
-from ke_ray.report.page import Section, page
+from ke_ray.report.page import MARK, Section, page
 from ke_ray.report.scales import number
 from ke_ray.report.scan_figures import duplicates, failures, scan_figures
 from ke_ray.report.sources import Result, find_results
 from ke_ray.report.sweep_figures import sweep_figures
+from ke_ray.storage.ownership import check_replaceable
 
 __all__ = ["build_report", "sections"]
 
@@ -52,9 +53,11 @@ def build_report(
 
     Raises:
         UserError: a path does not exist.
+        StorageError: a file that ke_ray did not make stands at ``output_html``.
     """
-    found = find_results(results)
     target = os.fspath(output_html)
+    check_replaceable(target, MARK.encode(), "report.html")
+    found = find_results(results)
     kinds = [kind for kind in _KIND_TITLES if any(result.kind == kind for result in found)]
     names = ", ".join(dict.fromkeys(os.fspath(path).rstrip("/") for path in results))
     lead = (
@@ -118,8 +121,14 @@ def _scan(scan: Result, prefix: str) -> dict[str, Any]:
     if held:
         facts.append(("checkpoints", number(len(series.checkpoints(scan)))))
         for corpus in series.corpora(scan):
-            measure = "knowledge_entropy" if "knowledge_entropy" in held else held[0]
-            change = series.paired_change(scan, measure, corpus)
+            if caution := series.caution(scan, corpus):
+                facts.append((f"caution, {corpus}", caution))
+        measure = "knowledge_entropy" if "knowledge_entropy" in held else held[0]
+        curves = [
+            (label, c, corpus) for label, c in series.curves(scan) for corpus in series.corpora(c)
+        ]
+        for label, curve, corpus in curves:
+            change = series.paired_change(curve, measure, corpus)
             if len(change) > 1:
                 last = change.iloc[-1]
                 error = f" ± {1.96 * last['stderr']:.2g}" if math.isfinite(last["stderr"]) else ""
@@ -127,7 +136,7 @@ def _scan(scan: Result, prefix: str) -> dict[str, Any]:
                 title = series.MEASURE_TITLES.get(measure, (measure, ""))[0]
                 facts.append(
                     (
-                        f"{title}, first to last, {corpus}",
+                        f"{title}, first to last, {corpus}" + (f", {label}" if label else ""),
                         f"{last['value']:+.4g}{error} {unit}".replace("-", "−"),
                     )
                 )
@@ -147,7 +156,7 @@ def _scan(scan: Result, prefix: str) -> dict[str, Any]:
             missing.append("Paired errors of changes: no replicates.parquet.")
         if not any(figure.id.endswith("-distribution") for figure in figures):
             missing.append("Coefficient distributions: no coefficients/ files.")
-        if series.ceiling(scan) is None:
+        if all(series.ceiling(curve) is None for _, curve in series.curves(scan)):
             missing.append(
                 "Ceiling of knowledge entropy: neither manifest nor coefficients/ tell d_mlp."
             )

@@ -72,13 +72,14 @@ def compare_scans(results: Sequence[Result]) -> list[Figure]:
         for measure in held:
             title, unit = series.MEASURE_TITLES.get(measure, (measure, ""))
             lines = []
-            for colour, (scan, corpus) in enumerate(group):
-                frame = series.totals(scan, measure, corpus)
+            curves = [(s, c, *part) for s, c in group for part in series.curves(s)]
+            for colour, (scan, corpus, label, curve) in enumerate(curves):
+                frame = series.totals(curve, measure, corpus)
                 y, error = frame["value"].to_numpy(), 1.96 * frame["stderr"].to_numpy()
                 name = scan.path.rstrip("/").split("/")[-1]
                 lines.append(
                     Line(
-                        f"{name} ({corpus})",
+                        f"{name} ({corpus}{', ' if label else ''}{label})",
                         frame["x"].to_numpy(),
                         y,
                         y - error,

@@ -11,7 +11,10 @@ from dataclasses import dataclass, field
 from ke_ray.report.charts import Chart, Figure, HeatMap, TextTable
 from ke_ray.report.svg import draw
 
-__all__ = ["Section", "page"]
+__all__ = ["MARK", "Section", "page"]
+
+#: Says that ke_ray made a page, which it may then write anew.
+MARK = '<meta name="generator" content="ke_ray">'
 
 # Each figure is drawn at these widths (px); the page shows the one that fits its column.
 _WIDTHS = (360, 600)
@@ -42,6 +45,7 @@ def page(title: str, lead: str, warnings: Sequence[str], sections: Sequence[Sect
 <html lang="en" data-theme="auto">
 <head>
 <meta charset="utf-8">
+{MARK}
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <link rel="icon" href="data:,">

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -26,8 +28,7 @@ _Z = 1.96  # standard errors of a 95 % interval
 
 def x_title(scan: Result) -> str:
     """What the x axis of a scan counts."""
-    known = bool(series.checkpoints(scan)["step"].notna().all())
-    return "pretraining step" if known else "checkpoint (place in the list)"
+    return "pretraining step" if series.has_steps(scan) else "checkpoint (place in the list)"
 
 
 def fingerprints(scan: Result) -> list[tuple[str, str]]:
@@ -54,8 +55,11 @@ def scan_figures(scan: Result, prefix: str) -> list[Figure]:
         return []
     figures = [_over_steps(scan, prefix, name) for name in held if name in _ENTROPIES]
     figures.append(_changes(scan, prefix, held))
-    figures += _layers(scan, prefix, held)
-    figures += _distributions(scan, prefix)
+    curves = series.curves(scan)
+    for place, (label, curve) in enumerate(curves):
+        own = prefix if len(curves) == 1 else f"{prefix}-{place + 1}"
+        parts = [*_layers(curve, own, series.measures(curve)), *_distributions(curve, own)]
+        figures += [replace(p, title=f"{p.title}: {label}") if label else p for p in parts]
     figures += [_over_steps(scan, prefix, name) for name in held if name not in _ENTROPIES]
     return figures
 
@@ -76,7 +80,7 @@ def _log_choice(scan: Result) -> tuple[str, ...]:
     steps = order["x"].to_numpy()
     positive = steps[steps > 0]
     spread = len(positive) > 2 and positive.max() / positive.min() >= 10
-    return _AXES if spread and order["step"].notna().all() else ()
+    return _AXES if spread and series.has_steps(scan) else ()
 
 
 def _banded(frame: pd.DataFrame, name: str, colour: int) -> Line:
@@ -92,22 +96,52 @@ def _banded(frame: pd.DataFrame, name: str, colour: int) -> Line:
     )
 
 
+def _lines(scan: Result, values: Callable[..., pd.DataFrame], measure: str) -> list[Line]:
+    """A line for each curve and corpus."""
+    lines: list[Line] = []
+    for label, curve in series.curves(scan):
+        for corpus in series.corpora(curve):
+            frame = values(curve, measure, corpus)
+            if not frame.empty:
+                name = f"{label}: {corpus}" if label else corpus
+                lines.append(_banded(frame, name, len(lines)))
+    return lines
+
+
+def _split(scan: Result) -> str:
+    """What a caption says where the scan is of several curves."""
+    labels = [label for label, _ in series.curves(scan)]
+    if len(labels) < 2:
+        return ""
+    return (
+        f" {len(labels)} curves, since architectures, sizes or stages differ ("
+        + "; ".join(labels)
+        + "): each has its own steps and its own first checkpoint."
+    )
+
+
+def _ceilings(scan: Result) -> list[tuple[str, series.Ceiling]]:
+    found = [(label, series.ceiling(curve)) for label, curve in series.curves(scan)]
+    return [(label, bound) for label, bound in found if bound is not None]
+
+
 def _over_steps(scan: Result, prefix: str, measure: str) -> Figure:
     title, unit = series.MEASURE_TITLES.get(measure, (measure, ""))
-    lines = [
-        _banded(frame, corpus, colour)
-        for colour, corpus in enumerate(series.corpora(scan))
-        if not (frame := series.totals(scan, measure, corpus)).empty
-    ]
+    lines = _lines(scan, series.totals, measure)
     marks: list[Mark] = []
-    caption = "Bands: ±1.96 jackknife standard errors over groups of instances."
-    bound = series.ceiling(scan)
-    if measure == "knowledge_entropy" and bound is not None:
+    caption = "Bands: ±1.96 jackknife standard errors over groups of instances." + _split(scan)
+    bounds = {bound: label for label, bound in _ceilings(scan)}
+    if measure == "knowledge_entropy" and bounds:
         values = np.concatenate([np.asarray(line.y, dtype=float) for line in lines])
         span = max(float(np.ptp(values)), 1e-9)
-        if bound.nats - values.max() <= 2 * span:
-            marks.append(Mark("y", bound.nats, str(bound)))
-        caption += f" Largest possible value: {bound}."
+        for bound in bounds:
+            if 0 <= bound.nats - values.max() <= 2 * span:
+                marks.append(Mark("y", bound.nats, str(bound)))
+        caption += " Largest possible value: " + "; ".join(
+            str(bound) + (f" ({label})" if len(bounds) > 1 else "")
+            for bound, label in bounds.items()
+        )
+        caption += "."
     if measure in ("participation_ratio", "gini", "top_k_mass", "dormant_share"):
         caption += " Mean over layers."
     elif measure != "next_token_entropy":
@@ -143,11 +177,7 @@ def _changes(scan: Result, prefix: str, held: list[str]) -> Figure:
     panels = []
     for measure in held:
         title, unit = series.MEASURE_TITLES.get(measure, (measure, ""))
-        lines = [
-            _banded(frame, corpus, colour)
-            for colour, corpus in enumerate(series.corpora(scan))
-            if not (frame := series.paired_change(scan, measure, corpus)).empty
-        ]
+        lines = _lines(scan, series.paired_change, measure)
         if lines:
             axis = f"change of {title.lower()}" + (f" ({unit})" if unit else "")
             panels.append(Panel((title,), Chart(x_title(scan), axis, lines, [Mark("y", 0.0)])))
@@ -162,7 +192,8 @@ def _changes(scan: Result, prefix: str, held: list[str]) -> Figure:
             "since both checkpoints saw the same instances)."
             if paired
             else "No error band: the folder keeps no replicates.parquet."
-        ),
+        )
+        + _split(scan),
         paper="Fig. 7",
         panels=panels,
         controls=("measure",),

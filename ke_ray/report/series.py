@@ -1,5 +1,8 @@
 """What a scan holds, arranged as figures need it: one row a checkpoint, in pretraining order.
 
+Checkpoints of one architecture, size, stage and ingredient make a *curve*. A scan of several is
+never drawn, tabled or bounded as one: :func:`curves` takes it apart.
+
 Changes between checkpoints scored on the same data carry the paired jackknife error of
 ``ke_ray.core.jackknife``: the errors of the two values are correlated, so the difference itself is
 jackknifed over the leave-one-out values that a scan keeps.
@@ -7,8 +10,10 @@ jackknifed over the leave-one-out values that a scan keeps.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,11 +25,15 @@ from ke_ray.report.sources import Result
 __all__ = [
     "MEASURE_TITLES",
     "Ceiling",
+    "about_corpus",
+    "caution",
     "ceiling",
     "checkpoints",
     "coefficients",
     "corpora",
+    "curves",
     "failed",
+    "has_steps",
     "layer_matrix",
     "measures",
     "num_layers",
@@ -45,6 +54,9 @@ MEASURE_TITLES: dict[str, tuple[str, str]] = {
     "top_k_mass": ("Mass of the largest memories", "fraction"),
     "dormant_share": ("Dormant share", "fraction"),
 }
+
+
+_LEAST_FACTOR = 1.05  # a smaller one is lost in the error of the error itself
 
 
 @dataclass(frozen=True)
@@ -74,6 +86,60 @@ def _good(scan: Result) -> pd.DataFrame:
     return table[(table["status"] == "ok") & table["measure"].notna()]
 
 
+def curves(scan: Result) -> list[tuple[str, Result]]:
+    """(label, the scan with the checkpoints of one curve alone), in order; '' where it is one.
+
+    Rows of older folders, which do not know their series, belong to the only one there is. A
+    checkpoint that names neither step nor stage ends the only stage there is.
+    """
+    table = _good(scan)
+    keys = table.drop_duplicates("checkpoint").set_index("checkpoint")
+    keys = keys.reindex(columns=["series", "stage", "ingredient", "step"])
+    known = keys["series"].dropna().unique()
+    keys["series"] = keys["series"].fillna(known[0] if len(known) == 1 else "size not recorded")
+    for _, own in keys.groupby("series"):
+        stages = own.loc[own["step"].notna(), ["stage", "ingredient"]].drop_duplicates()
+        if len(stages) == 1:
+            keys.loc[own.index, ["stage", "ingredient"]] = stages.to_numpy()
+    columns = ["series", "stage", "ingredient"]
+    groups = [
+        (key, set(part.index))
+        for key, part in keys.sort_values(columns, na_position="last").groupby(
+            columns, dropna=False, sort=False
+        )
+    ]
+    if len(groups) < 2:
+        return [("", scan)]
+    places = checkpoints(scan).set_index("checkpoint")["x"]
+    several = {name for name in columns if keys[name].nunique(dropna=False) > 1}
+    return [
+        (
+            _curve_label(dict(zip(columns, key, strict=True)), several),
+            _restricted(scan, names, places),
+        )
+        for key, names in groups
+    ]
+
+
+def _curve_label(key: dict[str, Any], several: set[str]) -> str:
+    parts = [key["series"]] if "series" in several else []
+    if several - {"series"}:
+        named = [f"{n} {key[n]:g}" for n in ("stage", "ingredient") if pd.notna(key[n])]
+        parts += named or ["no stage named"]
+    return ", ".join(parts)
+
+
+def _restricted(scan: Result, names: set[str], places: pd.Series) -> Result:
+    """The scan with the scored rows of these checkpoints alone, and no failures."""
+    tables = {
+        name: frame[frame["checkpoint"].isin(names)].reset_index(drop=True)
+        for name, frame in scan.tables.items()
+        if "checkpoint" in frame
+    }
+    tables["entropy"]["x"] = tables["entropy"]["checkpoint"].map(places)
+    return dataclasses.replace(scan, tables=tables)
+
+
 def measures(scan: Result) -> list[str]:
     """The measures that the scan holds, in the order of display; unknown ones last."""
     held = [str(name) for name in _good(scan)["measure"].unique()]
@@ -90,15 +156,24 @@ def corpora(scan: Result) -> list[str]:
 
 
 def checkpoints(scan: Result) -> pd.DataFrame:
-    """One row per scored checkpoint, by step then name: [checkpoint, step, x].
+    """One row per scored checkpoint, by series, stage, step, name: [checkpoint, step, x].
 
-    ``x`` is the pretraining step, or the place in the list (from 0) where any step is unknown.
+    ``x`` is the pretraining step, or the place in the list (from 0) where any step is unknown; of
+    a curve, what it is in the whole scan.
     """
-    table = _good(scan)[["checkpoint", "step"]].drop_duplicates("checkpoint")
-    table = table.sort_values(["step", "checkpoint"], na_position="last", ignore_index=True)
-    known = bool(table["step"].notna().all())
-    table["x"] = table["step"] if known else np.arange(len(table), dtype=float)
-    return table
+    order = ["series", "stage", "ingredient", "step", "checkpoint"]
+    table = _good(scan).drop_duplicates("checkpoint").reindex(columns=[*order, "x"])
+    table = table.sort_values(order, na_position="last", ignore_index=True)
+    if not table["x"].notna().any():
+        known = bool(table["step"].notna().all())
+        table["x"] = table["step"] if known else np.arange(len(table), dtype=float)
+    return table[["checkpoint", "step", "x"]]
+
+
+def has_steps(scan: Result) -> bool:
+    """Whether ``x`` counts pretraining steps."""
+    order = checkpoints(scan)
+    return bool((order["x"] == order["step"]).all())
 
 
 def totals(scan: Result, measure: str, corpus: str) -> pd.DataFrame:
@@ -143,9 +218,16 @@ def setting(scan: Result, name: str) -> float | None:
     return None
 
 
+def _of_rows(scan: Result, name: str) -> float | None:
+    """A size that the rows hold; None where they hold none, or several."""
+    table = _good(scan)
+    values = list(table[name].dropna().unique()) if name in table else []
+    return float(values[0]) if len(values) == 1 else None
+
+
 def num_layers(scan: Result) -> int:
     """Layers of the model, from the manifest or from the rows."""
-    told = setting(scan, "n_layers")
+    told = _of_rows(scan, "n_layers") or setting(scan, "n_layers")
     if told:
         return int(told)
     layers = _good(scan)["layer"].dropna()
@@ -153,8 +235,8 @@ def num_layers(scan: Result) -> int:
 
 
 def ceiling(scan: Result) -> Ceiling | None:
-    """From the manifest, else from the rows and a coefficients file; None where neither tells."""
-    n_layers, d_mlp = num_layers(scan), setting(scan, "d_mlp")
+    """From the rows, the manifest, or a coefficients file; None where none of them tells."""
+    n_layers, d_mlp = num_layers(scan), _of_rows(scan, "d_mlp") or setting(scan, "d_mlp")
     if d_mlp is None:
         folder = storage.join(scan.path, "coefficients")
         kept = set(storage.list_dir(folder))
@@ -207,7 +289,37 @@ def paired_change(scan: Result, measure: str, corpus: str, base: str | None = No
     return series.assign(value=changes, stderr=errors)
 
 
+def about_corpus(scan: Result, corpus: str) -> dict[str, Any]:
+    """What the manifest says of a corpus; empty where it says nothing."""
+    about = scan.manifest.get("corpora")
+    about = about.get(corpus) if isinstance(about, dict) else None
+    return about if isinstance(about, dict) else {}
+
+
+def caution(scan: Result, corpus: str) -> str | None:
+    """What weakens the errors of a corpus, in words; None where they stand as they are."""
+    about, found = about_corpus(scan, corpus), []
+    factor = about.get("stderr_factor")
+    if isinstance(factor, int | float) and factor > _LEAST_FACTOR:
+        remedy = " (sampling: spread avoids it)" if about.get("sampling") == "first" else ""
+        found.append(
+            f"Documents are cut between groups of instances: errors may be up to {factor:.1f} "
+            f"times too small{remedy}."
+        )
+    elif "sampling" not in about and about.get("eos_token_id") is not None:
+        found.append(
+            "The instances are the first of their source, neighbours share documents: errors may "
+            "be several times too small (a new scan spreads them)."
+        )
+    if about.get("note"):
+        found.append(str(about["note"]))
+    return " ".join(found) or None
+
+
 def _sizes(scan: Result, corpus: str) -> np.ndarray:
+    sizes = about_corpus(scan, corpus).get("group_sizes")
+    if isinstance(sizes, list):
+        return np.array(sizes, dtype=np.int64)
     table = _good(scan)
     counts = table.loc[table["corpus"] == corpus, "num_instances"].dropna()
     return (

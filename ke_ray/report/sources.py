@@ -53,6 +53,8 @@ _COLUMNS: dict[tuple[str, str], dict[str, str]] = {
     ("scan", "entropy"): {
         "checkpoint": _TEXT,
         "step": _NUMBER,
+        "stage": _NUMBER,
+        "ingredient": _NUMBER,
         "revision": _TEXT,
         "corpus": _TEXT,
         "layer": _NUMBER,
@@ -63,6 +65,9 @@ _COLUMNS: dict[tuple[str, str], dict[str, str]] = {
         "num_instances": _NUMBER,
         "num_tokens": _NUMBER,
         "weights_sha256": _TEXT,
+        "series": _TEXT,
+        "n_layers": _NUMBER,
+        "d_mlp": _NUMBER,
         "data_sha256": _TEXT,
         "duplicate_of": _TEXT,
         "status": _TEXT,
@@ -104,6 +109,7 @@ _COLUMNS[("continual", "runs")] = {"run": _TEXT, **_RUN_COLUMNS}
 _COLUMNS[("sweep", "trials")] = {"trial_id": _TEXT, **_RUN_COLUMNS}
 # Filling these says nothing about a file's age: a study may rightly lack them.
 _OPTIONAL = {"revision", "duplicate_of", "error", "mlflow_run_id", "control", "weights_sha256"}
+_OPTIONAL |= {"stage", "ingredient", "series", "n_layers", "d_mlp"}
 _OPTIONAL |= {name for name in _RUN_COLUMNS if name.endswith(("_before", "_after", "_nats"))}
 
 

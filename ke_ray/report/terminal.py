@@ -200,15 +200,19 @@ def _table(columns: Sequence[str]) -> Any:
 def _print_scan(scan: Result, console: Console) -> None:
     from rich.text import Text
 
-    corpora = series.corpora(scan)
-    for corpus in corpora:
-        order = series.checkpoints(scan)
+    curves = [
+        (label, curve, corpus)
+        for label, curve in series.curves(scan)
+        for corpus in series.corpora(curve)
+    ]
+    for label, curve, corpus in curves:
+        order = series.checkpoints(curve)
         table = _table(["measure", "first", "last", "change ± paired error", "checkpoints"])
-        for measure in series.measures(scan):
-            line = series.totals(scan, measure, corpus)
+        for measure in series.measures(curve):
+            line = series.totals(curve, measure, corpus)
             if line.empty:
                 continue
-            change = series.paired_change(scan, measure, corpus).iloc[-1]
+            change = series.paired_change(curve, measure, corpus).iloc[-1]
             table.add_row(
                 measure,
                 _number(line["value"].iloc[0]),
@@ -216,13 +220,17 @@ def _print_scan(scan: Result, console: Console) -> None:
                 f"{_signed(change['value'])}{_error(change['stderr'])}",
                 sparkline(line["value"].to_list(), 16),
             )
-        bound = series.ceiling(scan)
+        bound = series.ceiling(curve)
+        if label:
+            console.print(Text(f"  {label}"))
         console.print(
             Text(
                 f"  corpus {corpus}: {len(order)} checkpoints, "
                 f"{_span(order['checkpoint'])}" + (f"; {bound}" if bound else "")
             )
         )
+        if caution := series.caution(scan, corpus):
+            console.print(Text(f"  {caution}"))
         console.print(table)
     failed = series.failed(scan)
     for _, row in failed.iterrows():

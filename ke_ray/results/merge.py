@@ -11,7 +11,8 @@ import pyarrow.compute as pc
 
 from ke_ray import storage
 from ke_ray.errors import ResultsError
-from ke_ray.results.scan_folder import ScanFolder, check_identity
+from ke_ray.results.scan_folder import ScanFolder, check_identity, merge_identities
+from ke_ray.storage.ownership import claimed
 
 __all__ = ["merge_scans"]
 
@@ -26,17 +27,21 @@ def merge_scans(uris: Sequence[str], output: str) -> ScanFolder:
 
     Raises:
         ResultsError: an identity differs, one name stands for different weights, or ``output``
-            already holds results. Nothing is written then.
+            already holds results or is somebody else's. Nothing is written then.
     """
+    # Not a scan's kind: results that are there already are not merged into.
+    with claimed(output, "merged scan"):
+        return _merge(uris, output)
+
+
+def _merge(uris: Sequence[str], output: str) -> ScanFolder:
     folders = [ScanFolder.open(uri) for uri in uris]
-    if storage.exists(storage.join(output, "manifest.json")):
-        raise ResultsError(f"'{output}' already holds results; give a new folder to --merge.")
     first = folders[0]
-    identity = {**first.manifest["identity"], "corpora": {}}
+    identity = first.manifest["identity"]
     corpora: dict[str, Any] = {}
     for folder in folders:
         check_identity(folder.uri, identity, folder.manifest["identity"])
-        identity["corpora"] |= folder.manifest["identity"]["corpora"]
+        identity = merge_identities(identity, folder.manifest["identity"])
         corpora |= folder.manifest["corpora"]
     tables = [folder.entropy().to_pylist() for folder in folders]
     checkpoints = _same_checkpoints(folders, tables)
@@ -49,7 +54,8 @@ def merge_scans(uris: Sequence[str], output: str) -> ScanFolder:
         "merged_from": list(uris),
     }
     merged = ScanFolder(output, manifest)
-    storage.make_dirs(output)
+    for name in (*("parts", "coefficients"), *("entropy.parquet", "replicates.parquet")):
+        storage.remove(storage.join(output, name))  # of a merge that was killed
     replicates = [folder.replicates() for folder in folders]
     failed = False
     by_name = [_by_checkpoint(rows) for rows in tables]

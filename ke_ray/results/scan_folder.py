@@ -33,18 +33,22 @@ from ke_ray.results.manifest import read_manifest, write_manifest
 ENTROPY_SCHEMA = schema("entropy")
 REPLICATES_SCHEMA = schema("replicates")
 _KEY = ("checkpoint", "corpus", "layer", "measure")
+_PLACE = ("checkpoint", "step", "stage", "ingredient")
+_BY_CORPUS = ("corpora", "sampling", "groups")
 
 
 def check_identity(folder: str, stored: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
     """Refuse to mix results that are not comparable.
 
     Identities hold what changes a result (dtype, measure version, settings of measures) and, under
-    ``corpora``, the data hash of each corpus. New corpora may be added; nothing may differ.
+    ``corpora``, ``sampling`` and ``groups``, the data hash of each corpus, how its instances were
+    drawn and how they form jackknife groups. New corpora may be added; nothing may differ. A folder
+    that says nothing of the latter two has the first instances of its sources, in equal groups.
 
     Raises:
         ResultsError: names the first difference.
     """
-    for key in sorted({*stored, *asked} - {"corpora"}):
+    for key in sorted({*stored, *asked} - set(_BY_CORPUS)):
         if stored.get(key) != asked.get(key):
             raise ResultsError(
                 f"'{folder}' holds results with {key} = {stored.get(key)!r}, this run has "
@@ -52,14 +56,39 @@ def check_identity(folder: str, stored: Mapping[str, Any], asked: Mapping[str, A
                 "repeat the earlier settings."
             )
     for name, sha256 in asked["corpora"].items():
-        before = stored["corpora"].get(name, sha256)
+        if name not in stored["corpora"]:
+            continue
+        before = stored["corpora"][name]
+        drawn, drawing = (of.get("sampling", {}).get(name, "first") for of in (stored, asked))
+        if drawing == "spread" and drawn != "spread":
+            raise ResultsError(
+                f"'{folder}' holds results of the first instances of corpus '{name}', this run "
+                "draws instances spread over the whole source, which have smaller and truer "
+                "errors: they cannot be mixed. Choose another output folder, or go on as before "
+                "with 'sampling: first' (--sampling first)."
+            )
+        grouped, grouping = (of.get("groups", {}).get(name, "equal") for of in (stored, asked))
+        if before == sha256 and grouped != grouping:
+            raise ResultsError(
+                f"'{folder}' holds results of corpus '{name}' with groups that are {grouped}, this "
+                f"run's are {grouping}: their errors cannot be paired. Choose another output "
+                "folder."
+            )
         if before != sha256:
             raise ResultsError(
                 f"'{folder}' holds results of corpus '{name}' with data_sha256 {before[:12]}…, "
                 f"this run's corpus '{name}' has {sha256[:12]}…: other documents, tokenizer, "
-                "number of instances or sequence length. Choose another output folder or another "
-                "corpus name."
+                "number of instances, sequence length or sampling. Choose another output folder "
+                "or another corpus name."
             )
+
+
+def merge_identities(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """The identity of a folder that holds the corpora of both; the rest is the same."""
+    merged = {**one, **other}
+    for key in _BY_CORPUS:
+        merged[key] = {**one.get(key, {}), **other.get(key, {})}
+    return merged
 
 
 class ScanFolder:
@@ -86,7 +115,7 @@ class ScanFolder:
     # --- reading -------------------------------------------------------------------------------
 
     def entropy(self) -> pa.Table:
-        """All rows in the columns of ``ENTROPY_SCHEMA``, ordered by step, checkpoint, corpus."""
+        """All rows in the columns of ``ENTROPY_SCHEMA``, ordered by stage, step, checkpoint."""
         tables = list(self._entropy())
         return pa.concat_tables(tables) if tables else ENTROPY_SCHEMA.empty_table()
 
@@ -116,22 +145,23 @@ class ScanFolder:
     def _by_checkpoint(
         self, stem: str, columns: pa.Schema, without: Collection[str] = ()
     ) -> Iterator[list[pa.Table]]:
-        """What table and parts have of one checkpoint, oldest first; checkpoints by step."""
+        """What table and parts have of one checkpoint, oldest first; checkpoints in order."""
 
         @functools.lru_cache(2)
         def read(file: Any, number: int) -> pa.Table:
             return _conform(file.read_row_group(number), columns)
 
         sources: dict[str, list[tuple[Any, int]]] = {}
-        steps: dict[str, int | None] = {}
+        places: dict[str, tuple[Any, ...]] = {}
         for uri in self._uris(stem):
             file = storage.open_table(uri)
             for number in range(file.num_row_groups):
-                known = file.read_row_group(number, columns=["checkpoint", "step"])
-                for row in known.group_by(["checkpoint", "step"]).aggregate([]).to_pylist():
-                    steps[row["checkpoint"]] = row["step"]
+                keys = [name for name in _PLACE if name in file.schema_arrow.names]
+                known = file.read_row_group(number, columns=keys)
+                for row in known.group_by(keys).aggregate([]).to_pylist():
+                    places[row["checkpoint"]] = _place(row)
                     sources.setdefault(row["checkpoint"], []).append((file, number))
-        for name in sorted(sources, key=lambda name: (steps[name] is None, steps[name] or 0, name)):
+        for name in sorted(sources, key=places.__getitem__):
             if name not in without:
                 found = (read(*source) for source in dict.fromkeys(sources[name]))
                 yield [table.filter(pc.equal(table["checkpoint"], name)) for table in found]
@@ -298,12 +328,16 @@ def _join_rows(tables: Iterable[pa.Table]) -> list[dict[str, Any]]:
     return sorted(joined.values(), key=_order)
 
 
+def _place(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Sort key of a checkpoint in training order, as ``ke_ray.checkpoints.reference.order_key``."""
+    step, stage, ingredient = (row.get(name) for name in ("step", "stage", "ingredient"))
+    return step is None, stage or 0, ingredient or 0, step or 0, row["checkpoint"]
+
+
 def _order(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    step, layer = row["step"], row["layer"]
+    layer = row["layer"]
     return (
-        step is None,
-        step or 0,
-        row["checkpoint"],
+        *_place(row),
         row["corpus"] or "",
         row["measure"] or "",
         layer is None,

@@ -8,8 +8,6 @@ both weights hashes and whether the coefficients were those of other weights. Ne
 
 from __future__ import annotations
 
-import os
-import uuid
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,6 +15,8 @@ from ke_ray import storage
 from ke_ray.errors import CheckpointSpecError, ConfigError, StorageError, UserError, nearest
 from ke_ray.results.manifest import command_line, now, versions
 from ke_ray.secrets import redact
+from ke_ray.storage.ownership import lock_beside
+from ke_ray.storage.sole_writer import sole_writer
 
 if TYPE_CHECKING:
     import torch
@@ -113,12 +113,13 @@ def check_request(
                 "authors' mlp_average_coefficients.pt. 'ke-ray scan CHECKPOINT --data DATA "
                 "--output SCAN' makes one."
             )
-    if storage.list_dir(output) or (storage.exists(output) and _is_file(output)):
+    _check_free(output)
+
+
+def _check_free(output: str) -> None:
+    is_file = storage.is_local(output) and storage.local_path(output).is_file()
+    if storage.list_dir(output) or is_file:
         raise StorageError(f"'{output}' exists already; choose another folder for the checkpoint.")
-
-
-def _is_file(output: str) -> bool:
-    return storage.is_local(output) and storage.local_path(output).is_file()
 
 
 def one_checkpoint(spec: str, revisions: str | None = None) -> CheckpointRef:
@@ -167,7 +168,8 @@ def write_resuscitated(
         measure: also measure the knowledge entropy, before and after.
 
     Raises:
-        UserError: bad input, see :func:`check_request`; nothing was written.
+        UserError: bad input, see :func:`check_request`, or another command writes this folder;
+            nothing was written.
         ResultsError: no coefficients of these weights.
         UnsupportedArchitectureError: no such architecture, or it has no native layout.
         CheckpointError: the checkpoint cannot be fetched or loaded.
@@ -192,7 +194,8 @@ def write_resuscitated(
         "coefficients": None,
         "coefficients_verified": None,
     }
-    with Store(cache_dir) as store:
+    with sole_writer(lock_beside(output), output), Store(cache_dir) as store:
+        _check_free(output)  # somebody may have filled it until the lock was ours
         folder = store.fetch(ref)
         if layout == "native":
             NativeConfig.from_transformers(load_config(folder))  # refuses what it cannot hold
@@ -247,9 +250,10 @@ def _expected(mean: torch.Tensor, rows: torch.Tensor, ratio: float) -> dict[str,
 def _corpus(measure: Measurement | None, folder: str) -> Any:
     if measure is None:
         return None
+    from ke_ray.checkpoints.reference import find_tokenizer
     from ke_ray.data.corpus import build_corpus, parse_data_option
     from ke_ray.data.tokenizer import load_tokenizer
-    from ke_ray.models.loading import find_tokenizer, load_config
+    from ke_ray.models.loading import load_config
 
     config = load_config(folder)
     eos = measure.eos_token_id if measure.eos_token_id is not None else config.eos_token_id
@@ -269,6 +273,7 @@ def _corpus(measure: Measurement | None, folder: str) -> Any:
         tokenizer=None if place is None else load_tokenizer(str(place)),
         eos_token_id=eos[0] if isinstance(eos, list) else eos,
         vocab_size=config.vocab_size,
+        sampling="spread",
     )
 
 
@@ -284,6 +289,7 @@ def _measured(key: str, model: Any, corpus: Any, measure: Measurement | None) ->
         corpus.lengths,
         measures=("knowledge_entropy",),
         num_instances=corpus.num_instances,
+        group_sizes=corpus.group_sizes,
         batch_size=measure.batch_size,
     )
     row = evaluate(sums, ["knowledge_entropy"]).row("knowledge_entropy")
@@ -305,8 +311,8 @@ def _save(
     values: dict[str, Any],
 ) -> Resuscitated:
     from ke_ray.checkpoints.formats.fingerprint import tensors_sha256
-    from ke_ray.checkpoints.formats.saving import save_model
-    from ke_ray.models.loading import find_tokenizer
+    from ke_ray.checkpoints.reference import find_tokenizer
+    from ke_ray.models.saving import save_model
 
     found = find_tokenizer(source)
     tokenizer = None
@@ -321,19 +327,7 @@ def _save(
         **{key: value for key, value in asdict(result).items() if key != "output"},
         "coefficients_of_other_weights": _other_weights(result),
     }
-    if not storage.is_local(output):
-        save_model(model, output, layout=layout, tokenizer=tokenizer)
-        storage.write_json(storage.join(output, PROVENANCE), record)
-        return result
-    # The record belongs to the checkpoint: both appear with one rename.
-    final = storage.local_path(output).absolute()
-    whole = final.parent / f".{final.name}.{uuid.uuid4().hex[:12]}.whole"
-    try:
-        save_model(model, whole, layout=layout, tokenizer=tokenizer)
-        storage.write_json(str(whole / PROVENANCE), record)
-        if final.exists():
-            final.rmdir()  # empty, as was checked
-        os.replace(whole, final)
-    finally:
-        storage.remove(str(whole))
+    # The record belongs to the checkpoint: both appear at once.
+    extra = {PROVENANCE: storage.json_text(record)}
+    save_model(model, output, layout=layout, tokenizer=tokenizer, extra=extra)
     return result

@@ -139,6 +139,9 @@ class EntropyKeys(Strict):
     source: str
     num_instances: int = Field(64, ge=1)
     sequence_length: int | None = Field(None, ge=2, description="null: that of the study")
+    sampling: Literal["spread", "first"] = Field(
+        "spread", description="instances spread over a source of documents, or its first ones"
+    )
     batch_size: int = Key(4, affects_result=False, ge=1, description="instances per forward pass")
 
 

@@ -18,13 +18,21 @@ from ke_ray import storage
 from ke_ray.config import Strict, load_study, read_yaml
 from ke_ray.errors import ConfigError
 from ke_ray.secrets import is_secret_name
+from ke_ray.studies.parts import is_loopback
 
-__all__ = ["JobStudy", "load_job", "refuse_secrets", "runtime_env_of"]
+__all__ = [
+    "JobStudy",
+    "load_job",
+    "refuse_loopback_tracking",
+    "refuse_secrets",
+    "runtime_env_of",
+]
 
 _URL_WITH_USER = re.compile(r"://(?!git@)[^/\s@'\"]+@")
 _ASSIGNMENT = re.compile(
     r"""(?:--([A-Za-z][\w-]*)[=\s]\s*|(?<![\w.-])([A-Za-z_]\w*)=)['"]?([^\s'"]+)"""
 )
+_TRACKING_URI = re.compile(r"""(?:--mlflow-uri[=\s]\s*|\bmlflow\.uri=)['"]?([^\s'"]+)""")
 _SHORTEST_SECRET = 6
 
 
@@ -36,7 +44,9 @@ class JobStudy(Strict):
     entrypoint: str = Field(min_length=1, description="shell command, run in the working folder")
     entrypoint_num_cpus: float = Field(0, ge=0, description="cores of the command itself")
     entrypoint_num_gpus: float = Field(0, ge=0, description="GPUs of the command itself")
-    env: dict[str, str] = Field(default_factory=dict, description="never a secret")
+    env: dict[str, str | None] = Field(
+        default_factory=dict, description="never a secret; null: from the submitter's environment"
+    )
     working_dir: str | None = Field(None, description="folder that is uploaded, or a URI of a zip")
     runtime_env: str | None = Field(None, description="YAML file of a Ray runtime environment")
     timeout_s: float | None = Field(None, gt=0, description="per attempt, from its submission on")
@@ -64,12 +74,15 @@ def load_job(path: str, overrides: list[str], environ: Mapping[str, str]) -> Job
         environ: the submitter's environment; the values of its secrets must not be in the job.
 
     Returns:
-        The job; its ``working_dir`` and ``runtime_env`` no longer depend on where the file lies.
+        The job; its ``working_dir`` and ``runtime_env`` no longer depend on where the file lies,
+        and no variable in ``env`` is null.
 
     Raises:
-        ConfigError: not a valid job, or one that holds a secret.
+        ConfigError: not a valid job, one that holds a secret, or one that takes a variable from an
+            environment that does not have it.
     """
     job = load_study(path, JobStudy, overrides)
+    job = job.model_copy(update={"env": _with_own(job.env, path, environ)})
     refuse_secrets(job.model_dump(), path, environ)
     folder = path.rsplit("/", 1)[0] if "/" in path else "."
     return job.model_copy(
@@ -79,6 +92,27 @@ def load_job(path: str, overrides: list[str], environ: Mapping[str, str]) -> Job
             if (value := getattr(job, key)) is not None
         }
     )
+
+
+def _with_own(
+    env: Mapping[str, str | None], path: str, environ: Mapping[str, str]
+) -> dict[str, str]:
+    """``env`` with what stands as null there taken from the submitter's environment."""
+    result = {}
+    for name, value in env.items():
+        value = environ.get(name) if value is None else value
+        if not value:
+            meaning = (
+                " (the address of an MLflow server that every node of the cluster reaches)"
+                if name == "MLFLOW_TRACKING_URI"
+                else ""
+            )
+            raise ConfigError(
+                f"{path} takes the variable {name}{meaning} from your environment, which does not "
+                f"have it. Set it there, or give --set env.{name}=VALUE."
+            )
+        result[name] = value
+    return result
 
 
 def _beside(folder: str, path: str) -> str:
@@ -149,6 +183,31 @@ def refuse_secrets(values: Mapping[str, Any], where: str, environ: Mapping[str, 
     for name, secret in environ.items():
         if is_secret_name(name) and len(secret) >= _SHORTEST_SECRET and secret in text:
             raise ConfigError(f"{where} holds the value of your variable {name}. {advice}")
+
+
+def refuse_loopback_tracking(
+    job: JobStudy, runtime_env: Mapping[str, Any], num_machines: int | None
+) -> None:
+    """Refuse a loopback MLflow address where the cluster has more machines than one.
+
+    Args:
+        runtime_env: of the job.
+        num_machines: of the cluster; None where it is not known.
+
+    Raises:
+        ConfigError: on the other machines that address is nobody's.
+    """
+    env_vars = runtime_env.get("env_vars") or {}
+    given = [("MLFLOW_TRACKING_URI", str(env_vars.get("MLFLOW_TRACKING_URI", "")))]
+    given += [("--mlflow-uri", uri) for uri in _TRACKING_URI.findall(job.entrypoint)]
+    for name, uri in given:
+        if is_loopback(uri) and (num_machines or 1) > 1:
+            raise ConfigError(
+                f"The job's {name} is '{uri}', a loopback address, and the cluster has "
+                f"{num_machines} machines: on each of them it means that machine itself. Give the "
+                "address of an MLflow server that every node reaches, or use --no-mlflow in the "
+                "entrypoint."
+            )
 
 
 def _leaves(values: Any, key: str = "") -> Iterator[tuple[str, str]]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from ipaddress import ip_address
 from typing import Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
 from ke_ray.config import Strict
 
-__all__ = ["CheckpointSelection", "Resuscitation", "TrackingSettings"]
+__all__ = ["CheckpointSelection", "Resuscitation", "TrackingSettings", "is_loopback"]
 
 
 class CheckpointSelection(Strict):
@@ -52,3 +54,15 @@ class TrackingSettings(Strict):
                 "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead"
             )
         return self
+
+
+def is_loopback(uri: str) -> bool:
+    """Whether a URI's host is the machine itself, whichever that is."""
+    try:
+        host = urlsplit(uri).hostname or ""
+        if host == "localhost" or host.endswith(".localhost"):
+            return True
+        address = ip_address(host)
+    except ValueError:  # a name, or nothing that is a URI
+        return False
+    return address.is_loopback or address.is_unspecified

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -38,6 +38,9 @@ class ScanStudy(Strict):
     data: dict[str, str] = Field(min_length=1, description="corpus name → source")
     num_instances: int = Field(2048, ge=1)
     sequence_length: int = Field(2048, ge=2, description="T, tokens per instance")
+    sampling: Literal["spread", "first"] = Field(
+        "spread", description="instances spread over each source of documents, or its first ones"
+    )
     tokenizer: str | None = Field(None, description="tokenizer.json, folder or repo")
     eos_token_id: int | None = Field(None, ge=0, description="default: the model config's")
     measures: tuple[str, ...] = DEFAULT_MEASURES
@@ -59,6 +62,13 @@ class ScanStudy(Strict):
     )
     output: str = Key(affects_result=False, description="folder or URI for the results")
     mlflow: TrackingSettings = Key(TrackingSettings(), affects_result=False)
+
+    @field_validator("measures", mode="before")
+    @classmethod
+    def _one_text(cls, measures: Any) -> Any:
+        if not isinstance(measures, str):
+            return measures
+        return tuple(name.strip() for name in measures.split(",") if name.strip())
 
     @field_validator("measures")
     @classmethod

@@ -89,9 +89,11 @@ class TrainingKeys(Strict):
     strategy: Literal["ddp", "fsdp"] = Field(
         "ddp", description="under bfloat16 the two round differently"
     )
-    use_gpu: bool | None = Key(None, affects_result=False, description="null: where there is one")
+    use_gpu: bool | None = Key(
+        None, affects_result=False, description="null: where torch can use one"
+    )
     cpus_per_worker: int | None = Key(
-        None, affects_result=False, ge=1, description="null: all CPUs over the workers"
+        None, affects_result=False, ge=1, description="null: the most that lets all run at once"
     )
     max_failures: int = Key(
         3, affects_result=False, ge=0, description="worker failures a Ray Train run survives"

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 from ke_ray import storage
 from ke_ray.results.training_folder import write_tables
 from ke_ray.studies.continual import ContinualStudy
-from ke_ray.tracking.training import log_progress, run_params, tracked_run
 from ke_ray.training.checkpoint import TrainingState, remove_states
 from ke_ray.training.dynamics import dynamics_tables
 from ke_ray.training.export import export_model, whole_model
@@ -42,6 +41,7 @@ from ke_ray.training.snapshot import (
     forgotten,
     take_snapshot,
 )
+from ke_ray.training.tracking import log_progress, run_params, tracked_run
 
 if TYPE_CHECKING:
     from torch import nn
@@ -173,15 +173,17 @@ class _Run:
         row: dict[str, Any] = {}
         if whole is not None and before is not None:
             after = self._after(whole)
+            self.run.flush()  # where the store answers, the run's id is known from here on
             row = self._row(before, after, state, final, time.perf_counter() - started)
             self._write(before, after, state, row)
         barrier(self.worker)
         return row
 
     def _load(self, checkpoint: str) -> _Start:
-        from ke_ray.models.loading import load_model
+        from ke_ray.models.loading import load_model, require_head
 
         model = load_model(checkpoint, device=self.worker.device)
+        require_head(model, "Continual training")
         keys = self.study.resuscitation
         if keys is None:
             return _Start(model)

@@ -12,7 +12,7 @@ from torch import nn
 
 from ke_ray import storage
 from ke_ray.checkpoints.formats.layout import TOKENIZER_FILES
-from ke_ray.checkpoints.formats.saving import save_model
+from ke_ray.models.saving import save_model
 from ke_ray.training.checkpoint import full_tensors
 from ke_ray.training.parallel import Worker, barrier
 

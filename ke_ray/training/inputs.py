@@ -64,8 +64,9 @@ def read_start(study: ContinualStudy, ref: CheckpointRef, folder: str) -> StartC
     Raises:
         CheckpointSpecError: no tokenizer, no end-of-text id, or fewer positions than a row has.
     """
+    from ke_ray.checkpoints.reference import find_tokenizer
     from ke_ray.data.tokenizer import load_tokenizer
-    from ke_ray.models.loading import find_tokenizer, load_config
+    from ke_ray.models.loading import load_config
 
     config = load_config(folder)
     found = find_tokenizer(folder)
@@ -222,4 +223,5 @@ def _corpus(study: ContinualStudy, start: StartConfig, keys: Any) -> Any:
         tokenizer=start.tokenizer,
         eos_token_id=start.eos_token_id,
         vocab_size=start.vocab_size,
+        sampling=getattr(keys, "sampling", "first"),  # held-out text stays the source's beginning
     )

@@ -11,6 +11,7 @@ import json
 import logging
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,13 +19,15 @@ from ke_ray import storage
 from ke_ray.errors import DataError
 from ke_ray.results.manifest import new_manifest, read_manifest, write_manifest
 from ke_ray.results.training_folder import write_tables
+from ke_ray.storage.ownership import claimed
 from ke_ray.studies.identity import check_same_study, identity_fields, identity_keys
 from ke_ray.studies.training import PretrainStudy
-from ke_ray.tracking.training import log_progress, tracked_run
+from ke_ray.tracking.tracker import check_store
 from ke_ray.training.checkpoint import TrainingState, remove_states
 from ke_ray.training.export import export_model
 from ke_ray.training.loop import Hooks, Progress, train
 from ke_ray.training.parallel import Worker, barrier
+from ke_ray.training.tracking import log_progress, tracked_run
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -129,7 +132,15 @@ def _forget_other_data(study: PretrainStudy) -> None:
     if storage.exists(note) and storage.read_json(note) == keys:
         return
     for name in ("tokenizer", "world"):
-        storage.remove(storage.join(study.output, name))
+        place = storage.join(study.output, name)
+        for key, read in (("tokenizer", study.data.tokenizer), ("source", study.data.source)):
+            if read and f"{storage.absolute(read)}/".startswith(f"{storage.absolute(place)}/"):
+                raise DataError(
+                    f"data.{key} is '{read}', which pretraining with other data keys made in its "
+                    f"own output folder and would now remove; copy it elsewhere, or give another "
+                    "output folder."
+                )
+        storage.remove(place)
     storage.write_json(note, keys)
 
 
@@ -185,15 +196,30 @@ def run_pretrain(
 
     A finished study is not run again; one that was killed goes on from its last saved state.
 
+    Args:
+        worker: None claims the output folder (``storage.ownership``); whoever starts workers has
+            claimed it for them.
+
     Raises:
-        ResultsError: the output folder holds another study.
+        ResultsError: the output folder is somebody else's, holds another study, or another
+            command is writing it.
         NonFiniteLossError: training broke down; the checkpoints so far are kept.
+        StorageError: the MLflow store cannot be used; nothing was trained.
     """
+    with claimed(study.output, "pretrain") if worker is None else nullcontext():
+        return _run_claimed(study, progress, worker or Worker())
+
+
+def _run_claimed(
+    study: PretrainStudy, progress: Callable[[Progress], None] | None, worker: Worker
+) -> PretrainOutcome:
     from ke_ray.training.initial import build_config, build_model
 
-    worker = worker or Worker()
     started = time.perf_counter()
     finished = is_finished(study)
+    if worker is None and not finished:
+        check_store(study.mlflow)  # workers on Ray are past this: their driver has looked
+    worker = worker or Worker()
     barrier(worker)
     if finished:
         return _finished_outcome(study)

@@ -199,6 +199,7 @@ def coefficient_sums(model: Any, corpus: Corpus, batch_size: int) -> Any:
             corpus.lengths,
             measures=("knowledge_entropy",),
             num_instances=corpus.num_instances,
+            group_sizes=corpus.group_sizes,
             batch_size=batch_size,
         )
     finally:

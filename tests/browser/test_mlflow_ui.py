@@ -20,7 +20,7 @@ from ke_ray.engine.sweep.run import SweepOutcome, _Run, collect_sweep
 from ke_ray.planning.sweep import prepare_sweep
 from ke_ray.results.sweep_folder import objective_value
 from ke_ray.studies.parts import TrackingSettings
-from ke_ray.tracking.runs import Tracker
+from ke_ray.tracking.tracker import Tracker
 from ke_ray.training.continual import run_continual
 from ke_ray.training.pretrain import run_pretrain
 

@@ -19,12 +19,12 @@ import pytest
 
 from ke_ray.checkpoints.fetch.cache import Store
 from ke_ray.checkpoints.fetch.transfer import RetryPolicy
-from ke_ray.checkpoints.find.catalog import list_checkpoints
+from ke_ray.checkpoints.find.catalog import find_checkpoints, list_checkpoints
 from ke_ray.checkpoints.formats.fingerprint import weights_sha256
-from ke_ray.checkpoints.formats.saving import save_model
 from ke_ray.errors import CheckpointError, CheckpointSpecError
 from ke_ray.models.configuration import read_config
 from ke_ray.models.loading import load_model
+from ke_ray.models.saving import save_model
 
 QUICK = RetryPolicy(attempts=3, backoff_s=0.02, max_retry_after_s=1.0, timeout_s=2.0)
 TOKEN = "hf_planted_secret_0123456789"
@@ -173,6 +173,42 @@ def test_revisions_with_a_step_are_the_series(hub: FakeHub) -> None:
     assert [ref.duplicate_of for ref in refs] == [None] * 4
     assert not any("resolve" in request for request in hub.requests)
     assert refs == list_checkpoints("hf://org/series")
+
+
+def rename(repo: Path, names: dict[str, str]) -> None:
+    for old, new in names.items():
+        (repo / old).rename(repo / new)
+
+
+def test_main_ends_the_series_where_its_weights_are_its_own(hub: FakeHub, tiny_decoder) -> None:
+    repo = hub.root / "org" / "series"
+    rename(repo, {"step0-tokens0B": "ckpt_000", "step1-tokens1B": "ckpt_001"})
+    rename(repo, {"step2-tokens2B": "ckpt_002", "step1000-tokens1000B": "ckpt_003"})
+    assert [ref.revision for ref in list_checkpoints("org/series")][-1] == "ckpt_003"
+    shutil.rmtree(repo / "main")
+    save_model(tiny_decoder("llama", seed=9), repo / "main")
+    listing = find_checkpoints("org/series")
+    assert [ref.revision for ref in listing.checkpoints][-2:] == ["ckpt_003", "main"]
+    assert any("count checkpoints" in note for note in listing.notes)
+    assert [ref.revision for ref in list_checkpoints("org/series", limit=2)] == ["ckpt_000", "main"]
+
+
+def test_revisions_that_are_not_understood_are_named(hub: FakeHub, caplog) -> None:
+    repo = hub.root / "org" / "series"
+    rename(repo, {"step1-tokens1B": "chck_1M", "step2-tokens2B": "chck_2M"})
+    listing = find_checkpoints("org/series")
+    assert [ref.step for ref in listing.checkpoints] == [0, 1000]
+    assert "2 revisions have names that give no step" in listing.notes[0]
+    assert "chck_2M" in listing.notes[0]
+    rename(repo, {"step0-tokens0B": "chck_0M", "step1000-tokens1000B": "chck_1000M"})
+    refs = list_checkpoints("org/series")
+    assert [ref.revision for ref in refs] == ["main"]
+    assert "None of the 4 revisions beside 'main'" in caplog.text
+    assert "--revisions '*'" in caplog.text
+    listing = find_checkpoints("org/series", revisions="chck_*")
+    assert len(listing.checkpoints) == 4
+    assert {ref.step for ref in listing.checkpoints} == {None}
+    assert "4 of 4 checkpoints have no step" in listing.notes[0]
 
 
 def test_selection_asks_only_for_what_is_selected(hub: FakeHub) -> None:

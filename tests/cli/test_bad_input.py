@@ -227,13 +227,10 @@ def test_a_full_disk_is_one_message(tmp_path, monkeypatch):
     from ke_ray import storage
     from ke_ray.errors import StorageError
 
-    real = os.fdopen
+    def onto_full_device(descriptor):
+        os.dup2(os.open("/dev/full", os.O_WRONLY), descriptor)
 
-    def onto_full_device(handle, *arguments):
-        os.dup2(os.open("/dev/full", os.O_WRONLY), handle)
-        return real(handle, *arguments)
-
-    monkeypatch.setattr(os, "fdopen", onto_full_device)
+    monkeypatch.setattr(storage, "hold", onto_full_device)
     with pytest.raises(StorageError, match="no space is left"):
         storage.write_atomic(tmp_path / "x", b"x" * 100_000)
     monkeypatch.undo()

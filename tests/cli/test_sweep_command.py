@@ -46,6 +46,7 @@ def test_every_shipped_sweep_has_a_plan_without_a_network(ke_ray, monkeypatch, t
     assert int(lines["trials"].split()[1]) >= 4
     assert "about" in lines["training tokens"]
     assert ("H100" in lines["hours"]) == (name != "demo")
+    assert ("assumed" in lines["hours"]) == ("measured in" in lines["hours"]) == (name != "demo")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -13,7 +13,7 @@ from ke_ray.cli.sweep import settings_lines
 from ke_ray.engine.sweep.run import SweepOutcome, collect_sweep
 from ke_ray.planning.sweep import prepare_sweep
 from ke_ray.studies.parts import TrackingSettings
-from ke_ray.tracking.runs import Tracker
+from ke_ray.tracking.tracker import Tracker
 from ke_ray.training.pretrain import run_pretrain
 
 

@@ -47,6 +47,28 @@ def test_identity_equals_the_loop_over_rows():
     assert output is None
 
 
+@pytest.mark.parametrize("windowed", [False, True])
+def test_large_scores_leave_no_rounding_bias(windowed):
+    """A key bias as in Qwen-2 (scores near 100 in every row), and heads that look at one key."""
+    query, key = tensors(seed=7, batch=1, length=64, d_head=16)
+    common = torch.randn(1, 3, 1, 16, generator=torch.Generator().manual_seed(8))
+    query[:, 0] += 4 * common[:, 0]
+    key[:, 0] += 8 * common[:, 0]
+    query[:, 1] += 4 * common[:, 1]
+    key[:, 1, 0] = 10 * common[:, 1, 0]
+    positions = torch.arange(64)
+    distance = positions[:, None] - positions[None, :]
+    mask = ((distance >= 0) & (distance < (4 if windowed else 64)))[None, None]
+    scores = (0.25 * query.double() @ key.double().mT).masked_fill(~mask, -torch.inf)
+    assert scores.max() > 100
+    log_p = torch.log_softmax(scores, dim=-1)
+    expected = -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0)).sum(dim=-1)
+    got = attention_entropy(query, key, scale=0.25, mask=mask if windowed else None)
+    error = got.double() - expected
+    assert error.abs().max() < 1e-5
+    assert error.mean(dim=-1).abs().max() < 5e-7
+
+
 def test_sliding_window_mask_is_used_in_both_calls():
     query, key = tensors(seed=1)
     positions = torch.arange(9)

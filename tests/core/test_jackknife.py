@@ -5,7 +5,14 @@ import math
 import numpy as np
 import pytest
 
-from ke_ray.core.jackknife import group_of, group_sizes, paired_difference, standard_error
+from ke_ray.core.jackknife import (
+    cut_document_factor,
+    document_groups,
+    group_of,
+    group_sizes,
+    paired_difference,
+    standard_error,
+)
 
 
 def _replicates(values: np.ndarray, statistic) -> np.ndarray:  # type: ignore[no-untyped-def]
@@ -144,3 +151,41 @@ def test_a_checkpoint_does_not_differ_from_itself() -> None:
         values.mean(), left_out, values.mean(), left_out, group_sizes(80)
     )
     assert (float(value), float(error)) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 3, 5])
+def test_groups_of_whole_documents_are_nearly_equal_and_cut_none(pieces: int) -> None:
+    document = np.arange(700) // pieces
+    sizes = document_groups(document, document)
+    bounds = np.cumsum(sizes)
+    assert bounds[-1] == 700
+    assert (document[bounds[:-1]] > document[bounds[:-1] - 1]).all()
+    assert abs(sizes - 700 / 64).max() <= pieces
+    assert cut_document_factor(sizes, document) == 1.0
+
+
+def test_instances_that_share_a_document_at_their_ends_stay_together() -> None:
+    first = np.arange(200)
+    last = first + (np.arange(200) % 2 == 0)  # 0 and 1 share document 1, 2 and 3 document 3, …
+    sizes = document_groups(first, last)
+    assert (np.cumsum(sizes) % 2 == 0).all()
+    assert len(sizes) == 64
+
+
+def test_few_long_documents_are_cut_into_equal_groups_and_the_factor_says_how_often() -> None:
+    document = np.arange(640) // 160
+    sizes = document_groups(document, document)
+    assert sizes.tolist() == [10] * 64
+    assert cut_document_factor(sizes, document) == pytest.approx(4.0)  # √16: 16 groups a document
+    assert document_groups(np.zeros(100), np.zeros(100)).tolist() == group_sizes(100).tolist()
+
+
+def test_the_factor_is_what_errors_lack_where_documents_repeat_themselves() -> None:
+    rng = np.random.default_rng(0)
+    sizes, document = group_sizes(64), np.arange(64) // 4
+    values = np.repeat(rng.normal(size=(4000, 16)), 4, axis=1)
+    left_out = (values.sum(1, keepdims=True) - values) / 63
+    errors = standard_error(values.mean(1), left_out, sizes)
+    ratio = values.mean(1).std() / np.sqrt((errors**2).mean())
+    assert cut_document_factor(sizes, document) == pytest.approx(2.0)
+    assert ratio == pytest.approx(2.0, rel=0.05)

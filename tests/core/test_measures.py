@@ -21,6 +21,7 @@ from ke_ray.core.statistics import TABLES, GroupSums, group_of, group_sizes
 from ke_ray.errors import UserError
 
 N_LAYERS, D_MLP, NUM_INSTANCES = 3, 40, 100
+SMOOTH = [name for name, measure in MEASURES.items() if measure.is_smooth]
 
 
 def _values(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -95,7 +96,7 @@ def test_names_and_units_are_the_published_ones() -> None:
     }
 
 
-@pytest.mark.parametrize("measure", list(MEASURES))
+@pytest.mark.parametrize("measure", SMOOTH)
 def test_values_and_replicates_equal_recomputing_from_the_instances(measure: str) -> None:
     values = _values()
     result = _evaluate(_sums(values), [measure])
@@ -122,10 +123,19 @@ def test_values_and_replicates_equal_recomputing_from_the_instances(measure: str
     assert total.stderr > 0
 
 
+def test_a_count_of_memories_has_a_value_but_no_error_and_no_replicates() -> None:
+    values = _values()
+    result = _evaluate(_sums(values), ["dormant_share"])
+    direct = _direct("dormant_share", values)
+    assert [row.value for row in result.rows] == pytest.approx([*direct, direct.mean()])
+    assert all(math.isnan(row.stderr) for row in result.rows)
+    assert not result.replicates
+
+
 def test_everything_at_once_equals_one_at_a_time_and_rows_are_ordered() -> None:
     sums = _sums(_values())
-    together = _evaluate(sums, list(reversed(MEASURES)))
-    rows = [row for name in MEASURES for row in _evaluate(sums, [name]).rows]
+    together = _evaluate(sums, list(reversed(SMOOTH)))
+    rows = [row for name in SMOOTH for row in _evaluate(sums, [name]).rows]
     assert list(together.rows) == rows
     assert [row.layer for row in together.rows if row.measure == "gini"] == [0, 1, 2, None]
     assert [row.layer for row in together.rows if row.measure == "next_token_entropy"] == [None]
@@ -147,7 +157,7 @@ def test_the_split_of_the_data_changes_neither_value_nor_error() -> None:
         ):
             assert (a.layer, a.measure) == (b.layer, b.measure)
             assert a.value == pytest.approx(b.value, rel=1e-12)
-            assert a.stderr == pytest.approx(b.stderr, rel=1e-8)
+            assert a.stderr == pytest.approx(b.stderr, rel=1e-8, nan_ok=True)
 
 
 def test_uniform_and_one_hot_use() -> None:
@@ -214,9 +224,22 @@ def test_parameters_out_of_range_are_refused_even_where_unused() -> None:
         evaluate(sums, ["knowledge_entropy"], dormant_threshold=-1.0)
 
 
-def test_a_row_that_does_not_exist_is_a_key_error() -> None:
-    with pytest.raises(KeyError):
-        evaluate(_sums(_values()), ["gini"]).row("knowledge_entropy")
+def test_one_measure_may_be_given_as_a_text() -> None:
+    assert check_measures("knowledge_entropy") == ("knowledge_entropy",)
+    assert check_measures("gini, knowledge_entropy") == ("knowledge_entropy", "gini")
+    with pytest.raises(UserError, match=r"unknown measure 'knowledge'\."):
+        check_measures("knowledge")
+    assert evaluate(_sums(_values()), "gini").row("gini").measure == "gini"
+
+
+def test_a_row_that_does_not_exist_names_those_that_do() -> None:
+    evaluation = evaluate(_sums(_values()), ["gini", "next_token_entropy"])
+    with pytest.raises(UserError, match="'knowledge_entropy'.*has next_token_entropy, gini"):
+        evaluation.row("knowledge_entropy")
+    with pytest.raises(UserError, match="no layer 7; it has layers 0 to 2 and the total"):
+        evaluation.row("gini", 7)
+    with pytest.raises(UserError, match="no layer 0; it has a total"):
+        evaluation.row("next_token_entropy", 0)
 
 
 def test_names_errors_and_acquisition_need_no_torch() -> None:

@@ -24,14 +24,14 @@ def test_equals_the_loop_over_the_vocabulary(spread):
     logits = spread * torch.randn(37, 211, generator=generator)
     got = next_token_entropy(logits)
     assert got.dtype == torch.float64
-    torch.testing.assert_close(got, loop(logits), atol=2e-5, rtol=0)
+    torch.testing.assert_close(got, loop(logits), atol=5e-7, rtol=0)
 
 
 def test_limits_uniform_one_hot_and_impossible_tokens():
     torch.testing.assert_close(
         next_token_entropy(torch.full((3, 50), 7.0)),
         torch.full((3,), math.log(50), dtype=torch.float64),
-        atol=1e-6,
+        atol=1e-9,
         rtol=0,
     )
     one_hot = torch.full((2, 50), -torch.inf)
@@ -39,14 +39,14 @@ def test_limits_uniform_one_hot_and_impossible_tokens():
     assert next_token_entropy(one_hot).tolist() == [0.0, 0.0]
     two = torch.full((1, 50), -torch.inf)
     two[:, 4:6] = 12.0
-    assert float(next_token_entropy(two)) == pytest.approx(math.log(2), abs=1e-6)
+    assert float(next_token_entropy(two)) == pytest.approx(math.log(2), abs=1e-9)
 
 
 def test_nan_is_not_hidden():
     logits = torch.zeros(2, 9)
     logits[1, 3] = torch.nan
     got = next_token_entropy(logits)
-    assert float(got[0]) == pytest.approx(math.log(9), abs=1e-6)
+    assert float(got[0]) == pytest.approx(math.log(9), abs=1e-9)
     assert math.isnan(float(got[1]))
 
 
@@ -68,9 +68,40 @@ def test_streaming_in_chunks_gives_the_same_and_never_forms_all_logits():
     got = streamed_entropy(hidden, head, 2**17)
     assert max(seen) * 2**17 <= 2**24
     assert sum(seen) == 301
-    torch.testing.assert_close(got, next_token_entropy(hidden @ weight.T), atol=1e-5, rtol=0)
+    torch.testing.assert_close(got, next_token_entropy(hidden @ weight.T), atol=5e-7, rtol=0)
 
 
 def test_bfloat16_logits_are_summed_in_float32():
     logits = torch.randn(4, 5000, generator=torch.Generator().manual_seed(3)).bfloat16()
-    torch.testing.assert_close(next_token_entropy(logits), loop(logits), atol=1e-5, rtol=0)
+    torch.testing.assert_close(next_token_entropy(logits), loop(logits), atol=5e-7, rtol=0)
+
+
+def confident(offset, margin):
+    """Logits of 64 tokens over 50,304: one stands out by about ``margin``, all near ``offset``."""
+    generator = torch.Generator().manual_seed(4)
+    logits = offset + 2 * torch.randn(64, 50304, generator=generator)
+    favourite = torch.randint(50304, (64, 1), generator=generator)
+    return logits.scatter_add_(1, favourite, torch.full((64, 1), margin))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("offset", "margin"), [(40.0, 30.0), (-80.0, 16.0), (0.0, 60.0)])
+def test_confident_predictions_have_no_rounding_bias(offset, margin, dtype):
+    logits = confident(offset, margin).to(dtype)
+    log_p = torch.log_softmax(logits.double(), dim=-1)
+    expected = -(log_p.exp() * log_p).sum(dim=-1)
+    torch.testing.assert_close(next_token_entropy(logits), expected, atol=5e-7, rtol=0)
+
+
+def test_confident_predictions_stream_without_bias():
+    logits = confident(40.0, 30.0)
+    log_p = torch.log_softmax(logits.double(), dim=-1)
+    chunks: list[int] = []
+
+    def head(rows):
+        chunks.append(len(rows))
+        return logits[rows[:, 0].long()]
+
+    got = streamed_entropy(torch.arange(64.0)[:, None], head, 2**19)  # 32 tokens a chunk
+    assert chunks == [32, 32]
+    torch.testing.assert_close(got, -(log_p.exp() * log_p).sum(dim=-1), atol=5e-7, rtol=0)

@@ -228,3 +228,21 @@ def test_sums_of_different_datasets_or_tables_do_not_merge() -> None:
 def test_unknown_tables_are_refused() -> None:
     with pytest.raises(ValueError, match="unknown sums"):
         GroupSums.empty(4, ["coefs"], n_layers=1, d_mlp=1)
+
+
+def test_groups_of_given_sizes_are_contiguous_and_travel() -> None:
+    sizes = [3, 1, 6]
+    sums = GroupSums.empty(10, ["next_token_entropy"], n_layers=1, d_mlp=1, sizes=sizes)
+    for part in torch.randperm(10).split(3):
+        piece = GroupSums.empty(10, ["next_token_entropy"], n_layers=1, d_mlp=1, sizes=sizes)
+        piece.count(part, torch.ones_like(part))
+        piece.add("next_token_entropy", part, part.double())
+        sums.merge(GroupSums.from_tensors(piece.to_tensors()))
+    assert sums.is_complete()
+    assert sums.counts.tolist() == sizes
+    assert sums.tables["next_token_entropy"].tolist() == [0 + 1 + 2, 3, 4 + 5 + 6 + 7 + 8 + 9]
+    equal = GroupSums.empty(10, ["next_token_entropy"], n_layers=1, d_mlp=1)
+    with pytest.raises(ValueError, match="cannot merge"):
+        sums.merge(equal)
+    with pytest.raises(ValueError, match="do not make 10"):
+        GroupSums.empty(10, ["next_token_entropy"], n_layers=1, d_mlp=1, sizes=[3, 3])

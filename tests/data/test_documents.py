@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ke_ray.data import documents as documents_module
-from ke_ray.data.documents import iter_documents, parse_document
+from ke_ray.data.document import parse_document
+from ke_ray.data.documents import iter_documents
 from ke_ray.errors import DataError
 
 TEXTS = ["One fish.", "Two — fish,\nand a line break.", "Drei Fische: äöü 🐟"]

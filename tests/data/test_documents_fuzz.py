@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mutation import mutated
 
-from ke_ray.data.documents import iter_documents, parse_document
+from ke_ray.data.document import parse_document
+from ke_ray.data.documents import iter_documents
 from ke_ray.data.facts import load_facts, parse_facts
 from ke_ray.errors import DataError
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ke_ray import storage
 from ke_ray.data import training_set
 from ke_ray.data.corpus import build_corpus
 from ke_ray.data.olmo_order import rebuild_order
@@ -179,10 +180,14 @@ def test_an_unfinished_file_of_a_killed_process_is_cleared(source: str, tmp_path
     name = prepare(source, tmp_path / "a").path.name
     cache = tmp_path / "b"
     cache.mkdir()
-    (cache / f".{name}.abcd").write_bytes(b"half")
+    left, other = storage.temporary_path(cache / name), cache / f".{name}.swp"
+    for path in (left, other):
+        path.write_bytes(b"half")
+        os.utime(path, (0, 0))
     dataset = prepare(source, cache)
     assert dataset.path.name == name
-    assert not (cache / f".{name}.abcd").exists()
+    assert not left.exists()
+    assert other.exists()
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
@@ -238,9 +243,9 @@ def test_what_cannot_be_trained_on_is_said(source: str, tmp_path: Path) -> None:
 def test_a_full_disk_is_one_message(source: str, tmp_path: Path, monkeypatch) -> None:
     """The temporary file is replaced by a device that is always full."""
 
-    def full(**_: object) -> tuple[int, str]:
-        return os.open("/dev/full", os.O_WRONLY), str(tmp_path / "gone")
+    def onto_full_device(descriptor: int) -> None:
+        os.dup2(os.open("/dev/full", os.O_WRONLY), descriptor)
 
-    monkeypatch.setattr("ke_ray.data.training_cache.tempfile.mkstemp", full)
+    monkeypatch.setattr("ke_ray.storage.hold", onto_full_device)
     with pytest.raises(StorageError, match="No space left on device"):
         prepare(source, tmp_path / "cache")

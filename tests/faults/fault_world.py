@@ -20,6 +20,7 @@ from safetensors.numpy import load as load_safetensors
 
 from ke_ray import storage
 from ke_ray.config import validate
+from ke_ray.storage.ownership import MARK
 from ke_ray.studies.scan import ScanStudy
 from ke_ray.studies.sweep import SweepStudy
 from ke_ray.studies.training import PretrainStudy
@@ -27,7 +28,6 @@ from ke_ray.studies.training import PretrainStudy
 NUM_CHECKPOINTS = 8
 #: Titles of the processes that do ke_ray's work in a Ray session.
 WORKERS = ("MapWorker", "ScanMonitor", "RayTrainWorker", "TrainController", "ImplicitFunc")
-_LOCKS = (".scan.lock", ".lock")
 
 Results = dict[Any, Any]
 
@@ -182,7 +182,7 @@ class Silent:
 
 def run(study: Any) -> Any:
     """Run a study in the Ray session of this process."""
-    from ke_ray.tracking.runs import Tracker
+    from ke_ray.tracking.tracker import Tracker
 
     if study.kind == "pretrain":
         from ke_ray.engine.train.trainer import run_pretrain_on_ray
@@ -261,7 +261,7 @@ def leftovers(output: Path) -> list[str]:
     return [
         str(path.relative_to(output))
         for path in sorted(output.rglob("*"))
-        if (path.name.startswith(".") and path.name not in _LOCKS)
+        if (path.name.startswith(".") and path.name != MARK)
         or path.name.endswith((".incomplete", ".tmp", ".part"))
         or path.name in ("parts", "ray", "state")
     ]

@@ -44,6 +44,17 @@ class Head:
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         return requests.get(f"{self.address}{path}", headers=headers, timeout=30)
 
+    def alive(self) -> set[str]:
+        """The nodes that are up; asked again where the dashboard is too busy to answer."""
+        for attempt in range(20):
+            try:
+                found = self.get("/api/v0/nodes", self.token).json()["data"]["result"]["result"]
+                break
+            except requests.RequestException:
+                assert attempt < 19, (self.folder / "head.log").read_text()
+                time.sleep(1)
+        return {node["node_id"] for node in found if node["state"] == "ALIVE"}
+
     def jobs(self, name: str) -> list[dict]:
         """The submissions whose id starts so, oldest first."""
         found = [
@@ -102,6 +113,25 @@ def running_head(num_cpus: int = 2) -> Iterator[Head]:
             time.sleep(0.5)
         yield head
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def joined_node(head: Head, name: str, num_cpus: int, num_gpus: int = 0) -> Iterator[psutil.Popen]:
+    """Another node of the head's cluster, with the GPUs that it declares; up when this returns."""
+    (agent,) = free_ports(1)
+    command = [
+        *(RAY, "start", "--block", "--address", head.gcs, "--node-ip-address", "127.0.0.1"),
+        *("--num-cpus", str(num_cpus), "--num-gpus", str(num_gpus), "--disable-usage-stats"),
+        *("--object-store-memory", "150000000", "--dashboard-agent-listen-port", str(agent)),
+    ]
+    before = head.alive()
+    log = head.folder / f"{name}.log"
+    with node(command, head, log) as process:
+        deadline = time.monotonic() + 120
+        while not head.alive() - before:
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.2)
+        yield process
 
 
 @contextmanager

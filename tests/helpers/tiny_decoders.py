@@ -11,7 +11,7 @@ import pytest
 import torch
 from checkpoint_site import Site
 
-from ke_ray.checkpoints.formats.saving import save_model
+from ke_ray.models.saving import save_model
 
 BASE = {
     "vocab_size": 97,

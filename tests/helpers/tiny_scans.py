@@ -87,7 +87,7 @@ def scan() -> Callable[[ScanStudy], Any]:
     def run(study: ScanStudy) -> Any:
         from ke_ray.engine.scan.run import run_scan
         from ke_ray.planning.scan import prepare_scan
-        from ke_ray.tracking.runs import Tracker
+        from ke_ray.tracking.tracker import Tracker
 
         with Tracker(study.mlflow) as tracker:
             return run_scan(prepare_scan(study), Silent(), tracker)

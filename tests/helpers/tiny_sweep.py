@@ -9,7 +9,8 @@ from typing import Any
 from tiny_studies import tiny_continual
 
 from ke_ray.config import validate
-from ke_ray.planning.sweep import SweepPlan, Trial
+from ke_ray.planning.sweep import SweepPlan
+from ke_ray.planning.trials import Trial
 from ke_ray.results.manifest import new_manifest, write_manifest
 from ke_ray.studies.identity import identity_fields, identity_keys
 from ke_ray.studies.sweep import SweepStudy

@@ -16,7 +16,7 @@ from ke_ray.config import load_study
 from ke_ray.errors import ConfigError
 from ke_ray.secrets import is_secret_name
 from ke_ray.studies.continual import ContinualStudy
-from ke_ray.studies.jobs import load_job, runtime_env_of
+from ke_ray.studies.jobs import load_job, refuse_loopback_tracking, runtime_env_of
 from ke_ray.studies.scan import ScanStudy
 from ke_ray.studies.sweep import load_sweep
 from ke_ray.studies.training import PretrainStudy
@@ -26,6 +26,7 @@ JOBS = sorted(
     path for path in (ROOT / "jobs").glob("*.yaml") if path.read_text().count("\nkind: job\n")
 )
 PLANTED = "hf_planted0secret1value2"
+SUBMITTER = {"MLFLOW_TRACKING_URI": "http://mlflow.internal:5000"}
 
 
 def write(folder: Path, **keys) -> str:
@@ -38,7 +39,7 @@ def entry_of(path: Path) -> tuple[str, dict[str, str]]:
     """The command line of a job or of a RayJob, and its variables."""
     if path.stem.startswith("kuberay"):
         return yaml.safe_load(path.read_text())["spec"]["entrypoint"], {}
-    job = load_job(str(path), [], {})
+    job = load_job(str(path), [], SUBMITTER)
     return job.entrypoint, job.env
 
 
@@ -69,12 +70,60 @@ def test_the_command_line_is_one_that_ke_ray_takes(path):
 @pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
 def test_a_shipped_job_is_found_from_any_folder(path, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    job = load_job(str(path), [], {})
-    runtime_env = runtime_env_of(job, {})
+    job = load_job(str(path), [], SUBMITTER)
+    runtime_env = runtime_env_of(job, SUBMITTER)
     assert Path(runtime_env["working_dir"]).resolve() == ROOT
     assert runtime_env["env_vars"]["KE_RAY_RUNS"] == "/mnt/ke_ray/runs"
     assert runtime_env["env_vars"]["MLFLOW_DISABLE_TELEMETRY"] == "true"
     assert not any(is_secret_name(name) for name in runtime_env["env_vars"])
+
+
+@pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
+def test_a_shipped_job_takes_the_mlflow_address_from_its_submitter(path):
+    assert "127.0.0.1:5000" not in path.read_text()
+    for environ in ({}, {"MLFLOW_TRACKING_URI": ""}):
+        with pytest.raises(
+            ConfigError, match=r"MLFLOW_TRACKING_URI .*every node.*--set env\.MLFLOW"
+        ):
+            load_job(str(path), [], environ)
+    for job in (
+        load_job(str(path), [], SUBMITTER),
+        load_job(str(path), [f"env.MLFLOW_TRACKING_URI={SUBMITTER['MLFLOW_TRACKING_URI']}"], {}),
+    ):
+        env_vars = runtime_env_of(job, {})["env_vars"]
+        assert env_vars["MLFLOW_TRACKING_URI"] == SUBMITTER["MLFLOW_TRACKING_URI"]
+        assert "--mlflow-uri $MLFLOW_TRACKING_URI" in job.entrypoint, "a study may name another"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]", "0.0.0.0", "127.8.0.9"])
+@pytest.mark.parametrize("form", ["env", "option", "override"])
+def test_a_loopback_mlflow_address_is_refused_where_there_are_other_nodes(tmp_path, host, form):
+    uri = f"http://{host}:5000"
+    entry = {"option": f"--mlflow-uri '{uri}'", "override": f"--set mlflow.uri={uri}"}
+    job = load_job(
+        write(
+            tmp_path,
+            entrypoint=f"ke-ray sweep x {entry.get(form, '')}",
+            env={"MLFLOW_TRACKING_URI": uri} if form == "env" else {},
+        ),
+        [],
+        {},
+    )
+    runtime_env = runtime_env_of(job, {})
+    with pytest.raises(
+        ConfigError, match="loopback address, and the cluster has 3 machines"
+    ) as error:
+        refuse_loopback_tracking(job, runtime_env, 3)
+    assert uri in str(error.value)
+    for unharmed in (1, None):
+        refuse_loopback_tracking(job, runtime_env, unharmed)
+
+
+def test_an_address_of_another_machine_is_taken(tmp_path):
+    job = load_job(
+        write(tmp_path, entrypoint="ke-ray scan x --mlflow-uri http://10.77.0.101:5000"), [], {}
+    )
+    refuse_loopback_tracking(job, {"env_vars": SUBMITTER}, 3)
 
 
 def test_code_and_studies_travel_and_nothing_else(tmp_path):

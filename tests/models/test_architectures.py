@@ -72,7 +72,7 @@ def test_mixtures_of_experts_are_refused_from_the_config_alone(model_type):
         check_config(AutoConfig.for_model(model_type))
 
 
-@pytest.mark.parametrize("model_type", ["bloom", "opt", "bert", "mamba", "t5"])
+@pytest.mark.parametrize("model_type", ["bloom", "opt", "falcon"])
 def test_unknown_architectures_are_refused_and_the_known_ones_named(model_type):
     from transformers import AutoConfig
 
@@ -102,3 +102,27 @@ def test_a_model_not_built_like_its_type_is_refused(tiny_decoder):
 def test_a_bare_body_is_described_too(tiny_decoder):
     body = tiny_decoder("gpt2").base_model
     assert len(describe(body)) == 2
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("mamba", "state-space"),
+        ("rwkv", "recurrent"),
+        ("jamba", "hybrid"),
+        ("bert", "encoder"),
+        ("t5", "encoder-decoder"),
+        ("gemma3", "modalities"),
+    ],
+)
+def test_families_that_cannot_be_measured_are_told_why(model_type, reason):
+    with pytest.raises(UnsupportedArchitectureError, match=reason) as raised:
+        check_config(SimpleNamespace(model_type=model_type))
+    assert "Did you mean" not in str(raised.value)
+
+
+@pytest.mark.parametrize("model_type", ["granite", "bloom", "opt", "falcon", "gemini"])
+def test_names_that_are_only_a_little_alike_get_no_hint(model_type):
+    with pytest.raises(UnsupportedArchitectureError, match="not known") as raised:
+        check_config(SimpleNamespace(model_type=model_type))
+    assert "Did you mean" not in str(raised.value)

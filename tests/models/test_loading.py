@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ke_ray.checkpoints.formats.saving import save_model
-from ke_ray.checkpoints.reference import CheckpointRef
+from ke_ray.checkpoints.reference import CheckpointRef, find_tokenizer
 from ke_ray.errors import CheckpointError, UnsupportedArchitectureError
 from ke_ray.models.configuration import read_config, read_outline
-from ke_ray.models.loading import find_tokenizer, load_config, load_model, move
+from ke_ray.models.loading import load_config, load_model, move
+from ke_ray.models.saving import save_model
 
 FAMILIES = [
     *("olmo", "olmo2", "olmo3", "llama", "mistral", "qwen2", "qwen3"),
@@ -82,6 +82,82 @@ def test_shards_load_as_one(tmp_path: Path, tiny_decoder) -> None:
     model.save_pretrained(tmp_path / "x", max_shard_size="20KB")
     assert len(list((tmp_path / "x").glob("model-*.safetensors"))) > 2
     assert torch.equal(load_model(tmp_path / "x")(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin", "native"])
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."]
+)
+def test_prefixes_of_wrappers_are_stripped(
+    tmp_path: Path, tiny_decoder, prefix: str, file: str
+) -> None:
+    model = tiny_decoder("olmo")
+    save_model(model, tmp_path, layout="native" if file == "native" else "hf")
+    path = tmp_path / "model.safetensors"
+    tensors = {prefix + name: tensor for name, tensor in load_file(path).items()}
+    if file == "pytorch_model.bin":
+        path.unlink()
+        torch.save(tensors, tmp_path / file)
+    else:
+        save_file(tensors, path, metadata={"format": "pt"})
+    assert torch.equal(load_model(tmp_path)(IDS).logits, model(IDS).logits)
+
+
+def test_prefixes_inside_names_and_two_of_one_name(folder: Path, tiny_decoder) -> None:
+    def wrap(tensors) -> None:  # torch.compile of each layer
+        for name in [name for name in tensors if ".layers." in name]:
+            head, layer, rest = name.split(".", 3)[:2], *name.split(".", 3)[2:]
+            tensors[".".join([*head, layer, "_orig_mod", rest])] = tensors.pop(name)
+
+    rewrite(folder, wrap)
+    assert torch.equal(load_model(folder)(IDS).logits, tiny_decoder("olmo")(IDS).logits)
+    name = "model.embed_tokens.weight"
+    rewrite(folder, lambda t: t.update({f"_orig_mod.{name}": torch.zeros(97, 32)}))
+    with pytest.raises(CheckpointError, match=f"'{name}' twice"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_base_model_without_head_loads_as_its_body(
+    tmp_path: Path, tiny_decoder, family: str
+) -> None:
+    model = tiny_decoder(family)
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    model.base_model.save_pretrained(tmp_path)
+    loaded = load_model(tmp_path)
+    assert torch.equal(loaded.base_model(IDS)[0], model.base_model(IDS)[0])
+    if tied:  # the head is the embedding, which is there
+        assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+    else:
+        assert loaded.get_output_embeddings() is None
+
+
+def test_a_lost_head_is_no_base_model(folder: Path) -> None:
+    rewrite(folder, lambda t: t.pop("lm_head.weight"))
+    with pytest.raises(CheckpointError, match=r"1 tensors are missing.*lm_head"):
+        load_model(folder)
+
+
+def test_a_base_model_cannot_be_saved_in_the_native_layout(tmp_path: Path, tiny_decoder) -> None:
+    with pytest.raises(UnsupportedArchitectureError, match="needs a language-model head"):
+        save_model(tiny_decoder("olmo").base_model, tmp_path / "x", layout="native")
+
+
+def test_shards_without_their_index_load_as_one(tmp_path: Path, tiny_decoder) -> None:
+    model = tiny_decoder("llama")
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    (tmp_path / "model.safetensors.index.json").unlink()
+    assert torch.equal(load_model(tmp_path)(IDS).logits, model(IDS).logits)
+    sorted(tmp_path.glob("model-*.safetensors"))[1].unlink()
+    with pytest.raises(CheckpointError, match="tensors are missing"):
+        load_model(tmp_path)
+
+
+def test_a_git_lfs_pointer_is_told_apart_from_damage(folder: Path) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 12\n"
+    (folder / "model.safetensors").write_text(pointer)
+    with pytest.raises(CheckpointError, match="Git LFS pointer.*git lfs pull"):
+        load_model(folder)
 
 
 def test_pickled_tensors_load(folder: Path, tiny_decoder) -> None:

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from ke_ray.checkpoints.formats.fingerprint import weights_sha256
-from ke_ray.checkpoints.formats.saving import save_model
 from ke_ray.checkpoints.formats.weights import open_weights
 from ke_ray.errors import CheckpointError, UserError
 from ke_ray.models.loading import load_model
+from ke_ray.models.saving import save_model
 
 pytestmark = pytest.mark.slow
 

@@ -276,3 +276,22 @@ def test_a_model_that_shares_the_config_still_runs_while_another_is_measured(tin
     expected = other(ids).logits
     with measure_attention(model, describe(model), lambda _layer, _entropy: None):
         torch.testing.assert_close(other(ids).logits, expected)
+
+
+def test_a_base_model_has_every_measure_but_next_token_entropy(tiny_decoder):
+    model = tiny_decoder("olmo")
+    ids, lengths = instances()
+    real = torch.arange(ids.shape[1]) < lengths[:, None]
+    others = [name for name in MEASURES if name != "next_token_entropy"]
+    same(
+        score_model(model.base_model, ids, real, measures=others),
+        score_model(model, ids, real, measures=others),
+    )
+    with pytest.raises(UnsupportedArchitectureError, match=r"needs a language-model head.*base"):
+        score_model(model.base_model, ids, measures=["next_token_entropy"])
+
+
+def test_one_measure_may_be_given_as_a_text(tiny_decoder):
+    ids, _ = instances()
+    scores = score_model(tiny_decoder("olmo"), ids, measures="gini")
+    assert {row.measure for row in scores.rows} == {"gini"}

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from ke_ray.planning.speed import H100_FLOPS_PER_S, Speed, measured_speed
 
+from ke_ray.planning import speed
 from ke_ray.planning.scan_forecast import forecast
-from ke_ray.planning.scan_items import FLOPS_PER_S
 from ke_ray.studies.scan import ScanStudy
 
 
@@ -30,8 +31,42 @@ def test_hours_on_gpus_follow_from_operations_and_bytes(
     many = {"num_instances": 10**9, "sequence_length": 24}
     body, head = 2 * (4 * 32**2 + 3 * 32 * 48), 32 * 128
     alone = gpu_hours(forecast(scan_study(measures=("knowledge_entropy", "gini"), **many)))
-    seconds = 4 * 24e9 * 2 * body / FLOPS_PER_S["gpu"]
+    seconds = 4 * 24e9 * 2 * body / (0.6 * H100_FLOPS_PER_S["float32"])
     assert alone[1] * 3600 == pytest.approx(seconds, rel=0.01)
     assert alone[64] == pytest.approx(alone[1] / 64, rel=0.01)
     every = gpu_hours(forecast(scan_study(**many)))
     assert every[1] / alone[1] == pytest.approx(1.28 * (body + head) / body, rel=0.01)
+
+
+def test_hours_on_gpus_are_those_of_the_studys_dtype(
+    scan_study: Callable[..., ScanStudy], series: Path
+) -> None:
+    many = {"num_instances": 10**9, "sequence_length": 24}
+    plain, short = (
+        gpu_hours(forecast(scan_study(dtype=dtype, **many))) for dtype in ("float32", "bfloat16")
+    )
+    assert plain[1] / short[1] == pytest.approx(989 / 67, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        (0.1e12, Speed("CPU", "float32", 2.5e12, 25.0, "bfloat16")),
+        (5.0e12, Speed("CPU", "bfloat16", 5.0e12, 1.0, "bfloat16")),
+    ],
+)
+def test_hours_are_not_made_of_a_dtype_that_the_cpu_emulates(
+    own: float, expected: Speed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speeds = {"float32": 2.5e12, "bfloat16": own}
+    monkeypatch.setattr(speed, "_measured", lambda device, dtype: speeds[dtype])
+    found = measured_speed("bfloat16", use_gpu=False)
+    assert found == expected
+    assert ("25.0 times slower" in str(found)) == (own < 2.5e12)
+    assert f"measured in {expected.dtype}" in str(found)
+
+
+def test_the_speed_of_this_machine_is_measured() -> None:
+    found = measured_speed("float32", use_gpu=False)
+    assert (found.device, found.dtype, found.slowdown) == ("CPU", "float32", 1.0)
+    assert found.flops_per_s > 1e8

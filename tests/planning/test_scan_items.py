@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ke_ray.engine.scan.scorer_output import item_from_json, item_to_json
 from ke_ray.planning.scan_items import CheckpointWork, CorpusWork, load_tokens, makespan, plan_items
+from ke_ray.planning.scan_messages import item_from_json, item_to_json
 
 HERE = load_tokens(gpu=False, fetched=False)
 

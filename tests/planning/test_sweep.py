@@ -19,7 +19,7 @@ from ke_ray.planning.sweep import SweepPlan, prepare_sweep
 from ke_ray.results.manifest import new_manifest
 from ke_ray.results.scan_folder import ScanFolder
 from ke_ray.results.sweep_folder import pareto_points, settings_rows, sweep_summary
-from ke_ray.tracking.runs import Tracker
+from ke_ray.tracking.tracker import Tracker
 from ke_ray.training.pretrain import run_pretrain
 from ke_ray.training.runs import run_key, write_failed
 
@@ -292,9 +292,9 @@ def test_concurrency_follows_the_cluster(
     [
         ({"cpus_per_trial": 3}, {}, ONE, "one trial asks for 3 CPUs"),
         ({"cpus_per_trial": 3}, {}, [{"CPU": 2.0}] * 4, "more than the cluster's nodes have"),
-        ({"gpus_per_trial": 1}, {}, ONE, "1 CPUs and 1 GPUs"),
-        ({}, {"use_gpu": True}, ONE, "1 GPUs"),
-        ({}, {"num_workers": 4}, ONE, "4 workers of 1 CPUs"),
+        ({"gpus_per_trial": 1}, {}, ONE, "1 CPU and 1 GPU"),
+        ({}, {"use_gpu": True}, ONE, "1 GPU"),
+        ({}, {"num_workers": 4}, ONE, "4 workers of 1 CPU"),
         ({"cpus_per_trial": 1}, {"num_workers": 2}, ONE, "fewer than the 2 workers"),
         ({"gpus_per_trial": 0.5}, {"num_workers": 2}, [{"CPU": 8.0, "GPU": 8.0}], "0 or 2"),
     ],

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 from pathlib import Path
 
 import numpy as np
 import pytest
 import synthetic
+from rich.console import Console
 
+from ke_ray import storage
 from ke_ray.report import series
+from ke_ray.report.scan_figures import scan_figures
 from ke_ray.report.sources import find_results
+from ke_ray.report.terminal import print_results
 
 
 def test_the_paired_error_is_smaller_than_the_unpaired_one(scan_folder: Path) -> None:
@@ -78,3 +83,82 @@ def test_settings_are_found_where_the_scan_keeps_them(scan_folder: Path) -> None
     nested = dataclasses.replace(scan, manifest={"identity": {"dormant_threshold": 0.2}})
     assert series.setting(nested, "dormant_threshold") == 0.2
     assert series.setting(nested, "absent") is None
+
+
+def _with_columns(folder: Path, **columns: list) -> Path:
+    """The scan with further columns, given for each of its checkpoints in turn."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(folder / "entropy.parquet")
+    names = table["checkpoint"].to_pylist()
+    order = list(dict.fromkeys(names))
+    for column, values in columns.items():
+        by_name = dict(zip(order, values, strict=True))
+        cells = pa.array([by_name[name] for name in names])
+        if column in table.column_names:
+            table = table.set_column(table.column_names.index(column), column, cells)
+        else:
+            table = table.append_column(column, cells)
+    pq.write_table(table, folder / "entropy.parquet")
+    return folder
+
+
+def test_several_sizes_are_several_curves_each_with_its_ceiling(tmp_path: Path) -> None:
+    folder = synthetic.make_scan(tmp_path / "scan", steps=[0, 1, 2, 3], corpora=("a",))
+    labels = ["olmo, small", "olmo, large"] * 2
+    _with_columns(folder, series=labels, n_layers=[4, 8] * 2, d_mlp=[64, 128] * 2)
+    scan = find_results([folder])[0]
+    curves = series.curves(scan)
+    assert [label for label, _ in curves] == ["olmo, large", "olmo, small"]
+    assert [list(series.checkpoints(c)["step"]) for _, c in curves] == [[1, 3], [0, 2]]
+    bounds = [series.ceiling(curve) for _, curve in curves]
+    assert bounds == [series.Ceiling(8, 128), series.Ceiling(4, 64)]
+    changes = [series.paired_change(c, "gini", "a")["value"].iloc[0] for _, c in curves]
+    assert changes == [0.0, 0.0]
+    (figure, *_) = scan_figures(scan, "scan")
+    assert [list(line.x) for line in figure.panels[0].chart.lines] == [[1, 3], [0, 2]]
+    assert "2 curves" in figure.caption
+    assert figure.caption.count("ceiling") == 2
+
+
+def test_stages_are_curves_of_their_own(tmp_path: Path) -> None:
+    folder = synthetic.make_scan(tmp_path / "scan", steps=[10, 20, 30, 40, 50], corpora=("a",))
+    steps = [10, 20, 10, 20, None]
+    _with_columns(folder, step=steps, stage=[1, 1, 2, 2, None], ingredient=[None, None, 1, 1, None])
+    scan = find_results([folder])[0]
+    assert [(label, list(series.checkpoints(c)["x"])) for label, c in series.curves(scan)] == [
+        ("stage 1", [0, 1]),
+        ("stage 2, ingredient 1", [2, 3]),
+        ("no stage named", [4]),
+    ]
+    text = io.StringIO()
+    print_results([folder], Console(file=text, width=120))
+    assert text.getvalue().count("first") == 3
+
+
+def test_one_series_is_one_curve_also_with_a_final_checkpoint_and_older_rows(tmp_path) -> None:
+    folder = synthetic.make_scan(tmp_path / "scan", steps=[1, 2, 3], corpora=("a",))
+    assert [label for label, _ in series.curves(find_results([folder])[0])] == [""]
+    _with_columns(folder, step=[1, 2, None], series=[None, "olmo", "olmo"], stage=[1, 1, None])
+    assert [label for label, _ in series.curves(find_results([folder])[0])] == [""]
+
+
+def test_the_paired_error_uses_the_groups_of_the_manifest(tmp_path: Path) -> None:
+    folder = synthetic.make_scan(tmp_path / "scan", steps=[0, 1], corpora=("a",))
+    equal = series.paired_change(find_results([folder])[0], "gini", "a")["stderr"].iloc[1]
+    manifest = storage.read_json(str(folder / "manifest.json"))
+    about = manifest["corpora"]["a"]
+    about["group_sizes"] = [2] * 6 + [1] * 58
+    about |= {"sampling": "first", "stderr_factor": 2.84}
+    storage.write_json(str(folder / "manifest.json"), manifest)
+    scan = find_results([folder])[0]
+    sized = series.paired_change(scan, "gini", "a")["stderr"].iloc[1]
+    assert np.isfinite(sized)
+    assert sized != equal
+    caution = series.caution(scan, "a")
+    assert caution is not None
+    assert "2.8 times too small" in caution
+    about["stderr_factor"] = 1.0
+    storage.write_json(str(folder / "manifest.json"), manifest)
+    assert series.caution(find_results([folder])[0], "a") is None

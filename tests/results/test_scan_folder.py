@@ -192,6 +192,28 @@ def test_another_corpus_may_be_added(tmp_path):
     check_identity("x", identity, identity | {"corpora": {"c4": "sha-c4"}})
 
 
+def test_spread_instances_do_not_join_first_ones_nor_other_groups(tmp_path):
+    before = make_folder(tmp_path).manifest["identity"]
+    spread = before | {"sampling": {"dolma": "spread"}, "groups": {"dolma": "equal"}}
+    with pytest.raises(ResultsError, match="sampling: first"):
+        check_identity("x", before, spread)
+    with pytest.raises(ResultsError, match="whole documents"):
+        check_identity("x", spread, spread | {"groups": {"dolma": "whole documents"}})
+    check_identity("x", before, before | {"sampling": {"dolma": "first"}})
+    check_identity("x", spread, spread)
+
+
+def test_merge_keeps_how_each_corpus_was_sampled(tmp_path):
+    for name, corpus, sampling in (("one", "dolma", "spread"), ("two", "c4", "first")):
+        folder = make_folder(tmp_path / name, corpora=(corpus,), checkpoints=["a"])
+        folder.manifest["identity"]["sampling"] = {corpus: sampling}
+        folder.write_part("a", [row("a", 1, corpus=corpus)])
+        folder.consolidate(final=True)
+    merged = merge_scans([str(tmp_path / "one"), str(tmp_path / "two")], str(tmp_path / "all"))
+    assert merged.manifest["identity"]["sampling"] == {"dolma": "spread", "c4": "first"}
+    assert set(merged.manifest["identity"]["corpora"]) == {"dolma", "c4"}
+
+
 def test_merge_joins_checkpoints_and_keeps_their_numbers(tmp_path):
     for name, checkpoint, step in (("one", "a", 10), ("two", "b", 20)):
         folder = make_folder(tmp_path / name, checkpoints=[checkpoint])
@@ -210,7 +232,7 @@ def test_merge_joins_checkpoints_and_keeps_their_numbers(tmp_path):
     assert merged.replicates().num_rows == 4
     assert merged.mean_coefficients("b")[0, 0] == 20
     assert read_manifest(str(tmp_path / "all"))["status"] == "finished"
-    with pytest.raises(ResultsError, match="already holds results"):
+    with pytest.raises(ResultsError, match="holds results of kind"):
         merge_scans([str(tmp_path / "one")], str(tmp_path / "all"))
 
 

@@ -7,7 +7,9 @@ the operating system takes back when the process dies, however it dies. To make 
 recently used entries without lease go first; a fetch that does not fit beside entries in use waits
 until one is released.
 
-    <cache_dir>/entries/<key>/     the files of a checkpoint
+    <cache_dir>/.ke-ray.json       says that the names below are a cache's (``storage.ownership``)
+                budget.lock        held to count bytes
+                entries/<key>/     the files of a checkpoint
                 partial/<key>/     a fetch under way, and how many bytes it will take
                 locks/<key>.lock   held by the fetcher
                 leases/<key>/*     one locked file for each user
@@ -37,10 +39,12 @@ from ke_ray.checkpoints.reference import CheckpointRef
 from ke_ray.errors import CheckpointError, StorageError
 from ke_ray.secrets import redact
 from ke_ray.storage import local_path, slug
+from ke_ray.storage.ownership import mark_cache
 
 __all__ = ["FetchEstimate", "Store", "default_cache_dir"]
 
 _LOG = logging.getLogger(__name__)
+_FOLDERS = ("entries", "partial", "locks", "leases")
 _POLL_S = 0.2
 _MARGIN = 64 * 2**20  # bytes of the disk left free
 
@@ -135,7 +139,9 @@ class Store:
             return str(local_path(ref.location))
         key, entry = self._key(ref), self._entry(ref)
         try:
-            for name in ("entries", "partial", "locks", "leases"):
+            self._root.mkdir(parents=True, exist_ok=True)
+            mark_cache(self._root, "checkpoint cache", (*_FOLDERS, "budget.lock"))
+            for name in _FOLDERS:
                 (self._root / name).mkdir(parents=True, exist_ok=True)
             with self._entry_lock(key, should_stop):
                 lease = take_lease(self._root / "leases" / key)

@@ -5,42 +5,60 @@ SPEC                                           checkpoints
 =============================================  =====================================================
 ``runs/pretrain/checkpoints/step100``          one folder, in transformers' or OLMo's own layout
 ``runs/pretrain/checkpoints``                  every checkpoint folder inside it
+``trainer_output``                             the ``checkpoint-N`` inside, and the final weights
+                                               beside them at the step of ``trainer_state.json``
 ``"runs/*/step[0-9]*"``                        every checkpoint folder that the glob matches
 ``s3://bucket/run`` (any fsspec URI)           the same, elsewhere
-``allenai/OLMo-1B-hf``, ``hf://org/repo@rev``  revisions of a Hugging Face repository: those whose
-                                               name gives a step, or ``main`` where none does
+``allenai/OLMo-1B-hf``, ``hf://org/repo@rev``  revisions of a Hugging Face repository, see
+                                               ``ke_ray.checkpoints.find.hub_series``
 ``https://host/run/step1000-unsharded/``       a native checkpoint at a base URL
 ``OLMo-1B.csv``                                a list of step and folder or URL
 =============================================  =====================================================
 
 Then a glob on revision or name, a step range and every n-th narrow the selection, and
-checkpoints with the same weight files are flagged.
+checkpoints with the same weight files are flagged. What a reader could take for something else
+(several series or stages, names that were not understood) is said in notes.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import glob
+import logging
 import re
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ke_ray.checkpoints import hub
 from ke_ray.checkpoints.fetch.transfer import call_within, probe, redact
 from ke_ray.checkpoints.find.csv_list import Row, read_csv_list
 from ke_ray.checkpoints.find.duplicates import flag_duplicates
+from ke_ray.checkpoints.find.hub_series import inspect_hub, list_hub
 from ke_ray.checkpoints.find.names import parse_checkpoint_name
+from ke_ray.checkpoints.find.series import few, listing_notes, read_small_json, with_series
+from ke_ray.checkpoints.formats.foreign import explain_file, explain_foreign
 from ke_ray.checkpoints.formats.layout import layout_of
 from ke_ray.checkpoints.reference import CheckpointRef, order_key
 from ke_ray.errors import CheckpointSpecError, StorageError, nearest
 from ke_ray.storage import exists, is_local, join, list_dir, local_path, slug
+from ke_ray.storage.drivers import explain_driver_error
 
-__all__ = ["list_checkpoints"]
+__all__ = ["Listing", "find_checkpoints", "list_checkpoints"]
+
+log = logging.getLogger(__name__)
 
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _STEPS = re.compile(r"\s*([0-9]{0,15})\s*(:?)\s*([0-9]{0,15})\s*")
 _FIRST_ANSWER_S = 15.0
+_LOOKED_INTO = 20  # folders that may say why a folder of them holds no checkpoint
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Checkpoints series by series in training order, and sentences about what is odd in them."""
+
+    checkpoints: tuple[CheckpointRef, ...]
+    notes: tuple[str, ...]
 
 
 def list_checkpoints(
@@ -52,6 +70,24 @@ def list_checkpoints(
     limit: int | None = None,
     endpoint: str | None = None,
 ) -> list[CheckpointRef]:
+    """The checkpoints of :func:`find_checkpoints`; its notes are logged as warnings."""
+    listing = find_checkpoints(
+        spec, revisions=revisions, steps=steps, every=every, limit=limit, endpoint=endpoint
+    )
+    for note in listing.notes:
+        log.warning("%s: %s", redact(spec), note)
+    return list(listing.checkpoints)
+
+
+def find_checkpoints(
+    spec: str,
+    *,
+    revisions: str | None = None,
+    steps: str | None = None,
+    every: int | None = None,
+    limit: int | None = None,
+    endpoint: str | None = None,
+) -> Listing:
     """The checkpoints that ``spec`` names, in training order, with unique names.
 
     Args:
@@ -70,11 +106,14 @@ def list_checkpoints(
     for option, value in (("every", every), ("limit", limit)):
         if value is not None and value < 1:
             raise CheckpointSpecError(f"{option}={value} was given, expected at least 1.")
+    spec = spec.strip()
+    notes: list[str] = []
     try:
-        found = _find(spec.strip(), revisions, endpoint)
+        # A final checkpoint whose name gives no step lies outside every range of steps.
+        found = _find(spec, revisions, endpoint, notes, with_main=steps is None)
+        found = with_series(_unique_names(found))
     except StorageError as error:
         raise CheckpointSpecError(str(error)) from error
-    found = _unique_names(found)
     chosen = [ref for ref in found if _matches(ref, revisions)]
     if not chosen:
         raise CheckpointSpecError(_no_match(spec, revisions, found))
@@ -86,8 +125,12 @@ def list_checkpoints(
             raise CheckpointSpecError(
                 f"No checkpoint of '{spec}' lies in steps {steps}; it has {span}."
             )
-    chosen = _evenly(sorted(chosen, key=order_key)[:: every or 1], limit)
-    return flag_duplicates(_inspect_hub(chosen, endpoint))
+    ordered = sorted(chosen, key=lambda ref: (ref.series or "", *order_key(ref)))
+    chosen, empty = inspect_hub(_evenly(ordered[:: every or 1], limit), endpoint)
+    if empty:
+        notes.append(f"{len(empty)} revisions hold no weights and are left out ({few(empty)}).")
+    chosen = flag_duplicates(chosen)
+    return Listing(tuple(chosen), (*notes, *listing_notes(chosen)))
 
 
 def _evenly(refs: list[CheckpointRef], limit: int | None) -> list[CheckpointRef]:
@@ -98,11 +141,18 @@ def _evenly(refs: list[CheckpointRef], limit: int | None) -> list[CheckpointRef]
     return [refs[round(i * (len(refs) - 1) / (limit - 1))] for i in range(limit)]
 
 
-def _find(spec: str, revisions: str | None, endpoint: str | None) -> list[CheckpointRef]:
+def _find(
+    spec: str, revisions: str | None, endpoint: str | None, notes: list[str], *, with_main: bool
+) -> list[CheckpointRef]:
+    def from_hub(name: str) -> list[CheckpointRef]:
+        refs, said = list_hub(name, endpoint, everything=revisions is not None, with_main=with_main)
+        notes.extend(said)
+        return refs
+
     if not spec or "\0" in spec:
         raise CheckpointSpecError("The checkpoint SPEC is empty; give a folder, a repo or a CSV.")
     if spec.startswith("hf://"):
-        return _from_hub(spec.removeprefix("hf://"), revisions, endpoint)
+        return from_hub(spec.removeprefix("hf://"))
     if spec.lower().endswith(".csv"):
         return [_from_location(row.location, row) for row in read_csv_list(spec)]
     if spec.startswith(("http://", "https://")):
@@ -114,7 +164,7 @@ def _find(spec: str, revisions: str | None, endpoint: str | None) -> list[Checkp
     repo = spec.partition("@")[0]
     if _REPO.fullmatch(repo):
         try:
-            return _from_hub(spec, revisions, endpoint)
+            return from_hub(spec)
         except CheckpointSpecError as error:
             raise CheckpointSpecError(f"There is no folder '{spec}' here. {error}") from error
     raise CheckpointSpecError(
@@ -147,7 +197,11 @@ def _from_location(location: str, row: Row | None = None, name: str | None = Non
         return replace(ref, location=f"hf://{repo}", format="hub", revision=revision or "main")
     if location.startswith(("http://", "https://")):
         return ref
-    layout = layout_of(_file_names(location))
+    names = _file_names(location)
+    if ref.step is None and "trainer_state.json" in names:
+        step = read_small_json(join(location, "trainer_state.json")).get("global_step")
+        ref = replace(ref, step=step if type(step) is int and 0 <= step < 10**15 else None)
+    layout = layout_of(names)
     if layout is None:
         return ref
     size = None
@@ -158,6 +212,12 @@ def _from_location(location: str, row: Row | None = None, name: str | None = Non
         ]
         size = sum(sizes)
     return replace(ref, format=layout.format, size_bytes=size)
+
+
+def _from_locations(locations: list[str]) -> list[CheckpointRef]:
+    if not any(_is_whole(_file_names(location)) for location in locations):
+        _refuse_foreign(locations[0])
+    return [_from_location(location) for location in locations]
 
 
 def _shown(location: str) -> str:
@@ -177,29 +237,51 @@ def _file_names(location: str) -> list[str]:
 
 def _is_checkpoint(location: str) -> bool:
     names = _file_names(location)
-    layout = layout_of(names)
-    if layout is None:
+    if layout_of(names) is None:
         return False
     # A folder with only half of the files is a broken checkpoint if its name says so.
-    whole = bool(layout.weights) and layout.config in names
-    return whole or parse_checkpoint_name(location).step is not None
+    return _is_whole(names) or parse_checkpoint_name(location).step is not None
+
+
+def _is_whole(names: list[str]) -> bool:
+    layout = layout_of(names)
+    return layout is not None and bool(layout.weights) and layout.config in names
+
+
+def _refuse_foreign(location: str) -> None:
+    """Raise CheckpointSpecError for a folder in a format of another program."""
+    names = _file_names(location)
+    foreign = None if _is_whole(names) else explain_foreign(names)
+    if foreign is not None:
+        raise CheckpointSpecError(
+            f"'{_shown(location)}' is no checkpoint that can be read: {foreign}"
+        )
 
 
 def _from_folder(spec: str) -> list[CheckpointRef]:
     local = is_local(spec)
     base = str(local_path(spec)) if local else spec.rstrip("/")
     if local and Path(base).is_file():
-        raise CheckpointSpecError(f"'{spec}' is a file; give the checkpoint's folder.")
+        raise CheckpointSpecError(f"'{spec}' is a file; {explain_file(Path(base).name)}")
     if not local and glob.has_magic(base):
         return _from_remote_glob(base)
-    if layout_of(_file_names(base)) is not None:
-        name = Path(base).resolve().name if local else None
-        return [_from_location(base, name=name)]
+    names = _file_names(base)
+    layout = layout_of(names)
+    if layout is not None:
+        _refuse_foreign(base)
+        # A Trainer's output folder: final weights at the top, the series beside them.
+        inside = [join(base, n) for n in names if parse_checkpoint_name(n).step is not None]
+        refs = [_from_location(location) for location in inside if _is_checkpoint(location)]
+        if layout.weights or not refs:
+            refs.append(_from_location(base, name=Path(base).resolve().name if local else None))
+        return refs
     for folder in (base, join(base, "checkpoints")):
         inside = [join(folder, name) for name in _file_names(folder) if not name.startswith(".")]
-        found = [location for location in inside if _is_checkpoint(location)]
-        if found:
-            return [_from_location(location) for location in found]
+        checkpoints = [location for location in inside if _is_checkpoint(location)]
+        if checkpoints:
+            return _from_locations(checkpoints)
+        for location in [folder, *inside[:_LOOKED_INTO]]:
+            _refuse_foreign(location)
     raise CheckpointSpecError(
         f"'{redact(spec) if not local else spec}' holds no checkpoint: neither it nor a folder in "
         "it has config.json (or OLMo's config.yaml) and weights."
@@ -210,11 +292,13 @@ def _from_glob(spec: str) -> list[CheckpointRef]:
     folders = sorted({str(Path(path)) for path in glob.glob(spec, recursive=True)})
     found = [path for path in folders if Path(path).is_dir() and _is_checkpoint(path)]
     if not found:
+        for path in folders[:_LOOKED_INTO]:
+            _refuse_foreign(path)
         raise CheckpointSpecError(
             f"'{spec}' matches {len(folders)} paths, none of them a checkpoint folder; quote the "
             "glob and let it match the folders themselves."
         )
-    return [_from_location(path) for path in found]
+    return _from_locations(found)
 
 
 def _from_remote_glob(spec: str) -> list[CheckpointRef]:
@@ -224,11 +308,12 @@ def _from_remote_glob(spec: str) -> list[CheckpointRef]:
         fs, path = fsspec.core.url_to_fs(spec)
         matches = [str(fs.unstrip_protocol(match)) for match in sorted(fs.glob(path))]
     except Exception as error:  # each driver has its own errors
-        raise CheckpointSpecError(f"Cannot list '{redact(spec)}': {error}.") from error
+        reason = explain_driver_error(error) or error
+        raise CheckpointSpecError(f"Cannot list '{redact(spec)}': {reason}.") from error
     found = [match for match in matches if _is_checkpoint(match)]
     if not found:
         raise CheckpointSpecError(f"'{redact(spec)}' matches no checkpoint folder.")
-    return [_from_location(location) for location in found]
+    return _from_locations(found)
 
 
 def _from_url(spec: str) -> list[CheckpointRef]:
@@ -249,63 +334,6 @@ def _from_url(spec: str) -> list[CheckpointRef]:
             "checkpoint, or a CSV list of them."
         )
     return [_from_location(base)]
-
-
-def _from_hub(spec: str, revisions: str | None, endpoint: str | None) -> list[CheckpointRef]:
-    repo, _, name = spec.strip("/").partition("@")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo) or ".." in repo:
-        raise CheckpointSpecError(f"'{repo}' is not a Hub repository; expected org/name.")
-    if name:
-        known = [hub.find_revision(repo, name, endpoint=endpoint)]
-    else:
-        known = hub.list_revisions(repo, endpoint=endpoint)
-        if revisions is None:
-            stepped = [rev for rev in known if parse_checkpoint_name(rev.name).step is not None]
-            known = stepped or [rev for rev in known if rev.name == "main"] or known
-    refs = []
-    for revision in known:
-        said = parse_checkpoint_name(revision.name)
-        refs.append(
-            CheckpointRef(
-                name=slug(revision.name),
-                location=f"hf://{repo}",
-                format="hub",
-                revision=revision.name,
-                commit=revision.commit,
-                step=said.step,
-                pretraining_tokens=said.tokens,
-                stage=said.stage,
-                ingredient=said.ingredient,
-            )
-        )
-    return refs
-
-
-def _inspect_hub(refs: list[CheckpointRef], endpoint: str | None) -> list[CheckpointRef]:
-    """Sizes and hashes of Hub checkpoints; revisions without weights and step are left out."""
-    result = []
-    repos = {ref.repo for ref in refs if ref.repo}
-    inspected: dict[tuple[str | None, str | None], hub.HubRevision] = {}
-    for repo in repos:
-        wanted = [
-            hub.HubRevision(ref.revision or "main", ref.commit or ref.revision or "main")
-            for ref in refs
-            if ref.repo == repo
-        ]
-        for revision in hub.inspect_revisions(repo, wanted, endpoint=endpoint):
-            inspected[repo, revision.name] = revision
-    for ref in refs:
-        known = inspected.get((ref.repo, ref.revision))
-        if known is None:
-            result.append(ref)
-        elif ref.step is not None or (known.layout and known.layout.weights):
-            size, identity = known.size_bytes, known.weights_fingerprint
-            result.append(replace(ref, size_bytes=size, weights_fingerprint=identity))
-    if not result:
-        raise CheckpointSpecError(
-            f"No chosen revision of {', '.join(sorted(map(str, repos)))} holds model weights."
-        )
-    return result
 
 
 def _matches(ref: CheckpointRef, revisions: str | None) -> bool:

@@ -8,7 +8,8 @@ It is a property of the function the weights define, not of the files:
 * OLMo's native layout is hashed under transformers' names, fused tensors by their rows;
 * sharding, file format and order do not enter;
 * the prefix of the base model (``model.``, ``transformer.``, ``gpt_neox.``) is left out, because
-  bare and headed models store the same tensors with and without it;
+  bare and headed models store the same tensors with and without it; so are the prefixes of
+  wrappers (``module.``, ``_orig_mod.``; see ``weights.plain_names``);
 * an output head equal to the input embedding is left out (tied weights may be stored or not);
 * constants that old versions stored (causal masks, rotary tables) are left out;
 * bf16 and f16 files are hashed by their exact float32 values.
@@ -28,10 +29,9 @@ from typing import TYPE_CHECKING
 
 from ke_ray.checkpoints.formats.olmo import split
 from ke_ray.checkpoints.formats.olmo_config import read_native_config
-from ke_ray.checkpoints.formats.weights import is_buffer, open_weights, read_layout
-from ke_ray.checkpoints.reference import CheckpointRef
+from ke_ray.checkpoints.formats.weights import is_buffer, open_weights, plain_names, read_layout
+from ke_ray.checkpoints.reference import CheckpointRef, local_folder
 from ke_ray.errors import CheckpointError, KeRayError
-from ke_ray.models.loading import local_folder
 
 if TYPE_CHECKING:
     import torch
@@ -79,10 +79,10 @@ def tensors_sha256(
         HashingStoppedError: ``should_stop`` returned True.
     """
     digests: dict[str, tuple[str, bytes]] = {}
-    for name in sorted(tensors):
-        if is_buffer(name):
+    for name, plain in plain_names(tensors).items():
+        if is_buffer(plain):
             continue
-        canonical = _canonical(name)
+        canonical = _canonical(plain)
         if canonical in digests:
             raise CheckpointError(f"Two tensors are both called '{canonical}'; which one counts?")
         tensor = tensors[name]

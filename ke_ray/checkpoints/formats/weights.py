@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ke_ray.checkpoints.formats.foreign import explain_file, explain_foreign
 from ke_ray.checkpoints.formats.layout import Layout, layout_of
 from ke_ray.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["WeightFiles", "is_buffer", "open_weights", "read_layout"]
+__all__ = ["WeightFiles", "is_buffer", "open_weights", "plain_names", "read_layout"]
 
 _BUFFER_ENDINGS = (
     # Constants that older versions of transformers stored: causal masks and rotary tables.
@@ -32,12 +34,27 @@ _BUFFER_ENDINGS = (
     "rotary_emb.cos_cached",
     "rotary_emb.sin_cached",
 )
+# Modules that wrap others; no model names one of its own so, and inner blocks are wrapped too.
+_WRAPPERS = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_PARALLEL = "module."  # of DataParallel and its like, around the whole model
 _INDEX_LIMIT = 64 * 2**20  # bytes; an index of 10,000 tensors has about one million
 
 
 def is_buffer(name: str) -> bool:
     """Whether a stored tensor is a derived constant (mask, rotary table) and not a weight."""
     return name.endswith(_BUFFER_ENDINGS)
+
+
+def plain_names(names: Iterable[str]) -> dict[str, str]:
+    """Names of tensors without the wrappers they were saved in, by stored name.
+
+    ``torch.compile``, FSDP and activation checkpointing leave ``_orig_mod.`` and the like anywhere
+    in a name; DistributedDataParallel and DeepSpeed put ``module.`` before all names.
+    """
+    plain = {name: _WRAPPERS.sub("", name) for name in names}
+    while plain and all(name.startswith(_PARALLEL) for name in plain.values()):
+        plain = {name: short.removeprefix(_PARALLEL) for name, short in plain.items()}
+    return plain
 
 
 def read_layout(folder: str | Path) -> Layout:
@@ -48,9 +65,16 @@ def read_layout(folder: str | Path) -> Layout:
     """
     path = Path(folder)
     if not path.is_dir():
+        if path.is_file():
+            raise CheckpointError(f"'{path}' is a file; {explain_file(path.name)}")
         raise CheckpointError(f"There is no checkpoint folder '{path}'.")
-    names = [entry.name for entry in path.iterdir() if entry.is_file()]
+    entries = list(path.iterdir())
+    names = [entry.name for entry in entries if entry.is_file()]
     layout = layout_of(names)
+    whole = layout is not None and layout.weights and layout.config in names
+    foreign = None if whole else explain_foreign(entry.name for entry in entries)
+    if foreign is not None:
+        raise CheckpointError(f"'{path}' is no checkpoint that can be loaded: {foreign}")
     expected = (
         "config.json with model.safetensors (or shards, or pytorch_model.bin), or OLMo's own "
         "config.yaml with model.safetensors or model.pt"
@@ -68,32 +92,44 @@ class WeightFiles(Mapping[str, "torch.Tensor"]):
     """Tensor name to tensor over one or more open weight files.
 
     Values are views of memory-mapped files: read-only, and valid after :meth:`close` too.
+
+    Attributes:
+        renamed: whether the files store other names, with the prefixes of wrappers.
     """
 
     def __init__(self, folder: Path, layout: Layout) -> None:
         self._folder = folder
         self._handles: list[Any] = []
-        self._source: dict[str, Any] = {}
+        stored: dict[str, Any] = {}
         indexed = _read_index(folder, layout)
         for name in layout.weights if indexed is None else sorted(set(indexed.values())):
             opened = _open_file(folder / name)
             self._handles.append(opened)
             for key in opened.keys():  # noqa: SIM118 (safe_open is no mapping)
-                if key in self._source:
+                if key in stored:
                     raise CheckpointError(f"'{folder}' holds the tensor '{key}' twice.")
-                self._source[key] = opened
+                stored[key] = opened
         if indexed is not None:
-            absent = sorted(set(indexed) - set(self._source))
+            absent = sorted(set(indexed) - set(stored))
             if absent:
                 raise CheckpointError(
                     f"'{folder}': the index names {len(absent)} tensors that its files do not "
                     f"hold, the first '{absent[0]}'; fetch the checkpoint again."
                 )
+        self._source: dict[str, tuple[Any, str]] = {}
+        for key, short in plain_names(stored).items():
+            if short in self._source:
+                raise CheckpointError(
+                    f"'{folder}' holds the tensor '{short}' twice, under '{key}' and "
+                    f"'{self._source[short][1]}'."
+                )
+            self._source[short] = (stored[key], key)
+        self.renamed = self._source.keys() != stored.keys()
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        source = self._source[name]
+        source, stored = self._source[name]
         try:
-            return source[name] if isinstance(source, dict) else source.get_tensor(name)
+            return source[stored] if isinstance(source, dict) else source.get_tensor(stored)
         except Exception as error:
             raise CheckpointError(f"'{self._folder}': cannot read '{name}': {error}.") from error
 
@@ -105,17 +141,17 @@ class WeightFiles(Mapping[str, "torch.Tensor"]):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the header alone."""
-        source = self._source[name]
+        source, stored = self._source[name]
         if isinstance(source, dict):
-            return tuple(source[name].shape)
-        return tuple(source.get_slice(name).get_shape())
+            return tuple(source[stored].shape)
+        return tuple(source.get_slice(stored).get_shape())
 
     def dtype(self, name: str) -> torch.dtype | None:
         """Stored dtype of a tensor, from the header alone; None for one torch does not know."""
-        source = self._source[name]
+        source, stored = self._source[name]
         if isinstance(source, dict):
-            return source[name].dtype
-        return safetensors_dtype(source.get_slice(name).get_dtype())
+            return source[stored].dtype
+        return safetensors_dtype(source.get_slice(stored).get_dtype())
 
     def num_elements(self) -> int:
         """Elements over all tensors."""
@@ -179,6 +215,10 @@ def _check_header(path: Path) -> None:
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
+    if start == b"version ":  # and on: "https://git-lfs.github.com/spec/v1"
+        raise CheckpointError(
+            f"'{path}' is a Git LFS pointer, not the weights; run `git lfs pull` in its repository."
+        )
     length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
     if length < 0 or length > size - 8:
         raise CheckpointError(

@@ -21,9 +21,7 @@ from ke_ray.errors import KeRayError, UserError
 
 __all__ = [
     "beside_driver",
-    "cluster_resources",
     "kept_handlers",
-    "most_cpus_of_a_node",
     "ray_session",
     "worker_env",
 ]
@@ -223,18 +221,3 @@ def beside_driver() -> dict[str, Any]:
         "num_cpus": 0,
         "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False),
     }
-
-
-def cluster_resources() -> dict[str, float]:
-    """What the cluster has in all: ``CPU``, ``GPU``, ``memory`` (bytes), …"""
-    import ray
-
-    return dict(ray.cluster_resources())
-
-
-def most_cpus_of_a_node() -> int:
-    """CPUs of the largest node that is alive; what one actor can have at most."""
-    import ray
-
-    nodes = (node["Resources"] for node in ray.nodes() if node["Alive"])
-    return max((int(resources.get("CPU", 0)) for resources in nodes), default=0)

@@ -7,13 +7,83 @@ with the node, so each node that can run work is asked for what the driver has.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from ke_ray import storage
 from ke_ray.errors import StorageError
 
-__all__ = ["check_nodes_see"]
+__all__ = ["ask_other_nodes", "check_nodes_see", "other_nodes"]
+
+#: A node starts a process for its answer, perhaps with a runtime environment to set up first.
+_ANSWER_TIMEOUT_S = 120.0
+
+
+def other_nodes(*, on_other_machines: bool = False) -> list[str]:
+    """Addresses of the nodes that can run work, the driver's own left out.
+
+    Args:
+        on_other_machines: leave out nodes that share the driver's address too.
+    """
+    nodes, driver = _nodes()
+    here = {node["NodeManagerAddress"] for node in driver} if on_other_machines else set()
+    return [n["NodeManagerAddress"] for n in nodes if n["NodeManagerAddress"] not in here]
+
+
+def _nodes() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The other nodes that can run work, and the driver's."""
+    import ray
+
+    driver = ray.get_runtime_context().get_node_id()
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    others = [
+        node
+        for node in alive
+        if node["NodeID"] != driver
+        and (node["Resources"].get("CPU") or node["Resources"].get("GPU"))
+    ]
+    return others, [node for node in alive if node["NodeID"] == driver]
+
+
+def ask_other_nodes(question: Callable[..., Any], *arguments: Any) -> list[tuple[str, Any]]:
+    """Call a function once on every other node that can run work, at once; needs a Ray session.
+
+    Returns:
+        (address of the node, answer). A node that has just gone runs no work either and is left
+        out.
+
+    Raises:
+        StorageError: a node did not answer within two minutes.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    others, _ = _nodes()
+    if not others:
+        return []
+    remote = ray.remote(num_cpus=0, max_retries=2)(question)
+    asked = [
+        remote.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        ).remote(*arguments)
+        for node in others
+    ]
+    _, late = ray.wait(asked, num_returns=len(asked), timeout=_ANSWER_TIMEOUT_S)
+    addresses = [node["NodeManagerAddress"] for node in others]
+    if late:
+        silent = ", ".join(a for a, ref in zip(addresses, asked, strict=True) if ref in late)
+        raise StorageError(
+            f"No answer within {_ANSWER_TIMEOUT_S:.0f} seconds from {silent}, asked what it sees "
+            "of this command's files and addresses. Look at `ray status`; remove a node that hangs."
+        )
+    answers = []
+    for address, ref in zip(addresses, asked, strict=True):
+        try:
+            answers.append((address, ray.get(ref)))
+        except ray.exceptions.RayError:
+            continue
+    return answers
 
 
 def check_nodes_see(inputs: Iterable[tuple[str, str | None]], output: str | None = None) -> None:
@@ -28,18 +98,7 @@ def check_nodes_see(inputs: Iterable[tuple[str, str | None]], output: str | None
     Raises:
         StorageError: a node sees something else than the driver; nothing was started.
     """
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    driver = ray.get_runtime_context().get_node_id()
-    others = [
-        node
-        for node in ray.nodes()
-        if node["Alive"]
-        and node["NodeID"] != driver
-        and (node["Resources"].get("CPU") or node["Resources"].get("GPU"))
-    ]
-    if not others:
+    if not other_nodes():
         return
     found = [
         (f"{what} '{place}'", storage.absolute(place))
@@ -52,27 +111,15 @@ def check_nodes_see(inputs: Iterable[tuple[str, str | None]], output: str | None
         storage.write_atomic(mark, b"")
         found.append((f"The output folder '{output}'", mark))
     try:
-        missing = ray.remote(num_cpus=0, max_retries=2)(_missing)
-        asked = [
-            missing.options(
-                scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            ).remote([path for _, path in found])
-            for node in others
-        ]
-        answers = []
-        for answer in asked:
-            try:
-                answers.append(ray.get(answer))
-            except ray.exceptions.RayError:  # a node that has just gone runs no work either
-                answers.append([])
+        answers = ask_other_nodes(_missing, [path for _, path in found])
     finally:
         if mark is not None:
             storage.remove(mark)
-    for node, unseen in zip(others, answers, strict=True):
+    for address, unseen in answers:
         if unseen:
             raise StorageError(
                 f"{found[unseen[0]][0]} lies on the driver's disk, and the node "
-                f"{node['NodeManagerAddress']} does not see it there. Give a folder that all nodes "
+                f"{address} does not see it there. Give a folder that all nodes "
                 "share, or a URI (s3://, gs://, …)."
             )
 

@@ -155,6 +155,17 @@ class JobServer:
                     f"Job {submission_id} could not be stopped: {_first_line(error)}"
                 ) from error
 
+    def num_machines(self) -> int | None:
+        """Addresses that the nodes of the cluster have; None where the server does not say."""
+        with self._explained():
+            try:
+                answer = self._client._do_request("GET", "/api/v0/nodes").json()
+                nodes = answer["data"]["result"]["result"]
+                return len({node["node_ip"] for node in nodes if node["state"] == "ALIVE"})
+            except (OSError, RuntimeError, ValueError, LookupError, TypeError) as error:
+                log.info("the nodes of %s are not known: %s", self.address, error)
+                return None
+
     def result(self, submission_id: str) -> JobResult | None:
         """How a job ended; None while it has not."""
         details = self._client.get_job_info(submission_id)

@@ -15,14 +15,14 @@ import pyarrow as pa
 
 from ke_ray.checkpoints.reference import CheckpointRef
 from ke_ray.engine.cluster.metrics import ScanMeter
-from ke_ray.engine.scan.scorer_output import ScorerSettings, evaluated_columns, sums_from_bytes
 from ke_ray.errors import KeRayError
 from ke_ray.planning.scan import ScanSetup
 from ke_ray.planning.scan_items import CheckpointWork
+from ke_ray.planning.scan_messages import ScorerSettings, evaluated_columns, sums_from_bytes
+from ke_ray.planning.scan_tracking import log_scan_metrics
 from ke_ray.results.scan_folder import REPLICATES_SCHEMA
 from ke_ray.resuscitation.prediction import write_revived
-from ke_ray.tracking.runs import TrackedRun
-from ke_ray.tracking.scan import log_scan_metrics
+from ke_ray.tracking.tracker import TrackedRun
 
 __all__ = ["Collector", "ScanOutcome", "ScanProgress"]
 
@@ -158,11 +158,16 @@ class Collector:
         common = {
             "checkpoint": ref.name,
             "step": ref.step,
+            "stage": ref.stage,
+            "ingredient": ref.ingredient,
             "revision": ref.revision,
             "corpus": corpus.name,
             "num_instances": output.get("num_instances"),
             "num_tokens": output.get("num_tokens"),
             "weights_sha256": output.get("weights_sha256"),
+            "series": output.get("series"),
+            "n_layers": output.get("n_layers"),
+            "d_mlp": output.get("d_mlp"),
             "data_sha256": corpus.sha256,
             "status": output["status"],
             "error": output.get("error"),

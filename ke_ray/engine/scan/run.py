@@ -18,21 +18,22 @@ from typing import Any
 
 from ke_ray import storage
 from ke_ray.engine.cluster.metrics import ScanMeter, study_label
+from ke_ray.engine.cluster.placement import cluster_nodes, count_places, most_cpus
+from ke_ray.engine.cluster.placement_watch import watch_placement
 from ke_ray.engine.cluster.session import (
     beside_driver,
-    cluster_resources,
-    most_cpus_of_a_node,
     ray_session,
 )
 from ke_ray.engine.cluster.shared_storage import check_nodes_see
 from ke_ray.engine.scan.collect import Collector, ScanOutcome, ScanProgress
 from ke_ray.engine.scan.scorer import CheckpointScorer, ScanMonitor
-from ke_ray.engine.scan.scorer_output import ScorerSettings, item_to_json
-from ke_ray.errors import ResultsError, StorageError, UserError
+from ke_ray.errors import StorageError, UserError
 from ke_ray.planning.scan import ScanSetup
 from ke_ray.planning.scan_items import load_tokens, plan_items
-from ke_ray.tracking.runs import TrackedRun, Tracker
-from ke_ray.tracking.scan import log_finished, start_scan_run
+from ke_ray.planning.scan_messages import ScorerSettings, item_to_json
+from ke_ray.planning.scan_tracking import log_finished, start_scan_run
+from ke_ray.storage.ownership import claimed
+from ke_ray.tracking.tracker import TrackedRun, Tracker
 
 __all__ = ["ScanOutcome", "ScanProgress", "run_scan"]
 
@@ -51,11 +52,12 @@ def run_scan(setup: ScanSetup, progress: ScanProgress, tracker: Tracker) -> Scan
         What was done; failed checkpoints are in it and in the results, never raised.
 
     Raises:
+        ResultsError: another command is writing the output folder.
         StorageError: the output folder cannot be written (what was finished before is kept).
     """
     outcome = ScanOutcome(setup.study.output, skipped=setup.num_skipped)
     outcome.phases_s["setup"] = setup.duration_s
-    with _sole_writer(setup.study.output):
+    with claimed(setup.study.output, "scan"):
         setup.folder.manifest.update(status="running")
         if setup.changed:
             log.warning("Other weights than before, scanned anew: %s", ", ".join(setup.changed))
@@ -102,28 +104,6 @@ def _run(setup: ScanSetup, progress: ScanProgress, run: TrackedRun, outcome: Sca
         setup.folder.manifest["status"] = "failed"
         setup.folder.write_manifest()
     outcome.phases_s["closing"] = time.monotonic() - started
-
-
-@contextmanager
-def _sole_writer(output: str) -> Iterator[None]:
-    """Refuse a second scan into one local folder: each would fold the other's parts away."""
-    if not storage.is_local(output):
-        yield
-        return
-    from filelock import FileLock, Timeout
-
-    storage.make_dirs(output)
-    lock = FileLock(storage.local_path(output) / ".scan.lock", blocking=False)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise ResultsError(
-            f"Another scan is writing '{output}' right now; wait for it, or choose another folder."
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _score(setup: ScanSetup, run: TrackedRun, progress: ScanProgress, outcome: ScanOutcome) -> None:
@@ -174,7 +154,7 @@ def _score(setup: ScanSetup, run: TrackedRun, progress: ScanProgress, outcome: S
             "corpora": arrays,
             "monitor": monitor,
         },
-        batch_size=None,
+        batch_size=1,  # one item per call; with GPUs Ray Data insists on a number
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(
             size=num_actors,
@@ -186,7 +166,7 @@ def _score(setup: ScanSetup, run: TrackedRun, progress: ScanProgress, outcome: S
     )
     meter = ScanMeter(progress, outcome, study_label(study), len(setup.works), num_actors)
     collector = Collector(setup, settings, run, meter, outcome)
-    with _ticking(monitor, meter):
+    with _ticking(monitor, meter), watch_placement():
         try:
             for batch in dataset.iter_batches(
                 batch_size=None, batch_format="pyarrow", prefetch_batches=0
@@ -207,46 +187,49 @@ def _actors(setup: ScanSetup) -> tuple[int, dict[str, float]]:
     One per GPU where there are any. On CPUs as many as asked for, else one per core, fewer where
     memory could not hold two models for each.
     """
-    resources = cluster_resources()
-    num_gpus, num_cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
-    if not num_gpus and not num_cpus:
-        raise UserError(
-            "The cluster has neither CPUs nor GPUs right now; wait until its nodes are up "
-            "(ray status) and run the command again."
-        )
+    nodes = cluster_nodes()
     asked = setup.study.num_actors
-    if num_gpus:
-        return min(asked or num_gpus, num_gpus), {"num_gpus": 1, "num_cpus": 1}
-    num_actors = min(asked or num_cpus, num_cpus)
+    if num_places := count_places(nodes, 1, gpus=1):
+        return min(asked or num_places, num_places), {"num_gpus": 1, "num_cpus": 1}
+    num_places = count_places(nodes, 1)
+    if not num_places:
+        raise UserError(
+            "The cluster has neither CPUs nor GPUs for a scorer right now; wait until its nodes "
+            "are up (ray status) and run the command again."
+        )
+    num_actors = min(asked or num_places, num_places)
     if asked is None:
         if setup.model_bytes:  # one that is scored, one that loads, and room to work
-            fitting = int(resources.get("memory", 0) / (2.5 * setup.model_bytes))
-            num_actors = max(1, min(num_actors, fitting))
+            memory = sum(node.get("memory", 0) for node in nodes)
+            num_actors = max(1, min(num_actors, int(memory / (2.5 * setup.model_bytes))))
         num_actors = min(num_actors, max(1, len(setup.works)))
-    # An actor lives on one node: more cores than the largest has would never be granted.
-    return num_actors, {"num_cpus": max(1, min(num_cpus // num_actors, most_cpus_of_a_node()))}
+    return num_actors, {"num_cpus": most_cpus(nodes, num_actors)}
 
 
 @contextmanager
 def _ticking(monitor: Any, meter: ScanMeter) -> Iterator[None]:
-    """Ask the monitor for what was scored, once a second, on a thread."""
+    """Ask the monitor for what was scored and for warnings, once a second, on a thread."""
     import ray
 
     stopped = threading.Event()
 
     def tick() -> None:
-        while not stopped.wait(1.0):
-            try:
-                meter.tick(*ray.get(monitor.scored.remote(), timeout=5))
-            except ray.exceptions.RayError:
-                continue
+        with suppress(ray.exceptions.RayError):
+            asked = monitor.scored.remote(), monitor.take_warnings.remote()
+            scored, warnings = ray.get(list(asked), timeout=5)
+            meter.tick(*scored)
+            for warning in warnings:
+                log.warning("%s", warning)
 
-    thread = threading.Thread(target=tick, name="scan-progress", daemon=True)
+    def tick_on() -> None:
+        while not stopped.wait(1.0):
+            tick()
+
+    thread = threading.Thread(target=tick_on, name="scan-progress", daemon=True)
     thread.start()
     try:
         yield
     finally:
         stopped.set()
         thread.join(timeout=10)
-    with suppress(ray.exceptions.RayError):
-        meter.tick(*ray.get(monitor.scored.remote(), timeout=5))
+    tick()

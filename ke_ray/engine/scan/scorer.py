@@ -7,7 +7,8 @@ is given up after ``MAX_ATTEMPTS`` by count of the monitor, which outlives the a
 
     input    one row    ``item`` (JSON of the work item and its checkpoint)
     output   one row for each corpus of the item, columns of ``scorer_output.OUTPUT_SCHEMA``
-    resources   ``num_cpus`` or ``num_gpus`` per actor, chosen by the scan
+    resources   ``num_cpus`` or ``num_gpus`` per actor, chosen by the scan; a scorer uses a GPU
+                only where Ray granted it one
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from ke_ray.checkpoints.reference import CheckpointRef
-from ke_ray.engine.scan.scorer_output import (
+from ke_ray.engine.cluster.placement import granted_device
+from ke_ray.errors import KeRayError
+from ke_ray.planning.scan_items import Stretch, WorkItem
+from ke_ray.planning.scan_messages import (
     ScorerSettings,
     evaluated_columns,
     failed_table,
@@ -33,8 +37,6 @@ from ke_ray.engine.scan.scorer_output import (
     output_table,
     save_tensors,
 )
-from ke_ray.errors import KeRayError
-from ke_ray.planning.scan_items import Stretch, WorkItem
 
 if TYPE_CHECKING:
     import torch
@@ -56,6 +58,19 @@ class ScanMonitor:
     def __init__(self) -> None:
         self._attempts: dict[int, int] = {}
         self._scored: dict[int, tuple[int, float]] = {}
+        self._warned = False
+        self._warnings: list[str] = []
+
+    def warn(self, text: str) -> None:
+        """Pass on a warning of a scorer; the first one speaks for all."""
+        if not self._warned:
+            self._warned = True
+            self._warnings.append(text)
+
+    def take_warnings(self) -> list[str]:
+        """Warnings since the last call."""
+        taken, self._warnings = self._warnings, []
+        return taken
 
     def begin(self, item: int) -> int:
         """Count an attempt at an item; returns how many there were, this one included."""
@@ -122,7 +137,9 @@ class CheckpointScorer:
         self._checkpoints = checkpoints
         self._corpora = {name: ray.get(ref) for name, ref in corpora.items()}
         self._monitor = monitor
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._device, problem = granted_device()
+        if problem is not None:
+            monitor.warn.remote(f"{problem}: this scorer, and others like it, scores on CPUs.")
         self._store = Store(settings.cache_dir, settings.cache_bytes)
         self._slots: dict[int, _Slot] = {}
         self._guard = threading.Lock()
@@ -170,9 +187,9 @@ class CheckpointScorer:
             self._monitor.report.remote(item.index, scored, ended - started)
             for stretch, part in zip(item.stretches, sums, strict=True):
                 outputs.append(self._output(item, ref, stretch, part))
-            sha256 = loaded.sha256.result()
+            model = {"weights_sha256": loaded.sha256.result(), **_identity(loaded.model)}
         for output in outputs:
-            output["weights_sha256"] = sha256
+            output |= model
         timings = {
             "fetch_s": loaded.fetch_s,
             "load_s": loaded.load_s,
@@ -194,6 +211,7 @@ class CheckpointScorer:
             lengths[rows],
             measures=stretch.work.measures,
             num_instances=stretch.work.num_instances,
+            group_sizes=stretch.work.group_sizes,
             first_instance=stretch.start,
             batch_size=self._settings.batch_size,
             on_batch=report,
@@ -297,6 +315,17 @@ class CheckpointScorer:
                 self._monitor.report.remote(item, total, now - started)
 
         return report
+
+
+def _identity(model: Any) -> dict[str, Any]:
+    """What tells a model's series from others: architecture and sizes, from the model itself."""
+    from ke_ray.checkpoints.find.series import series_label
+    from ke_ray.models.architectures import describe
+
+    config, layers = model.config, describe(model)
+    n_layers, d_mlp = len(layers), layers[0].d_mlp
+    series = series_label(config.model_type, n_layers, config.hidden_size, d_mlp)
+    return {"series": series, "n_layers": n_layers, "d_mlp": d_mlp}
 
 
 class _Exclusive:

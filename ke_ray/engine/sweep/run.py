@@ -19,13 +19,17 @@ from typing import Any, Protocol
 
 from ke_ray import storage
 from ke_ray.engine.cluster.metrics import record, study_label
+from ke_ray.engine.cluster.placement import may_grow
+from ke_ray.engine.cluster.placement_watch import watch_placement
 from ke_ray.engine.cluster.session import beside_driver, ray_session
 from ke_ray.engine.cluster.shared_storage import check_nodes_see
-from ke_ray.engine.sweep.resources import TrialResources, trial_resources
+from ke_ray.engine.cluster.shared_tracking import check_nodes_reach_store
+from ke_ray.engine.sweep.resources import TrialResources, sweep_nodes, trial_resources
 from ke_ray.engine.sweep.trial import STOPPED_TAG, TIME, VALUE, Handout, config_of_trial
-from ke_ray.engine.sweep.tuner import ENVIRONMENT, alone, build_tuner, scratch
+from ke_ray.engine.sweep.tuner import ENVIRONMENT, build_tuner, scratch
 from ke_ray.engine.train.continual import read_by_workers
-from ke_ray.planning.sweep import SweepPlan, Trial
+from ke_ray.planning.sweep import SweepPlan
+from ke_ray.planning.trials import Trial
 from ke_ray.results.columns import OBJECTIVES
 from ke_ray.results.manifest import new_manifest, read_manifest, write_manifest
 from ke_ray.results.sweep_folder import (
@@ -34,10 +38,11 @@ from ke_ray.results.sweep_folder import (
     settings_table,
     trials_table,
 )
+from ke_ray.storage.ownership import claimed
 from ke_ray.studies.identity import identity_fields, identity_keys
-from ke_ray.tracking.runs import TrackedRun, Tracker, flatten
-from ke_ray.tracking.training import run_params
+from ke_ray.tracking.tracker import TrackedRun, Tracker, flatten
 from ke_ray.training.runs import base_row, part_folder, run_key, write_failed, write_row
+from ke_ray.training.tracking import run_params
 
 __all__ = ["SweepOutcome", "SweepProgress", "collect_sweep", "run_sweep"]
 
@@ -107,6 +112,7 @@ def run_sweep(
     pending = plan.num_trials - outcome.skipped
     run = _Run(plan, tracker, progress)
     with ExitStack() as held:
+        held.enter_context(claimed(study.output, "sweep"))
         session = held.enter_context(ExitStack())
         if pending:
             started = time.perf_counter()
@@ -117,9 +123,9 @@ def run_sweep(
             check_nodes_see(
                 [read for t in missing for read in read_by_workers(t.study, [t.spec])], study.output
             )
-            run.resources = trial_resources(study, _nodes(), pending)
+            check_nodes_reach_store(study.mlflow)
+            run.resources = trial_resources(study, sweep_nodes(study), pending, may_grow=may_grow())
             outcome.phases_s["ray_start"] = time.perf_counter() - started
-        held.enter_context(alone(study.output))
         parent = run.parent = tracker.start_run(
             study.name or study.output.rstrip("/").rsplit("/", 1)[-1],
             key=f"sweep {run.folder_id}",
@@ -137,9 +143,10 @@ def run_sweep(
             raise
         finally:
             session.close()  # no trial runs from here on
-            run.finish_stopped()
-            tracker.close_children(parent.run_id)
-            collect_sweep(plan, outcome, "interrupted" if status == "KILLED" else None)
+            run.settle_unnamed()
+            tracker.close_children(parent.run_id, run.ends())
+            unfinished = {"KILLED": "interrupted", "FAILED": "failed"}
+            collect_sweep(plan, outcome, unfinished.get(status))
             if progress is not None:
                 progress.stop()
             status = "FAILED" if status == "FINISHED" and outcome.exit_code else status
@@ -156,12 +163,6 @@ def _folder_id(output: str) -> str | None:
     return str(read_manifest(output, "sweep").get("id", storage.absolute(output)))
 
 
-def _nodes() -> list[dict[str, float]]:
-    import ray
-
-    return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
-
-
 class _Run:
     """State of one command: what its trials get, and what becomes of each."""
 
@@ -173,7 +174,7 @@ class _Run:
     ) -> None:
         self.plan, self.tracker, self.progress = plan, tracker, progress
         self.parent = tracker.run(None)
-        self.stopped: list[Trial] = []
+        self.unnamed: list[Trial] = []  # trials whose rows do not know their MLflow runs
         # A folder that is removed and made again is another sweep.
         self.folder_id = _folder_id(plan.study.output) or uuid.uuid4().hex
         self.command = uuid.uuid4().hex[:12]
@@ -196,7 +197,6 @@ class _Run:
         self.settings = {
             "cwd": os.getcwd(),
             "threads": resources.cpus,
-            "device": "cuda" if resources.gpus else "cpu",
             "retries": study.retries,
             "command": self.command,
             "parent_id": self.parent.run_id,
@@ -209,7 +209,7 @@ class _Run:
         self.handout = ray.remote(Handout).options(**beside_driver()).remote()
         began, began_at = time.perf_counter(), time.time()
         searcher = LedgerSearcher(self.plan, self.config, self.settle)
-        with scratch(study.output) as place:
+        with scratch(study.output) as place, watch_placement():
             build_tuner(
                 study, searcher, resources, place, pending, self.command, self.handout
             ).fit()
@@ -283,13 +283,10 @@ class _Run:
                 write_failed(trial.study, trial.spec, text, fit=self.command)
             else:
                 _write_stopped(trial, result)
-                self.stopped.append(trial)
             row = trial.row()
         assert row is not None
-        if row.get("mlflow_run_id") is None:  # it did not live to write its own
-            found = self.tracker.find_run(run_key(trial.study, trial.spec, self.parent.run_id))
-            row = {**row, "mlflow_run_id": found}
-            write_row(trial.study, trial.spec, row)
+        if row.get("mlflow_run_id") is None:
+            self.unnamed.append(trial)  # looked up at the end: Tune waits here
         self._log_child(trial, row)
         record("ke_ray_sweep_trials", 1, study=study_label(self.plan.study), status=row["status"])
         if self.progress is not None:
@@ -298,19 +295,32 @@ class _Run:
         table = trials_table(trials, self.plan.study.shown_keys)
         storage.write_table(storage.join(self.plan.study.output, "trials.parquet"), table)
 
-    def finish_stopped(self) -> None:
-        """Make sure that the MLflow run of a trial that a scheduler stopped says FINISHED.
+    def settle_unnamed(self) -> None:
+        """Look up the MLflow runs of trials that did not live to write them down, and end them.
 
-        The trial's actor may have been ended before it could.
+        A scheduler may end a trial's actor before its run says FINISHED, and a store may have been
+        away when the trial ended.
         """
-        for trial in self.stopped:
+        for trial in self.unnamed:
             row = trial.row()
             run_id = self.tracker.find_run(run_key(trial.study, trial.spec, self.parent.run_id))
-            if row is not None and run_id is not None:
-                write_row(trial.study, trial.spec, {**row, "mlflow_run_id": run_id})
+            if row is None or run_id is None:
+                continue
+            row = {**row, "mlflow_run_id": run_id}
+            write_row(trial.study, trial.spec, row)
+            self._log_child(trial, row)
+            if row["status"] == "stopped":
                 self.tracker.run(run_id).set_tags({STOPPED_TAG: "asha"})
                 self.tracker.run(run_id).finish("FINISHED")
         self.parent.flush()
+
+    def ends(self) -> dict[str, str]:
+        """How the MLflow runs of this sweep's trials ended, by id."""
+        return {
+            row["mlflow_run_id"]: "FAILED" if row["status"] == "failed" else "FINISHED"
+            for row in sweep_rows(self.plan)
+            if row.get("mlflow_run_id")
+        }
 
     def _log_child(self, trial: Trial, row: Mapping[str, Any]) -> None:
         run_id = row.get("mlflow_run_id")

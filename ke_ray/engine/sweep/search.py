@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from ray.tune.search import Searcher
 
-from ke_ray.planning.sweep import Point, SweepPlan, Trial
+from ke_ray.planning.sweep import SweepPlan
+from ke_ray.planning.trials import Point, Trial
 from ke_ray.results.sweep_folder import objective_value
 from ke_ray.studies.axis import Axis
 from ke_ray.studies.sweep import SweepStudy

@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 from ke_ray import storage
 from ke_ray.engine.cluster.metrics import TrainingMeter
-from ke_ray.errors import KeRayError
+from ke_ray.engine.cluster.placement import granted_device
+from ke_ray.errors import KeRayError, TrainingError
 from ke_ray.studies.continual import ContinualStudy
 from ke_ray.studies.parts import TrackingSettings
 from ke_ray.training.runs import RunSpec, part_folder, read_row, run_key, write_failed
 
 if TYPE_CHECKING:
-    from ke_ray.planning.sweep import Trial
+    from ke_ray.planning.trials import Trial
     from ke_ray.training.parallel import Worker
     from ke_ray.training.snapshot import Snapshot
 
@@ -99,7 +100,7 @@ def run_trial(named: dict[str, str], handout: Any, environment: Mapping[str, str
 
     Args:
         named: ``trial``, the name of a config in the handout: what :func:`config_of_trial` makes,
-            with ``cwd``, ``threads``, ``device``, ``retries``, ``command`` (names the command that
+            with ``cwd``, ``threads``, ``retries``, ``command`` (names the command that
             runs the sweep), ``parent_id`` and ``watch`` (whether a scheduler wants intermediate
             results).
         handout: the :class:`Handout`.
@@ -169,13 +170,16 @@ def _execute(
     from ke_ray.training.continual import run_continual
     from ke_ray.training.parallel import Worker
 
+    device, problem = granted_device()
+    if problem is not None:
+        raise TrainingError(f"{problem}.")
     torch.set_num_threads(config["threads"])
     probes = _Probes(watch)
     meter = TrainingMeter(study, spec.name, probes.on_progress, probes)
     run_continual(
         study,
         spec,
-        Worker(device=config["device"]),
+        Worker(device=device),
         meter,
         parent_id=config["parent_id"],
         on_probes=meter.probes,
@@ -282,10 +286,10 @@ def _train_worker(
 
 def _finish_stopped(study: ContinualStudy, spec: RunSpec, parent_id: str | None) -> None:
     """A trial that a scheduler ended is finished in MLflow, neither failed nor killed."""
-    from ke_ray.tracking.runs import Tracker
+    from ke_ray.tracking.tracker import Tracker
 
     settings: TrackingSettings = study.mlflow
-    with Tracker(settings) as tracker:
+    with Tracker(settings, deferred=True) as tracker:
         run = tracker.run(tracker.find_run(run_key(study, spec, parent_id)))
         run.set_tags({STOPPED_TAG: "asha"})
         run.finish("FINISHED")

@@ -1,4 +1,4 @@
-"""Ray Tune's tuner for a sweep: resources, scheduler, a folder to itself, and nothing kept."""
+"""Ray Tune's tuner for a sweep: resources, scheduler, and nothing kept."""
 
 from __future__ import annotations
 
@@ -7,20 +7,19 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ke_ray import storage
 from ke_ray.engine.sweep.resources import TrialResources
 from ke_ray.engine.sweep.trial import TIME, VALUE, run_trial
-from ke_ray.errors import ResultsError
 from ke_ray.studies.sweep import SweepStudy
 
 if TYPE_CHECKING:
     from ke_ray.engine.sweep.search import LedgerSearcher
 
-__all__ = ["ENVIRONMENT", "alone", "build_tuner", "scratch"]
+__all__ = ["ENVIRONMENT", "build_tuner", "scratch"]
 
 #: Read by Tune on the driver and in its actors.
 ENVIRONMENT = {
@@ -114,26 +113,3 @@ def scratch(output: str) -> Iterator[str]:
         yield str(place)
     finally:
         shutil.rmtree(place, ignore_errors=True)
-
-
-@contextmanager
-def alone(output: str) -> Iterator[None]:
-    """One command at a time in a folder (where it is local).
-
-    Raises:
-        ResultsError: another one is at work there.
-    """
-    with ExitStack() as stack:
-        if storage.is_local(output):
-            from filelock import FileLock, Timeout
-
-            storage.check_writable(output)
-            lock = FileLock(str(storage.local_path(output) / ".lock"))
-            try:
-                stack.enter_context(lock.acquire(timeout=0))
-            except Timeout as error:
-                raise ResultsError(
-                    f"Another ke-ray sweep is at work in '{output}'; wait for it, or give another "
-                    "output."
-                ) from error
-        yield

@@ -19,12 +19,15 @@ from ke_ray import storage
 from ke_ray.engine.cluster.metrics import TrainingMeter
 from ke_ray.engine.cluster.session import ray_session
 from ke_ray.engine.cluster.shared_storage import check_nodes_see
+from ke_ray.engine.cluster.shared_tracking import check_nodes_reach_store
 from ke_ray.engine.train.trainer import fit, progress_of
-from ke_ray.errors import KeRayError
+from ke_ray.errors import KeRayError, PlacementError
 from ke_ray.results.columns import RUN_TABLES, names, to_table
 from ke_ray.results.manifest import new_manifest, read_manifest, write_manifest
+from ke_ray.storage.ownership import claimed
 from ke_ray.studies.continual import ContinualStudy
 from ke_ray.studies.identity import check_same_study, identity_fields
+from ke_ray.tracking.tracker import check_store
 from ke_ray.training.continual import run_continual
 from ke_ray.training.loop import Progress
 from ke_ray.training.parallel import Worker
@@ -95,6 +98,11 @@ def prepare_continual(study: ContinualStudy) -> list[RunSpec]:
         UserError: the selection names nothing, a tokenizer is missing, the corpus is too small, a
             schedule does not fit, the output folder holds another study, …
     """
+    with claimed(study.output, "continual"):
+        return _prepare_claimed(study)
+
+
+def _prepare_claimed(study: ContinualStudy) -> list[RunSpec]:
     from ke_ray.training.inputs import load_inputs, read_start
 
     specs = list_runs(study)
@@ -135,14 +143,22 @@ def run_continual_study(
         progress: called on the driver about twice a second.
 
     Raises:
-        UserError: bad input; nothing was trained.
+        UserError: bad input, or another command is writing the output folder; nothing was trained.
     """
+    with claimed(study.output, "continual"):
+        return _run_claimed(study, progress)
+
+
+def _run_claimed(
+    study: ContinualStudy, progress: Callable[[RunProgress], None] | None
+) -> ContinualOutcome:
     started = time.perf_counter()
     outcome = ContinualOutcome(study.output)
     specs = _listed(study)
     pending = [spec for spec in specs if not _is_done(study, spec)]
     if pending:
         specs = prepare_continual(study)
+        check_store(study.mlflow)
     outcome.skipped = len(specs) - len(pending)
     outcome.phases_s["check"] = time.perf_counter() - started
     manifest = new_manifest("continual", study.model_dump(mode="json"))
@@ -273,6 +289,7 @@ def _run_on_ray(
     with ray_session():
         outcome.phases_s["ray_start"] = time.perf_counter() - started
         check_nodes_see(read_by_workers(study, pending), study.output)
+        check_nodes_reach_store(study.mlflow)
         while left:
             fit_id = f"{time.time_ns():x}"
             payload = {"study": study, "specs": left, "fit": fit_id}
@@ -281,6 +298,8 @@ def _run_on_ray(
             try:
                 fit(_continual_worker, payload, study, folder, board.show_file)
                 break
+            except PlacementError:
+                raise
             except KeRayError as error:
                 if not storage.exists(_current(study)):
                     raise  # the cluster cannot hold the workers, …: no run is to blame

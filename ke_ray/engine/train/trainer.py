@@ -23,10 +23,22 @@ from typing import Any
 
 from ke_ray import errors, storage
 from ke_ray.engine.cluster.metrics import TrainingMeter
-from ke_ray.engine.cluster.session import cluster_resources, kept_handlers, ray_session
+from ke_ray.engine.cluster.placement import (
+    count_places,
+    describe_nodes,
+    describe_resources,
+    may_grow,
+    most_cpus,
+    training_nodes,
+)
+from ke_ray.engine.cluster.placement_watch import watch_placement
+from ke_ray.engine.cluster.session import kept_handlers, ray_session
 from ke_ray.engine.cluster.shared_storage import check_nodes_see
+from ke_ray.engine.cluster.shared_tracking import check_nodes_reach_store
 from ke_ray.errors import ConfigError, KeRayError, TrainingError
+from ke_ray.storage.ownership import claimed
 from ke_ray.studies.training import PretrainStudy, TrainingKeys
+from ke_ray.tracking.tracker import check_store
 from ke_ray.training.loop import Progress, StepRecord
 from ke_ray.training.parallel import Worker
 from ke_ray.training.pretrain import PretrainOutcome, is_finished, prepare_data, run_pretrain
@@ -55,22 +67,25 @@ class WorkerResources:
 def worker_resources(keys: TrainingKeys) -> WorkerResources:
     """CPUs and GPU of each worker in the cluster that is connected.
 
+    By default each has as many CPUs as let all workers run at the same time, node by node.
+
     Raises:
-        ConfigError: the cluster can never hold that many workers at once.
+        ConfigError: the nodes cannot hold that many workers at once and nothing adds nodes, or
+            torch cannot use the GPUs that are requested.
     """
-    total = cluster_resources()
-    num_cpus, num_gpus = int(total.get("CPU", 0)), int(total.get("GPU", 0))
-    use_gpu = num_gpus >= keys.num_workers if keys.use_gpu is None else keys.use_gpu
-    cpus = keys.cpus_per_worker or max(1, num_cpus // keys.num_workers)
-    if cpus * keys.num_workers > num_cpus:
+    nodes = training_nodes(keys.use_gpu)
+    use_gpu = keys.use_gpu
+    if use_gpu is None:
+        use_gpu = count_places(nodes, keys.cpus_per_worker or 1, gpus=1) >= keys.num_workers
+    gpus = int(use_gpu)
+    cpus = keys.cpus_per_worker or max(1, most_cpus(nodes, keys.num_workers, gpus))
+    num_places = count_places(nodes, cpus, gpus)
+    if num_places < keys.num_workers and not may_grow():
+        each = describe_resources({"CPU": cpus, "GPU": gpus})
         raise ConfigError(
-            f"num_workers {keys.num_workers} x {cpus} CPUs were asked, the cluster has {num_cpus} "
-            "CPUs; lower num_workers or cpus_per_worker, or add nodes."
-        )
-    if use_gpu and keys.num_workers > num_gpus:
-        raise ConfigError(
-            f"num_workers {keys.num_workers} with use_gpu need as many GPUs, the cluster has "
-            f"{num_gpus}; lower num_workers or set use_gpu: false."
+            f"num_workers {keys.num_workers} × ({each}) requested, but the cluster has "
+            f"{describe_nodes(nodes)} and holds {num_places} of them; lower num_workers or "
+            "cpus_per_worker, set use_gpu: false, or add nodes."
         )
     return WorkerResources(cpus, use_gpu)
 
@@ -96,7 +111,7 @@ class ProgressFile:
         text = json.dumps({**asdict(progress), "pid": os.getpid(), **more})
         if storage.is_local(self.uri):
             path = storage.local_path(self.uri)
-            temporary = path.with_name(f".{path.name}.{os.getpid()}")
+            temporary = storage.temporary_path(path)
             temporary.write_text(text)
             temporary.replace(path)
         else:
@@ -120,7 +135,7 @@ def _worker_main(config: dict[str, Any]) -> None:
     if Path(config["cwd"]).is_dir():
         os.chdir(config["cwd"])  # relative paths of the study mean what they mean to the driver
     torch.set_num_threads(config["threads"])
-    device = ray.train.torch.get_device()
+    device = ray.train.torch.get_device() if config["use_gpu"] else torch.device("cpu")
     worker = Worker(context.get_world_rank(), context.get_world_size(), str(device))
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -173,6 +188,7 @@ def build_trainer(
             "function": function,
             "payload": payload,
             "threads": resources.cpus,
+            "use_gpu": resources.use_gpu,
             "cwd": str(Path.cwd()),
             "fatal": storage.join(folder, name, "fatal.json"),
             "progress": storage.join(folder, "progress.json"),
@@ -208,6 +224,7 @@ def fit(
 
     Raises:
         KeRayError: as the worker raised it.
+        PlacementError: no node can hold a worker any more.
         TrainingError: workers died more often than allowed; the message says of what.
     """
     place, name = storage.absolute(folder), f"fit-{uuid.uuid4().hex[:12]}"
@@ -219,8 +236,11 @@ def fit(
         with (
             _watched(ProgressFile(storage.join(place, "progress.json")), on_progress),
             kept_handlers(signal.SIGINT, signal.SIGTERM),
+            watch_placement(),
         ):
             trainer.fit()
+    except KeRayError:  # of the watch; a worker's come as Ray's own
+        raise
     except Exception as error:  # ray.train's own kinds, which are not stable across versions
         if not storage.exists(fatal):
             raise TrainingError(_explain(error, keys)) from error
@@ -292,14 +312,23 @@ def run_pretrain_on_ray(
     Raises:
         UserError, TrainingError: as ``run_pretrain`` and :func:`fit`.
     """
+    with claimed(study.output, "pretrain"):
+        return _run_claimed(study, progress)
+
+
+def _run_claimed(
+    study: PretrainStudy, progress: Callable[[Progress], None] | None
+) -> PretrainOutcome:
     if is_finished(study):
         return run_pretrain(study)
     prepare_data(study)
+    check_store(study.mlflow)
     with ray_session():
         data = study.data
         check_nodes_see(
             [("data.source", data.source), ("data.tokenizer", data.tokenizer)], study.output
         )
+        check_nodes_reach_store(study.mlflow)
         fit(
             _pretrain_worker,
             study,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import os
 import shutil
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ke_ray.checkpoints.find.catalog import list_checkpoints
+from ke_ray.checkpoints.find.catalog import find_checkpoints, list_checkpoints
 from ke_ray.checkpoints.find.csv_list import parse_csv_list
 from ke_ray.checkpoints.find.duplicates import flag_duplicates, folder_fingerprint
 from ke_ray.checkpoints.reference import CheckpointRef
@@ -149,6 +150,74 @@ def test_csv_with_relative_paths_ingredients_and_no_header(series: Path, tmp_pat
         (5, "https://host/x/step5-unsharded/"),
         (6, "hf://o/r@main"),
     ]
+
+
+def test_a_trainers_output_folder_is_its_series_with_the_final_step(tmp_path: Path) -> None:
+    out = make(tmp_path / "a-run", b"final")  # sorts before "checkpoint-…"
+    (out / "trainer_state.json").write_text('{"global_step": 750, "log_history": []}')
+    for step in (500, 1000):
+        make(out / f"checkpoint-{step}", f"{step}".encode())
+    assert [(ref.name, ref.step) for ref in list_checkpoints(str(out))] == [
+        ("checkpoint-500", 500),
+        ("a-run", 750),
+        ("checkpoint-1000", 1000),
+    ]
+    (out / "trainer_state.json").write_text('{"global_step": 1000}')
+    shutil.copyfile(out / "checkpoint-1000" / "model.safetensors", out / "model.safetensors")
+    refs = list_checkpoints(str(out))
+    assert steps(refs) == [500, 1000, 1000]
+    assert (refs[2].name, refs[2].duplicate_of) == ("a-run", "checkpoint-1000")
+    (out / "model.safetensors").unlink()  # stopped before the end: only a configuration is left
+    assert steps(list_checkpoints(str(out))) == [500, 1000]
+
+
+@pytest.mark.parametrize("state", ["[", "[]", "{}", '{"global_step": -1}', "[" * 100_000, None])
+def test_a_final_step_that_cannot_be_read_is_unknown_and_said(tmp_path: Path, state) -> None:
+    out = make(tmp_path / "out", b"final")
+    make(out / "checkpoint-5", b"5")
+    if state is not None:
+        (out / "trainer_state.json").write_text(state)
+    listing = find_checkpoints(str(out))
+    assert steps(list(listing.checkpoints)) == [5, None]
+    assert "1 of 2 checkpoints have no step" in listing.notes[0]
+    assert "(out)" in listing.notes[0]
+
+
+def sizes(folder: Path, n_layers: int) -> None:
+    config = {"model_type": "olmo", "hidden_size": 64, "intermediate_size": 256}
+    text = json.dumps(config | {"num_hidden_layers": n_layers})
+    (make(folder, str(folder).encode()) / "config.json").write_text(text)
+
+
+def test_several_sizes_are_several_series(tmp_path: Path, caplog) -> None:
+    for n_layers in (2, 4):
+        for step in (1, 2):
+            sizes(tmp_path / f"L{n_layers}" / f"step{step}", n_layers)
+    listing = find_checkpoints(str(tmp_path / "*" / "*"))
+    assert [ref.name for ref in listing.checkpoints] == [
+        *("L2-step1", "L2-step2"),
+        *("L4-step1", "L4-step2"),
+    ]
+    assert len({ref.series for ref in listing.checkpoints}) == 2
+    assert "2 architectures or sizes" in listing.notes[0]
+    assert "olmo, 4 layers, d_model 64, d_mlp 256 (2)" in listing.notes[0]
+    list_checkpoints(str(tmp_path / "*" / "*"))
+    assert "2 architectures or sizes" in caplog.text
+    assert find_checkpoints(str(tmp_path / "L2")).notes == ()
+
+
+def test_several_stages_and_shared_steps_are_said(tmp_path: Path) -> None:
+    for name in (
+        "stage1-step10",
+        "stage1-step20",
+        "stage2-ingredient1-step10",
+        "step_10",
+        "step10",
+    ):
+        make(tmp_path / name, name.encode())
+    stages, repeated = find_checkpoints(str(tmp_path)).notes
+    assert "stage 1 (2); stage 2, ingredient 1 (1)" in stages
+    assert "2 checkpoints share their step" in repeated
 
 
 @pytest.mark.parametrize(

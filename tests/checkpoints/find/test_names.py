@@ -12,10 +12,13 @@ from ke_ray.checkpoints.find.names import (
     parse_step_and_tokens,
 )
 
+K, M, B, T = 10**3, 10**6, 10**9, 10**12
+
 
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
+        # OLMo 1, 2 and 3, and the native folders.
         ("step738020-tokens3095B", CheckpointName(738020, 3_095_000_000_000)),
         ("step1000-tokens4B", CheckpointName(1000, 4_000_000_000)),
         ("step0-tokens0B", CheckpointName(0, 0)),
@@ -25,6 +28,9 @@ from ke_ray.checkpoints.find.names import (
             CheckpointName(23852, 51_000_000_000, 2, 1),
         ),
         ("stage3-step10000", CheckpointName(10000, None, 3)),
+        ("stage1-step1413814-tokens5931B", CheckpointName(1_413_814, 5931 * B, 1)),
+        ("stage2-ingredient3-step11931-tokens50B", CheckpointName(11_931, 50 * B, 2, 3)),
+        # Pythia and DataDecide.
         ("step0", CheckpointName(0)),
         ("step512", CheckpointName(512)),
         ("step143000", CheckpointName(143000)),
@@ -36,6 +42,49 @@ from ke_ray.checkpoints.find.names import (
         ("iter_0001000", CheckpointName(1000)),
         ("STEP_12", CheckpointName(12)),
         ("epoch=0-step=100", CheckpointName(100)),
+        ("epoch=0-step=100.ckpt", CheckpointName(100)),
+        ("step1250-seed-default", CheckpointName(1250)),
+        ("checkpoint-3-step500", CheckpointName(500)),
+        # TinyLlama.
+        ("step-50K-105b", CheckpointName(50 * K, 105 * B)),
+        ("TinyLlama-1.1B-step-50K-105b", CheckpointName(50 * K, 105 * B)),
+        ("TinyLlama-1.1B-intermediate-step-240k-503b", CheckpointName(240 * K, 503 * B)),
+        ("TinyLlama-1.1B-intermediate-step-955k-token-2T", CheckpointName(955 * K, 2 * T)),
+        ("TinyLlama-1.1B-intermediate-step-1195k-token-2.5T", CheckpointName(1195 * K, 2500 * B)),
+        ("step-1431k-3T", CheckpointName(1431 * K, 3 * T)),
+        ("step-1431k-token-3T", CheckpointName(1431 * K, 3 * T)),
+        # SmolLM2 and SmolLM3.
+        ("step-125000", CheckpointName(125_000)),
+        ("stage2-step-3490000", CheckpointName(3_490_000, None, 2)),
+        ("lc-4k-to-32k-step-4000", CheckpointName(4000)),
+        # LLM360: Amber and K2 number their checkpoints.
+        ("ckpt_000", CheckpointName(0)),
+        ("ckpt_358", CheckpointName(358)),
+        # Other abbreviations.
+        ("step_20k", CheckpointName(20 * K)),
+        ("step-1.5k", CheckpointName(1500)),
+        ("step2.5M", CheckpointName(2_500_000)),
+        ("iter_10K", CheckpointName(10 * K)),
+        ("step-001000-2BT", CheckpointName(1000, 2 * B)),
+        ("step1000.pt", CheckpointName(1000)),
+        # Numbers that can be read in two ways are not read.
+        ("step-1431x", CheckpointName()),
+        ("step1.5", CheckpointName()),
+        ("step1.000", CheckpointName()),
+        ("step1,000", CheckpointName()),
+        ("step1_000", CheckpointName()),
+        ("step10_20", CheckpointName()),
+        ("step1e5", CheckpointName()),
+        ("step1.2345k", CheckpointName()),
+        ("step1000B", CheckpointName()),
+        ("step5-iter6", CheckpointName()),
+        ("checkpoint-10k", CheckpointName()),
+        ("ckpt_100M", CheckpointName()),
+        ("chck_100M", CheckpointName()),
+        ("0000020000", CheckpointName()),
+        ("v1.0", CheckpointName()),
+        ("step1000-7B", CheckpointName(1000)),
+        ("stage1.5-step3", CheckpointName(3)),
         ("step5-tokens1.5T", CheckpointName(5, 1_500_000_000_000)),
         ("main", CheckpointName()),
         ("timestep5", CheckpointName()),
@@ -51,6 +100,18 @@ from ke_ray.checkpoints.find.names import (
 )
 def test_published_names(name: str, expected: CheckpointName) -> None:
     assert parse_checkpoint_name(name) == expected
+
+
+@given(
+    thousands=st.integers(1, 10**6),
+    fraction=st.integers(0, 999),
+    word=st.sampled_from(["step", "step-", "step_", "iter_", "global_step"]),
+    unit=st.sampled_from("kKmM"),
+)
+def test_an_abbreviated_step_is_read_whole(thousands, fraction, word, unit) -> None:
+    scale = K if unit in "kK" else M
+    name = f"{word}{thousands}.{fraction:03d}{unit}"
+    assert parse_checkpoint_name(name).step == thousands * scale + fraction * scale // 1000
 
 
 @given(st.text(max_size=200))

@@ -16,8 +16,8 @@ from ke_ray.checkpoints.formats.fingerprint import (
     tensors_sha256,
     weights_sha256,
 )
-from ke_ray.checkpoints.formats.saving import save_model
 from ke_ray.errors import CheckpointError
+from ke_ray.models.saving import save_model
 
 
 def rename(folder: Path, change) -> None:
@@ -58,6 +58,19 @@ def test_prefix_of_the_base_model_does_not_enter(tmp_path: Path, tiny_decoder) -
         rename(folder, lambda items, p=prefix: ((n.removeprefix(p), t) for n, t in items))
         assert not any(name.startswith(prefix) for name in load_file(folder / "model.safetensors"))
         assert weights_sha256(folder) == before
+
+
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."]
+)
+def test_prefixes_of_wrappers_do_not_enter(tmp_path: Path, tiny_decoder, prefix: str) -> None:
+    model = tiny_decoder("llama")
+    save_model(model, tmp_path)
+    before = weights_sha256(tmp_path)
+    rename(tmp_path, lambda items: ((prefix + name, tensor) for name, tensor in items))
+    assert weights_sha256(tmp_path) == before
+    state = {prefix + name: tensor for name, tensor in model.state_dict().items()}
+    assert tensors_sha256(state) == before
 
 
 def test_a_tied_head_may_be_stored_or_not(tmp_path: Path, tiny_decoder) -> None:

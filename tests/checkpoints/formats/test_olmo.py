@@ -17,9 +17,9 @@ from ke_ray.checkpoints.formats.olmo_config import (
     parse_native_config,
     read_native_config,
 )
-from ke_ray.checkpoints.formats.saving import save_model
 from ke_ray.errors import CheckpointError, KeRayError, UnsupportedArchitectureError
 from ke_ray.models.loading import load_config, load_model
+from ke_ray.models.saving import save_model
 
 TINY = """\
 model:

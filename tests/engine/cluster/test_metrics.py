@@ -21,7 +21,7 @@ from ke_ray.engine.cluster.metrics import METRICS, ScanMeter
 from ke_ray.engine.scan.collect import ScanOutcome
 from ke_ray.engine.sweep.run import run_sweep
 from ke_ray.planning.sweep import prepare_sweep
-from ke_ray.tracking.runs import Tracker
+from ke_ray.tracking.tracker import Tracker
 from ke_ray.training.loop import Progress, StepRecord
 from ke_ray.training.pretrain import run_pretrain
 from ke_ray.training.snapshot import Snapshot

@@ -273,3 +273,19 @@ def test_what_only_the_driver_sees_is_refused_at_once(two_nodes: TwoNodes, on_s3
     assert "The output folder 'local-output'" in continual.stderr
     assert refused in " ".join(continual.stderr.split())
     assert not (two_nodes.folder / "local-output" / "runs.parquet").exists()
+
+
+def test_an_mlflow_store_that_only_the_driver_sees_is_refused_before_training(
+    two_nodes: TwoNodes, on_s3: str
+) -> None:
+    study = continual_keys("s3://shared/series", "s3://shared/untracked", starts={"steps": "10:"})
+    (two_nodes.folder / "untracked.yaml").write_text(json.dumps(study))
+    database = two_nodes.folder / "own.db"
+    result = two_nodes.ke_ray(
+        "continual", "untracked.yaml", "--mlflow-uri", f"sqlite:///{database}"
+    )
+    assert result.returncode == 2, result.stdout + result.stderr
+    message = " ".join(result.stderr.split())
+    assert "is not reached from the node 127.0.0.1" in message
+    assert f"there is no file {database}" in message
+    assert not storage.exists("s3://shared/untracked/runs.parquet")

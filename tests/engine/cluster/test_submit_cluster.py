@@ -15,6 +15,7 @@ import pytest
 import ray_head
 import yaml
 
+from ke_ray.engine.cluster.submit import JobServer
 from ke_ray.results import ScanFolder
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -92,6 +93,13 @@ def test_a_scan_runs_as_a_job_and_its_results_are_there(head, series, token_ids,
     ]
     assert holders == [], "a secret of the submitter, or the token, was written down"
     assert PLANTED not in head.get("/api/jobs/", head.token).text
+
+
+def test_the_machines_of_a_cluster_are_counted(head, monkeypatch):
+    for name, value in head.environment.items():
+        if name.startswith("RAY_AUTH"):
+            monkeypatch.setenv(name, value)
+    assert JobServer(head.address).num_machines() == 1
 
 
 def test_a_job_that_fails_gives_its_own_exit_code(head, tmp_path):

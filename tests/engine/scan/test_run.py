@@ -19,7 +19,7 @@ from ke_ray.planning.scan import prepare_scan
 from ke_ray.results import ScanFolder, read_manifest
 from ke_ray.studies.parts import TrackingSettings
 from ke_ray.studies.scan import ALL_MEASURES
-from ke_ray.tracking.runs import Tracker
+from ke_ray.tracking.tracker import Tracker
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -55,7 +55,10 @@ def scan(study, recorder=None):
 
 def values_of(output):
     return {
-        (r["checkpoint"], r["corpus"], r["layer"], r["measure"]): (r["value"], r["stderr"])
+        (r["checkpoint"], r["corpus"], r["layer"], r["measure"]): (
+            r["value"],
+            np.nan if r["stderr"] is None else r["stderr"],
+        )
         for r in ScanFolder.open(str(output)).entropy().to_pylist()
         if r["status"] == "ok"
     }
@@ -122,6 +125,10 @@ def test_result_columns_hold_what_they_say(scan_study, series):
     first = rows[0]
     assert (first["checkpoint"], first["step"], first["num_instances"]) == ("step10", 10, 70)
     assert first["num_tokens"] == 70 * 24
+    label = "olmo, 2 layers, d_model 32, d_mlp 48"
+    assert {(r["series"], r["n_layers"], r["d_mlp"], r["stage"]) for r in rows} == {
+        (label, 2, 48, None)
+    }
     assert len(first["weights_sha256"]) == len(first["data_sha256"]) == 64
     units = {(r["measure"], r["unit"]) for r in rows}
     assert units == {("knowledge_entropy", "nats"), ("gini", "fraction")}
@@ -295,7 +302,7 @@ def test_an_item_that_keeps_killing_its_actor_is_given_up(scan_study, series, to
     import ray
 
     from ke_ray.engine.scan.scorer import CheckpointScorer, ScanMonitor
-    from ke_ray.engine.scan.scorer_output import ScorerSettings, item_to_json
+    from ke_ray.planning.scan_messages import ScorerSettings, item_to_json
 
     setup = prepare_scan(scan_study(measures=("knowledge_entropy",)))
     monitor = ray.remote(num_cpus=0)(ScanMonitor).remote()

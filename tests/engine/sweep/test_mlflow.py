@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ke_ray.studies.parts import TrackingSettings
-from ke_ray.tracking.runs import Tracker
+from ke_ray.tracking.tracker import Tracker
 
 pytestmark = pytest.mark.slow
 
@@ -18,8 +18,8 @@ NUM_STEPS = 60
 
 def write_trial(uri: str, number: int, parent_id: str, start: object, results: object) -> None:
     """What a trial's process does: a run of its own, curves as they come, an end."""
-    from ke_ray.tracking.training import tracked_run
     from ke_ray.training.parallel import Worker
+    from ke_ray.training.tracking import tracked_run
 
     start.wait()  # type: ignore[attr-defined]
     settings = TrackingSettings(uri=uri, experiment="eight")
@@ -48,7 +48,7 @@ def check_eight_writers(uri: str) -> None:
 
     # Processes of their own, that have imported everything: they all start to write at once.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mlflow", "ke_ray.tracking.training"])
+    context.set_forkserver_preload(["mlflow", "ke_ray.training.tracking"])
     settings = TrackingSettings(uri=uri, experiment="eight")
     with Tracker(settings) as tracker:
         parent = tracker.start_run("sweep", key="sweep eight", kind="sweep")

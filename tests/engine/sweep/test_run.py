@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from contextvars import Context
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from ke_ray.engine.sweep.run import SweepOutcome, run_sweep
 from ke_ray.errors import ConfigError, ResultsError
 from ke_ray.planning.sweep import prepare_sweep
 from ke_ray.storage import read_json, read_table
+from ke_ray.storage.ownership import claimed
 from ke_ray.studies.sweep import SweepStudy
-from ke_ray.tracking.runs import Tracker
+from ke_ray.tracking.tracker import Tracker
 from ke_ray.training.continual import run_continual
 from ke_ray.training.pretrain import run_pretrain
 
@@ -263,15 +265,10 @@ def test_asking_for_more_than_there_is_ends_at_once(
         assert not (tmp_path / "sweep" / "manifest.json").exists()
 
 
-def test_a_second_command_in_the_same_folder_is_refused(
-    tmp_path: Path, series: Path, ray_cluster: None
-) -> None:
-    from filelock import FileLock
-
+def test_a_second_command_in_the_same_folder_is_refused(tmp_path: Path, series: Path) -> None:
     study = tiny_sweep(tmp_path / "sweep", series)
-    (tmp_path / "sweep").mkdir()
-    with FileLock(str(tmp_path / "sweep" / ".lock")), pytest.raises(ResultsError, match="at work"):
-        sweep(study)
+    with claimed(study.output, "sweep"), pytest.raises(ResultsError, match="is writing"):
+        Context().run(sweep, study)  # as another command: a context of its own
 
 
 @pytest.mark.slow

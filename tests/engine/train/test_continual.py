@@ -14,7 +14,11 @@ import pytest
 import tiny_studies
 from tiny_studies import tiny_continual, tiny_pretrain
 
-from ke_ray.engine.train.continual import RunProgress, prepare_continual, run_continual_study
+from ke_ray.engine.train.continual import (
+    RunProgress,
+    prepare_continual,
+    run_continual_study,
+)
 from ke_ray.errors import CheckpointSpecError, ResultsError
 from ke_ray.storage import read_json, read_table
 from ke_ray.training.pretrain import run_pretrain

@@ -105,5 +105,5 @@ def test_errors_of_workers_arrive_as_they_were_raised(tmp_path: Path, ray_cluste
     changed = tiny_pretrain(tmp_path, num_steps=11)
     with pytest.raises(ResultsError, match="num_steps was"):
         run_pretrain_on_ray(changed)
-    with pytest.raises(ConfigError, match="the cluster has 2 CPUs"):
+    with pytest.raises(ConfigError, match="the cluster has 1 node with 2 CPUs and holds 2"):
         worker_resources(tiny_pretrain(tmp_path, num_workers=4))

@@ -211,10 +211,12 @@ def _emit(rows, replicates, common, measure, layer, value, left_out, sizes) -> N
             "layer": layer,
             "measure": measure,
             "value": float(value),
-            "stderr": float(stderr),
+            "stderr": None if measure == "dormant_share" else float(stderr),
             "unit": UNITS[measure],
         }
     )
+    if measure == "dormant_share":  # a count of memories has no error
+        return
     replicates.extend(
         {
             "checkpoint": common["checkpoint"],

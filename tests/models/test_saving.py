@@ -13,9 +13,10 @@ import torch
 from ke_ray.checkpoints.fetch.cache import Store
 from ke_ray.checkpoints.find.catalog import list_checkpoints
 from ke_ray.checkpoints.formats.fingerprint import tensors_sha256, weights_sha256
-from ke_ray.checkpoints.formats.saving import save_model
+from ke_ray.checkpoints.reference import find_tokenizer
 from ke_ray.errors import StorageError
-from ke_ray.models.loading import find_tokenizer, load_model
+from ke_ray.models.loading import load_model
+from ke_ray.models.saving import save_model
 
 
 @pytest.mark.parametrize("layout", ["hf", "native"])

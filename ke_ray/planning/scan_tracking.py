@@ -10,7 +10,7 @@ import datetime
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ke_ray.tracking.runs import TrackedRun, Tracker
+from ke_ray.tracking.tracker import TrackedRun, Tracker
 
 if TYPE_CHECKING:
     from ke_ray.planning.scan import ScanSetup
@@ -50,12 +50,16 @@ def log_finished(run: TrackedRun, setup: ScanSetup) -> None:
 def log_scan_metrics(
     run: TrackedRun, rows: Sequence[Mapping[str, Any]], index: int, setup: ScanSetup
 ) -> None:
-    """Log one checkpoint's values at step = pretraining step (its index where it has none)."""
+    """Log one checkpoint's values at step = pretraining step.
+
+    At its place in the listing instead where it has no step, or where the steps of the listing
+    start again in a later stage or series.
+    """
     metrics: dict[str, float] = {}
     step = index
     ok = [row for row in rows if row["status"] == "ok"]
     for row in ok:
-        step = index if row["step"] is None else row["step"]
+        step = row["step"] if setup.steps_rise and row["step"] is not None else index
         place = "total" if row["layer"] is None else f"layer_{row['layer']:02d}"
         corpus = f"/{row['corpus']}" if len(setup.study.data) > 1 else ""
         metrics[f"{row['measure']}{corpus}/{place}_{row['unit']}"] = row["value"]
@@ -73,7 +77,8 @@ def log_predictions(run: TrackedRun, rows: Sequence[Mapping[str, Any]], setup: S
     first = next(iter(setup.corpora))
     for row in rows:
         if row["layer"] is None and row["corpus"] == first and row["predicted_nats"] is not None:
-            step = index.get(row["checkpoint"], 0) if row["step"] is None else row["step"]
+            known = setup.steps_rise and row["step"] is not None
+            step = row["step"] if known else index.get(row["checkpoint"], 0)
             metrics = {
                 "knowledge_entropy_before/total_nats": row["before_nats"],
                 "knowledge_entropy_predicted/total_nats": row["predicted_nats"],

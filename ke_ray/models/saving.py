@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,7 +13,7 @@ from ke_ray.checkpoints.formats.layout import TOKENIZER_FILES
 from ke_ray.checkpoints.formats.olmo import fuse
 from ke_ray.checkpoints.formats.olmo_config import NativeConfig
 from ke_ray.errors import StorageError
-from ke_ray.models.loading import quiet
+from ke_ray.models.loading import quiet, require_head
 from ke_ray.storage import (
     exists,
     hold,
@@ -24,6 +24,8 @@ from ke_ray.storage import (
     make_dirs,
     remove,
     remove_leftovers,
+    temporary_path,
+    write_atomic,
 )
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ def save_model(
     *,
     layout: Literal["hf", "native"] = "hf",
     tokenizer: Any | None = None,
+    extra: Mapping[str, str] | None = None,
     overwrite: bool = False,
 ) -> str:
     """Write a checkpoint that :func:`~ke_ray.models.loading.load_model` reads back exactly.
@@ -50,6 +53,7 @@ def save_model(
         folder: a path, or the URI of a folder (which is filled file by file, configuration last).
         layout: ``hf`` or ``native``.
         tokenizer: a ``tokenizers.Tokenizer``, a ``tokenizer.json``, or a folder that holds one.
+        extra: further text files, by name.
         overwrite: replace what is there.
 
     Returns:
@@ -61,26 +65,33 @@ def save_model(
     """
     target = os.fspath(folder)
     if not overwrite and exists(target) and (not is_local(target) or _filled(local_path(target))):
-        raise StorageError(f"'{target}' exists already; choose another folder for the checkpoint.")
+        raise _exists(target)
     native = NativeConfig.from_transformers(model.config) if layout == "native" else None
+    if native is not None:
+        require_head(model, "OLMo's native layout")
     if not is_local(target):
         with tempfile.TemporaryDirectory(prefix="ke_ray-") as temporary:
-            _fill(Path(temporary), model, native, tokenizer)
+            _fill(Path(temporary), model, native, tokenizer, extra or {})
             _upload(Path(temporary), target)
         return target
     final = local_path(target).absolute()
     make_dirs(final.parent)
-    # A leading dot: listings of checkpoint folders pass over it.
-    temporary_folder = final.parent / f".{final.name}.{uuid.uuid4().hex[:12]}.tmp"
-    remove_leftovers(final.parent, ".", (".tmp", ".old"))
+    # It begins with a dot: listings of checkpoint folders pass over it.
+    temporary_folder = temporary_path(final)
+    remove_leftovers(final)
     lock = None
     try:
         temporary_folder.mkdir()
         lock = os.open(temporary_folder, os.O_RDONLY)
         hold(lock)
-        _fill(temporary_folder, model, native, tokenizer)
-        _replace(temporary_folder, final)
+        _fill(temporary_folder, model, native, tokenizer, extra or {})
+        if overwrite:
+            _replace(temporary_folder, final)
+        else:
+            temporary_folder.rename(final)  # refused where somebody has filled it meanwhile
     except OSError as error:
+        if not overwrite and final.exists() and _filled(final):
+            raise _exists(target) from error
         raise StorageError(
             f"Cannot write the checkpoint '{target}': {error.strerror or error}. Free some space "
             "or choose another folder."
@@ -93,7 +104,11 @@ def save_model(
 
 
 def _fill(
-    folder: Path, model: PreTrainedModel, native: NativeConfig | None, tokenizer: Any | None
+    folder: Path,
+    model: PreTrainedModel,
+    native: NativeConfig | None,
+    tokenizer: Any | None,
+    extra: Mapping[str, str],
 ) -> None:
     if native is None:
         with quiet():
@@ -107,6 +122,8 @@ def _fill(
         (folder / "config.yaml").write_text(native.to_yaml(), "utf-8")
     if tokenizer is not None:
         _save_tokenizer(tokenizer, folder)
+    for name, text in extra.items():
+        write_atomic(folder / name, text)
     for path in folder.iterdir():
         # A rename can outlive the bytes in a power cut unless they are on the disk first.
         with path.open("rb") as file:
@@ -128,6 +145,10 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
         shutil.copyfile(source / name, folder / name)
 
 
+def _exists(target: str) -> StorageError:
+    return StorageError(f"'{target}' exists already; choose another folder for the checkpoint.")
+
+
 def _filled(path: Path) -> bool:
     return not path.is_dir() or any(path.iterdir())
 
@@ -136,7 +157,7 @@ def _replace(source: Path, final: Path) -> None:
     if not final.exists():
         source.rename(final)
         return
-    old = final.parent / f".{final.name}.{uuid.uuid4().hex[:12]}.old"
+    old = temporary_path(final)
     final.rename(old)
     source.rename(final)
     shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink()

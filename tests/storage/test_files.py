@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from ke_ray import storage
 from ke_ray.errors import StorageError
+from ke_ray.storage import temporary as temporary_files
 
 
 @given(st.text())
@@ -83,14 +85,22 @@ def test_what_a_killed_writer_left_goes_with_the_next_write(tmp_path, monkeypatc
     target = tmp_path / "a.json"
     subprocess.run([sys.executable, "-c", code, str(target)], check=False)
     (left,) = tmp_path.iterdir()
-    assert left.name.startswith(".a.json.")
-    (tmp_path / ".a.jsonl.x").write_text("another file's")
-    with (tmp_path / ".a.json.alive").open("w") as file:
+    assert re.fullmatch(r"\.ke-ray-[0-9a-f]{16}-a\.json", left.name)
+    others = (
+        ".a.json.swp",
+        ".a.json.0123abcd",
+        ".ke-ray-notes",
+        storage.temporary_path(tmp_path / "b.json").name,
+    )
+    for name in others:
+        (tmp_path / name).write_text("another's")
+    alive = storage.temporary_path(target)
+    with alive.open("w") as file:
         storage.hold(file.fileno())
-        monkeypatch.setattr(storage, "_LEFTOVER_AGE_S", -1.0)
+        monkeypatch.setattr(temporary_files, "_LEFTOVER_AGE_S", -1.0)
         storage.write_atomic(target, b"whole")
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == [".a.json.alive", ".a.jsonl.x", "a.json"]
+    assert names == sorted([alive.name, *others, "a.json"])
 
 
 def test_a_large_folder_is_not_looked_through_for_every_file(tmp_path, monkeypatch):
@@ -100,10 +110,10 @@ def test_a_large_folder_is_not_looked_through_for_every_file(tmp_path, monkeypat
     for number in range(260):
         storage.write_atomic(tmp_path / f"{number}.json", "{}")
     assert 200 <= len(looks) <= 202
-    leftover = tmp_path / ".1.json.abcdefgh"
+    leftover = storage.temporary_path(tmp_path / "1.json")
     leftover.touch()
     os.utime(leftover, (0, 0))
-    monkeypatch.setattr(storage, "_LARGE_FOLDER_S", 0.0)  # half a minute later
+    monkeypatch.setattr(temporary_files, "_LARGE_FOLDER_S", 0.0)  # half a minute later
     storage.write_atomic(tmp_path / "1.json", "{}")
     assert not leftover.exists()
 

@@ -17,8 +17,8 @@ from servers import free_port, running_mlflow
 
 from ke_ray.errors import StorageError
 from ke_ray.studies.parts import TrackingSettings
-from ke_ray.tracking.runs import Tracker, flatten
-from ke_ray.tracking.sender import Sender
+from ke_ray.tracking.sender import Outage, Sender
+from ke_ray.tracking.tracker import Tracker, flatten
 
 
 def settings(uri, **keys):
@@ -64,7 +64,7 @@ def test_a_killed_process_leaves_no_run_that_says_running(sqlite_uri):
 import time
 from ke_ray.tracking.sender import Sender
 from ke_ray.studies.parts import TrackingSettings
-from ke_ray.tracking.runs import Tracker
+from ke_ray.tracking.tracker import Tracker
 tracker = Tracker(TrackingSettings(uri={sqlite_uri!r}, experiment="tests"))
 run = tracker.start_run("dies", key="dies", kind="scan")
 run.flush()
@@ -127,13 +127,94 @@ def test_a_store_that_stays_away_is_given_up_once_not_for_each_write():
         attempts.append(time.monotonic())
         raise ConnectionError("nobody there")
 
-    sender = Sender(give_up_after_s=0.5, silent_s=3600.0)
+    sender = Sender(give_up_after_s=0.5)
     sender.start()
     for number in range(1000):
         sender.put(f"write {number}", write)
     sender.stop()
     assert len(sender.lost) == 1000
     assert 2 <= len(attempts) < 10  # all of the first write
+
+
+def test_a_store_that_comes_back_gets_what_earlier_runs_of_the_process_left(caplog):
+    written = []
+    is_there = False
+
+    def write(number):
+        if not is_there:
+            raise ConnectionError("nobody there")
+        written.append(number)
+
+    outage = Outage("store")
+    for number in (1, 2):
+        sender = Sender(outage, give_up_after_s=6.0)
+        sender.start()
+        for part in range(3):
+            sender.put("a write", lambda number=number, part=part: write((number, part)))
+        sender.stop()
+        assert len(sender.lost) == 3
+    is_there = True
+    sender = Sender(outage)
+    sender.start()
+    sender.put("a write", lambda: write((3, 0)))
+    sender.stop()
+    assert written == [*((1, part) for part in range(3)), *((2, part) for part in range(3)), (3, 0)]
+    assert sender.lost == []
+    messages = [record.getMessage() for record in caplog.records]
+    # Each is said once, not for each run or write.
+    assert len(messages) == 2, messages
+    assert "does not answer (nobody there). The work goes on" in messages[0]
+    assert messages[1].endswith("answers again.")
+
+
+@pytest.fixture
+def silent_uri():
+    """A server that takes connections and never says a word."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_work_that_has_begun_does_not_wait_for_its_store(silent_uri, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    tracker = Tracker(settings(silent_uri), deferred=True)
+    tracker._sender._give_up_after_s = 2.0
+    run = tracker.start_run("x", key="x", kind="continual", params={"a": 1})
+    for step in range(100):
+        run.log_metrics({"loss": 1.0}, step)
+    run.finish()
+    assert run.run_id is None
+    assert tracker.find_run("x") is None
+    assert tracker.close_children("parent") == 0
+    assert len(tracker.close()) == 103, "tags, parameters, metrics and status"
+
+
+def test_a_deferred_run_is_the_one_with_its_key(sqlite_uri):
+    with Tracker(settings(sqlite_uri)) as tracker:
+        first = tracker.start_run("one", key="k", kind="continual", params={"a": 1})
+        first.finish("FAILED")
+    with Tracker(settings(sqlite_uri), deferred=True) as tracker:
+        again = tracker.start_run("one", key="k", kind="continual", params={"a": 1, "b": 2})
+        again.log_metrics({"x": 1.0})
+        again.finish()
+        assert tracker.close() == []
+        assert again.run_id == first.run_id
+        found = tracker.client.get_run(first.run_id)
+        assert (found.info.status, found.data.params) == ("FINISHED", {"a": "1", "b": "2"})
+
+
+def test_children_whose_end_is_known_are_closed_with_it(sqlite_uri):
+    with Tracker(settings(sqlite_uri)) as tracker:
+        parent = tracker.start_run("s", key="s", kind="sweep")
+        ok, failed, unknown = (
+            tracker.start_run(name, key=name, kind="continual", parent_id=parent.run_id)
+            for name in ("ok", "failed", "unknown")
+        )
+        unknown.flush()
+        tracker.close_children(parent.run_id, {ok.run_id: "FINISHED", failed.run_id: "FAILED"})
+        statuses = [tracker.client.get_run(r.run_id).info.status for r in (ok, failed, unknown)]
+        assert statuses == ["FINISHED", "FAILED", "KILLED"]
+        assert tracker.close_children(parent.run_id, {unknown.run_id: "FINISHED"}) == 1
+        assert tracker.client.get_run(unknown.run_id).info.status == "FINISHED"
 
 
 def test_a_refused_write_is_lost_alone(sqlite_uri, tmp_path):

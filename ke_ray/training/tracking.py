@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ke_ray.studies.parts import TrackingSettings
-from ke_ray.tracking.runs import TrackedRun, Tracker
+from ke_ray.tracking.tracker import TrackedRun, Tracker
 from ke_ray.training.loop import Progress
 from ke_ray.training.parallel import Worker
 
@@ -38,12 +38,13 @@ def tracked_run(
     """An MLflow run on the main worker (a run that logs nothing elsewhere).
 
     It ends FINISHED, FAILED after an exception, KILLED after an interrupt; a killed process is
-    found out by the next one that logs to the store.
+    found out by the next one that logs to the store. The store is opened in the background, and
+    nothing that it does or does not do is an error here: the work has begun.
     """
     if not (worker.is_main and settings.enabled):
         yield TrackedRun(None, None, None)
         return
-    with Tracker(settings) as tracker:
+    with Tracker(settings, deferred=True) as tracker:
         run = tracker.start_run(
             name, key=key, kind=kind, params=params, tags=tags, parent_id=parent_id
         )

@@ -45,6 +45,9 @@ OUTPUT_SCHEMA = pa.schema(
         ("num_instances", pa.int64()),
         ("num_tokens", pa.int64()),
         ("weights_sha256", pa.string()),
+        ("series", pa.string()),
+        ("n_layers", pa.int32()),
+        ("d_mlp", pa.int32()),
         # Either partial sums (safetensors), or, where the item is all of the corpus, their
         # evaluation: rows and replicates (Arrow IPC) and mean coefficients (safetensors).
         ("sums", pa.large_binary()),
@@ -117,7 +120,7 @@ def _rows_table(evaluation: Evaluation) -> pa.Table:
             "layer": pa.array([row.layer for row in rows], pa.int32()),
             "measure": [row.measure for row in rows],
             "value": [row.value for row in rows],
-            "stderr": [row.stderr for row in rows],
+            "stderr": pa.array([row.stderr for row in rows], pa.float64(), from_pandas=True),
             "unit": [row.unit for row in rows],
         }
     )
@@ -136,7 +139,7 @@ def _replicates_table(evaluation: Evaluation) -> pa.Table:
     return pa.table(
         {
             "layer": pa.array(layers, pa.int32()),
-            "measure": measures,
+            "measure": pa.array(measures, pa.string()),
             "group": groups,
             "value": np.concatenate(values) if values else np.empty(0),
         }
@@ -152,14 +155,18 @@ def item_from_json(text: str) -> WorkItem:
     """The inverse of ``item_to_json``."""
     values = json.loads(text)
     stretches = tuple(
-        Stretch(
-            CorpusWork(**{**s["work"], "measures": tuple(s["work"]["measures"])}),
-            s["start"],
-            s["stop"],
-        )
-        for s in values["stretches"]
+        Stretch(_corpus_work(s["work"]), s["start"], s["stop"]) for s in values["stretches"]
     )
     return WorkItem(values["index"], values["checkpoint"], stretches)
+
+
+def _corpus_work(values: dict[str, Any]) -> CorpusWork:
+    sizes = values["group_sizes"]
+    tuples = {
+        "measures": tuple(values["measures"]),
+        "group_sizes": None if sizes is None else tuple(sizes),
+    }
+    return CorpusWork(**{**values, **tuples})
 
 
 def failed_table(item: WorkItem, message: str) -> pa.Table:

@@ -1,0 +1,136 @@
+"""Which revisions of a Hub repository make its series of checkpoints.
+
+Without a glob the series is every revision whose name gives a step, and ``main`` after them where
+its weights are not those of the last one (Amber's ``main`` follows ``ckpt_358``). Where no name
+gives a step it is ``main`` alone. Names that were not understood are counted and named; a glob
+takes them, with an unknown step.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+from ke_ray.checkpoints import hub
+from ke_ray.checkpoints.find.names import parse_checkpoint_name
+from ke_ray.checkpoints.find.series import few
+from ke_ray.checkpoints.formats.foreign import explain_foreign
+from ke_ray.checkpoints.reference import CheckpointRef, order_key
+from ke_ray.errors import CheckpointSpecError
+from ke_ray.storage import slug
+
+__all__ = ["inspect_hub", "list_hub"]
+
+
+def list_hub(
+    spec: str, endpoint: str | None, *, everything: bool, with_main: bool
+) -> tuple[list[CheckpointRef], list[str]]:
+    """The checkpoints of a repository, and notes about revisions that were left out.
+
+    Args:
+        spec: ``org/repo`` or ``org/repo@revision``.
+        everything: take every revision, because a glob is going to choose.
+        with_main: whether ``main`` may join a series of steps.
+
+    Raises:
+        CheckpointSpecError: no such repository or revision, or it cannot be reached.
+    """
+    repo, _, name = spec.strip("/").partition("@")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo) or ".." in repo:
+        raise CheckpointSpecError(f"'{repo}' is not a Hub repository; expected org/name.")
+    if name:
+        return [_reference(repo, hub.find_revision(repo, name, endpoint=endpoint))], []
+    refs = [_reference(repo, rev) for rev in hub.list_revisions(repo, endpoint=endpoint)]
+    if everything:
+        return refs, []
+    stepped = sorted((ref for ref in refs if ref.step is not None), key=order_key)
+    main = [ref for ref in refs if ref.revision == "main"]
+    others = [ref.revision or "" for ref in refs if ref not in (*stepped, *main)]
+    if not stepped:
+        if not main:
+            return refs, []
+        notes = [
+            f"None of the {len(others)} revisions beside 'main' has a name that gives a step "
+            f"({few(others)}): only 'main' is taken. Take others, with an unknown step, by a glob "
+            "such as --revisions '*'."
+        ]
+        # A repository of one checkpoint may carry the step in its own name.
+        said = parse_checkpoint_name(repo)
+        main = [replace(main[0], step=said.step, pretraining_tokens=said.tokens)]
+        return main, notes if others else []
+    if main and with_main and _is_of_its_own(main[0], stepped[-1], endpoint):
+        stepped += main
+    notes = [
+        f"{len(others)} revisions have names that give no step and are left out ({few(others)}). "
+        "Take them, with an unknown step, by a glob such as --revisions '*'."
+    ]
+    return stepped, notes if others else []
+
+
+def _reference(repo: str, revision: hub.HubRevision) -> CheckpointRef:
+    said = parse_checkpoint_name(revision.name)
+    return CheckpointRef(
+        name=slug(revision.name),
+        location=f"hf://{repo}",
+        format="hub",
+        revision=revision.name,
+        commit=revision.commit,
+        step=said.step,
+        pretraining_tokens=said.tokens,
+        stage=said.stage,
+        ingredient=said.ingredient,
+    )
+
+
+def _is_of_its_own(main: CheckpointRef, last: CheckpointRef, endpoint: str | None) -> bool:
+    """Whether ``main`` has weights, and others than the last numbered checkpoint."""
+    refs, *_ = _inspected([main, last], endpoint)
+    if main.revision not in [ref.revision for ref in refs]:
+        return False
+    return len({ref.weights_fingerprint for ref in refs}) == len(refs)
+
+
+def inspect_hub(
+    refs: list[CheckpointRef], endpoint: str | None
+) -> tuple[list[CheckpointRef], list[str]]:
+    """Sizes and hashes of Hub checkpoints, and the names of those without weights and step.
+
+    Raises:
+        CheckpointSpecError: none of them holds weights, or the Hub cannot be reached.
+    """
+    result, empty, files = _inspected(refs, endpoint)
+    if not result:
+        repos = ", ".join(sorted({ref.repo for ref in refs if ref.repo}))
+        foreign = explain_foreign(files)
+        raise CheckpointSpecError(
+            f"No chosen revision of {repos} holds model weights"
+            + (f": {foreign}" if foreign else ".")
+        )
+    return result, empty
+
+
+def _inspected(
+    refs: list[CheckpointRef], endpoint: str | None
+) -> tuple[list[CheckpointRef], list[str], list[str]]:
+    """The checkpoints, the revisions that hold none, and the files of all revisions."""
+    inspected: dict[tuple[str | None, str | None], hub.HubRevision] = {}
+    for repo in {ref.repo for ref in refs if ref.repo}:
+        wanted = [
+            hub.HubRevision(ref.revision or "main", ref.commit or ref.revision or "main")
+            for ref in refs
+            if ref.repo == repo
+        ]
+        for revision in hub.inspect_revisions(repo, wanted, endpoint=endpoint):
+            inspected[repo, revision.name] = revision
+    result, empty = [], []
+    for ref in refs:
+        known = inspected.get((ref.repo, ref.revision))
+        if known is None:
+            result.append(ref)
+        elif ref.step is not None or (known.layout and known.layout.weights):
+            size, identity = known.size_bytes, known.weights_fingerprint
+            result.append(replace(ref, size_bytes=size, weights_fingerprint=identity))
+        else:
+            empty.append(ref.revision or ref.name)
+    files = [file.name for revision in inspected.values() for file in revision.files]
+    return result, empty, files

@@ -1,0 +1,157 @@
+"""Which checkpoints of a listing belong on one curve, and what a listing must say about itself.
+
+Two checkpoints are comparable step by step where architecture and sizes, stage and ingredient
+agree. A listing that mixes them is sorted series by series and stage by stage, and says so.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Hashable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+from ke_ray.checkpoints.formats.olmo_config import parse_native_config
+from ke_ray.checkpoints.reference import CheckpointRef
+from ke_ray.errors import KeRayError
+from ke_ray.storage import join, open_read
+
+__all__ = ["few", "listing_notes", "read_small_json", "series_label", "stage_label", "with_series"]
+
+_LIMIT = 16 * 2**20  # bytes of a configuration or a trainer's state
+_READERS = 8
+# Names of a size in the configurations of transformers.
+_LAYERS = ("num_hidden_layers", "n_layer")
+_WIDTH = ("hidden_size", "n_embd")
+_MEMORIES = ("intermediate_size", "n_inner")
+
+
+def series_label(model_type: str, n_layers: int, d_model: int, d_mlp: int) -> str:
+    """What tells the series of one architecture and size from others, for people and tables."""
+    return f"{model_type}, {n_layers} layers, d_model {d_model}, d_mlp {d_mlp}"
+
+
+def with_series(refs: Sequence[CheckpointRef]) -> list[CheckpointRef]:
+    """The same references with ``series`` where a folder's configuration tells it.
+
+    Revisions of a Hub repository and URLs are not asked one by one; a scan learns the series of
+    every checkpoint from the model that it loads.
+    """
+    with ThreadPoolExecutor(_READERS, thread_name_prefix="ke_ray-config") as pool:
+        return [replace(r, series=s) for r, s in zip(refs, pool.map(_series_of, refs), strict=True)]
+
+
+def _series_of(ref: CheckpointRef) -> str | None:
+    if ref.format == "hub" or ref.location.startswith(("http://", "https://")):
+        return None
+    name = "config.json" if ref.format == "hf" else "config.yaml"
+    content = _read_small(join(ref.location, name))
+    return None if content is None else _label_of(ref.format, content)
+
+
+# The checkpoints of a run share one configuration, and YAML takes long to parse.
+@lru_cache(maxsize=256)
+def _label_of(layout: str, content: bytes) -> str | None:
+    if layout == "native":
+        try:
+            config = parse_native_config(content.decode("utf-8", "replace"))
+        except KeRayError:
+            return None  # loading says what is wrong
+        return series_label(config.model_type, config.n_layers, config.d_model, config.d_mlp)
+    values = _parse(content)
+    model_type = values.get("model_type")
+    n_layers, d_model = _size(values, _LAYERS), _size(values, _WIDTH)
+    if not isinstance(model_type, str) or n_layers is None or d_model is None:
+        return None
+    return series_label(model_type, n_layers, d_model, _size(values, _MEMORIES) or 4 * d_model)
+
+
+def _size(values: dict[str, Any], names: Iterable[str]) -> int | None:
+    return next((values[name] for name in names if type(values.get(name)) is int), None)
+
+
+def read_small_json(uri: str) -> dict[str, Any]:
+    """A JSON object of at most 16 MiB; empty where it is absent, larger or not one."""
+    content = _read_small(uri)
+    return {} if content is None else _parse(content)
+
+
+def _read_small(uri: str) -> bytes | None:
+    try:
+        with open_read(uri) as file:
+            content = file.read(_LIMIT + 1)
+    except (OSError, KeRayError):
+        return None
+    return content if len(content) <= _LIMIT else None
+
+
+def _parse(content: bytes) -> dict[str, Any]:
+    try:
+        values = json.loads(content)
+    except (ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def listing_notes(refs: Sequence[CheckpointRef]) -> list[str]:
+    """Sentences on what a reader of the listing could take for something else.
+
+    Args:
+        refs: in training order, duplicates flagged.
+    """
+    notes = []
+    sizes = Counter(ref.series for ref in refs if ref.series)
+    if len(sizes) > 1:
+        notes.append(
+            f"The checkpoints are of {len(sizes)} architectures or sizes, each a series and a "
+            f"curve of its own: {_counts(sizes)}."
+        )
+    stages = Counter(stage_label(ref) for ref in refs if ref.step is not None)
+    if len(stages) > 1:
+        notes.append(
+            f"The checkpoints are of several stages or ingredients: {_counts(stages)}. Each is a "
+            "curve of its own; choose some with --revisions, such as 'stage1-*'."
+        )
+    nameless = [ref.name for ref in refs if ref.step is None]
+    if nameless and len(refs) > 1:
+        notes.append(
+            f"{len(nameless)} of {len(refs)} checkpoints have no step that can be read from "
+            f"their name ({few(nameless)}): they come last, by name."
+        )
+    keys = Counter(_place(ref) for ref in refs if ref.step is not None and not ref.duplicate_of)
+    repeated = [ref for ref in refs if keys[_place(ref)] > 1]
+    if repeated:
+        notes.append(
+            f"{len(repeated)} checkpoints share their step with another of the same series and "
+            f"stage ({few([ref.name for ref in repeated])}): are they of several runs? List one "
+            "run at a time."
+        )
+    if any(re.match(r"ckpt_0[0-9]{2}$", ref.name) for ref in refs):
+        notes.append(
+            "Names like 'ckpt_000' count checkpoints; the number stands in the place of the step."
+        )
+    return notes
+
+
+def stage_label(ref: CheckpointRef) -> str:
+    """``stage 2, ingredient 1``, or what of it the name gives."""
+    parts = (("stage", ref.stage), ("ingredient", ref.ingredient))
+    return ", ".join(f"{word} {n}" for word, n in parts if n is not None) or "no stage named"
+
+
+def _place(ref: CheckpointRef) -> Hashable:
+    return ref.series, ref.stage, ref.ingredient, ref.step
+
+
+def _counts(counts: Counter[str]) -> str:
+    return "; ".join(f"{label} ({number})" for label, number in counts.items())
+
+
+def few(names: Sequence[str]) -> str:
+    """The first five names, and how many there are beyond them."""
+    shown = ", ".join(names[:5])
+    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"

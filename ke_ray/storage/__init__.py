@@ -1,0 +1,56 @@
+"""Files of every kind under any fsspec URI: whole, by one writer, in folders that are our own.
+
+``uris`` names them, ``files`` and ``tables`` read and write them, ``temporary`` holds what is not
+whole yet, ``ownership`` says whose folder it is, ``sole_writer`` who may write it now.
+"""
+
+from __future__ import annotations
+
+from ke_ray.storage.files import (
+    check_writable,
+    create,
+    exists,
+    json_text,
+    list_dir,
+    make_dirs,
+    open_read,
+    read_bytes,
+    read_json,
+    read_text,
+    remove,
+    write_atomic,
+    write_json,
+)
+from ke_ray.storage.tables import open_table, read_table, write_table, write_tables
+from ke_ray.storage.temporary import hold, is_temporary, remove_leftovers, temporary_path
+from ke_ray.storage.uris import absolute, explained, is_local, join, local_path, slug
+
+__all__ = [
+    "absolute",
+    "check_writable",
+    "create",
+    "exists",
+    "explained",
+    "hold",
+    "is_local",
+    "is_temporary",
+    "join",
+    "json_text",
+    "list_dir",
+    "local_path",
+    "make_dirs",
+    "open_read",
+    "open_table",
+    "read_bytes",
+    "read_json",
+    "read_table",
+    "read_text",
+    "remove",
+    "remove_leftovers",
+    "slug",
+    "temporary_path",
+    "write_atomic",
+    "write_json",
+    "write_table",
+    "write_tables",
+]

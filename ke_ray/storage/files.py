@@ -1,0 +1,166 @@
+"""Files under any URI, written whole or not at all.
+
+A write goes to a temporary name beside its target and is then renamed, so that a reader, or a run
+that is killed, never meets half a file; the next write of the same file removes what a killed one
+left. Temporary names are ``.ke-ray-<16 hex digits>-<target>``, which no other program uses. (Object
+stores have no rename; there a put is atomic itself.)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ke_ray.errors import StorageError
+from ke_ray.storage.drivers import driver_errors
+from ke_ray.storage.temporary import hold, remove_leftovers, temporary_path
+from ke_ray.storage.uris import explained, filesystem, is_local, join, local_path
+
+
+def exists(uri: str | os.PathLike[str]) -> bool:
+    """Whether a file or folder is there."""
+    fs, path = filesystem(uri)
+    with driver_errors(os.fspath(uri)):
+        return bool(fs.exists(path))
+
+
+def make_dirs(uri: str | os.PathLike[str]) -> None:
+    """Create a folder and its parents; nothing happens where it exists."""
+    fs, path = filesystem(uri)
+    with explained(os.fspath(uri), "create the folder"):
+        fs.makedirs(path, exist_ok=True)
+
+
+def list_dir(uri: str | os.PathLike[str]) -> list[str]:
+    """The names in a folder, sorted; empty where there is no such folder."""
+    fs, path = filesystem(uri)
+    with driver_errors(os.fspath(uri)):
+        if not fs.isdir(path):
+            return []
+        fs.invalidate_cache(path)
+        entries = [entry.rstrip("/") for entry in fs.ls(path, detail=False)]
+    return sorted(entry.rsplit("/", 1)[-1] for entry in entries)
+
+
+def remove(uri: str | os.PathLike[str]) -> None:
+    """Remove a file or a folder with all it holds; nothing happens where there is none."""
+    fs, path = filesystem(uri)
+    with driver_errors(os.fspath(uri)), suppress(FileNotFoundError):
+        fs.rm(path, recursive=True)
+
+
+def open_read(uri: str | os.PathLike[str]) -> BinaryIO:
+    """A binary handle for reading."""
+    fs, path = filesystem(uri)
+    with driver_errors(os.fspath(uri)):
+        return fs.open(path, "rb")
+
+
+def read_bytes(uri: str | os.PathLike[str]) -> bytes:
+    """The whole file."""
+    fs, path = filesystem(uri)
+    with driver_errors(os.fspath(uri)):
+        return bytes(fs.cat_file(path))
+
+
+def read_text(uri: str | os.PathLike[str]) -> str:
+    """The whole file as UTF-8."""
+    return read_bytes(uri).decode("utf-8")
+
+
+def write_atomic(uri: str | os.PathLike[str], data: bytes | str) -> None:
+    """Write a file so that it appears complete or not at all.
+
+    Raises:
+        StorageError: no space, no permission, or a file where a folder is needed.
+    """
+    payload = data.encode("utf-8") if isinstance(data, str) else data
+    text = os.fspath(uri)
+    with explained(text, "write"):
+        if is_local(text):
+            target = local_path(text)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(target)
+            temporary = temporary_path(target)
+            try:
+                with temporary.open("xb") as file:
+                    hold(file.fileno())
+                    file.write(payload)
+                    file.flush()
+                    os.fsync(file.fileno())
+                    os.replace(temporary, target)  # still held, or it would look left over
+            except BaseException:
+                with suppress(OSError):
+                    temporary.unlink()
+                raise
+            return
+        fs, path = filesystem(text)
+        fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+        fs.pipe_file(path, payload)
+
+
+def create(uri: str | os.PathLike[str], data: bytes) -> bool:
+    """Write a file where there is none yet; False where there is one, which stays as it is.
+
+    Of two writers at once one succeeds where the store has conditional writes (S3, Google Cloud
+    Storage); on others both may, and the later one's bytes stay.
+    """
+    fs, path = filesystem(uri)
+    with explained(os.fspath(uri), "write"):
+        fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+        fs.invalidate_cache(path.rsplit("/", 1)[0])
+        try:
+            fs.pipe_file(path, data, mode="create")
+        except OSError:  # FileExistsError; of s3fs, a "precondition failed" without a kind
+            fs.invalidate_cache(path.rsplit("/", 1)[0])
+            if not fs.exists(path):
+                raise
+            return False
+    return True
+
+
+def write_json(uri: str | os.PathLike[str], value: Any) -> None:
+    """Write JSON, indented, with a final newline. NaN and infinities become null."""
+    write_atomic(uri, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """The text that :func:`write_json` writes."""
+    return json.dumps(_finite(value), indent=2, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def read_json(uri: str | os.PathLike[str]) -> Any:
+    """Parse a JSON file.
+
+    Raises:
+        StorageError: the file is not JSON.
+    """
+    try:
+        return json.loads(read_bytes(uri))
+    except ValueError as error:
+        raise StorageError(f"'{os.fspath(uri)}' is not JSON: {error}.") from error
+
+
+def check_writable(uri: str | os.PathLike[str]) -> None:
+    """Create the folder and prove that a file can be written there.
+
+    Raises:
+        StorageError: it cannot.
+    """
+    make_dirs(uri)
+    probe = join(uri, temporary_path(Path("writable")).name)
+    write_atomic(probe, b"x" * 4096)
+    remove(probe)

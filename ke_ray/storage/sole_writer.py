@@ -1,0 +1,236 @@
+"""One command at a time: a lock on a name, on any storage.
+
+On this machine's disks, and on network file systems that pass locks on (NFS does), the kernel's
+lock on a file says who writes; it goes with the process that holds it, however that ends. On
+object stores, and on file systems without locks, the same name is a *lease*: made with a
+conditional write, renewed every ``HEARTBEAT_S`` seconds, and void ``EXPIRES_S`` seconds after its
+command's last sign of life. Both say which process on which host writes, and since when; both are
+removed when the command ends.
+"""
+
+from __future__ import annotations
+
+import datetime
+import fcntl
+import json
+import logging
+import os
+import secrets
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from typing import Any
+
+from ke_ray import storage
+from ke_ray.errors import ResultsError
+
+__all__ = ["EXPIRES_S", "HEARTBEAT_S", "is_held", "sole_writer"]
+
+HEARTBEAT_S, EXPIRES_S = 15.0, 60.0
+# Stores without conditional writes let two commands write a lease at once: the later one stays.
+_SETTLE_S = 1.0
+
+log = logging.getLogger(__name__)
+_held: ContextVar[frozenset[str]] = ContextVar("locks that this command holds", default=frozenset())
+
+
+def is_held(lock: str) -> bool:
+    """Whether this command (this thread of control) is within ``sole_writer(lock, …)``."""
+    return storage.absolute(lock) in _held.get()
+
+
+@contextmanager
+def sole_writer(lock: str, target: str) -> Iterator[None]:
+    """Hold a lock for the block; within it, the same lock may be taken again.
+
+    A lease that another command took over, which can happen to one that was suspended for longer
+    than ``EXPIRES_S``, interrupts this command as Ctrl-C does.
+
+    Args:
+        lock: URI of the lock file; its folder is made where there is none.
+        target: what is written, for the message.
+
+    Raises:
+        ResultsError: another command holds it, or something else stands at ``lock``.
+        StorageError: the folder cannot be written.
+    """
+    if is_held(lock):
+        yield
+        return
+    descriptor = _lock_file(lock, target) if storage.is_local(lock) else None
+    manager = _lease(lock, target) if descriptor is None else _locked(lock, descriptor)
+    with manager:
+        token = _held.set(_held.get() | {storage.absolute(lock)})
+        try:
+            yield
+        finally:
+            _held.reset(token)
+
+
+def _owner() -> dict[str, Any]:
+    since = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return {"ke_ray": "lock", "host": socket.gethostname(), "pid": os.getpid(), "since": since}
+
+
+def _lock_file(lock: str, target: str) -> int | None:
+    """An open descriptor with the kernel's lock; None where the file system has no locks."""
+    path = storage.local_path(lock)
+    while True:
+        storage.make_dirs(path.parent)
+        try:
+            with storage.explained(lock, "lock"):
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except FileNotFoundError:
+            continue  # whoever made the folder has just removed it
+        try:
+            locked = _flock(descriptor)
+            before = os.pread(descriptor, 4096, 0)
+            if before and _parsed(before) is None:
+                raise _not_a_lock(lock)
+            if locked is False:
+                raise _refusal(target, _parsed(before) or {})
+            if locked is None:
+                if not before:  # else it is somebody's lease
+                    path.unlink(missing_ok=True)
+                os.close(descriptor)
+                return None
+            # Its last holder may have removed the file between our opening and locking it.
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), path.stat()):
+                    with storage.explained(lock, "lock"):
+                        os.ftruncate(descriptor, 0)
+                        os.pwrite(descriptor, json.dumps(_owner()).encode(), 0)
+                    return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _flock(descriptor: int) -> bool | None:
+    """Whether the kernel gave us the lock; None where the file system has none."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        log.debug("a file system without locks: %s", error)
+        return None
+    return True
+
+
+@contextmanager
+def _locked(lock: str, descriptor: int) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            storage.local_path(lock).unlink()
+        os.close(descriptor)
+
+
+@contextmanager
+def _lease(lock: str, target: str) -> Iterator[None]:
+    mine = {**_owner(), "token": secrets.token_hex(16)}
+    _take_lease(lock, target, mine)
+    ended = threading.Event()
+    thread = threading.Thread(
+        target=_renew, args=(lock, target, mine, ended), name="ke_ray-lease", daemon=True
+    )
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        if (_read(lock) or {}).get("token") == mine["token"]:
+            storage.remove(lock)
+
+
+def _take_lease(lock: str, target: str, mine: dict[str, Any]) -> None:
+    before = _read(lock)
+    if before is not None:
+        if _silent_s(before) < EXPIRES_S:
+            raise _refusal(target, before)
+        # Its clock may be another than ours: see whether it still gives a sign of life.
+        time.sleep(1.5 * HEARTBEAT_S)
+        now = _read(lock)
+        if now is not None and now != before:
+            raise _refusal(target, now)
+        storage.remove(lock)
+    if storage.create(lock, _renewed(mine)):
+        time.sleep(0.0 if lock.startswith("memory://") else _SETTLE_S)
+    now = _read(lock) or {}
+    if now.get("token") != mine["token"]:
+        raise _refusal(target, now)
+
+
+def _renew(lock: str, target: str, mine: dict[str, Any], ended: threading.Event) -> None:
+    while not ended.wait(HEARTBEAT_S):
+        try:
+            if (_read(lock) or mine).get("token") != mine["token"]:
+                log.error(
+                    "Another ke-ray command took over '%s' while this one stood still.", target
+                )
+                os.kill(os.getpid(), signal.SIGINT)  # wakes the main thread wherever it waits
+                return
+            storage.write_atomic(lock, _renewed(mine))
+        except Exception as error:  # each driver has its own kinds; the next beat tries again
+            log.warning("The lease on '%s' could not be renewed: %s", target, error)
+
+
+def _renewed(owner: dict[str, Any]) -> bytes:
+    return json.dumps({**owner, "renewed_at": time.time()}).encode()
+
+
+def _silent_s(owner: dict[str, Any]) -> float:
+    renewed_at = owner.get("renewed_at")
+    return time.time() - renewed_at if isinstance(renewed_at, int | float) else 0.0
+
+
+def _read(lock: str) -> dict[str, Any] | None:
+    try:
+        found = _parsed(storage.read_bytes(lock))
+    except FileNotFoundError:
+        return None
+    if found is None:
+        raise _not_a_lock(lock)
+    return found
+
+
+def _parsed(text: bytes) -> dict[str, Any] | None:
+    """What a lock file says; None where it is none of ke_ray's."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and found.get("ke_ray") == "lock" else None
+
+
+def _not_a_lock(lock: str) -> ResultsError:
+    return ResultsError(
+        f"'{lock}' is not a lock file of ke-ray, and a lock has to stand there; move it, or give "
+        "another output folder."
+    )
+
+
+def _refusal(target: str, owner: dict[str, Any]) -> ResultsError:
+    known = (
+        f"process {owner['pid']} on {owner['host']}, since {owner['since']}"
+        if {"pid", "host", "since"} <= set(owner)
+        else "it has just started"
+    )
+    lapses = ""
+    if "renewed_at" in owner:
+        lapses = (
+            f" Its last sign of life is {max(0.0, _silent_s(owner)):.0f} s old; if it was killed, "
+            f"its lease lapses after {EXPIRES_S:.0f} s."
+        )
+    return ResultsError(
+        f"Another ke-ray command is writing '{target}' ({known}); wait for it, or give another "
+        f"output.{lapses}"
+    )

@@ -1,0 +1,211 @@
+"""Each kind of study on a head without CPUs and two nodes of one CPU that declare a GPU each.
+
+torch has no CUDA here, which a declared GPU does not change.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray_head
+import torch
+from tiny_studies import tiny_continual, tiny_pretrain
+from tiny_sweep import tiny_sweep
+
+from ke_ray.storage import read_table
+from ke_ray.training.pretrain import run_pretrain
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.slow,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use a GPU here"),
+]
+
+
+@dataclass
+class Cluster:
+    """Its head, and commands whose driver joins it."""
+
+    head: ray_head.Head
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """That of a driver which joins."""
+        return self.head.environment | {"RAY_ADDRESS": self.head.gcs}
+
+    def start(self, *arguments: object, **environment: str) -> subprocess.Popen[str]:
+        """A command in the background."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "ke_ray", *map(str, arguments)],
+            env=self.environment | environment,
+            cwd=self.head.folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def ke_ray(self, *arguments: object, **environment: str) -> tuple[int, str, str]:
+        """Exit code, output and messages of a command."""
+        process = self.start(*arguments, **environment)
+        try:
+            output, messages = process.communicate(timeout=300)
+        finally:
+            process.kill()
+        return process.returncode, output, " ".join(messages.split())
+
+    def run(self, command: str, study: Any, folder: Path, **environment: str) -> str:
+        """Messages of a study's command, which has to end well."""
+        code, output, messages = self.ke_ray(command, written(study, folder), **environment)
+        assert code == 0, output + messages
+        return messages
+
+
+def written(study: Any, folder: Path) -> Path:
+    """The study as a file."""
+    path = folder / "study.yaml"
+    path.write_text(json.dumps(study.model_dump(mode="json", exclude_unset=True, by_alias=True)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with (
+        ray_head.running_head(num_cpus=0) as head,
+        ray_head.joined_node(head, "one", num_cpus=1, num_gpus=1),
+        ray_head.joined_node(head, "two", num_cpus=1, num_gpus=1),
+    ):
+        yield Cluster(head)
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("series")
+    run_pretrain(tiny_pretrain(folder))
+    return folder
+
+
+def test_a_scan_scores_on_cpus_and_says_so_once(
+    cluster: Cluster, pretrained: Path, tmp_path: Path
+) -> None:
+    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(2, 300, (40, 24), np.uint16))
+    code, output, messages = cluster.ke_ray(
+        *("scan", pretrained / "checkpoints", "--data", f"ids={tmp_path / 'ids.npy'}"),
+        *("--num-instances", 40, "--sequence-length", 24, "--measures", "knowledge_entropy"),
+        *("--output", tmp_path / "scan", "--no-mlflow"),
+    )
+    assert code == 0, output + messages
+    rows = read_table(str(tmp_path / "scan" / "entropy.parquet")).to_pylist()
+    assert {row["status"] for row in rows} == {"ok"}
+    assert messages.count("Ray granted a GPU on the node") == 1
+    assert "built without CUDA: this scorer, and others like it, scores on CPUs" in messages
+
+
+def test_a_continual_study_at_its_defaults(
+    cluster: Cluster, pretrained: Path, tmp_path: Path
+) -> None:
+    study = tiny_continual(
+        tmp_path / "out", pretrained, executor="ray", starts={"steps": "10:"}, held_out=None
+    )
+    messages = cluster.run("continual", study, tmp_path)
+    (row,) = read_table(f"{study.output}/runs.parquet").to_pylist()
+    assert row["status"] == "ok"
+    assert "declares GPUs, but torch" in messages
+    assert "Training runs on CPUs" in messages
+
+
+def test_pretraining_with_a_worker_on_each_node(cluster: Cluster, tmp_path: Path) -> None:
+    study = tiny_pretrain(tmp_path / "out", num_workers=2)
+    assert "Training runs on CPUs" in cluster.run("pretrain", study, tmp_path)
+    assert (tmp_path / "out" / "checkpoints" / "step10" / "model.safetensors").is_file()
+
+
+def test_trials_of_a_sweep(cluster: Cluster, pretrained: Path, tmp_path: Path) -> None:
+    study = tiny_sweep(tmp_path / "out", pretrained)
+    assert "Training runs on CPUs" in cluster.run("sweep", study, tmp_path)
+    rows = read_table(f"{study.output}/trials.parquet").to_pylist()
+    assert [row["status"] for row in rows] == ["ok"] * 3
+
+
+WAITS = """
+import logging, signal, threading, time
+import ray
+from ray.util import placement_group, remove_placement_group
+from ke_ray.engine.cluster.placement_watch import watch_placement
+from ke_ray.engine.cluster.session import ray_session
+from ke_ray.errors import PlacementError
+
+logging.basicConfig()
+with ray_session():
+    holder = placement_group([{"CPU": 1}, {"CPU": 1}])
+    assert holder.wait(60)
+    with watch_placement():
+        waiting = placement_group([{"CPU": 1, "GPU": 1}])
+        threading.Timer(3.5, remove_placement_group, [holder]).start()
+        assert waiting.wait(60)
+    remove_placement_group(waiting)
+    started = time.monotonic()
+    try:
+        with watch_placement():
+            placement_group([{"CPU": 4}]).wait(60)
+    except PlacementError as error:
+        print(f"ended: {error}")
+"""
+
+
+def test_a_wait_is_told_and_a_hopeless_one_ends(cluster: Cluster) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WAITS],
+        env=cluster.environment | {"KE_RAY_PLACEMENT_WAIT_S": "2"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    has = "2 nodes with 1 CPU and 1 GPU, 1 node with 0 CPUs"
+    busy, *_, hopeless = [line for line in done.stderr.splitlines() if "Waiting" in line]
+    assert f"1 × (1 CPU and 1 GPU) requested, the cluster has {has}." in busy
+    assert "when others give back" in busy
+    assert "(0 s so far): 1 × (4 CPUs) requested" in hopeless
+    assert "No node can hold it; this ends in 2 s" in hopeless
+    assert "ended: No node of the cluster can hold what the work needs: 1 × (4 CPUs) req" in (
+        done.stdout
+    )
+
+
+def test_a_study_that_lost_its_node_ends_with_a_message(
+    cluster: Cluster, pretrained: Path, tmp_path: Path
+) -> None:
+    study = tiny_continual(
+        tmp_path / "out",
+        pretrained,
+        executor="ray",
+        starts={"steps": "10:"},
+        cpus_per_worker=4,
+        epochs=1000,
+        save_every=1,
+    )
+    with ray_head.joined_node(cluster.head, "large", num_cpus=4):
+        command = cluster.start("continual", written(study, tmp_path), KE_RAY_PLACEMENT_WAIT_S="3")
+        deadline = time.monotonic() + 300
+        while not list((tmp_path / "out").rglob("state.json")):
+            assert command.poll() is None, command.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+    try:
+        _, messages = command.communicate(timeout=300)
+    finally:
+        command.kill()
+    assert command.returncode == 1, messages
+    assert "Waiting for a place" in messages
+    assert "ke-ray: No node of the cluster can hold what the work needs: 1 × (4 CPUs)" in messages
+    assert not (tmp_path / "out" / "runs.parquet").exists()

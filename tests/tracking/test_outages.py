@@ -1,0 +1,158 @@
+"""MLflow goes away in the middle of work, or was never there for one process: no run fails."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from servers import free_port, running_mlflow
+from tiny_studies import tiny_continual, tiny_pretrain
+from tiny_sweep import tiny_sweep
+
+from ke_ray.engine.sweep.run import run_sweep
+from ke_ray.engine.train.continual import run_continual_study
+from ke_ray.errors import StorageError
+from ke_ray.planning.sweep import prepare_sweep
+from ke_ray.studies.parts import TrackingSettings
+from ke_ray.tracking.tracker import Tracker
+from ke_ray.training.pretrain import run_pretrain
+
+pytestmark = pytest.mark.slow
+
+ONLY = {"downstream": None, "held_out": None, "entropy": None, "keep_final": False}
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pretrained")
+    run_pretrain(tiny_pretrain(folder))
+    return folder
+
+
+class Server:
+    """A real MLflow server that a test ends and starts again at the same address."""
+
+    def __init__(self, folder: Path, stack: ExitStack) -> None:
+        self.folder, self.port = folder, free_port()
+        self.stack = stack
+        self._running = ExitStack()
+        stack.callback(self.stop)
+
+    def start(self) -> str:
+        return self._running.enter_context(running_mlflow(self.folder, self.port))
+
+    def stop(self) -> None:
+        self._running.close()
+
+
+@pytest.fixture
+def server(tmp_path: Path):
+    with ExitStack() as stack:
+        yield Server(tmp_path, stack)
+
+
+def test_a_server_that_is_away_in_the_middle_of_a_study_misses_nothing(
+    server: Server, tmp_path: Path, pretrained: Path
+) -> None:
+    uri, runs = server.start(), []
+
+    def progress(state: Any) -> None:
+        if state.run not in runs:
+            runs.append(state.run)
+            server.stop() if len(runs) == 1 else server.start()
+
+    mlflow = {"enabled": True, "uri": uri}
+    study = tiny_continual(tmp_path / "out", pretrained, **ONLY, mlflow=mlflow)
+    outcome = run_continual_study(study, progress)
+    assert len(runs) == 2, "it was away from the first run's first step to the second's"
+    assert outcome.exit_code == 0
+    assert [(row["status"], row["error"]) for row in outcome.rows] == [("ok", None)] * 2
+    with Tracker(TrackingSettings(uri=uri)) as tracker:
+        for row in outcome.rows:
+            run = tracker.client.get_run(row["mlflow_run_id"])
+            assert run.info.status == "FINISHED"
+            losses = tracker.client.get_metric_history(run.info.run_id, "train/loss")
+            assert sorted(m.step for m in losses) == list(range(1, row["num_steps"] + 1))
+            assert run.data.metrics["result/acquisition"] == pytest.approx(row["acquisition"])
+
+
+@pytest.mark.ray
+def test_a_sweep_whose_server_dies_ends_well_and_the_store_tells_the_truth(
+    server: Server, tmp_path: Path, pretrained: Path, ray_cluster: None
+) -> None:
+    uri, ended = server.start(), []
+
+    class Display:
+        def start(self, **_: Any) -> None: ...
+
+        def begun(self, _: str) -> None: ...
+
+        def ended(self, trial_id: str, _: Any) -> None:
+            ended.append(trial_id)
+            if len(ended) == 1:
+                server.stop()
+
+        def stop(self) -> None: ...
+
+    study = tiny_sweep(
+        tmp_path / "out",
+        pretrained,
+        base={"downstream": None},
+        objectives=["acquisition"],
+        mlflow={"uri": uri},
+    )
+    with Tracker(study.mlflow) as tracker:
+        outcome = run_sweep(prepare_sweep(study), tracker, Display())
+    assert outcome.exit_code == 0, outcome.failures
+    assert [row["status"] for row in outcome.rows] == ["ok"] * 3
+    server.start()
+    # The same command has nothing left to train; what the driver knows reaches the store.
+    with Tracker(study.mlflow) as tracker:
+        again = run_sweep(prepare_sweep(study), tracker, Display())
+        assert (again.exit_code, again.skipped) == (0, 3)
+        runs = tracker.client.search_runs([tracker.experiment_id])
+        assert {run.info.status for run in runs} == {"FINISHED"}
+
+
+def test_a_trial_that_never_reaches_the_store_is_done_all_the_same(
+    server: Server, tmp_path: Path, pretrained: Path
+) -> None:
+    alone = ["unshare", "--net"]  # a network of its own: nobody is at any address
+    if subprocess.run([*alone, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("network namespaces need root: `unshare --net` was refused")
+    mlflow = {"enabled": True, "uri": server.start()}
+    study = tiny_continual(tmp_path / "out", pretrained, **ONLY, mlflow=mlflow)
+    code = """
+import json, sys
+from ke_ray.studies.continual import ContinualStudy
+from ke_ray.training.continual import run_continual
+from ke_ray.training.runs import list_runs
+study = ContinualStudy.model_validate(json.loads(sys.argv[1]))
+row = run_continual(study, list_runs(study)[-1], parent_id="of-the-sweep")
+print(json.dumps([row["status"], row["mlflow_run_id"]]))
+"""
+    keys = json.dumps(study.model_dump(mode="json", exclude_unset=True))
+    result = subprocess.run(
+        [*alone, sys.executable, "-c", code, keys], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout.splitlines()[-1]) == ["ok", None]
+    assert result.stderr.count("does not answer") == 1
+
+
+def test_a_store_that_is_away_before_the_work_is_an_error_then(
+    tmp_path: Path, pretrained: Path
+) -> None:
+    mlflow = {"enabled": True, "uri": f"http://127.0.0.1:{free_port()}"}
+    study = tiny_continual(tmp_path / "out", pretrained, **ONLY, mlflow=mlflow)
+    with pytest.raises(StorageError, match="cannot be used"):
+        run_continual_study(study)
+    with pytest.raises(StorageError, match="cannot be used"):
+        run_pretrain(tiny_pretrain(tmp_path / "series", mlflow=mlflow))
+    assert not (tmp_path / "out" / "runs").exists()
+    assert not (tmp_path / "series").exists()
