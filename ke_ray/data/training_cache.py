@@ -146,17 +146,17 @@ def pack_to_file(
     )
     storage.remove_leftovers(target)
     temporary = storage.temporary_path(target)
-    digest, found, largest = hashlib.sha256(), 0, -1
+    digest, count, largest_id = hashlib.sha256(), 0, -1
     try:
         with temporary.open("xb") as file:
             storage.hold(file.fileno())
             for block in blocks:
-                block = block[: None if max_instances is None else max_instances - found]
+                block = block[: None if max_instances is None else max_instances - count]
                 if not len(block):
                     break
                 file.write(block.astype(dtype).tobytes())
                 digest.update(block.astype("<i4").tobytes())
-                found, largest = found + len(block), max(largest, int(block.max()))
+                count, largest_id = count + len(block), max(largest_id, int(block.max()))
             file.flush()
             os.replace(temporary, target)
     except BaseException:
@@ -164,8 +164,8 @@ def pack_to_file(
             temporary.unlink()
         raise
     return {
-        "num_instances": found,
+        "num_instances": count,
         "dtype": dtype,
         "sha256": digest.hexdigest(),
-        "largest_id": largest,
+        "largest_id": largest_id,
     }
