@@ -1,4 +1,4 @@
-"""Facts to inject: paragraphs, their paraphrases, and the probes that ask for them.
+"""Facts to inject: paragraphs, their paraphrases, and the probes of what a model knows of them.
 
 The JSON schema is that of Fictional Knowledge (Chang et al. 2024, arXiv 2406.11813): a list of
 entries, each with
@@ -67,11 +67,6 @@ class Fact:
     versions: tuple[str, ...]
     probes: Mapping[str, tuple[tuple[str, str], ...]]
 
-    @property
-    def num_probes(self) -> int:
-        """Probes of all levels."""
-        return sum(len(pairs) for pairs in self.probes.values())
-
 
 @dataclass(frozen=True)
 class FactSet:
@@ -79,11 +74,6 @@ class FactSet:
 
     setting: str
     facts: tuple[Fact, ...]
-
-    @property
-    def num_probes(self) -> int:
-        """Probes of all facts."""
-        return sum(fact.num_probes for fact in self.facts)
 
 
 class _Entry(Strict, strict=True):
@@ -107,12 +97,12 @@ class _Entry(Strict, strict=True):
             contexts, targets = self.sides(level)
             if len(contexts) != len(targets):
                 raise ValueError(
-                    f"{len(contexts)} '{prefix}_input' but {len(targets)} '{prefix}_target'; each "
-                    "context needs exactly one target"
+                    f"There are {len(contexts)} '{prefix}_input' but {len(targets)} "
+                    f"'{prefix}_target'; each context needs exactly one target"
                 )
         if not any(self.sides(level)[0] for level in LEVELS):
             raise ValueError(
-                "no probe; give at least one pair such as 'mem_input' and 'mem_target'"
+                "There is no probe; give at least one pair such as 'mem_input' and 'mem_target'"
             )
         return self
 
@@ -127,7 +117,7 @@ def parse_facts(entries: Any, setting: str, *, source: str = "facts") -> FactSet
     """Check a decoded JSON value.
 
     Args:
-        entries: what ``json.load`` gave.
+        entries: the value that ``json.load`` returns.
         setting: ``once`` or ``paraphrase``.
         source: a name for messages.
 
@@ -136,7 +126,7 @@ def parse_facts(entries: Any, setting: str, *, source: str = "facts") -> FactSet
     """
     if setting not in SETTINGS:
         raise DataError(
-            f"Setting '{setting}' is not one of {SETTINGS}.{nearest(setting, SETTINGS)}"
+            f"Setting '{setting}' is neither 'once' nor 'paraphrase'.{nearest(setting, SETTINGS)}"
         )
     if not isinstance(entries, Sequence) or isinstance(entries, str | bytes):
         raise DataError(f"{source} holds {type(entries).__name__}, expected a list of entries.")

@@ -20,13 +20,11 @@ The published table's names ``injection_step`` and ``split`` are read as ``injec
 from __future__ import annotations
 
 import itertools
-import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Self
 
-import yaml
 from pydantic import AliasChoices, Field, model_validator
 
 from ke_ray import storage
@@ -228,39 +226,3 @@ def load_schedule(path: str | os.PathLike[str]) -> Schedule:
     if suffix == "json":
         return _parse_schedule(parse_json(text, source), source)
     return _parse_schedule(parse_yaml(text, source, max_characters=_MAX_BYTES), source)
-
-
-def _plain_rows(schedule: Schedule) -> Iterator[dict[str, Any]]:
-    for row in schedule.rows:
-        plain: dict[str, Any] = {"injection": row.injection}
-        if schedule.steps is not None:
-            plain = {"step": schedule.steps[row.injection]}
-        plain |= {
-            "row": row.row,
-            "setting": row.setting,
-            "instance": row.instance,
-            "version": row.version,
-        }
-        if row.text is not None:
-            plain["text"] = row.text
-        if row.token_ids is not None:
-            plain["token_ids"] = list(row.token_ids)
-        yield plain
-
-
-def save_schedule(schedule: Schedule, path: str | os.PathLike[str]) -> None:
-    """Write ``.json`` or ``.yaml`` so that ``load_schedule`` gives the same schedule.
-
-    Raises:
-        DataError: another suffix.
-    """
-    target = os.fspath(path)
-    value = {"spread": schedule.spread, "rows": list(_plain_rows(schedule))}
-    if target.endswith(".json"):
-        storage.write_atomic(target, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-    elif target.endswith((".yaml", ".yml")):
-        dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
-        text = yaml.dump(value, Dumper=dumper, sort_keys=False, allow_unicode=True, width=1000)
-        storage.write_atomic(target, text)
-    else:
-        raise DataError(f"'{target}': a schedule is written as .json or .yaml.")

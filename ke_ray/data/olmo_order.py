@@ -106,24 +106,8 @@ def _open_parts(source: OlmoSource) -> _Parts:
     return _Parts(files, np.cumsum(sizes // (source.chunk * _TOKEN_BYTES)), source.chunk)
 
 
-def count_instances(source: OlmoSource) -> int:
-    """Instances in all parts: Σ floor(bytes / (2 C))."""
-    return _open_parts(source).num_instances
-
-
-def read_order(source: OlmoSource, num_instances: int | None) -> NDArray[np.int64]:
-    """The ids of N instances from position ``first`` of the order, [N] int64.
-
-    Args:
-        num_instances: N; None takes all that follow ``first``.
-
-    Raises:
-        DataError: the order has fewer.
-    """
-    return _read_order(source, _open_parts(source), num_instances)
-
-
 def _read_order(source: OlmoSource, parts: _Parts, num_instances: int | None) -> NDArray[np.int64]:
+    """The ids of N instances from position ``first`` of the order, [N] int64; None takes all."""
     total = parts.num_instances
     if source.instances is not None:
         ids = np.array(source.instances, np.int64)[source.first :]

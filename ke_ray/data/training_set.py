@@ -105,18 +105,14 @@ class PackedDataset:
             )
         return len(self) // global_batch_size
 
-    def batch_rows(self, step: int, global_batch_size: int) -> NDArray[np.int64]:
-        """Indices (for ``rows``) of the B rows of step 0, 1, …, [B] int64.
-
-        The same for any number of workers; worker w of W takes its contiguous slice. Every call
-        costs a permutation of N; a loop uses ``iter_batch_rows``, which keeps ``order(epoch)``.
-        """
-        return next(self.iter_batch_rows(step, global_batch_size))
-
     def iter_batch_rows(
         self, first_step: int, global_batch_size: int
     ) -> Iterator[NDArray[np.int64]]:
-        """``batch_rows`` of ``first_step``, ``first_step + 1``, … without end."""
+        """Indices (for ``rows``) of the B rows of step ``first_step``, the next, … without end.
+
+        Each [B] int64, the same for any number of workers; worker w of W takes its contiguous
+        slice.
+        """
         steps = self.steps_per_epoch(global_batch_size)
         step, epoch, order = first_step, -1, self.drawn
         while True:

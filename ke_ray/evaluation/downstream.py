@@ -30,7 +30,6 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ke_ray import storage
 from ke_ray.config import parse_yaml, validate
-from ke_ray.core.acquisition import TaskScore, mean_accuracy
 from ke_ray.data.facts import Text
 from ke_ray.data.text_file import parse_json, read_text
 from ke_ray.errors import DataError, nearest
@@ -86,15 +85,6 @@ class DownstreamResult:
             "stderr": self.stderr,
             "num_items": self.num_items,
         }
-
-    def score(self) -> TaskScore:
-        """The result in the form that ``core.acquisition.forgetting_interval`` takes."""
-        return TaskScore(self.task, self.value, self.stderr, self.items)
-
-
-def downstream_score(results: Sequence[DownstreamResult]) -> float:
-    """P: the plain mean of the tasks' accuracies, a fraction."""
-    return mean_accuracy([result.score() for result in results])
 
 
 class _Question(BaseModel):

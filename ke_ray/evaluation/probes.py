@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ke_ray.core.acquisition import knowledge, paragraph_means
+from ke_ray.core.acquisition import paragraph_means
 from ke_ray.data.probes import Probe
 from ke_ray.errors import DataError
 from ke_ray.evaluation.forward import max_positions, plain_model
@@ -54,10 +54,6 @@ class ProbeScores:
         labels = [(probe.setting, probe.instance) for probe in self.probes]
         paragraphs, values = paragraph_means(self.logprob_per_token, labels)
         return [label for label in paragraphs if isinstance(label, tuple)], values
-
-    def knowledge(self) -> float:
-        """K: the mean over paragraphs, nats per token."""
-        return knowledge(self.paragraphs()[1])
 
     def by_level(self) -> list[dict[str, Any]]:
         """Rows of ``probes.parquet``: setting, level, num_probes, logprob_per_token (mean over

@@ -56,11 +56,6 @@ class SpanScores:
     is_greedy: npt.NDArray[np.bool_]
     token_logprobs: npt.NDArray[np.float64]
 
-    @property
-    def logprob_per_token(self) -> npt.NDArray[np.float64]:
-        """float64 [N]: the sum divided by the number of target tokens."""
-        return self.logprob_summed / self.num_target_tokens
-
 
 def _can_share(model: Any, longest: int) -> bool:
     config = model.config

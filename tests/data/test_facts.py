@@ -34,7 +34,6 @@ def test_versions_and_probes_are_read() -> None:
         "semantic": (),
         "compositional": (("The painter of Port Vell is", "Ada Lune"),),
     }
-    assert facts.num_probes == 2
 
 
 @pytest.mark.parametrize(
@@ -45,7 +44,11 @@ def test_versions_and_probes_are_read() -> None:
         ("paraphrases", "one", "entry 1: 'paraphrases': .*given: 'one'"),
         ("paraphrases", ["good", 3], "entry 1: 'paraphrases.1': .*string.*given: 3"),
         ("mem_target", [""], "entry 1: 'mem_target.0': The text is empty"),
-        ("mem_target", ["a", "b"], "entry 1: 1 'mem_input' but 2 'mem_target'; each context"),
+        (
+            "mem_target",
+            ["a", "b"],
+            "entry 1: There are 1 'mem_input' but 2 'mem_target'; each context",
+        ),
         ("gen_inputs", [], "entry 1: unknown key 'gen_inputs'. Did you mean 'gen_input'?"),
         ("train_context", "\ud83d", "entry 1: 'train_context': .*half of a surrogate pair"),
     ],
@@ -60,7 +63,7 @@ def test_a_missing_paragraph_or_no_probe_is_refused() -> None:
     without = {key: value for key, value in ENTRY.items() if key != "train_context"}
     with pytest.raises(DataError, match="entry 0: 'train_context' is missing"):
         parse_facts([without], "once")
-    with pytest.raises(DataError, match="entry 0: no probe; give at least one pair"):
+    with pytest.raises(DataError, match="entry 0: There is no probe; give at least one pair"):
         parse_facts([{"train_context": "A text."}], "once")
 
 
@@ -93,7 +96,10 @@ def test_fictional_knowledge_is_whole(reference_data: Path) -> None:
     paraphrase = load_facts(folder / "paraphrase70.json", "paraphrase")
     once = load_facts(folder / "once60.json", "once")
     assert (len(paraphrase.facts), len(once.facts)) == (70, 60)
-    assert (paraphrase.num_probes, once.num_probes) == (1050, 900)
+    assert [
+        sum(len(pairs) for fact in facts.facts for pairs in fact.probes.values())
+        for facts in (paraphrase, once)
+    ] == [1050, 900]
     assert {len(fact.versions) for fact in (*paraphrase.facts, *once.facts)} == {10}
 
 
@@ -145,4 +151,7 @@ def test_mutated_files_give_facts_or_one_data_error(
         facts = load_facts(path, "once")
     except DataError as error:
         message = str(error)
-    assert (facts is not None and facts.num_probes > 0) or "mutated.json" in message
+    if facts is None:
+        assert "mutated.json" in message
+    else:
+        assert all(any(fact.probes.values()) for fact in facts.facts)

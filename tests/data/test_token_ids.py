@@ -147,7 +147,7 @@ def test_rows_come_in_blocks_of_bounded_size(tmp_path: Path) -> None:
         assert np.array_equal(np.concatenate(blocks), ids)
 
 
-def test_what_is_wrong_is_said(tmp_path: Path) -> None:
+def test_the_problem_of_a_file_is_named(tmp_path: Path) -> None:
     np.save(tmp_path / "flat.npy", IDS[0])
     np.save(tmp_path / "float.npy", IDS.astype(np.float32))
     np.save(tmp_path / "good.npy", IDS)

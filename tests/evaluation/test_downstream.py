@@ -16,11 +16,10 @@ import numpy as np
 import pytest
 import torch
 
-from ke_ray.core.acquisition import forgetting_interval
+from ke_ray.core.acquisition import TaskScore, forgetting_interval
 from ke_ray.errors import DataError
 from ke_ray.evaluation.downstream import (
     TASK_METRICS,
-    downstream_score,
     load_tasks,
     run_downstream,
 )
@@ -150,8 +149,7 @@ def test_results_equal_hflm_and_an_independent_calculation(
         assert result.value == pytest.approx(np.mean(result.items))
         stderr = np.std(result.items, ddof=1) / np.sqrt(LIMIT)
         assert result.stderr == pytest.approx(stderr)
-    assert downstream_score(results) == pytest.approx(np.mean([r.value for r in results]))
-    scores = [result.score() for result in results]
+    scores = [TaskScore(r.task, r.value, r.stderr, r.items) for r in results]
     assert forgetting_interval(scores, scores, num_resamples=20).value == 0
 
 
@@ -294,7 +292,7 @@ def test_local_rows_that_do_not_fit_their_task_are_one_message(
     assert "\n" not in str(caught.value)
 
 
-def test_a_later_item_that_cannot_be_asked_is_named(
+def test_a_later_item_that_fits_no_prompt_is_named(
     model: Any, tokenizer: Any, tmp_path: Path, folder: Path
 ) -> None:
     lines = (folder / "winogrande" / "validation.jsonl").read_text().split("\n")[:3]
