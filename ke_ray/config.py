@@ -54,12 +54,23 @@ _Loader.add_implicit_resolver(
     list("-+0123456789."),
 )
 
+
+def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
+    """A whole number that Python can print: it refuses to write out more than 4,300 digits."""
+    if len(node.value) > _MAX_INT_CHARACTERS:
+        raise ValueError(f"a whole number of {len(node.value)} characters")
+    return int(loader.construct_yaml_int(node))
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+
 _OPENING = (
     *(yaml.BlockSequenceStartToken, yaml.BlockMappingStartToken),
     *(yaml.FlowSequenceStartToken, yaml.FlowMappingStartToken),
 )
 _CLOSING = (yaml.BlockEndToken, yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken)
 _MAX_YAML_CHARACTERS = 4 << 20
+_MAX_INT_CHARACTERS = 1000
 _MAX_YAML_DEPTH = 64  # a study has five levels; the C parser has no limit but its stack
 
 

@@ -85,8 +85,11 @@ def test_no_such_file():
         load_study("nowhere.yaml", ScanStudy)
 
 
-@pytest.mark.parametrize("text", ["!!bool maybe", "!!int ''", "!!float ''", "!!timestamp noon"])
-def test_a_value_that_does_not_fit_its_tag_is_no_valid_yaml(text):
+@pytest.mark.parametrize(
+    "text",
+    ["!!bool maybe", "!!int ''", "!!float ''", "!!timestamp noon", f"0x{'f' * 5000}"],
+)
+def test_a_value_that_cannot_be_read_is_no_valid_yaml(text):
     with pytest.raises(ConfigError, match="study.yaml is not valid YAML"):
         parse_yaml(text, "study.yaml")
 
