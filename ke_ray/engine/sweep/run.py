@@ -1,13 +1,14 @@
 """A sweep on Ray Tune: trials side by side, each a continual-learning run.
 
-Tune schedules: it starts actors within the resources, uses them again, starts trials again that
-failed or whose process died, and (with ASHA) stops trials. It keeps nothing: the ledger does
+Tune schedules: it starts actors within the resources, uses them again, starts trials again whose
+process died, and (with ASHA) stops trials. It keeps nothing: the ledger does
 (``ke_ray.planning.sweep``), so that the same command after any kind of end resumes with what is
 missing, on another cluster too. Each trial writes its own MLflow run, a child of the sweep's.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 import uuid
@@ -23,7 +24,7 @@ from ke_ray.engine.cluster.session import beside_driver, ray_session
 from ke_ray.engine.cluster.shared_storage import check_nodes_see
 from ke_ray.engine.cluster.shared_tracking import check_nodes_reach_store
 from ke_ray.engine.sweep.resources import TrialResources, sweep_nodes, trial_resources
-from ke_ray.engine.sweep.trial import STOPPED_TAG, TIME, VALUE, TrialConfigs, config_of_trial
+from ke_ray.engine.sweep.trial import STOPPED_TAG, TIME, VALUE, TrialBook, config_of_trial
 from ke_ray.engine.train.continual import read_by_workers
 from ke_ray.outcomes import Display, SweepOutcome
 from ke_ray.planning.sweep import SweepPlan
@@ -43,6 +44,8 @@ from ke_ray.tracking.tracker import Tracker, flatten
 from ke_ray.training.runs import base_row, run_key, write_failed, write_row
 from ke_ray.training.tracking import run_params
 
+log = logging.getLogger(__name__)
+
 #: Read by Tune on the driver and in its actors.
 _ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no csv, json and TensorBoard files of each trial
@@ -52,7 +55,6 @@ _ENVIRONMENT = {
     "TUNE_WARN_THRESHOLD_S": "60",
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial's last report has no metric
     "TUNE_MAX_PENDING_TRIALS_PG": "1",
-    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # they are in the trials' rows
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
 }
@@ -133,7 +135,7 @@ class _Run:
         self.command = uuid.uuid4().hex[:12]
         self.settings: dict[str, Any] = {}
         self.resources: TrialResources | None = None
-        self.configs: Any = None
+        self.book: Any = None
 
     def go(self, pending: int, outcome: SweepOutcome) -> None:
         """Run the trials that are missing."""
@@ -159,16 +161,17 @@ class _Run:
         from ke_ray.engine.sweep.search import LedgerSearcher
         from ke_ray.engine.sweep.tuner import build_tuner, scratch_folder
 
-        self.configs = ray.remote(TrialConfigs).options(**beside_driver()).remote()
+        self.book = ray.remote(TrialBook).options(**beside_driver()).remote(study.retries + 1)
         started, started_at = time.perf_counter(), time.time()
         searcher = LedgerSearcher(self.plan, self.config, self.settle)
         with scratch_folder(study.output) as folder, watch_placement():
-            build_tuner(
-                study, searcher, resources, folder, pending, self.command, self.configs
-            ).fit()
+            build_tuner(study, searcher, resources, folder, pending, self.command, self.book).fit()
         took_s = time.perf_counter() - started
-        first_at = ray.get(self.configs.first_read_at.remote()) or started_at
-        waited_s = min(max(0.0, first_at - started_at), took_s)
+        first_at, attempts = ray.get(self.book.summary.remote())
+        for name, number in attempts.items():
+            if number > 1:
+                log.warning("Trial %s took %d attempts.", name, number)
+        waited_s = min(max(0.0, (first_at or started_at) - started_at), took_s)
         outcome.phases_s |= {"worker_start": waited_s, "trials": took_s - waited_s}
 
     def _write_start(self) -> None:
@@ -201,7 +204,7 @@ class _Run:
             # Else each trial would take all of the cluster's CPUs for its workers.
             config["study"]["cpus_per_worker"] = resources.cpus
             config["study"]["use_gpu"] = bool(resources.gpus)
-        ray.get(self.configs.put.remote(trial.trial_id, config))
+        ray.get(self.book.put.remote(trial.trial_id, config))
         return {"trial": trial.trial_id}
 
     def _mlflow(self) -> dict[str, Any]:

@@ -3,8 +3,8 @@
 With one worker the run is done here, in the actor, which is then used again for the next trial
 (importing torch and starting an actor take longer than a small run). With more the actor only
 waits for the Ray Train workers that do it. Either way ``run_continual`` writes the row of a trial
-that succeeds. An exception becomes a failed row and is raised, so that Tune counts it and starts
-the trial again as often as ``retries`` says, just as it does after the death of the process.
+that succeeds. An exception becomes a failed row, and the same actor tries again; Tune starts the
+trial again where its process died. One book counts the attempts of both kinds.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -59,65 +60,67 @@ def study_of(config: Mapping[str, Any]) -> tuple[ContinualStudy, RunSpec]:
     return study, RunSpec(config["name"], CheckpointRef(**config["ref"]), config["seed"])
 
 
-class TrialConfigs:
-    """An actor that holds the configs of trials.
+class TrialBook:
+    """An actor that holds the configs of trials and counts their attempts.
 
     Tune writes what it passes to a trial into files of its own, and sources may hold a login. So
-    Tune passes a name.
+    Tune passes a name. The count outlives the trials' processes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, max_attempts: int) -> None:
+        self._max_attempts = max_attempts
         self._configs: dict[str, dict[str, Any]] = {}
-        self._first_read_at: float | None = None
+        self._attempts: Counter[str] = Counter()
+        self._first_at: float | None = None
 
     def put(self, name: str, config: dict[str, Any]) -> None:
         """Store the config of a trial."""
         self._configs[name] = config
 
-    def get(self, name: str) -> dict[str, Any]:
-        """The config of a trial, which starts its work with it."""
-        self._first_read_at = self._first_read_at or time.time()
+    def begin(self, name: str) -> dict[str, Any] | None:
+        """Count another attempt at a trial, and give its config; None where there were enough."""
+        if self._attempts[name] >= self._max_attempts:
+            return None
+        self._attempts[name] += 1
+        self._first_at = self._first_at or time.time()
         return self._configs[name]
 
-    def first_read_at(self) -> float | None:
-        """When the first trial started its work (Unix seconds); None where none has."""
-        return self._first_read_at
+    def summary(self) -> tuple[float | None, dict[str, int]]:
+        """When the first attempt started (Unix seconds), and the attempts at each trial."""
+        return self._first_at, dict(self._attempts)
 
 
-def run_trial(named: dict[str, str], configs: Any, environment: Mapping[str, str]) -> None:
+def run_trial(named: dict[str, str], book: Any, environment: Mapping[str, str]) -> None:
     """Tune's trainable.
 
     Args:
         named: ``trial``, the name of a config: what :func:`config_of_trial` makes, with ``cwd``,
             ``threads``, ``command`` (names the command that runs the sweep), ``parent_id`` and
             ``watch`` (whether a scheduler wants intermediate results).
-        configs: handle of the :class:`TrialConfigs`.
+        book: handle of the :class:`TrialBook`.
         environment: variables that are not to be written down (MLflow's credentials).
-
-    Raises:
-        TrainingError: the attempt failed, for whatever reason; its row is written.
     """
     import ray
     from ray import tune
 
     os.environ.update(environment)
-    config = ray.get(configs.get.remote(named["trial"]))
-    if Path(config["cwd"]).is_dir():
-        os.chdir(config["cwd"])  # relative paths mean what they mean to the driver
-    study, spec = study_of(config)
-    row = read_row(study, spec)
-    if row is None or row["status"] != "ok":  # else the process died after its last write
+    while (config := ray.get(book.begin.remote(named["trial"]))) is not None:
+        if Path(config["cwd"]).is_dir():
+            os.chdir(config["cwd"])  # relative paths mean what they mean to the driver
+        study, spec = study_of(config)
+        row = read_row(study, spec)
+        if row is not None and row["status"] == "ok":
+            break  # the process of the last attempt died after its last write
         try:
             _execute(study, spec, config, tune.report)
+            break
         except SystemExit:  # the scheduler's: raised in tune.report
             _finish_stopped(study, spec, config["parent_id"])
             raise
         except Exception as error:
             log.warning("trial %s failed: %s", spec.name, error, exc_info=True)
             write_failed(study, spec, row_error(error), fit=config["command"])
-            # Without the cause, whose text Tune would write to a file as it is.
-            raise TrainingError(row_error(error)) from None
-    tune.report({"status": "ok"})
+    tune.report({"ended": 1})
 
 
 def _execute(

@@ -6,7 +6,6 @@ import logging
 import os
 import shutil
 import tempfile
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,25 +20,6 @@ from ke_ray.engine.sweep.search import LedgerSearcher
 from ke_ray.engine.sweep.trial import TIME, VALUE, run_trial
 from ke_ray.studies.sweep import SweepStudy
 
-log = logging.getLogger(__name__)
-
-
-class _RetryLog(tune.Callback):
-    """Says on the driver that Tune starts a failed trial again."""
-
-    def __init__(self, retries: int) -> None:
-        self._attempts = retries + 1
-        self._failures: Counter[str] = Counter()
-
-    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """See Ray."""
-        name = trial.config["trial"]
-        self._failures[name] += 1
-        log.warning(
-            "Trial %s failed (attempt %d of %d); it starts again.",
-            *(name, self._failures[name], self._attempts),
-        )
-
 
 def build_tuner(
     study: SweepStudy,
@@ -48,7 +28,7 @@ def build_tuner(
     folder: str,
     num_trials: int,
     command: str,
-    configs: Any,
+    book: Any,
 ) -> tune.Tuner:
     """Build a Tuner for the unfinished trials; call ``fit()`` to start it.
 
@@ -56,11 +36,10 @@ def build_tuner(
         folder: a local folder for what Tune insists on writing.
         num_trials: what the searcher suggests in all.
         command: names this command's files in ``folder``.
-        configs: handle of the actor that has the trials' configs.
+        book: handle of the sweep's :class:`TrialBook`.
     """
-    # It warns of every trial whose metrics it cannot read back, and there is nothing to read; its
-    # errors are of trials that failed, which have rows.
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+    # It warns of every trial whose metrics it cannot read back, and there is nothing to read.
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)
     scheduler = None
     if study.scheduler is not None:
         scheduler = AsyncHyperBandScheduler(
@@ -81,7 +60,7 @@ def build_tuner(
         # The actor only waits for its workers. It needs something of Ray's, or Tune refuses it,
         # and no CPU, or it would hold what they wait for: a byte of memory, which every node has.
         per_trial = {"cpu": 0, "memory": 1}
-    trainable = tune.with_parameters(run_trial, configs=configs, environment=environment)
+    trainable = tune.with_parameters(run_trial, book=book, environment=environment)
     return tune.Tuner(
         tune.with_resources(trainable, per_trial),
         tune_config=tune.TuneConfig(
@@ -96,7 +75,6 @@ def build_tuner(
             name=f"sweep-{command}",
             storage_path=folder,
             failure_config=tune.FailureConfig(max_failures=study.retries),
-            callbacks=[_RetryLog(study.retries)],
             verbose=0,
         ),
     )

@@ -238,7 +238,7 @@ def test_a_sweep_over_both_nodes(two_nodes: TwoNodes, on_s3: str, tmp_path: Path
     result = two_nodes.ke_ray("sweep", "sweep.yaml")
     assert result.returncode == 0, result.stdout + result.stderr
     assert two_nodes.nodes_of("ImplicitFunc") == two_nodes.alive()
-    assert two_nodes.nodes_of("TrialConfigs") == two_nodes.alive(head_only=True)
+    assert two_nodes.nodes_of("TrialBook") == two_nodes.alive(head_only=True)
 
     trials = storage.read_table(f"{output}/trials.parquet").to_pylist()
     assert [row["status"] for row in trials] == ["ok"] * 4

@@ -136,10 +136,7 @@ def test_a_failing_trial_is_retried_then_a_row_and_the_others_finish(
     ((name, error),) = outcome.failures
     assert "1e18" in name
     assert "The loss is nan" in error
-    assert retries_in(caplog) == [
-        f"Trial {name} failed (attempt 1 of 3); it starts again.",
-        f"Trial {name} failed (attempt 2 of 3); it starts again.",
-    ]
+    assert f"Trial {name} took 3 attempts." in caplog.messages
     runs = mlflow_runs(uri)
     assert runs[name].info.status == "FAILED"
     assert outcome.rows[1]["mlflow_run_id"] == runs[name].info.run_id
@@ -151,10 +148,6 @@ def test_a_failing_trial_is_retried_then_a_row_and_the_others_finish(
     again = sweep(study)
     assert again.num_skipped == 2
     assert mlflow_runs(uri).keys() == runs.keys(), "the retried trial continues its run"
-
-
-def retries_in(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [message for message in caplog.messages if "it starts again" in message]
 
 
 def own_trial_processes() -> list[psutil.Process]:
@@ -207,7 +200,7 @@ def test_a_killed_trial_goes_on_and_continues_its_mlflow_run(
     watcher.join()
     assert killed, "the trial was over before it could be killed"
     assert [row["status"] for row in outcome.rows] == ["ok"]
-    assert retries_in(caplog) == [f"Trial {name} failed (attempt 1 of 2); it starts again."]
+    assert f"Trial {name} took 2 attempts." in caplog.messages
     train = read_table(state.parent / "train.parquet").to_pandas()
     assert train["step"].tolist() == list(range(1, 73)), "every step once"
     runs = mlflow_runs(uri)
