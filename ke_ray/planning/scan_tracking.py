@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ke_ray.planning.scan import ScanSetup
+from ke_ray.studies.parts import study_label
 from ke_ray.tracking.run import TrackedRun
 from ke_ray.tracking.tracker import Tracker
 
@@ -18,9 +19,8 @@ from ke_ray.tracking.tracker import Tracker
 def start_scan_run(setup: ScanSetup, tracker: Tracker) -> TrackedRun:
     """Start or continue the run of this output folder; parameters, tags and datasets logged."""
     study = setup.study
-    name = study.name or study.output.rstrip("/").rsplit("/", 1)[-1]
     run = tracker.start_run(
-        name,
+        study_label(study),
         # The folder's own id: a folder that is removed and made again is another run.
         key=f"scan:{setup.folder.manifest['id']}",
         kind="scan",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ipaddress import ip_address
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
@@ -54,6 +54,11 @@ class TrackingSettings(Strict):
                 "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead"
             )
         return self
+
+
+def study_label(study: Any) -> str:
+    """What MLflow and Prometheus call a study: its name, else its output folder's."""
+    return getattr(study, "name", None) or study.output.rstrip("/").rsplit("/", 1)[-1]
 
 
 def is_loopback(uri: str) -> bool:

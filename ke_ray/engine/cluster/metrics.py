@@ -23,6 +23,7 @@ import numpy as np
 
 from ke_ray.outcomes import Display, ScanOutcome
 from ke_ray.planning.scan_items import CheckpointWork
+from ke_ray.studies.parts import study_label
 
 if TYPE_CHECKING:  # torch, which the driver of a scan does without
     from ke_ray.training.loop import Progress
@@ -90,11 +91,6 @@ def record(name: str, value: float, **tags: str) -> None:
         text = f"{metric.description} Unit: {metric.unit}."
         _metrics[name] = kind(name, text, tag_keys=metric.tags)
     (_metrics[name].inc if metric.kind == "counter" else _metrics[name].set)(value, tags)
-
-
-def study_label(study: Any) -> str:
-    """The ``study`` tag: its name, else its output folder's."""
-    return getattr(study, "name", None) or study.output.rstrip("/").rsplit("/", 1)[-1]
 
 
 class ScanMeter:

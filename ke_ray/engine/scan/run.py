@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 from ke_ray import storage
-from ke_ray.engine.cluster.metrics import ScanMeter, study_label
+from ke_ray.engine.cluster.metrics import ScanMeter
 from ke_ray.engine.cluster.placement import cluster_nodes, count_places, most_cpus
 from ke_ray.engine.cluster.placement_watch import watch_placement
 from ke_ray.engine.cluster.session import beside_driver, ray_session
@@ -31,6 +31,7 @@ from ke_ray.planning.scan_items import load_tokens, plan_items
 from ke_ray.planning.scan_messages import ScorerSettings, item_to_json
 from ke_ray.planning.scan_tracking import log_finished, start_scan_run
 from ke_ray.storage.ownership import claimed
+from ke_ray.studies.parts import study_label
 from ke_ray.tracking.run import TrackedRun
 from ke_ray.tracking.tracker import Tracker
 

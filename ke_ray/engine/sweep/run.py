@@ -17,7 +17,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from ke_ray import storage
-from ke_ray.engine.cluster.metrics import record, study_label
+from ke_ray.engine.cluster.metrics import record
 from ke_ray.engine.cluster.placement import may_grow
 from ke_ray.engine.cluster.placement_watch import watch_placement
 from ke_ray.engine.cluster.session import beside_driver, ray_session
@@ -39,6 +39,7 @@ from ke_ray.results.sweep_folder import (
 )
 from ke_ray.storage.ownership import claimed
 from ke_ray.studies.identity import identity_fields, identity_keys
+from ke_ray.studies.parts import study_label
 from ke_ray.tracking.run import TrackedRun
 from ke_ray.tracking.tracker import Tracker, flatten
 from ke_ray.training.runs import base_row, run_key, write_failed, write_row
@@ -88,7 +89,7 @@ def run_sweep(plan: SweepPlan, tracker: Tracker, display: Display | None = None)
             run.resources = trial_resources(study, sweep_nodes(study), pending, may_grow=may_grow())
             outcome.phases_s["ray_start"] = time.perf_counter() - started
         parent = run.parent = tracker.start_run(
-            study.name or study.output.rstrip("/").rsplit("/", 1)[-1],
+            study_label(study),
             key=f"sweep {run.folder_id}",
             kind="sweep",
             params=study.model_dump(mode="json", by_alias=True, exclude={"mlflow"}),

@@ -76,7 +76,7 @@ def worker_resources(settings: TrainingKeys) -> WorkerResources:
     if num_places < num_workers and not may_grow():
         each = describe_resources({"CPU": cpus, "GPU": gpus})
         raise ConfigError(
-            f"num_workers {num_workers} × ({each}) requested, but the cluster has "
+            f"{num_workers} workers × ({each}) were requested, but the cluster has "
             f"{describe_nodes(nodes)} and holds {num_places} of them; lower num_workers or "
             "cpus_per_worker, set use_gpu: false, or add nodes."
         )
