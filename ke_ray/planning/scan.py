@@ -11,7 +11,7 @@ import logging
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -67,9 +67,9 @@ class ScanSetup:
     works: list[CheckpointWork]
     num_skipped: int
     model_bytes: int
-    duration_s: float
-    earlier: dict[str, dict[str, Any]] = field(default_factory=dict)
-    changed: list[str] = field(default_factory=list)
+    earlier: dict[str, dict[str, Any]]
+    changed: list[str]
+    duration_s: float = 0.0
 
     @property
     def steps_rise(self) -> bool:
@@ -126,9 +126,8 @@ def prepare_scan(study: ScanStudy) -> ScanSetup:
         "groups": {name: corpus.grouping for name, corpus in corpora.items()},
     }
     folder, earlier = _open_output(study, identity, corpora)
-    finished = folder.finished() if earlier is not None else {}
-    earlier = earlier or {}
     changed = _changed_weights(study.output, earlier, refs)
+    finished = folder.finished() if earlier else {}
     finished = {key: measures for key, measures in finished.items() if key[0] not in changed}
     works = list(_works(study, refs, corpora, finished))
     setup = ScanSetup(
@@ -137,11 +136,10 @@ def prepare_scan(study: ScanStudy) -> ScanSetup:
         corpora,
         folder,
         works,
-        num_skipped=len(refs) - len(works),
-        model_bytes=_model_bytes(refs, config, study.dtype),
-        duration_s=0.0,
-        earlier=earlier,
-        changed=changed,
+        len(refs) - len(works),
+        _model_bytes(refs, config, study.dtype),
+        earlier,
+        changed,
     )
     folder.manifest["checkpoints"] = setup.checkpoint_entries()
     storage.check_writable(study.output)
@@ -203,13 +201,13 @@ def _works(
 
 def _open_output(
     study: ScanStudy, identity: dict[str, Any], corpora: dict[str, Corpus]
-) -> tuple[ScanFolder, dict[str, dict[str, Any]] | None]:
-    """The output folder and its manifest's checkpoints by name (None: it is new)."""
+) -> tuple[ScanFolder, dict[str, dict[str, Any]]]:
+    """The output folder, and the checkpoints of earlier scans into it by name."""
     manifest = new_manifest("scan", study.model_dump(mode="json")) | {"id": uuid.uuid4().hex}
     described = {name: _describe(corpus) for name, corpus in corpora.items()}
     if not storage.exists(storage.join(study.output, "manifest.json")):
         manifest |= {"identity": identity, "corpora": described, "measures": list(study.measures)}
-        return ScanFolder(study.output, manifest), None
+        return ScanFolder(study.output, manifest), {}
     before = read_manifest(study.output, "scan")
     check_identity(study.output, before["identity"], identity)
     merged = merge_identities(before["identity"], identity)
@@ -218,10 +216,7 @@ def _open_output(
         "id": before.get("id", manifest["id"]),
         "identity": merged,
         "corpora": before["corpora"] | described,
-        "measures": [
-            *before["measures"],
-            *(m for m in study.measures if m not in before["measures"]),
-        ],
+        "measures": list(dict.fromkeys([*before["measures"], *study.measures])),
     }
     earlier = {entry["name"]: entry for entry in before.get("checkpoints", [])}
     return ScanFolder(study.output, manifest), earlier
