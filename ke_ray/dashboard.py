@@ -22,8 +22,6 @@ from pathlib import Path
 from ke_ray import storage
 from ke_ray.errors import KeRayError, UserError
 
-__all__ = ["Dashboard", "start_dashboard"]
-
 _START_S = 120.0
 
 

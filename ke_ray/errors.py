@@ -26,23 +26,6 @@ from collections.abc import Iterable
 
 from ke_ray.secrets import redact
 
-__all__ = [
-    "CheckpointError",
-    "CheckpointSpecError",
-    "ConfigError",
-    "DataError",
-    "KeRayError",
-    "NonFiniteLossError",
-    "PlacementError",
-    "ResultsError",
-    "StorageError",
-    "TrainingError",
-    "UnsupportedArchitectureError",
-    "UserError",
-    "nearest",
-]
-
-
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(9), *range(11, 32), *range(127, 160))}
 
 

@@ -43,9 +43,9 @@ def checkpoints(
         for note in listing.notes:
             typer.echo(f"note: {note}", err=True)
 
-        from ke_ray.secrets import redacted
+        from ke_ray.secrets import redact
 
-        print(json.dumps([redacted(dataclasses.asdict(ref)) for ref in refs], indent=2))
+        print(json.dumps([redact(dataclasses.asdict(ref)) for ref in refs], indent=2))
         return
     from rich.console import Console
     from rich.table import Table

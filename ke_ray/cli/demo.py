@@ -11,8 +11,6 @@ import typer
 from ke_ray import storage
 from ke_ray.errors import ConfigError
 
-__all__ = ["demo"]
-
 
 class _Phases:
     """Seconds of each phase, start-up apart from work, kept over reruns that skip it."""

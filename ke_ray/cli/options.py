@@ -12,18 +12,6 @@ from pydantic import BaseModel
 from ke_ray.config import load_study, parse_overrides, set_keys, validate
 from ke_ray.errors import ConfigError
 
-__all__ = [
-    "DryRun",
-    "MlflowUri",
-    "NoMlflow",
-    "Output",
-    "Resuscitate",
-    "Set",
-    "is_study_file",
-    "parse_resuscitate",
-    "read_study",
-]
-
 StudyT = TypeVar("StudyT", bound=BaseModel)
 
 Set = Annotated[

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from ke_ray.studies.parts import TrackingSettings
     from ke_ray.tracking.tracker import TrackedRun
 
-__all__ = ["publish_report", "publish_scan"]
-
 log = logging.getLogger(__name__)
 
 

@@ -15,8 +15,6 @@ from ke_ray.errors import KeRayError
 if TYPE_CHECKING:
     from ke_ray.tracking.tracker import Tracker
 
-__all__ = ["describe_sweep", "publish_sweep", "settings_cells"]
-
 log = logging.getLogger(__name__)
 
 

@@ -15,8 +15,6 @@ from ke_ray.errors import KeRayError
 if TYPE_CHECKING:
     from ke_ray.engine.cluster.submit import JobServer
 
-__all__ = ["register", "submit"]
-
 _INTERRUPTED = 130
 
 

@@ -18,7 +18,7 @@ from ke_ray.cli.options import (
     parse_resuscitate,
     read_study,
 )
-from ke_ray.secrets import redacted
+from ke_ray.secrets import redact
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -152,7 +152,7 @@ def given(output: str | None, mlflow_uri: str | None, no_mlflow: bool) -> dict[s
 def plan_text(study: BaseModel) -> str:
     """A resolved study as YAML, without secrets."""
     values = json.loads(study.model_dump_json(exclude_none=True))
-    return yaml.safe_dump(redacted(values), sort_keys=False)
+    return yaml.safe_dump(redact(values), sort_keys=False)
 
 
 def register(app: typer.Typer) -> None:

@@ -44,18 +44,6 @@ from torch import Tensor
 from ke_ray.core.entropy import entropy_nats
 from ke_ray.errors import UserError, nearest
 
-__all__ = [
-    "CONTROLS",
-    "DEAD_RELATIVE",
-    "Control",
-    "check_parameters",
-    "dead_rows",
-    "multipliers",
-    "predicted_coefficients",
-    "predicted_entropy_nats",
-    "select_rows",
-]
-
 Control = Literal["random", "matched_norm"]
 CONTROLS: tuple[str, ...] = get_args(Control)
 

@@ -29,7 +29,7 @@ from ke_ray.models.architectures import lacks_head
 from ke_ray.planning.scan_items import CheckpointWork, CorpusWork
 from ke_ray.results import ScanFolder, new_manifest, read_manifest
 from ke_ray.results.scan_folder import check_identity, merge_identities
-from ke_ray.secrets import redact, redacted
+from ke_ray.secrets import redact
 from ke_ray.storage.ownership import check_claim
 from ke_ray.studies.parts import CheckpointSelection
 from ke_ray.studies.scan import ScanStudy
@@ -181,7 +181,7 @@ def _resuscitation(study: ScanStudy, corpora: dict[str, Corpus]) -> dict[str, An
     keys = study.resuscitation
     if keys is None:
         return None
-    told: dict[str, Any] = redacted(keys.model_dump())
+    told: dict[str, Any] = redact(keys.model_dump())
     if keys.coefficients is None and keys.control != "attention_temperature":
         told["coefficients"] = f"measured on {next(iter(corpora.values())).sha256}"
     return told

@@ -11,17 +11,7 @@ from typing import Any
 
 from ke_ray import __version__, storage
 from ke_ray.errors import ResultsError
-from ke_ray.secrets import redact, redacted
-
-__all__ = [
-    "SCHEMA_VERSION",
-    "command_line",
-    "new_manifest",
-    "now",
-    "read_manifest",
-    "versions",
-    "write_manifest",
-]
+from ke_ray.secrets import redact
 
 #: Raised when a column changes its meaning; readers know every version up to this one.
 SCHEMA_VERSION = 1
@@ -68,7 +58,7 @@ def new_manifest(kind: str, config: dict[str, Any]) -> dict[str, Any]:
 
 def write_manifest(folder: str, manifest: dict[str, Any]) -> None:
     """Write ``manifest.json``, stamped with the time, without secrets."""
-    told = redacted({**manifest, "updated_at": now()})
+    told = redact({**manifest, "updated_at": now()})
     storage.write_json(storage.join(folder, "manifest.json"), told)
 
 

@@ -14,8 +14,6 @@ from ke_ray.errors import ResultsError
 from ke_ray.results.scan_folder import ScanFolder, check_identity, merge_identities
 from ke_ray.storage.ownership import claimed
 
-__all__ = ["merge_scans"]
-
 Row = dict[str, Any]
 
 

@@ -39,8 +39,6 @@ from ke_ray.core import resuscitation
 from ke_ray.errors import UnsupportedArchitectureError, UserError
 from ke_ray.models.architectures import Architecture, check_config, describe
 
-__all__ = ["apply_attention_temperature", "apply_multipliers", "resuscitate", "up_row_norms"]
-
 
 def resuscitate(
     model: nn.Module,

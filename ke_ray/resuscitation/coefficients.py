@@ -12,8 +12,6 @@ from ke_ray import storage
 from ke_ray.errors import ResultsError
 from ke_ray.results.scan_folder import ScanFolder
 
-__all__ = ["FoundCoefficients", "find_coefficients"]
-
 
 @dataclass(frozen=True)
 class FoundCoefficients:

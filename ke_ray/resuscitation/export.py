@@ -23,15 +23,6 @@ if TYPE_CHECKING:
 
     from ke_ray.checkpoints.reference import CheckpointRef
 
-__all__ = [
-    "PROVENANCE",
-    "Measurement",
-    "Resuscitated",
-    "check_request",
-    "one_checkpoint",
-    "write_resuscitated",
-]
-
 PROVENANCE = "resuscitation.json"
 _CONTROLS = ("random", "matched_norm", "attention_temperature")
 

@@ -22,14 +22,6 @@ from ke_ray.results.scan_folder import ScanFolder
 from ke_ray.resuscitation.export import PROVENANCE
 from ke_ray.secrets import redact
 
-__all__ = [
-    "TABLE",
-    "prediction_lines",
-    "read_predictions",
-    "write_predictions",
-    "write_revived",
-]
-
 TABLE = "resuscitation.parquet"
 _MEASURE = "knowledge_entropy"
 

@@ -11,8 +11,6 @@ from ke_ray.studies.parts import Resuscitation
 if TYPE_CHECKING:
     from ke_ray.checkpoints.reference import CheckpointRef
 
-__all__ = ["Revived", "revive"]
-
 
 @dataclass(frozen=True)
 class Revived:

@@ -8,8 +8,6 @@ from contextlib import contextmanager
 from ke_ray.errors import StorageError
 from ke_ray.secrets import redact
 
-__all__ = ["driver_errors", "explain_driver_error"]
-
 _MODULES = ("aiohttp", "azure", "botocore", "gcsfs", "google", "httpx", "requests", "s3fs")
 _NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")
 

@@ -20,16 +20,6 @@ from ke_ray import storage
 from ke_ray.errors import ResultsError, StorageError
 from ke_ray.storage.sole_writer import is_held, sole_writer
 
-__all__ = [
-    "LOCK",
-    "MARK",
-    "check_claim",
-    "check_replaceable",
-    "claimed",
-    "lock_beside",
-    "mark_cache",
-]
-
 MARK, LOCK = ".ke-ray.json", ".ke-ray.lock"
 _SHOWN = 4
 

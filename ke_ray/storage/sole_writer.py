@@ -28,8 +28,6 @@ from typing import Any
 from ke_ray import storage
 from ke_ray.errors import ResultsError
 
-__all__ = ["EXPIRES_S", "HEARTBEAT_S", "is_held", "sole_writer"]
-
 HEARTBEAT_S, EXPIRES_S = 15.0, 60.0
 # Stores without conditional writes let two commands write a lease at once: the later one stays.
 _SETTLE_S = 1.0

@@ -16,8 +16,6 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["hold", "is_temporary", "remove_leftovers", "temporary_path"]
-
 _PREFIX = ".ke-ray-"
 _NAME = re.compile(re.escape(_PREFIX) + "[0-9a-f]{16}-")
 # Between its creation and its lock a temporary file looks like one whose writer is dead.

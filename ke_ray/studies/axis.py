@@ -11,8 +11,6 @@ from pydantic import Field, model_validator
 
 from ke_ray.config import Strict
 
-__all__ = ["Axis", "check_optuna"]
-
 _MAX_GRID_INTEGERS = 1000
 _MAX_INTEGER = 2**62
 

@@ -16,18 +16,6 @@ from ke_ray.errors import nearest
 from ke_ray.studies.parts import CheckpointSelection, Resuscitation
 from ke_ray.studies.training import TrainingKeys
 
-__all__ = [
-    "ALL_TASKS",
-    "ContinualStudy",
-    "DownstreamKeys",
-    "EntropyKeys",
-    "HeldOutKeys",
-    "InjectionKeys",
-    "ProbeKeys",
-    "Starts",
-    "TrainingCorpus",
-]
-
 #: The names of ``ke_ray.evaluation.downstream.TASK_METRICS``, here without lm-eval.
 ALL_TASKS = ("sciq", "winogrande", "arc_easy", "piqa", "hellaswag", "openbookqa")
 

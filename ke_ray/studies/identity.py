@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from ke_ray.errors import ResultsError
-from ke_ray.secrets import redacted
+from ke_ray.secrets import redact
 
 IDENTITY_VERSION = 2
 
@@ -37,7 +37,7 @@ def identity_keys(study: BaseModel, *, without: Collection[str] = ()) -> dict[st
     Returns:
         Plain JSON values, nested as the study is.
     """
-    keys: dict[str, Any] = redacted(_plain(study))
+    keys: dict[str, Any] = redact(_plain(study))
     return {name: value for name, value in keys.items() if name not in without}
 
 

@@ -20,14 +20,6 @@ from ke_ray.errors import ConfigError
 from ke_ray.secrets import is_secret_name
 from ke_ray.studies.parts import is_loopback
 
-__all__ = [
-    "JobStudy",
-    "load_job",
-    "refuse_loopback_tracking",
-    "refuse_secrets",
-    "runtime_env_of",
-]
-
 _URL_WITH_USER = re.compile(r"://(?!git@)[^/\s@'\"]+@")
 _ASSIGNMENT = re.compile(
     r"""(?:--([A-Za-z][\w-]*)[=\s]\s*|(?<![\w.-])([A-Za-z_]\w*)=)['"]?([^\s'"]+)"""

@@ -10,8 +10,6 @@ from pydantic import Field, model_validator
 
 from ke_ray.config import Strict
 
-__all__ = ["CheckpointSelection", "Resuscitation", "TrackingSettings", "is_loopback"]
-
 
 class CheckpointSelection(Strict):
     """Which checkpoints: a SPEC and, of what it names, a selection."""

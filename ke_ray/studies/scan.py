@@ -10,8 +10,6 @@ from ke_ray.config import Key, Strict
 from ke_ray.errors import nearest
 from ke_ray.studies.parts import CheckpointSelection, Resuscitation, TrackingSettings
 
-__all__ = ["ALL_MEASURES", "DEFAULT_MEASURES", "ScanStudy"]
-
 #: The names of ``ke_ray.core.measures.MEASURES``, here without torch (a test compares the two).
 ALL_MEASURES = (
     "knowledge_entropy",

@@ -15,17 +15,6 @@ from pydantic import Field, model_validator
 from ke_ray.config import Key, Strict
 from ke_ray.studies.parts import TrackingSettings
 
-__all__ = [
-    "Architecture",
-    "Biographies",
-    "CheckpointSteps",
-    "OptimizerKeys",
-    "PretrainData",
-    "PretrainStudy",
-    "ScheduleKeys",
-    "TrainingKeys",
-]
-
 
 class OptimizerKeys(Strict):
     """AdamW. Embeddings, norms and biases are never decayed (docs/science.md#training-recipe)."""

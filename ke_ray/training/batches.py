@@ -16,8 +16,6 @@ import numpy as np
 
 from ke_ray.errors import DataError
 
-__all__ = ["BatchPlan", "TokenRows"]
-
 
 class TokenRows(Protocol):
     """A data set of equally long token rows (``ke_ray.data.training_set.PackedDataset``)."""

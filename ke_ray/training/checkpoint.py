@@ -36,15 +36,6 @@ from ke_ray.training.parallel import (
     unwrap,
 )
 
-__all__ = [
-    "TrainingState",
-    "full_tensors",
-    "latest_step",
-    "load_state",
-    "remove_states",
-    "save_state",
-]
-
 STATE_VERSION = 1
 _log = logging.getLogger(__name__)
 

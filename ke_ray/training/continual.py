@@ -46,8 +46,6 @@ from ke_ray.training.tracking import log_progress, run_params, tracked_run
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["run_continual"]
-
 ProgressCallback = Callable[..., None]
 
 

@@ -16,8 +16,6 @@ import numpy as np
 from ke_ray.core.dynamics import dynamics, dynamics_intervals
 from ke_ray.data.facts import LEVELS
 
-__all__ = ["dynamics_tables"]
-
 
 def dynamics_tables(
     items: Sequence[dict[str, Any]], injections: Sequence[dict[str, Any]]

@@ -16,8 +16,6 @@ from ke_ray.models.saving import save_model
 from ke_ray.training.checkpoint import full_tensors
 from ke_ray.training.parallel import Worker, barrier
 
-__all__ = ["export_model", "whole_model"]
-
 
 def whole_model(model: nn.Module, worker: Worker) -> Any | None:
     """A model that the main worker can run alone; None on the others.

@@ -10,8 +10,6 @@ from ke_ray.studies.training import Architecture
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["build_config", "build_model"]
-
 
 def build_config(
     architecture: Architecture, *, vocab_size: int, sequence_length: int, eos_token_id: int

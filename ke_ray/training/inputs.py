@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from ke_ray.data.injection import InjectionPlan
     from ke_ray.data.training_set import PackedDataset
 
-__all__ = ["RunInputs", "StartConfig", "load_inputs", "probe_steps", "read_start"]
-
 
 @dataclass(frozen=True)
 class StartConfig:

@@ -40,8 +40,6 @@ from ke_ray.training.parallel import (
 )
 from ke_ray.training.schedule import learning_rate_factor
 
-__all__ = ["Hooks", "Progress", "StepRecord", "row_losses", "train"]
-
 IGNORED = -100
 
 

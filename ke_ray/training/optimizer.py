@@ -10,8 +10,6 @@ from torch import nn
 
 from ke_ray.studies.training import OptimizerKeys
 
-__all__ = ["build_optimizer", "clip_gradients", "decayed_names"]
-
 
 def decayed_names(model: nn.Module) -> tuple[list[str], list[str]]:
     """Names of the trainable parameters that are decayed, and of those that are not.

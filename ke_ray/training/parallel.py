@@ -17,18 +17,6 @@ from torch import nn
 
 from ke_ray.errors import UnsupportedArchitectureError
 
-__all__ = [
-    "Worker",
-    "accumulate",
-    "all_gather_objects",
-    "all_reduce_sum",
-    "barrier",
-    "decoder_layers",
-    "full_tensor",
-    "unwrap",
-    "wrap_model",
-]
-
 
 @dataclass(frozen=True)
 class Worker:

@@ -35,14 +35,6 @@ if TYPE_CHECKING:
 
     from ke_ray.data.training_set import PackedDataset
 
-__all__ = [
-    "PretrainData",
-    "PretrainOutcome",
-    "is_finished",
-    "prepare_data",
-    "run_pretrain",
-]
-
 _log = logging.getLogger(__name__)
 
 

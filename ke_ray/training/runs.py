@@ -18,19 +18,6 @@ from ke_ray.studies.identity import identity, identity_keys
 if TYPE_CHECKING:
     from ke_ray.checkpoints.reference import CheckpointRef
 
-__all__ = [
-    "RunSpec",
-    "base_row",
-    "list_runs",
-    "part_folder",
-    "read_row",
-    "run_identity",
-    "run_key",
-    "study_keys",
-    "write_failed",
-    "write_row",
-]
-
 
 @dataclass(frozen=True)
 class RunSpec:

@@ -16,8 +16,6 @@ import math
 
 from ke_ray.studies.training import ScheduleKeys
 
-__all__ = ["learning_rate_factor"]
-
 
 def learning_rate_factor(schedule: ScheduleKeys, step: int, num_steps: int) -> float:
     """Factor in [0, 1] of the peak learning rate at update ``step`` (1 … ``num_steps``).

@@ -22,14 +22,6 @@ if TYPE_CHECKING:
     from ke_ray.data.corpus import Corpus
     from ke_ray.data.probes import Probe
 
-__all__ = [
-    "Asked",
-    "Snapshot",
-    "acquired",
-    "forgotten",
-    "take_snapshot",
-]
-
 
 @dataclass(frozen=True)
 class Asked:
