@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ke_ray.errors import NonFiniteLossError
-from ke_ray.studies.training import TrainingKeys
+from ke_ray.studies.training import TrainingSettings
 from ke_ray.training.batches import BatchPlan, TokenRows
 from ke_ray.training.checkpoint import TrainingState, load_state, save_state
 from ke_ray.training.optimizer import build_optimizer, clip_gradients
@@ -118,7 +118,7 @@ class _Pending:
 def train(
     model: nn.Module,
     data: TokenRows,
-    keys: TrainingKeys,
+    keys: TrainingSettings,
     *,
     num_steps: int,
     worker: Worker | None = None,
@@ -204,7 +204,7 @@ def train(
     return state
 
 
-def _prepare(model: nn.Module, keys: TrainingKeys) -> None:
+def _prepare(model: nn.Module, keys: TrainingSettings) -> None:
     model.train()
     model.requires_grad_(True)
     if keys.activation_checkpointing:
@@ -217,7 +217,7 @@ def _prepare(model: nn.Module, keys: TrainingKeys) -> None:
 
 
 def _gradients(
-    model: nn.Module, rows: np.ndarray, keys: TrainingKeys, worker: Worker, micro: int
+    model: nn.Module, rows: np.ndarray, keys: TrainingSettings, worker: Worker, micro: int
 ) -> torch.Tensor:
     """Adds this worker's part of the gradients; loss sums of its rows, float32 [n]."""
     ids = torch.from_numpy(np.ascontiguousarray(rows, dtype=np.int64))
@@ -242,7 +242,7 @@ def _gradients(
 def _look(
     pending: _Pending,
     state: TrainingState,
-    keys: TrainingKeys,
+    keys: TrainingSettings,
     plan: BatchPlan,
     worker: Worker,
     begun: float,

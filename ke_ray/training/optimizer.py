@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ke_ray.studies.training import OptimizerKeys
+from ke_ray.studies.training import OptimizerSettings
 
 
 def decayed_names(model: nn.Module) -> tuple[list[str], list[str]]:
@@ -31,7 +31,7 @@ def decayed_names(model: nn.Module) -> tuple[list[str], list[str]]:
     return decay, no_decay
 
 
-def build_optimizer(model: nn.Module, keys: OptimizerKeys) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, keys: OptimizerSettings) -> torch.optim.AdamW:
     """AdamW over ``model``'s trainable parameters in the two groups of :func:`decayed_names`.
 
     Build it after FSDP has sharded the model: the shards are then what it updates.

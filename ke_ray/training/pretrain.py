@@ -53,7 +53,7 @@ class PretrainOutcome:
 
 
 @dataclass(frozen=True)
-class PretrainData:
+class PretrainInputs:
     """What a pretraining reads."""
 
     tokenizer: Tokenizer
@@ -76,7 +76,7 @@ def is_finished(study: PretrainStudy) -> bool:
     return manifest.get("status") == "finished"
 
 
-def prepare_data(study: PretrainStudy) -> PretrainData:
+def prepare_data(study: PretrainStudy) -> PretrainInputs:
     """Tokenizer and packed corpus, made once and found again in the output folder.
 
     Raises:
@@ -115,7 +115,7 @@ def prepare_data(study: PretrainStudy) -> PretrainData:
         seed=study.seed,
     )
     rows.steps_per_epoch(study.global_batch_size)  # refuses a corpus below one batch
-    return PretrainData(tokenizer, eos, vocab_size, rows)
+    return PretrainInputs(tokenizer, eos, vocab_size, rows)
 
 
 def _forget_other_data(study: PretrainStudy) -> None:

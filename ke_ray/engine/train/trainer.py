@@ -37,7 +37,7 @@ from ke_ray.engine.cluster.shared_storage import check_nodes_see
 from ke_ray.engine.cluster.shared_tracking import check_nodes_reach_store
 from ke_ray.errors import ConfigError, KeRayError, TrainingError
 from ke_ray.storage.ownership import claimed
-from ke_ray.studies.training import PretrainStudy, TrainingKeys
+from ke_ray.studies.training import PretrainStudy, TrainingSettings
 from ke_ray.tracking.tracker import check_store
 from ke_ray.training.loop import Progress, StepRecord
 from ke_ray.training.parallel import Worker
@@ -64,7 +64,7 @@ class WorkerResources:
     use_gpu: bool
 
 
-def worker_resources(keys: TrainingKeys) -> WorkerResources:
+def worker_resources(keys: TrainingSettings) -> WorkerResources:
     """CPUs and GPU of each worker in the cluster that is connected.
 
     By default each has as many CPUs as let all workers run at the same time, node by node.
@@ -159,7 +159,7 @@ def _worker_main(config: dict[str, Any]) -> None:
 
 
 def build_trainer(
-    function: WorkerFunction, payload: Any, keys: TrainingKeys, folder: str, name: str
+    function: WorkerFunction, payload: Any, keys: TrainingSettings, folder: str, name: str
 ) -> Any:
     """A TorchTrainer that runs ``function`` on ``keys.num_workers`` workers; :func:`fit` runs it.
 
@@ -210,7 +210,7 @@ def build_trainer(
 def fit(
     function: WorkerFunction,
     payload: Any,
-    keys: TrainingKeys,
+    keys: TrainingSettings,
     folder: str,
     on_progress: Callable[[dict[str, Any]], None] | None = None,
 ) -> None:
@@ -251,7 +251,7 @@ def fit(
     storage.remove(place)
 
 
-def _explain(error: Exception, keys: TrainingKeys) -> str:
+def _explain(error: Exception, keys: TrainingSettings) -> str:
     failures = getattr(error, "worker_failures", None) or {}
     causes = [str(cause).strip().splitlines() for cause in failures.values()]
     last = next((lines[-1] for lines in causes if lines), str(error).strip().splitlines()[-1:])
