@@ -1,4 +1,4 @@
-"""Errors of fsspec's drivers and their clients, in words that say what to do."""
+"""Errors of fsspec's drivers and their clients, translated for users."""
 
 from __future__ import annotations
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from ke_ray.errors import ConfigError, UnsupportedArchitectureError, nearest
+from ke_ray.models.architectures import check_config
 from ke_ray.studies.training import ModelShape
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def build_config(
@@ -20,11 +22,6 @@ def build_config(
         ConfigError: no such model_type, or ``extra`` holds keys that its config does not have.
         UnsupportedArchitectureError: ke_ray could not scan what this would train.
     """
-    from transformers import AutoConfig
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-
-    from ke_ray.models.architectures import check_config
-
     kind = shape.model_type
     if kind not in CONFIG_MAPPING_NAMES:
         raise ConfigError(
@@ -50,29 +47,26 @@ def build_config(
     ):
         if getattr(defaults, key, None) is not None or key == "num_key_value_heads":
             values[key] = value
-    odd = [key for key in shape.extra if not hasattr(defaults, key)]
-    if odd:
+    unknown = [key for key in shape.extra if not hasattr(defaults, key)]
+    if unknown:
         raise ConfigError(
-            f"model.extra holds '{odd[0]}', which the config of '{kind}' does not know."
-            f"{nearest(odd[0], vars(defaults))}"
+            f"model.extra has '{unknown[0]}', which the config of '{kind}' does not know."
+            f"{nearest(unknown[0], vars(defaults))}"
         )
     try:
         config = AutoConfig.for_model(kind, **{**values, **shape.extra})
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"model: transformers refuses this '{kind}': {error}.") from error
+        raise ConfigError(f"model: transformers rejects this '{kind}': {error}.") from error
     check_config(config)
     return config
 
 
 def build_model(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
-    """Fresh float32 weights, the same for one seed; the global generator is left as it was.
+    """Make fresh float32 weights from a seed; the global generator keeps its state.
 
     Raises:
         UnsupportedArchitectureError: transformers has no causal language model of this kind.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
-
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
