@@ -155,7 +155,7 @@ def scan_summary(folder: str) -> list[dict[str, Any]]:
 
 def continual_summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One entry per starting checkpoint, fractions and nats, null where it failed."""
-    keys = (
+    columns = (
         "step",
         "acquisition",
         "acquisition_low",
@@ -169,7 +169,7 @@ def continual_summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         "knowledge_entropy_after_nats",
         "status",
     )
-    return [{key: row.get(key) for key in keys} for row in rows]
+    return [{name: row.get(name) for name in columns} for row in rows]
 
 
 def study_path(name: str) -> str:

@@ -37,7 +37,7 @@ class CheckpointSelection(Strict):
 
 
 class EvaluationText(Strict):
-    """Text that a model is evaluated on before and after something is done to it."""
+    """Text on which a model is evaluated before and after training or resuscitation."""
 
     name: TextName = "entropy"
     source: str = Field(description="any source that a scan reads")

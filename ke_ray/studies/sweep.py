@@ -148,7 +148,7 @@ class SweepStudy(Strict):
             check_optuna(self.space, self.num_trials)
         metrics = [objective.metric for objective in self.objectives]
         if len(set(metrics)) < len(metrics):
-            raise ValueError(f"objectives {', '.join(metrics)}: one stands there twice")
+            raise ValueError(f"objectives {', '.join(metrics)}: one is named twice")
         for metric in metrics:
             group = str(OBJECTIVES[metric].needs)
             if not self._has(group):
@@ -181,13 +181,13 @@ class SweepStudy(Strict):
 
     @property
     def swept_keys(self) -> tuple[str, ...]:
-        """All keys that trials differ in, in the order of the file."""
+        """All keys in which trials differ, in the order of the file."""
         keys = [*self.space, *itertools.chain.from_iterable(self.points)]
         return tuple(dict.fromkeys(keys))
 
     @property
     def shown_keys(self) -> tuple[str, ...]:
-        """The swept keys that tell trials apart: no group with swept keys below it."""
+        """The swept keys that distinguish trials: no group with swept keys below it."""
         keys = self.swept_keys
         return tuple(key for key in keys if not any(k.startswith(f"{key}.") for k in keys))
 
