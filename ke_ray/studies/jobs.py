@@ -127,7 +127,7 @@ def runtime_env_of(job: JobStudy, environ: Mapping[str, str]) -> dict[str, Any]:
     """
     result: dict[str, Any] = {}
     if job.runtime_env is not None:
-        result = read_yaml(job.runtime_env, "the job's runtime_env (seen from the job file)")
+        result = read_yaml(job.runtime_env, "the job's runtime_env, relative to the file")
         env_vars = result.get("env_vars") or {}
         if not isinstance(env_vars, Mapping):
             raise ConfigError(f"{job.runtime_env}: 'env_vars' must be a mapping of texts.")
