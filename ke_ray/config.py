@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ke_ray import storage
-from ke_ray.errors import ConfigError, nearest
+from ke_ray.errors import ConfigError, UserError, nearest
 
 StudyT = TypeVar("StudyT", bound=BaseModel)
 
@@ -54,24 +54,37 @@ _Loader.add_implicit_resolver(
     list("-+0123456789."),
 )
 
+
+def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
+    """A whole number that Python can print: it refuses to write out more than 4,300 digits."""
+    if len(node.value) > _MAX_INT_CHARACTERS:
+        raise ValueError(f"a whole number of {len(node.value)} characters")
+    return int(loader.construct_yaml_int(node))
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+
 _OPENING = (
     *(yaml.BlockSequenceStartToken, yaml.BlockMappingStartToken),
     *(yaml.FlowSequenceStartToken, yaml.FlowMappingStartToken),
 )
 _CLOSING = (yaml.BlockEndToken, yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken)
-_MAX_YAML_BYTES = 4 << 20
+_MAX_YAML_CHARACTERS = 4 << 20
+_MAX_INT_CHARACTERS = 1000
 _MAX_YAML_DEPTH = 64  # a study has five levels; the C parser has no limit but its stack
 
 
-def parse_yaml(text: str, source: str) -> Any:
+def parse_yaml(text: str, source: str, *, max_characters: int = _MAX_YAML_CHARACTERS) -> Any:
     """Parse YAML text; ``source`` names it in messages.
 
     Raises:
         ConfigError: not YAML, aliases (a few bytes of which can stand for gigabytes), too big or
             nested too deeply.
     """
-    if len(text) > _MAX_YAML_BYTES:
-        raise ConfigError(f"{source} has {len(text)} characters; a study has at most 4 MiB.")
+    if len(text) > max_characters:
+        raise ConfigError(
+            f"{source} has {len(text)} characters; at most {max_characters >> 20} MiB are read."
+        )
     try:
         depth = 0
         for token in yaml.scan(text, Loader=_Loader):
@@ -81,11 +94,13 @@ def parse_yaml(text: str, source: str) -> Any:
             if depth > _MAX_YAML_DEPTH:
                 raise ConfigError(f"{source} is nested deeper than {_MAX_YAML_DEPTH} levels.")
         return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader, made above)
-    except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
+    except ConfigError:
+        raise
+    except Exception as error:  # PyYAML raises many kinds: `!!bool x` is a KeyError
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise ConfigError(f"{source}{line} is not valid YAML: {problem}.") from error
+        problem = getattr(error, "problem", None) or f"{type(error).__name__}: {error}"
+        raise ConfigError(f"{source}{line} is not valid YAML: {problem:.200}.") from error
 
 
 def set_keys(
@@ -150,7 +165,7 @@ def describe_problems(error: ValidationError, model: type[BaseModel]) -> str:
     clauses = []
     for item in error.errors()[:5]:
         path = [part for part in item["loc"] if not str(part).startswith("function-")]
-        name = ".".join(str(part) for part in path) or "the file"
+        name = f"{'.'.join(str(part) for part in path):.100}"
         if item["type"] == "extra_forbidden":
             valid = _fields_at(model, path[:-1])
             hint = nearest(str(path[-1]), valid)
@@ -162,24 +177,30 @@ def describe_problems(error: ValidationError, model: type[BaseModel]) -> str:
             message = item["msg"].removeprefix("Value error, ")
             given = item.get("input")
             shown = "" if isinstance(given, dict | list) else f" (given: {given!r:.200})"
-            clauses.append(f"'{name}': {message}{shown}")
+            clauses.append(f"'{name}': {message}{shown}" if name else f"{message}{shown}")
     return "; ".join(clauses)
 
 
-def validate(model: type[StudyT], values: Any, source: str) -> StudyT:
-    """Validate ``values`` against ``model``; ``source`` names them in messages.
+def validate(
+    model: type[StudyT], values: Any, source: str, error_type: type[UserError] = ConfigError
+) -> StudyT:
+    """Validate ``values`` against ``model``.
+
+    Args:
+        source: names the file, or the part of it, in messages.
+        error_type: of the error: ``DataError`` for files that are not studies.
 
     Raises:
-        ConfigError: with every problem (at most five) in one message.
+        UserError: of ``error_type``, with every problem (at most five) in one message.
     """
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{source} holds {type(values).__name__}, expected a mapping of keys.")
+        raise error_type(f"{source} holds {type(values).__name__}, expected a mapping of keys.")
     try:
         return model.model_validate(dict(values))
     except ValidationError as error:
-        raise ConfigError(f"{source}: {describe_problems(error, model)}") from error
+        raise error_type(f"{source}: {describe_problems(error, model)}") from error
     except UnicodeEncodeError as error:
-        raise ConfigError(
+        raise error_type(
             f"{source} holds half of a surrogate pair (such as \\ud83d alone): no character."
         ) from error
 
