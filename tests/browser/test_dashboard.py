@@ -19,8 +19,8 @@ import pytest
 import synthetic
 from PIL import Image
 
-from ke_ray.dashboard import Dashboard, start_dashboard
 from ke_ray.errors import UserError
+from ke_ray.report.dashboard import Dashboard, start_dashboard
 
 pytestmark = pytest.mark.browser
 

@@ -159,7 +159,7 @@ def test_the_same_file_goes_on_after_the_driver_ended(command, series, tmp_path)
     wait_for(lambda: first.exists() and last_state() > 0, process, log)
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130, log.read_text()
-    assert "the same command goes on" in log.read_text()
+    assert "Run the same command again" in log.read_text()
     told = statuses(tmp_path)
     assert told.pop("0000-epochs1-seed0") == "FINISHED"
     assert set(told.values()) == {"KILLED"}, told

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from transformers import OlmoConfig, OlmoForCausalLM
 
-from ke_ray.studies.training import TrainingKeys
+from ke_ray.studies.training import TrainingSettings
 from ke_ray.training.loop import Hooks, train
 from ke_ray.training.parallel import Worker
 
@@ -68,7 +68,7 @@ def tiny_rows(num_instances: int = 40, sequence_length: int = 12, seed: int = 0)
     return ArrayRows((np.cumsum(steps, axis=1) % VOCABULARY).astype(np.int32), seed)
 
 
-def tiny_keys(**changes: Any) -> TrainingKeys:
+def tiny_keys(**changes: Any) -> TrainingSettings:
     """Keys for eight rows of twelve tokens a step."""
     values: dict[str, Any] = {
         "output": "unused",
@@ -77,7 +77,7 @@ def tiny_keys(**changes: Any) -> TrainingKeys:
         "optimizer": {"learning_rate": 3e-3},
         "schedule": {"warmup_fraction": 0.1},
     }
-    return TrainingKeys.model_validate({**values, **changes})
+    return TrainingSettings.model_validate({**values, **changes})
 
 
 def _context() -> ForkServerContext:

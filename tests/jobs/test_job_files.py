@@ -222,7 +222,7 @@ def test_what_is_no_secret_is_taken(tmp_path):
     ("keys", "message"),
     [
         ({"entrypont": "x"}, "Did you mean 'entrypoint'"),
-        ({"kind": "scan"}, "takes a study with 'kind: job'"),
+        ({"kind": "scan"}, "kind 'scan'.*'kind: job'"),
         ({"name": "../up"}, "'name'"),
         ({"env": {"A": True}}, "env.A"),
         ({"retries": -1}, "'retries'"),
