@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from ke_ray.planning.speed import H100_FLOPS_PER_S, Speed, measured_speed
 
 from ke_ray.planning import speed
 from ke_ray.planning.scan_forecast import forecast
+from ke_ray.planning.speed import H100_FLOPS_PER_S, Speed, measured_speed
 from ke_ray.studies.scan import ScanStudy
 
 

@@ -10,9 +10,9 @@ from threading import Thread
 from typing import Any
 
 import pytest
-from ke_ray.engine.cluster.shared_tracking import _unreachable, check_nodes_reach_store
 
 from ke_ray.engine.cluster import shared_tracking
+from ke_ray.engine.cluster.shared_tracking import _unreachable, check_nodes_reach_store
 from ke_ray.errors import StorageError
 from ke_ray.studies.parts import TrackingSettings
 
