@@ -73,7 +73,7 @@ def undisturbed(work):
 
 def test_a_killed_driver_goes_on_and_redoes_nothing_finished(work):
     tracked = ("--mlflow-uri", f"sqlite:///{work}/mlflow.db")
-    command = start_command(arguments(work, "killed", *tracked))
+    command = start_command(arguments(work, "killed", *tracked), work / "said.txt")
     parts = work / "killed" / "parts"
     deadline = time.monotonic() + 240
     while len(list(parts.glob("*.entropy.parquet"))) < 3:

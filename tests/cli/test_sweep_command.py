@@ -110,19 +110,19 @@ def test_the_same_file_goes_on_after_the_driver_ended(series, tmp_path):
         series,
         base={"save_every": 4, "injection": None},
         objectives=["forgetting"],
-        space={"epochs": [1, 24, 2]},
+        space={"epochs": [1, 12, 2]},
         points=[],
         max_concurrent=1,
     )
     runs = tmp_path / "out" / "runs"
     first = runs / "0000-epochs1-seed0" / "run.json"
-    second = runs / "0001-epochs24-seed0" / "state"
+    second = runs / "0001-epochs12-seed0" / "state"
 
     def last_state() -> int:
         steps = [file.parent.name for file in second.glob("step*/state.json")]
         return max((int(name.removeprefix("step")) for name in steps), default=0)
 
-    command = start_command(["sweep", path])
+    command = start_command(["sweep", path], tmp_path / "said.txt")
     wait_for(lambda: first.exists() and last_state() > 0, command)
     command.send_signal(signal.SIGINT)
     assert command.wait() == 130, command.stdout
@@ -133,19 +133,19 @@ def test_the_same_file_goes_on_after_the_driver_ended(series, tmp_path):
     assert read_json(tmp_path / "out" / "manifest.json")["status"] == "interrupted"
     finished_at, before = first.stat().st_mtime_ns, last_state()
 
-    command = start_command(["sweep", path])
+    command = start_command(["sweep", path], tmp_path / "said.txt")
     wait_for(lambda: last_state() > before, command)
     command.send_signal(signal.SIGKILL)
     assert command.wait() == -signal.SIGKILL
 
-    command = start_command(["sweep", path])
+    command = start_command(["sweep", path], tmp_path / "said.txt")
     assert command.wait() == 0, command.stdout
     assert first.stat().st_mtime_ns == finished_at, "a finished trial was run again"
     table = read_table(tmp_path / "out" / "trials.parquet").to_pandas()
     assert table["status"].tolist() == ["ok"] * 3
-    assert table["epochs"].tolist() == [1, 24, 2]
+    assert table["epochs"].tolist() == [1, 12, 2]
     train = read_table(second.parent / "train.parquet").to_pandas()
-    assert train["step"].tolist() == list(range(1, 145)), "every step once"
+    assert train["step"].tolist() == list(range(1, 73)), "every step once"
     told = statuses(tmp_path)
     assert len(told) == 4
     assert set(told.values()) == {"FINISHED"}, told
@@ -156,5 +156,5 @@ def test_the_same_file_goes_on_after_the_driver_ended(series, tmp_path):
     path.write_text(yaml.safe_dump(values))
     changed = run_command(["sweep", path], tmp_path)
     assert changed.returncode == 2
-    assert "space.epochs.choice was [1, 24, 2], is [1, 2]" in changed.stderr
+    assert "space.epochs.choice was [1, 12, 2], is [1, 2]" in changed.stderr
     assert "another output folder" in changed.stderr

@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerContext, ForkServerProcess
@@ -83,7 +82,7 @@ class Command:
 
 def start_command(
     arguments: Sequence[object],
-    out: Path | None = None,
+    out: Path,
     err: Path | None = None,
     *,
     environment: Mapping[str, str] | None = None,
@@ -92,14 +91,10 @@ def start_command(
     """Start ``ke-ray ARGUMENTS…``.
 
     Args:
-        out: file for standard output; default: a temporary one.
+        out: file for standard output.
         err: file for standard error; default: that of standard output.
         environment: default: this process's without ``RAY_ADDRESS``, one thread.
     """
-    if out is None:
-        descriptor, name = tempfile.mkstemp(prefix="said", suffix=".txt")
-        os.close(descriptor)
-        out = Path(name)
     err = err or out
     if environment is None:
         environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}

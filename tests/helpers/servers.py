@@ -114,6 +114,9 @@ class Gate:
                 client = listener.accept()[0]
                 server = socket.create_connection(("127.0.0.1", self._port))
                 self._sockets += [client, server]
+                if listener.fileno() < 0:  # closed meanwhile
+                    self.close()
+                    return
                 for ends in ((client, server), (server, client)):
                     threading.Thread(target=_relay, args=ends, daemon=True).start()
 

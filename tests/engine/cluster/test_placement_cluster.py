@@ -8,6 +8,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,10 @@ class Cluster:
     def start(self, *arguments: object, **environment: str) -> Command:
         """A command in the background."""
         return start_command(
-            arguments, environment=self.environment | environment, cwd=self.head.folder
+            arguments,
+            self.head.folder / f"{uuid.uuid4().hex}.txt",
+            environment=self.environment | environment,
+            cwd=self.head.folder,
         )
 
     def messages(self, *arguments: object) -> str:

@@ -23,6 +23,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[3]
 PLANTED = "hf_planted0secret1value2"
+PROGRAM = [sys.executable, "-m", "ke_ray"]
 SLEEPS = "echo begun; sleep 600"
 
 
@@ -140,8 +141,16 @@ def test_a_call_without_the_token_is_refused(head, tmp_path):
     nobody = ray_head.clean_environment() | {"HOME": str(tmp_path)}
     (tmp_path / "other").write_text("0" * 64)
     before = len(head.jobs(""))
+    words = submit_arguments(head, tmp_path, name="thief", entrypoint="true")
     for environment in (nobody, nobody | {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "other")}):
-        result = submit(head, tmp_path, name="thief", entrypoint="true", environment=environment)
+        result = subprocess.run(  # a fresh process: Ray reads these variables once
+            [*PROGRAM, *words],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+        )
         assert result.returncode == 2
         assert "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH" in result.stderr
         assert "Traceback" not in result.stderr
@@ -157,12 +166,10 @@ def test_a_job_whose_time_is_up_is_stopped(head, tmp_path):
 
 
 def test_an_interrupt_detaches_and_stops_only_when_told_to(head, tmp_path):
-    program = [sys.executable, "-m", "ke_ray"]
-
     def interrupted(name: str, answer: bytes | None) -> tuple[int, str]:
         ours, theirs = pty.openpty()
         process = subprocess.Popen(
-            [*program, *submit_arguments(head, tmp_path, name=name, entrypoint=SLEEPS)],
+            [*PROGRAM, *submit_arguments(head, tmp_path, name=name, entrypoint=SLEEPS)],
             env=head.environment,
             stdin=subprocess.DEVNULL if answer is None else theirs,
             stdout=subprocess.PIPE,

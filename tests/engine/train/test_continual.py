@@ -124,7 +124,7 @@ def test_a_killed_driver_is_resumed_by_the_same_command(tmp_path: Path, series: 
     )
     file = write_study(study, tmp_path / "study.yaml")
     first, second = (tmp_path / "out" / "runs" / f"step10-seed{seed}" for seed in (0, 1))
-    driver = start_command(["continual", file])
+    driver = start_command(["continual", file], tmp_path / "said.txt")
     deadline = time.monotonic() + 300
     while not list(second.glob("state/step*/state.json")):
         assert driver.returncode is None, driver.stdout
