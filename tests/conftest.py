@@ -80,10 +80,10 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-#: What is dear to start. Tests that use the same of these run in one process, which starts it
-#: once; the others of a file stay together. What takes longest comes first, so that the processes
-#: end together.
-_SHARED = ("ray_cluster", "mlflow_server", "chromium")
+#: What is dear to start, the dearest first. Tests that use the same of these run in one process,
+#: which starts it once; the others of a file stay together. What takes longest comes first, so
+#: that the processes end together.
+_SHARED = ("mlflow_server", "ray_cluster", "chromium")
 _LONGEST = "test_demo.py"
 
 

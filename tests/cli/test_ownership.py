@@ -277,7 +277,7 @@ def test_folders_of_earlier_versions_are_known_by_their_manifests(
             assert storage.exists(folder / LOCK)
         assert snapshot(folder) == before
         other = "sweep" if kind == "scan" else "scan"
-        with pytest.raises(ResultsError, match=f"holds results of kind '{kind}'"):
+        with pytest.raises(ResultsError, match=f"'{kind}'.*'{other}'"):
             ownership.check_claim(str(folder), other)
     with claimed(str(tmp_path), "demo", evidence=("pretrain", "pretrain")):
         pass
@@ -290,10 +290,10 @@ def test_a_claim_without_a_manifest_is_known_again_on_any_storage(tmp_path: Path
         assert storage.list_dir(base) == [MARK, "parts"]
         with claimed(base, "scan"):
             pass
-        with pytest.raises(ResultsError, match="holds results of kind 'scan', expected 'sweep'"):
+        with pytest.raises(ResultsError, match=r"'scan'.*'sweep'"):
             ownership.check_claim(base, "sweep")
         storage.remove(storage.join(base, MARK))
-        with pytest.raises(ResultsError, match="holds 'parts', and nothing says"):
+        with pytest.raises(ResultsError, match="'parts'"):
             ownership.check_claim(base, "scan")
 
 
@@ -323,7 +323,7 @@ def test_a_cache_keeps_to_folders_of_its_own(tmp_path: Path) -> None:
     names = ("entries", "partial", "locks", "leases", "budget.lock")
     put(tmp_path / "theirs", ("entries", "notes.txt"))
     before = snapshot(tmp_path / "theirs")
-    with pytest.raises(StorageError, match="holds 'entries', and nothing says"):
+    with pytest.raises(StorageError, match="'entries'"):
         mark_cache(tmp_path / "theirs", "checkpoint cache", names)
     assert snapshot(tmp_path / "theirs") == before
     put(tmp_path / "beside", ("notes.txt", "data"))

@@ -7,8 +7,6 @@ import functools
 import http.server
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import threading
 import urllib.parse
@@ -16,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from command_process import run_command
 from tiny_studies import tiny_continual
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -124,15 +123,7 @@ def test_no_output_holds_a_planted_secret(
         (["submit", str(place / "in" / "job.yaml")], 2),
     ):
         (place / "in" / "job.yaml").write_text(f"kind: job\nentrypoint: ke-ray scan {checkpoint}\n")
-        done = subprocess.run(
-            [sys.executable, "-m", "ke_ray", "-v", *command],
-            cwd=place,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=300,
-        )
+        done = run_command(["-v", *command], place / "in", environment=environment, cwd=place)
         said += done.stdout + done.stderr
         assert done.returncode == code, f"{command[0]}: {done.stdout + done.stderr}"
     for folder in ("scan", "continual", "sweep"):
