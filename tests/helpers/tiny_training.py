@@ -6,17 +6,16 @@ Workers are forked from a server that has imported torch and transformers once; 
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import traceback
-from collections.abc import Callable
-from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from command_process import start_process
 from transformers import OlmoConfig, OlmoForCausalLM
 
 from ke_ray.studies.training import TrainingSettings
@@ -80,22 +79,9 @@ def tiny_keys(**changes: Any) -> TrainingSettings:
     return TrainingSettings.model_validate({**values, **changes})
 
 
-def _context() -> ForkServerContext:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "transformers", "tiny_training"])
-    return context
-
-
 def start_worker(**job: Any) -> ForkServerProcess:
     """A process that trains as :func:`main` says; what goes wrong is in ``<out>.txt``."""
     return start_process(_run, job)
-
-
-def start_process(target: Callable[..., None], *args: Any) -> ForkServerProcess:
-    """A process forked from a server that has imported torch and transformers."""
-    process = _context().Process(target=target, args=args, daemon=True)
-    process.start()
-    return process
 
 
 def _run(job: dict[str, Any]) -> None:
