@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from command_process import run_command, start_command
+from transformers import OlmoConfig, OlmoForCausalLM
 
 from ke_ray.models.loading import load_model
 from ke_ray.models.scoring import score_model
@@ -24,9 +25,6 @@ MEASURES = ["knowledge_entropy", "attention_entropy"]
 @pytest.fixture
 def work(tmp_path):
     """Twelve tiny checkpoints and their data."""
-    import torch
-    from transformers import OlmoConfig, OlmoForCausalLM
-
     for number in range(12):
         torch.manual_seed(number)
         config = OlmoConfig(
