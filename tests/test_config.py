@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ke_ray.config import load_study, parse_yaml
+from ke_ray.config import load_study
 from ke_ray.errors import ConfigError, UserError
+from ke_ray.storage.safe_yaml import parse_yaml
 from ke_ray.studies.scan import ScanStudy
 
 STUDY = """

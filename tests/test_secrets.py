@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from ke_ray.checkpoints.fetch.transfer import download
-from ke_ray.checkpoints.fetch.transfer import redact as redact_url
 from ke_ray.checkpoints.find.catalog import list_checkpoints
 from ke_ray.checkpoints.reference import CheckpointRef
+from ke_ray.checkpoints.transfer import download
+from ke_ray.checkpoints.transfer import redact as redact_url
 from ke_ray.cli import main
 from ke_ray.errors import CheckpointError, ConfigError, KeRayError
 from ke_ray.secrets import RedactingFormatter, redact, redacted

@@ -36,16 +36,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = [
-    "NUM_GROUPS",
-    "cut_document_factor",
-    "document_groups",
-    "group_of",
-    "group_sizes",
-    "paired_difference",
-    "standard_error",
-]
-
 NUM_GROUPS = 64
 _LEAST_SHARE_OF_GROUPS = 0.5
 

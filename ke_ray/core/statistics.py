@@ -30,9 +30,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ke_ray.core.jackknife import NUM_GROUPS, group_of, group_sizes
-
-__all__ = ["NUM_GROUPS", "TABLES", "GroupSums", "group_of", "group_sizes"]
+from ke_ray.core.jackknife import group_sizes
 
 TABLES: dict[str, tuple[str, ...]] = {
     "coefficients": ("n_layers", "d_mlp"),

@@ -23,8 +23,6 @@ from ke_ray.data.sources import exists_locally, list_files, reading, split_part
 from ke_ray.data.token_ids import TOKEN_ID_SUFFIXES, load_token_ids
 from ke_ray.errors import DataError
 
-__all__ = ["Corpus", "build_corpus", "corpus_sha256", "parse_data_option", "source_kind"]
-
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _ORDER_SUFFIXES = (".yaml", ".yml")
 

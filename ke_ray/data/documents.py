@@ -15,15 +15,6 @@ from ke_ray.data.document import check_text, field_names, parse_document
 from ke_ray.data.sources import SourceFile, list_files, open_binary, reading, split_part
 from ke_ray.errors import DataError
 
-__all__ = [
-    "DOCUMENT_SUFFIXES",
-    "MAX_LINE_BYTES",
-    "check_text",
-    "iter_documents",
-    "iter_file",
-    "parse_document",
-]
-
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 DOCUMENT_SUFFIXES = (
     *(name + packed for name in JSON_SUFFIXES for packed in ("", ".gz", ".zst", ".zstd")),

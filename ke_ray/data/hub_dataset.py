@@ -11,8 +11,6 @@ from ke_ray.data.document import check_text
 from ke_ray.data.sources import split_part
 from ke_ray.errors import DataError
 
-__all__ = ["count_hub_shards", "describe_hub_dataset", "iter_hub_documents", "parse_hub_source"]
-
 FIRST_DOCUMENT_TIMEOUT_S = 300.0
 
 

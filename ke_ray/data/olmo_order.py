@@ -32,9 +32,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ke_ray.config import parse_yaml
 from ke_ray.data.sources import SourceFile, list_files, reading
 from ke_ray.errors import DataError, nearest
+from ke_ray.storage.safe_yaml import parse_yaml
 
 __all__ = [
     "OLMO_SEED",

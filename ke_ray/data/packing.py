@@ -14,8 +14,6 @@ from tokenizers import Tokenizer
 
 from ke_ray.errors import DataError
 
-__all__ = ["TokenBuffer", "check_request", "check_vocabulary", "pack_documents", "plain_tokenizer"]
-
 _BATCH_CHARACTERS = 1 << 20
 _LEAST_CHARACTERS = 1 << 12
 _BATCH_DOCUMENTS = 2048

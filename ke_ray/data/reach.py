@@ -27,8 +27,6 @@ from ke_ray.data.documents import DOCUMENT_SUFFIXES, iter_documents, iter_file
 from ke_ray.data.hub_dataset import count_hub_shards, iter_hub_documents
 from ke_ray.data.sources import SourceFile, list_files, split_part
 
-__all__ = ["NUM_WINDOWS", "Reached", "reach", "text_bytes"]
-
 NUM_WINDOWS = 256
 BUDGET_BYTES = 64 << 20
 _BUDGET_PER_TOKEN = 24

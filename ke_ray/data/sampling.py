@@ -28,8 +28,6 @@ from ke_ray.data.packing import check_request, check_vocabulary, plain_tokenizer
 from ke_ray.data.reach import Reached, reach, text_bytes
 from ke_ray.errors import DataError
 
-__all__ = ["SpreadInstances", "slot_starts", "spread_instances"]
-
 _BYTES_PER_TOKEN = 16
 _BATCH_DOCUMENTS = 256
 

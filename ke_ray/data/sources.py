@@ -20,8 +20,6 @@ import fsspec
 from ke_ray.errors import DataError
 from ke_ray.storage.drivers import explain_driver_error
 
-__all__ = ["SourceFile", "exists_locally", "list_files", "open_binary", "reading", "split_part"]
-
 CONNECT_TIMEOUT_S = 8  # tried twice (HEAD, then GET): still under 20 seconds
 READ_TIMEOUT_S = 60
 _BUFFER_BYTES = 1 << 20

@@ -25,16 +25,6 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = [
-    "ARCHITECTURES",
-    "Architecture",
-    "FFNLayout",
-    "check_config",
-    "describe",
-    "lacks_head",
-    "supported_model_types",
-]
-
 
 @dataclass(frozen=True)
 class Architecture:

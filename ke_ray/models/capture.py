@@ -25,8 +25,6 @@ from ke_ray.models.architectures import FFNLayout
 from ke_ray.models.attention import measure_attention
 from ke_ray.models.loading import require_head
 
-__all__ = ["Capture"]
-
 
 class _Finished(Exception):  # noqa: N818 - ends a forward pass, it is no error
     """Everything asked for has been seen; the rest of the forward pass is not needed."""

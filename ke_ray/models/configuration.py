@@ -11,10 +11,10 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from ke_ray.checkpoints import hub
-from ke_ray.checkpoints.fetch.transfer import RetryPolicy, download, redact
 from ke_ray.checkpoints.formats.layout import Layout, layout_of
 from ke_ray.checkpoints.formats.weights import read_layout
 from ke_ray.checkpoints.reference import CheckpointRef, local_folder
+from ke_ray.checkpoints.transfer import RetryPolicy, download, redact
 from ke_ray.errors import CheckpointError
 from ke_ray.models.architectures import check_config
 from ke_ray.models.loading import config_from
@@ -22,8 +22,6 @@ from ke_ray.storage import exists, join, read_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
-
-__all__ = ["read_config", "read_outline"]
 
 _NAMES = ("config.yaml", "config.json")
 # A request should fail soon; the fetch of the checkpoint itself is patient.

@@ -30,15 +30,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = [
-    "check_finite",
-    "config_from",
-    "load_config",
-    "load_model",
-    "quiet",
-    "require_head",
-]
-
 _CONFIG_LIMIT = 16 * 2**20  # bytes of a config.json
 _INT_LIMIT = 2**31
 # transformers' switches for progress bars and log level are process-wide.

@@ -31,8 +31,6 @@ from ke_ray.storage import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["save_model"]
-
 
 def save_model(
     model: PreTrainedModel,

@@ -34,8 +34,6 @@ from ke_ray.errors import DataError
 from ke_ray.models.architectures import describe
 from ke_ray.models.capture import Capture
 
-__all__ = ["compact", "score_instances", "score_model"]
-
 
 def score_model(
     model: Any,

@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 
 from ke_ray.checkpoints.fetch.cache import Store
-from ke_ray.checkpoints.fetch.transfer import RetryPolicy
 from ke_ray.checkpoints.find.catalog import find_checkpoints, list_checkpoints
 from ke_ray.checkpoints.formats.fingerprint import weights_sha256
+from ke_ray.checkpoints.transfer import RetryPolicy
 from ke_ray.errors import CheckpointError, CheckpointSpecError
 from ke_ray.models.configuration import read_config
 from ke_ray.models.loading import load_model

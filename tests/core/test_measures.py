@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ke_ray.core import concentration, entropy
-from ke_ray.core.jackknife import standard_error
+from ke_ray.core.jackknife import group_of, group_sizes, standard_error
 from ke_ray.core.measures import (
     DEFAULT_MEASURES,
     MEASURES,
@@ -22,7 +22,7 @@ from ke_ray.core.measures import (
     register,
     required_sums,
 )
-from ke_ray.core.statistics import TABLES, GroupSums, group_of, group_sizes
+from ke_ray.core.statistics import TABLES, GroupSums
 from ke_ray.errors import UserError
 from ke_ray.studies.scan import ScanStudy
 

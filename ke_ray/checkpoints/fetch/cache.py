@@ -34,14 +34,12 @@ from filelock import FileLock, Timeout
 
 from ke_ray.checkpoints.fetch.checkpoint import fetch_into, size_to_fetch
 from ke_ray.checkpoints.fetch.leases import drop_lease, is_leased, is_locked, take_lease, try_lock
-from ke_ray.checkpoints.fetch.transfer import RetryPolicy
 from ke_ray.checkpoints.reference import CheckpointRef
+from ke_ray.checkpoints.transfer import RetryPolicy
 from ke_ray.errors import CheckpointError, StorageError
 from ke_ray.secrets import redact
 from ke_ray.storage import local_path, slug
 from ke_ray.storage.ownership import mark_cache
-
-__all__ = ["FetchEstimate", "Store", "default_cache_dir"]
 
 _LOG = logging.getLogger(__name__)
 _FOLDERS = ("entries", "partial", "locks", "leases")

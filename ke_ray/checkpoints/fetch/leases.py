@@ -14,8 +14,6 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-__all__ = ["drop_lease", "is_leased", "is_locked", "take_lease", "try_lock"]
-
 
 def take_lease(folder: Path) -> FileLock:
     """A new lease in ``folder``; call it with the entry's own lock held, as :func:`is_leased`."""

@@ -28,29 +28,22 @@ import logging
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from ke_ray.checkpoints.fetch.transfer import call_within, probe, redact
-from ke_ray.checkpoints.find.csv_list import Row, read_csv_list
+from ke_ray.checkpoints.find.csv_list import read_csv_list
 from ke_ray.checkpoints.find.duplicates import flag_duplicates
+from ke_ray.checkpoints.find.folder import from_folder, from_glob, from_location, shown
 from ke_ray.checkpoints.find.hub_series import inspect_hub, list_hub
-from ke_ray.checkpoints.find.names import parse_checkpoint_name
-from ke_ray.checkpoints.find.series import few, listing_notes, read_small_json, with_series
-from ke_ray.checkpoints.formats.foreign import explain_file, explain_foreign
-from ke_ray.checkpoints.formats.layout import layout_of
+from ke_ray.checkpoints.find.series import few, listing_notes, with_series
 from ke_ray.checkpoints.reference import CheckpointRef, order_key
+from ke_ray.checkpoints.transfer import call_within, probe, redact
 from ke_ray.errors import CheckpointSpecError, StorageError, nearest
-from ke_ray.storage import exists, is_local, join, list_dir, local_path, slug
-from ke_ray.storage.drivers import explain_driver_error
-
-__all__ = ["Listing", "find_checkpoints", "list_checkpoints"]
+from ke_ray.storage import exists, is_local, slug
 
 log = logging.getLogger(__name__)
 
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _STEPS = re.compile(r"\s*([0-9]{0,15})\s*(:?)\s*([0-9]{0,15})\s*")
 _FIRST_ANSWER_S = 15.0
-_LOOKED_INTO = 20  # folders that may say why a folder of them holds no checkpoint
 
 
 @dataclass(frozen=True)
@@ -154,13 +147,13 @@ def _find(
     if spec.startswith("hf://"):
         return from_hub(spec.removeprefix("hf://"))
     if spec.lower().endswith(".csv"):
-        return [_from_location(row.location, row) for row in read_csv_list(spec)]
+        return [from_location(row.location, row) for row in read_csv_list(spec)]
     if spec.startswith(("http://", "https://")):
         return _from_url(spec)
     if not is_local(spec) or exists(spec):
-        return _from_folder(spec)
+        return from_folder(spec)
     if glob.has_magic(spec):
-        return _from_glob(spec)
+        return from_glob(spec)
     repo = spec.partition("@")[0]
     if _REPO.fullmatch(repo):
         try:
@@ -171,149 +164,6 @@ def _find(
         f"There is no folder '{spec}'. Give a checkpoint folder, a folder of them, a glob, a Hub "
         "repository as org/name, a URL or a CSV list."
     )
-
-
-def _from_location(location: str, row: Row | None = None, name: str | None = None) -> CheckpointRef:
-    """A reference to one folder or URL, described by its name and by what lies in it."""
-    said = parse_checkpoint_name(location)
-    last = name or _shown(location).rstrip("/").rsplit("/", 1)[-1]
-    ref = CheckpointRef(
-        name=slug(last),
-        location=location,
-        format="native",
-        step=said.step,
-        pretraining_tokens=said.tokens,
-        stage=said.stage,
-        ingredient=said.ingredient,
-    )
-    if row is not None:
-        ref = replace(
-            ref,
-            step=row.step if row.step is not None else ref.step,
-            ingredient=row.ingredient if row.ingredient is not None else ref.ingredient,
-        )
-    if location.startswith("hf://"):
-        repo, _, revision = location.removeprefix("hf://").partition("@")
-        return replace(ref, location=f"hf://{repo}", format="hub", revision=revision or "main")
-    if location.startswith(("http://", "https://")):
-        return ref
-    names = _file_names(location)
-    if ref.step is None and "trainer_state.json" in names:
-        step = read_small_json(join(location, "trainer_state.json")).get("global_step")
-        ref = replace(ref, step=step if type(step) is int and 0 <= step < 10**15 else None)
-    layout = layout_of(names)
-    if layout is None:
-        return ref
-    size = None
-    if is_local(location):
-        folder = local_path(location)
-        sizes = [
-            (folder / file).stat().st_size for file in layout.files if (folder / file).exists()
-        ]
-        size = sum(sizes)
-    return replace(ref, format=layout.format, size_bytes=size)
-
-
-def _from_locations(locations: list[str]) -> list[CheckpointRef]:
-    if not any(_is_whole(_file_names(location)) for location in locations):
-        _refuse_foreign(locations[0])
-    return [_from_location(location) for location in locations]
-
-
-def _shown(location: str) -> str:
-    """A location from which a name is made: a URL without user name, password and query."""
-    return redact(location) if location.startswith(("http://", "https://")) else location
-
-
-def _file_names(location: str) -> list[str]:
-    try:
-        if is_local(location):
-            folder = local_path(location)
-            return [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
-        return list_dir(location)
-    except OSError as error:
-        raise CheckpointSpecError(f"Cannot list '{redact(location)}': {error}.") from error
-
-
-def _is_checkpoint(location: str) -> bool:
-    names = _file_names(location)
-    if layout_of(names) is None:
-        return False
-    # A folder with only half of the files is a broken checkpoint if its name says so.
-    return _is_whole(names) or parse_checkpoint_name(location).step is not None
-
-
-def _is_whole(names: list[str]) -> bool:
-    layout = layout_of(names)
-    return layout is not None and bool(layout.weights) and layout.config in names
-
-
-def _refuse_foreign(location: str) -> None:
-    """Raise CheckpointSpecError for a folder in a format of another program."""
-    names = _file_names(location)
-    foreign = None if _is_whole(names) else explain_foreign(names)
-    if foreign is not None:
-        raise CheckpointSpecError(
-            f"'{_shown(location)}' is no checkpoint that can be read: {foreign}"
-        )
-
-
-def _from_folder(spec: str) -> list[CheckpointRef]:
-    local = is_local(spec)
-    base = str(local_path(spec)) if local else spec.rstrip("/")
-    if local and Path(base).is_file():
-        raise CheckpointSpecError(f"'{spec}' is a file; {explain_file(Path(base).name)}")
-    if not local and glob.has_magic(base):
-        return _from_remote_glob(base)
-    names = _file_names(base)
-    layout = layout_of(names)
-    if layout is not None:
-        _refuse_foreign(base)
-        # A Trainer's output folder: final weights at the top, the series beside them.
-        inside = [join(base, n) for n in names if parse_checkpoint_name(n).step is not None]
-        refs = [_from_location(location) for location in inside if _is_checkpoint(location)]
-        if layout.weights or not refs:
-            refs.append(_from_location(base, name=Path(base).resolve().name if local else None))
-        return refs
-    for folder in (base, join(base, "checkpoints")):
-        inside = [join(folder, name) for name in _file_names(folder) if not name.startswith(".")]
-        checkpoints = [location for location in inside if _is_checkpoint(location)]
-        if checkpoints:
-            return _from_locations(checkpoints)
-        for location in [folder, *inside[:_LOOKED_INTO]]:
-            _refuse_foreign(location)
-    raise CheckpointSpecError(
-        f"'{redact(spec) if not local else spec}' holds no checkpoint: neither it nor a folder in "
-        "it has config.json (or OLMo's config.yaml) and weights."
-    )
-
-
-def _from_glob(spec: str) -> list[CheckpointRef]:
-    folders = sorted({str(Path(path)) for path in glob.glob(spec, recursive=True)})
-    found = [path for path in folders if Path(path).is_dir() and _is_checkpoint(path)]
-    if not found:
-        for path in folders[:_LOOKED_INTO]:
-            _refuse_foreign(path)
-        raise CheckpointSpecError(
-            f"'{spec}' matches {len(folders)} paths, none of them a checkpoint folder; quote the "
-            "glob and let it match the folders themselves."
-        )
-    return _from_locations(found)
-
-
-def _from_remote_glob(spec: str) -> list[CheckpointRef]:
-    import fsspec
-
-    try:
-        fs, path = fsspec.core.url_to_fs(spec)
-        matches = [str(fs.unstrip_protocol(match)) for match in sorted(fs.glob(path))]
-    except Exception as error:  # each driver has its own errors
-        reason = explain_driver_error(error) or error
-        raise CheckpointSpecError(f"Cannot list '{redact(spec)}': {reason}.") from error
-    found = [match for match in matches if _is_checkpoint(match)]
-    if not found:
-        raise CheckpointSpecError(f"'{redact(spec)}' matches no checkpoint folder.")
-    return _from_locations(found)
 
 
 def _from_url(spec: str) -> list[CheckpointRef]:
@@ -333,7 +183,7 @@ def _from_url(spec: str) -> list[CheckpointRef]:
             f"{redact(base)} has neither config.yaml nor config.json; give the base URL of one "
             "checkpoint, or a CSV list of them."
         )
-    return [_from_location(base)]
+    return [from_location(base)]
 
 
 def _matches(ref: CheckpointRef, revisions: str | None) -> bool:
@@ -376,7 +226,7 @@ def _unique_names(refs: list[CheckpointRef]) -> list[CheckpointRef]:
     for ref in refs:
         name = ref.name
         if clashes[name.casefold()] > 1:
-            parts = [part for part in _shown(ref.location).rstrip("/").split("/") if part]
+            parts = [part for part in shown(ref.location).rstrip("/").split("/") if part]
             name = slug("-".join([*parts[-2:-1], name]))
         number, base = 2, name
         while name.casefold() in seen:

@@ -15,8 +15,6 @@ from pathlib import Path
 from ke_ray.errors import CheckpointSpecError
 from ke_ray.storage import exists, is_local, local_path, open_read
 
-__all__ = ["Row", "parse_csv_list", "read_csv_list"]
-
 _LIMIT = 64 * 2**20  # bytes
 _LOCATIONS = (
     "url",

@@ -18,8 +18,6 @@ from ke_ray.checkpoints.formats.layout import layout_of
 from ke_ray.checkpoints.reference import CheckpointRef
 from ke_ray.storage import local_path
 
-__all__ = ["flag_duplicates", "folder_fingerprint"]
-
 _SAMPLE = 64 * 2**10  # bytes
 _SAMPLES = 16
 _CHUNK = 4 * 2**20

@@ -19,8 +19,6 @@ from ke_ray.checkpoints.reference import CheckpointRef, order_key
 from ke_ray.errors import CheckpointSpecError
 from ke_ray.storage import slug
 
-__all__ = ["inspect_hub", "list_hub"]
-
 
 def list_hub(
     spec: str, endpoint: str | None, *, everything: bool, with_main: bool

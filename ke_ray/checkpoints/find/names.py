@@ -25,8 +25,6 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-__all__ = ["CheckpointName", "parse_checkpoint_name", "parse_step_and_tokens"]
-
 # A word is not part of a longer one ("timestep5" names no step), but "_" and "-" separate.
 _START = r"(?<![A-Za-z0-9])"
 # All that could belong to the number is taken along, so that a half is never taken for the whole.

@@ -20,8 +20,6 @@ from ke_ray.checkpoints.reference import CheckpointRef
 from ke_ray.errors import KeRayError
 from ke_ray.storage import join, open_read
 
-__all__ = ["few", "listing_notes", "read_small_json", "series_label", "stage_label", "with_series"]
-
 _LIMIT = 16 * 2**20  # bytes of a configuration or a trainer's state
 _READERS = 8
 # Names of a size in the configurations of transformers.

@@ -36,8 +36,6 @@ from ke_ray.errors import CheckpointError, KeRayError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["HashingStoppedError", "tensors_sha256", "weights_sha256"]
-
 _PIECE = 2**20  # elements hashed at a time
 _PREFIXES = ("model.", "transformer.", "gpt_neox.")
 _HEAD = "lm_head.weight"  # stored as embed_out.weight by GPT-NeoX

@@ -11,8 +11,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["TOKENIZER_FILES", "Layout", "layout_of"]
-
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 _HF_EXTRAS = ("generation_config.json", *TOKENIZER_FILES)
 _SAFETENSORS_SHARD = re.compile(r"model-[0-9]+-of-[0-9]+\.safetensors")

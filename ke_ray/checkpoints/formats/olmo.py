@@ -20,8 +20,6 @@ from ke_ray.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["fuse", "native_shapes", "split"]
-
 _Rows = Literal["whole", "qkv", "up_gate"]
 
 

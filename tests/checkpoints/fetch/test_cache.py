@@ -11,10 +11,10 @@ import pytest
 from checkpoint_site import QUICK, WEIGHTS, Site, refs_of, truth
 
 from ke_ray.checkpoints.fetch.cache import Store
-from ke_ray.checkpoints.fetch.transfer import redact
 from ke_ray.checkpoints.find.catalog import list_checkpoints
 from ke_ray.checkpoints.formats.fingerprint import weights_sha256
 from ke_ray.checkpoints.reference import CheckpointRef
+from ke_ray.checkpoints.transfer import redact
 from ke_ray.errors import CheckpointError, CheckpointSpecError, StorageError
 from ke_ray.models.configuration import read_config
 

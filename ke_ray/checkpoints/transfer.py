@@ -1,4 +1,4 @@
-"""Files over HTTP that arrive whole, or an error that says why.
+"""Transfers: how they are retried, and files over HTTP that arrive whole.
 
 A download goes to ``<name>.incomplete`` and is renamed when every byte is there. A connection
 that breaks, stalls or ends early is resumed where it stopped (if the file is still the same),
@@ -29,11 +29,9 @@ from typing import Any, TypeVar
 from ke_ray import secrets
 from ke_ray.errors import CheckpointError
 
-__all__ = ["HttpFile", "RetryPolicy", "call_within", "download", "is_disk_error", "probe", "redact"]
-
 _LOG = logging.getLogger(__name__)
 _CHUNK = 2**20
-_RETRIED = (408, 425, 429, 500, 502, 503, 504)
+RETRIED_STATUSES = (408, 425, 429, 500, 502, 503, 504)
 _ABSENT = (403, 404, 410)  # object stores answer 403 for a key that does not exist
 _DISK_ERRORS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
@@ -65,6 +63,33 @@ class RetryPolicy:
             return min(retry_after_s, self.max_retry_after_s)
         pause = min(self.backoff_s * 2 ** min(failures - 1, 30), self.max_pause_s)
         return pause * (1 + random.random() / 4)
+
+
+class Retries:
+    """The failures in a row of one transfer, under a policy."""
+
+    def __init__(self, policy: RetryPolicy) -> None:
+        self.policy = policy
+        self.failures = 0
+
+    def wait(
+        self, retry_after_s: float | None = None, *, progressed: bool = False, final: bool = False
+    ) -> bool:
+        """Count a failure, then pause before the next attempt.
+
+        Args:
+            retry_after_s: what the server asks for.
+            progressed: whether the failed attempt brought something; it is then the first failure.
+            final: whether another attempt would fail in the same way.
+
+        Returns:
+            False, at once, where no attempt is left.
+        """
+        self.failures = 1 if progressed else self.failures + 1
+        if final or self.failures >= self.policy.attempts:
+            return False
+        time.sleep(self.policy.pause_s(self.failures, retry_after_s))
+        return True
 
 
 @dataclass(frozen=True)
@@ -163,7 +188,7 @@ def download(
     """
     policy = policy or RetryPolicy()
     partial = target.with_name(f"{target.name}.incomplete")
-    failures = 0
+    retries = Retries(policy)
     while True:
         before = partial.stat().st_size if partial.exists() else 0
         try:
@@ -172,15 +197,13 @@ def download(
             return False
         except _TransferError as error:
             after = partial.stat().st_size if partial.exists() else 0
-            failures = 1 if after > before else failures + 1
-            if error.final or failures >= policy.attempts:
+            _LOG.info("%s: %s", redact(url), error)
+            if not retries.wait(error.after_s, progressed=after > before, final=error.final):
                 raise CheckpointError(
-                    f"Cannot fetch {redact(url)}: {error} (attempt {failures}, {after:,} bytes "
-                    "arrived). Check the address and the network, then run again: it resumes."
+                    f"Cannot fetch {redact(url)}: {error} (attempt {retries.failures}, {after:,} "
+                    "bytes have arrived). Check the address and the network, then run the same "
+                    "command again to resume."
                 ) from error
-            pause = policy.pause_s(failures, error.after_s)
-            _LOG.info("%s: %s; trying again in %.1f s", redact(url), error, pause)
-            time.sleep(pause)
         else:
             os.replace(partial, target)
             _tag(partial).unlink(missing_ok=True)
@@ -227,7 +250,7 @@ def _attempt(
             raise _TransferError("the partial file did not fit; starting anew") from error
         raise _TransferError(
             f"HTTP {error.code} {error.reason}",
-            final=error.code not in _RETRIED,
+            final=error.code not in RETRIED_STATUSES,
             after_s=_retry_after(error.headers.get("Retry-After")),
         ) from error
     except TimeoutError as error:
