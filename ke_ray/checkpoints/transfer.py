@@ -44,11 +44,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How patient a transfer is; times in seconds.
+    """The patience of a transfer; times in seconds.
 
     Pauses are ``backoff_s``, twice that, four times … at most ``max_pause_s``, each with up to a
     quarter more at random, so that many workers do not come back in step. A server's
-    ``Retry-After`` goes before, up to ``max_retry_after_s``.
+    ``Retry-After`` takes precedence, up to ``max_retry_after_s``.
     """
 
     attempts: int = 6
@@ -94,7 +94,7 @@ class Retries:
 
 @dataclass(frozen=True)
 class HttpFile:
-    """What a server says of a file; ``size_bytes`` is None where it does not say."""
+    """A file on a server; ``size_bytes`` is None where the server does not tell."""
 
     size_bytes: int | None
 
@@ -110,7 +110,7 @@ class AbsentError(Exception):
     """The server has no such file."""
 
 
-def redact(url: str) -> str:
+def public_url(url: str) -> str:
     """``url`` without user name, password and query, fit for messages."""
     try:
         parts = urllib.parse.urlsplit(url)
@@ -197,12 +197,12 @@ def download(
             return False
         except _TransferError as error:
             after = partial.stat().st_size if partial.exists() else 0
-            _LOG.info("%s: %s", redact(url), error)
+            _LOG.info("%s: %s", public_url(url), error)
             if not retries.wait(error.after_s, progressed=after > before, final=error.final):
                 raise CheckpointError(
-                    f"Cannot fetch {redact(url)}: {error} (attempt {retries.failures}, {after:,} "
-                    "bytes have arrived). Check the address and the network, then run the same "
-                    "command again to resume."
+                    f"Cannot fetch {public_url(url)}: {error} (attempt {retries.failures}; "
+                    f"{after:,} bytes have arrived). Check the address and the network, then run "
+                    "the same command again to resume."
                 ) from error
         else:
             os.replace(partial, target)
@@ -217,35 +217,35 @@ def _tag(partial: Path) -> Path:
 def _attempt(
     url: str, partial: Path, timeout_s: float, should_stop: Callable[[], bool] | None
 ) -> None:
-    have = partial.stat().st_size if partial.exists() else 0
+    num_present = partial.stat().st_size if partial.exists() else 0
     headers = {}
-    if have and _tag(partial).exists():
+    if num_present and _tag(partial).exists():
         # If-Range: the rest if the file is unchanged, else all of it anew.
-        headers = {"Range": f"bytes={have}-", "If-Range": _tag(partial).read_text()}
+        headers = {"Range": f"bytes={num_present}-", "If-Range": _tag(partial).read_text()}
     try:
         with _open(url, headers, timeout_s) as response:
             resumed = response.status == 206
             expected = _length(response)
             if expected is not None and resumed:
-                expected += have
+                expected += num_present
             etag = response.headers.get("ETag") or response.headers.get("Last-Modified")
             if etag and not etag.startswith("W/"):
                 _tag(partial).write_text(etag)
             else:
                 _tag(partial).unlink(missing_ok=True)
-            size = have if resumed else 0
+            size = num_present if resumed else 0
             with partial.open("ab" if resumed else "wb") as file:
                 while chunk := response.read1(_CHUNK):
                     file.write(chunk)
                     size += len(chunk)
                     if should_stop is not None and should_stop():
-                        raise _TransferError("it was asked to stop", final=True)
+                        raise _TransferError("the caller stopped it", final=True)
         if expected is not None and size != expected:
             raise _TransferError(f"the connection ended after {size:,} of {expected:,} bytes")
     except urllib.error.HTTPError as error:
         if error.code in _ABSENT:
             raise AbsentError from error
-        if error.code == 416:  # what we have is not part of this file
+        if error.code == 416:  # the partial file is not part of this one
             partial.unlink(missing_ok=True)
             raise _TransferError("the partial file did not fit; starting anew") from error
         raise _TransferError(

@@ -64,7 +64,7 @@ def iter_token_ids(
                 where=file.url,
                 first_instance=found,
             )
-            check_vocabulary(compacted, lengths, vocab_size, where=file.url, first_instance=found)
+            check_vocabulary(compacted, lengths, vocab_size, origin=file.url, first_instance=found)
             found += len(compacted)
             yield compacted, lengths
             if found == num_instances:

@@ -13,7 +13,7 @@ import fsspec
 from ke_ray.checkpoints import hub
 from ke_ray.checkpoints.formats.layout import Layout, layout_of
 from ke_ray.checkpoints.reference import CheckpointRef
-from ke_ray.checkpoints.transfer import Retries, RetryPolicy, download, probe, redact
+from ke_ray.checkpoints.transfer import Retries, RetryPolicy, download, probe, public_url
 from ke_ray.errors import CheckpointError, CheckpointSpecError
 from ke_ray.storage import list_dir
 
@@ -117,13 +117,13 @@ def _fetch_http(
             continue
         if not any(get(name) for name in weights):
             raise CheckpointError(
-                f"{redact(base)} has {config} but none of {', '.join(weights)}; is it an "
+                f"{public_url(base)} has {config} but none of {', '.join(weights)}; is it an "
                 "unsharded checkpoint?"
             )
         for name in _OPTIONAL if config == "config.json" else ():
             get(name)
         return
-    raise CheckpointError(f"{redact(base)} has neither config.yaml nor config.json.")
+    raise CheckpointError(f"{public_url(base)} has neither config.yaml nor config.json.")
 
 
 def _http_size(location: str) -> int | None:
@@ -143,11 +143,11 @@ def _remote_layout(ref: CheckpointRef) -> tuple[Any, str, Layout]:
         fs, path = fsspec.core.url_to_fs(ref.location)
         names = set(list_dir(ref.location))
     except Exception as error:  # each driver has its own errors
-        raise CheckpointError(f"Cannot list '{redact(ref.location)}': {error}.") from error
+        raise CheckpointError(f"Cannot list '{public_url(ref.location)}': {error}.") from error
     layout = layout_of(names)
     if layout is None or not layout.weights or layout.config not in names:
         raise CheckpointError(
-            f"'{redact(ref.location)}' is not a checkpoint folder: it needs config.json (or "
+            f"'{public_url(ref.location)}' is not a checkpoint folder: it needs config.json (or "
             "config.yaml) and weights."
         )
     return fs, path.rstrip("/"), layout
@@ -172,7 +172,7 @@ def _fetch_remote(
             except Exception as error:  # each driver has its own errors
                 if not retries.wait():
                     raise CheckpointError(
-                        f"Cannot fetch {name} of '{redact(ref.location)}': {error}."
+                        f"Cannot fetch {name} of '{public_url(ref.location)}': {error}."
                     ) from error
 
 

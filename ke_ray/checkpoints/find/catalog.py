@@ -1,4 +1,4 @@
-"""What a checkpoint SPEC names: from one folder to every revision of a repository.
+"""The checkpoints that a SPEC names, from one folder to every revision of a repository.
 
 =============================================  =====================================================
 SPEC                                           checkpoints
@@ -15,9 +15,9 @@ SPEC                                           checkpoints
 ``OLMo-1B.csv``                                a list of step and folder or URL
 =============================================  =====================================================
 
-Then a glob on revision or name, a step range and every n-th narrow the selection, and
-checkpoints with the same weight files are flagged. What a reader could take for something else
-(several series or stages, names that were not understood) is said in notes.
+A glob on revision or name, a range of steps and every n-th narrow the selection, and checkpoints
+with the same weight files are flagged. Notes name what a reader could misunderstand, such as
+several series or stages, and names that could not be parsed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from ke_ray.checkpoints.find.folder import from_folder, from_glob, from_location
 from ke_ray.checkpoints.find.hub_series import inspect_hub, list_hub
 from ke_ray.checkpoints.find.series import few, listing_notes, with_series
 from ke_ray.checkpoints.reference import CheckpointRef, order_key
-from ke_ray.checkpoints.transfer import call_within, probe, redact
+from ke_ray.checkpoints.transfer import call_within, probe, public_url
 from ke_ray.errors import CheckpointSpecError, StorageError, nearest
 from ke_ray.storage import exists, is_local, slug
 
@@ -48,7 +48,7 @@ _FIRST_ANSWER_S = 15.0
 
 @dataclass(frozen=True)
 class Listing:
-    """Checkpoints series by series in training order, and sentences about what is odd in them."""
+    """Checkpoints, series by series in training order, and notes about what is odd in them."""
 
     checkpoints: tuple[CheckpointRef, ...]
     notes: tuple[str, ...]
@@ -68,7 +68,7 @@ def list_checkpoints(
         spec, revisions=revisions, steps=steps, every=every, limit=limit, endpoint=endpoint
     )
     for note in listing.notes:
-        log.warning("%s: %s", redact(spec), note)
+        log.warning("%s: %s", public_url(spec), note)
     return list(listing.checkpoints)
 
 
@@ -88,8 +88,9 @@ def find_checkpoints(
         revisions: glob that the revision (on the Hub) or the name must match.
         steps: range ``a:b``, both ends included; ``a:``, ``:b`` and ``a`` work too. Checkpoints
             without a step fall outside every range.
-        every: keep every n-th of what is left, starting with the first.
-        limit: keep at most so many, evenly spaced, the first and the last among them.
+        every: keep every n-th of the remaining checkpoints, starting with the first.
+        limit: keep at most this many of the remaining checkpoints, evenly spaced, including the
+            first and the last.
         endpoint: of the Hub; ``HF_ENDPOINT`` or huggingface.co by default.
 
     Raises:
@@ -98,32 +99,32 @@ def find_checkpoints(
     low, high = _step_range(steps)
     for option, value in (("every", every), ("limit", limit)):
         if value is not None and value < 1:
-            raise CheckpointSpecError(f"{option}={value} was given, expected at least 1.")
+            raise CheckpointSpecError(f"{option} is {value}; it must be at least 1.")
     spec = spec.strip()
     notes: list[str] = []
     try:
         # A final checkpoint whose name gives no step lies outside every range of steps.
-        found = _find(spec, revisions, endpoint, notes, with_main=steps is None)
-        found = with_series(_unique_names(found))
+        available = _find(spec, revisions, endpoint, notes, with_main=steps is None)
+        available = with_series(_unique_names(available))
     except StorageError as error:
         raise CheckpointSpecError(str(error)) from error
-    chosen = [ref for ref in found if _matches(ref, revisions)]
-    if not chosen:
-        raise CheckpointSpecError(_no_match(spec, revisions, found))
+    selection = [ref for ref in available if _matches(ref, revisions)]
+    if not selection:
+        raise CheckpointSpecError(_no_match(spec, revisions, available))
     if steps is not None:
-        chosen = [ref for ref in chosen if ref.step is not None and low <= ref.step <= high]
-        if not chosen:
-            known = sorted(ref.step for ref in found if ref.step is not None)
-            span = f"steps {known[0]} to {known[-1]}" if known else "no step in any name"
+        selection = [ref for ref in selection if ref.step is not None and low <= ref.step <= high]
+        if not selection:
+            numbers = sorted(ref.step for ref in available if ref.step is not None)
+            span = f"steps {numbers[0]} to {numbers[-1]}" if numbers else "no step in any name"
             raise CheckpointSpecError(
                 f"No checkpoint of '{spec}' lies in steps {steps}; it has {span}."
             )
-    ordered = sorted(chosen, key=lambda ref: (ref.series or "", *order_key(ref)))
-    chosen, empty = inspect_hub(_evenly(ordered[:: every or 1], limit), endpoint)
+    ordered = sorted(selection, key=lambda ref: (ref.series or "", *order_key(ref)))
+    selection, empty = inspect_hub(_evenly(ordered[:: every or 1], limit), endpoint)
     if empty:
         notes.append(f"{len(empty)} revisions hold no weights and are left out ({few(empty)}).")
-    chosen = flag_duplicates(chosen)
-    return Listing(tuple(chosen), (*notes, *listing_notes(chosen)))
+    selection = flag_duplicates(selection)
+    return Listing(tuple(selection), (*notes, *listing_notes(selection)))
 
 
 def _evenly(refs: list[CheckpointRef], limit: int | None) -> list[CheckpointRef]:
@@ -138,8 +139,10 @@ def _find(
     spec: str, revisions: str | None, endpoint: str | None, notes: list[str], *, with_main: bool
 ) -> list[CheckpointRef]:
     def from_hub(name: str) -> list[CheckpointRef]:
-        refs, said = list_hub(name, endpoint, everything=revisions is not None, with_main=with_main)
-        notes.extend(said)
+        refs, hub_notes = list_hub(
+            name, endpoint, everything=revisions is not None, with_main=with_main
+        )
+        notes.extend(hub_notes)
         return refs
 
     if not spec or "\0" in spec:
@@ -169,18 +172,18 @@ def _find(
 def _from_url(spec: str) -> list[CheckpointRef]:
     base = spec if spec.endswith("/") else f"{spec}/"
     try:
-        there = call_within(
+        file = call_within(
             _FIRST_ANSWER_S,
             lambda: probe(f"{base}config.yaml") or probe(f"{base}config.json"),
         )
     except (OSError, ValueError) as error:
         raise CheckpointSpecError(
-            f"Cannot reach {redact(base)} ({type(error).__name__}: {error}). Check the address "
+            f"Cannot reach {public_url(base)} ({type(error).__name__}: {error}). Check the address "
             "and the network."
         ) from error
-    if there is None:
+    if file is None:
         raise CheckpointSpecError(
-            f"{redact(base)} has neither config.yaml nor config.json; give the base URL of one "
+            f"{public_url(base)} has neither config.yaml nor config.json; give the base URL of one "
             "checkpoint, or a CSV list of them."
         )
     return [from_location(base)]
@@ -193,8 +196,8 @@ def _matches(ref: CheckpointRef, revisions: str | None) -> bool:
     )
 
 
-def _no_match(spec: str, revisions: str | None, found: list[CheckpointRef]) -> str:
-    names = [ref.revision or ref.name for ref in found]
+def _no_match(spec: str, revisions: str | None, available: list[CheckpointRef]) -> str:
+    names = [ref.revision or ref.name for ref in available]
     return (
         f"No revision of '{spec}' matches '{revisions}'; it has {len(names)}, "
         f"for example '{names[0]}'.{nearest(revisions or '', names)}"
@@ -206,15 +209,15 @@ def _no_match(spec: str, revisions: str | None, found: list[CheckpointRef]) -> s
 def _step_range(steps: str | None) -> tuple[int, float]:
     if steps is None:
         return 0, float("inf")
-    found = _STEPS.fullmatch(steps)
-    if not found or not (found.group(1) or found.group(3)):
-        raise CheckpointSpecError(f"steps={steps!r} was given, expected a range such as 1000:5000.")
-    low = int(found.group(1) or 0)
-    if not found.group(2):
+    match = _STEPS.fullmatch(steps)
+    if not match or not (match.group(1) or match.group(3)):
+        raise CheckpointSpecError(f"steps is {steps!r}; expected a range such as 1000:5000.")
+    low = int(match.group(1) or 0)
+    if not match.group(2):
         return low, low
-    high = int(found.group(3)) if found.group(3) else float("inf")
+    high = int(match.group(3)) if match.group(3) else float("inf")
     if low > high:
-        raise CheckpointSpecError(f"steps={steps!r} is empty: {low} lies above {high}.")
+        raise CheckpointSpecError(f"steps {steps!r} is an empty range: {low} is above {high}.")
     return low, high
 
 

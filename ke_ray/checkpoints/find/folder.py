@@ -18,26 +18,26 @@ from ke_ray.checkpoints.find.series import read_small_json
 from ke_ray.checkpoints.formats.foreign import explain_file, explain_foreign
 from ke_ray.checkpoints.formats.layout import layout_of
 from ke_ray.checkpoints.reference import CheckpointRef
-from ke_ray.checkpoints.transfer import redact
+from ke_ray.checkpoints.transfer import public_url
 from ke_ray.errors import CheckpointSpecError
 from ke_ray.storage import is_local, join, list_dir, local_path, slug
 from ke_ray.storage.drivers import explain_driver_error
 
-_LOOKED_INTO = 20  # folders that may say why a folder of them holds no checkpoint
+_MAX_EXAMINED = 20  # folders inside one, which may show why it holds no checkpoint
 
 
 def from_location(location: str, row: Row | None = None, name: str | None = None) -> CheckpointRef:
-    """A reference to one folder or URL, described by its name and by what lies in it."""
-    said = parse_checkpoint_name(location)
+    """A reference to one folder or URL, described by its name and its files."""
+    parsed = parse_checkpoint_name(location)
     last = name or shown(location).rstrip("/").rsplit("/", 1)[-1]
     ref = CheckpointRef(
         name=slug(last),
         location=location,
         format="native",
-        step=said.step,
-        pretraining_tokens=said.tokens,
-        stage=said.stage,
-        ingredient=said.ingredient,
+        step=parsed.step,
+        pretraining_tokens=parsed.tokens,
+        stage=parsed.stage,
+        ingredient=parsed.ingredient,
     )
     if row is not None:
         ref = replace(
@@ -75,7 +75,7 @@ def from_locations(locations: list[str]) -> list[CheckpointRef]:
 
 def shown(location: str) -> str:
     """A location from which a name is made: a URL without user name, password and query."""
-    return redact(location) if location.startswith(("http://", "https://")) else location
+    return public_url(location) if location.startswith(("http://", "https://")) else location
 
 
 def _file_names(location: str) -> list[str]:
@@ -85,7 +85,7 @@ def _file_names(location: str) -> list[str]:
             return [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
         return list_dir(location)
     except OSError as error:
-        raise CheckpointSpecError(f"Cannot list '{redact(location)}': {error}.") from error
+        raise CheckpointSpecError(f"Cannot list '{public_url(location)}': {error}.") from error
 
 
 def _is_checkpoint(location: str) -> bool:
@@ -133,25 +133,25 @@ def from_folder(spec: str) -> list[CheckpointRef]:
         checkpoints = [location for location in inside if _is_checkpoint(location)]
         if checkpoints:
             return from_locations(checkpoints)
-        for location in [folder, *inside[:_LOOKED_INTO]]:
+        for location in [folder, *inside[:_MAX_EXAMINED]]:
             _refuse_foreign(location)
     raise CheckpointSpecError(
-        f"'{redact(spec) if not local else spec}' holds no checkpoint: neither it nor a folder in "
-        "it has config.json (or OLMo's config.yaml) and weights."
+        f"'{spec if local else public_url(spec)}' holds no checkpoint: neither it nor a folder "
+        "in it has config.json (or OLMo's config.yaml) and weights."
     )
 
 
 def from_glob(spec: str) -> list[CheckpointRef]:
     folders = sorted({str(Path(path)) for path in glob.glob(spec, recursive=True)})
-    found = [path for path in folders if Path(path).is_dir() and _is_checkpoint(path)]
-    if not found:
-        for path in folders[:_LOOKED_INTO]:
+    checkpoints = [path for path in folders if Path(path).is_dir() and _is_checkpoint(path)]
+    if not checkpoints:
+        for path in folders[:_MAX_EXAMINED]:
             _refuse_foreign(path)
         raise CheckpointSpecError(
             f"'{spec}' matches {len(folders)} paths, none of them a checkpoint folder; quote the "
             "glob and let it match the folders themselves."
         )
-    return from_locations(found)
+    return from_locations(checkpoints)
 
 
 def _from_remote_glob(spec: str) -> list[CheckpointRef]:
@@ -160,8 +160,8 @@ def _from_remote_glob(spec: str) -> list[CheckpointRef]:
         matches = [str(fs.unstrip_protocol(match)) for match in sorted(fs.glob(path))]
     except Exception as error:  # each driver has its own errors
         reason = explain_driver_error(error) or error
-        raise CheckpointSpecError(f"Cannot list '{redact(spec)}': {reason}.") from error
-    found = [match for match in matches if _is_checkpoint(match)]
-    if not found:
-        raise CheckpointSpecError(f"'{redact(spec)}' matches no checkpoint folder.")
-    return from_locations(found)
+        raise CheckpointSpecError(f"Cannot list '{public_url(spec)}': {reason}.") from error
+    checkpoints = [match for match in matches if _is_checkpoint(match)]
+    if not checkpoints:
+        raise CheckpointSpecError(f"'{public_url(spec)}' matches no checkpoint folder.")
+    return from_locations(checkpoints)

@@ -1,7 +1,7 @@
-"""What the name of a checkpoint says: step, tokens, stage.
+"""Names of checkpoints: the step, tokens and stage in them.
 
-Published names are irregular, so they are read tolerantly and never built. A number that can be
-read in two ways is not read at all: ``step`` is None then, and a listing says so.
+Published names are irregular, so they are parsed tolerantly and never built. A number that can be
+understood in two ways is left out: ``step`` is None then, and a listing says so.
 
 =================================================  ==========  =========  =======
 name                                               step        tokens     stage
@@ -46,7 +46,7 @@ _SCALE = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "BT": 10**9, "T": 10**12}
 
 @dataclass(frozen=True)
 class CheckpointName:
-    """The parts of a checkpoint's name; None where the name does not say.
+    """The parts of a checkpoint's name; None where the name lacks them.
 
     ``tokens`` is a count of tokens, rounded as the name rounds it.
     """
@@ -73,7 +73,7 @@ def parse_checkpoint_name(name: str) -> CheckpointName:
 
 
 def parse_step_and_tokens(name: str) -> tuple[int | None, int | None]:
-    """``(step, tokens)`` of a name, each None where it does not say; never raises."""
+    """``(step, tokens)`` of a name, each None where it is missing; never raises."""
     parsed = parse_checkpoint_name(name)
     return parsed.step, parsed.tokens
 

@@ -1,4 +1,4 @@
-"""Which files make a checkpoint, decided from file names alone.
+"""The files that make a checkpoint, told from their names alone.
 
 The same rule serves a local folder, a listing of the Hub and an object store, so that what is
 listed, fetched, hashed and loaded is always the same set of files.
