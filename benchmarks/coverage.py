@@ -10,7 +10,8 @@ paired errors are those of the package. Columns, for each measure (totals), sing
 checkpoint's value) and paired (last minus first):
 
     error/spread  root mean square of the reported error over the standard deviation of the values
-    coverage      how often value ± t·error (Student's t, G − 1 degrees) holds the mean of all sets
+    coverage      how often value ± t·error holds the mean of all sets; Student's t of G − 1 or,
+                  for unequal groups, (Σn)²/Σn² − 1 degrees
     bias/spread   (mean of all sets − value on the whole pool) / spread: what more instances change
 """
 
@@ -159,7 +160,8 @@ def simulate(pool: Pool, count: int, rule: str, num_sets: int, seed: int) -> dic
         if turn == 0:
             check(pool.tables[0], pieces, sizes)
         first, last = (measure(tables, pieces, sizes) for tables in pool.tables)
-        quantile = float(student.ppf(0.975, len(sizes) - 1))
+        worth = sizes.sum() ** 2 / (sizes**2).sum()  # G where groups are equal
+        quantile = float(student.ppf(0.975, worth - 1))
         for name in SMOOTH:
             for kind, values in (("single", first[name]), ("paired", last[name] - first[name])):
                 error = float(standard_error(values[0], values[1:], sizes))

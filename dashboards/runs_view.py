@@ -5,19 +5,20 @@ from __future__ import annotations
 import pandas as pd
 import streamlit as st
 from mlflow_api import experiments, run_link, runs
-from parts import figure, name_of
+from parts import figure
 
 from ke_ray.report import runs as run_tables
-from ke_ray.report.continual_figures import continual_figures
+from ke_ray.report.charts.comparison import labels
+from ke_ray.report.charts.continual import continual_figures
+from ke_ray.report.charts.sweep import sweep_figures
 from ke_ray.report.sources import Result
-from ke_ray.report.sweep_figures import sweep_figures
 
 __all__ = ["show_mlflow", "show_runs"]
 
 
 def show_runs(results: list[Result], kind: str, chosen: list[str], mlflow: str | None) -> None:
     """The report's figures of the chosen studies, with their runs and links to MLflow."""
-    studies = [r for r in results if r.kind == kind and name_of(r) in chosen]
+    studies = [result for result in results if result.path in chosen]
     if not studies:
         command = (
             "ke-ray continual STUDY.yaml" if kind == "continual" else "ke-ray sweep STUDY.yaml"
@@ -25,7 +26,7 @@ def show_runs(results: list[Result], kind: str, chosen: list[str], mlflow: str |
         st.info(f"Nothing chosen, or nothing there yet. Make some with `{command}`.")
     for study in studies:
         if len(studies) > 1:
-            st.header(name_of(study), anchor=False)
+            st.header(labels(studies)[study.path], anchor=False)
         make = continual_figures if kind == "continual" else sweep_figures
         figures, missing = make(study, kind)
         for each in figures:
@@ -48,7 +49,7 @@ def _run_table(study: Result, mlflow: str | None) -> None:
         column_config={"MLflow": st.column_config.LinkColumn(display_text="open run")},
     )
     if len(broken):
-        st.subheader("Failed", anchor=False)
+        st.subheader("Not finished", anchor=False)
         st.dataframe(broken, hide_index=True)
 
 

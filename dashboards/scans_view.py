@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import pandas as pd
 import streamlit as st
-from parts import chart, name_of, pick
+from parts import chart, pick
 
-from ke_ray.report import compare, series
-from ke_ray.report.charts import Chart, HeatMap, Line
+from ke_ray.report import series
+from ke_ray.report.charts import comparison
+from ke_ray.report.charts.plot import X, heat_map, series_plot
+from ke_ray.report.charts.scan import axes, band_caption, layer_rows, measure_axis, measure_rows
 from ke_ray.report.sources import Result
 
 __all__ = ["scan_menus", "show_scans"]
@@ -17,163 +20,150 @@ __all__ = ["scan_menus", "show_scans"]
 
 @dataclass(frozen=True)
 class Menus:
-    """What the side bar asks for."""
+    """What is chosen in the side bar."""
 
     scans: list[str]
     measure: str | None
     corpora: list[str]
     layers: list[int]
     relative: bool
-    log: bool
+    axis: str
     limits: tuple[float, float] | None
 
 
 def scan_menus(results: list[Result]) -> Menus:
     """The side bar of this view."""
-    chosen = pick(results, "scan", "Scans")
-    scans = [r for r in results if r.kind == "scan" and name_of(r) in chosen]
+    paths = pick(results, "scan", "Scans")
+    scans = [r for r in results if r.path in paths]
     held = list(dict.fromkeys(m for scan in scans for m in series.measures(scan)))
     corpora = list(dict.fromkeys(c for scan in scans for c in series.corpora(scan)))
     n_layers = max((series.num_layers(scan) for scan in scans), default=0)
     steps = sorted({float(x) for scan in scans for x in series.checkpoints(scan)["x"]})
     side = st.sidebar
-    measure = side.selectbox(
-        "Measure", held, format_func=lambda name: series.MEASURE_TITLES.get(name, (name,))[0]
-    )
+    measure = side.selectbox("Measure", held, format_func=lambda name: measure_axis(name)[0])
     shown = side.multiselect("Corpora", corpora, default=corpora)
     layers = side.multiselect("Layers (none: the whole model)", list(range(n_layers)))
     relative = side.toggle("Change since the first checkpoint")
-    log = side.toggle("Logarithmic steps (without step 0)")
+    axis = side.selectbox("Horizontal axis", list(_shared_axes(scans)))
     limits = None
     if not side.toggle("All checkpoints, also those to come", value=True) and len(steps) > 1:
         limits = side.select_slider(
             "Checkpoints", steps, value=(steps[0], steps[-1]), format_func=lambda x: f"{x:g}"
         )
-    return Menus(chosen, measure, shown, layers, relative, log, limits)
+    return Menus(paths, measure, shown, layers, relative, axis or "linear steps", limits)
 
 
-def _clip(frame: pd.DataFrame, limits: tuple[float, float] | None) -> pd.DataFrame:
-    if limits is None:
-        return frame
-    return frame[frame["x"].between(*limits)]
-
-
-def _scan_lines(scan: Result, menus: Menus, name: str, colour: int) -> list[Line]:
-    measure, limits = menus.measure, menus.limits
-    prefix = f"{name}: " if name else ""
-    lines: list[Line] = []
-    for corpus in menus.corpora:
-        if corpus not in series.corpora(scan):
-            continue
-        layers = menus.layers
-        if layers:
-            order, matrix = series.layer_matrix(scan, measure, corpus)
-            for layer in layers:
-                if layer < len(matrix):
-                    frame = order.assign(value=matrix[layer])
-                    if menus.relative:
-                        frame["value"] -= frame["value"].iloc[0]
-                    frame = _clip(frame, limits)
-                    name = f"{prefix}{corpus}, layer {layer}"
-                    place = colour + len(lines)
-                    lines.append(Line(name, frame["x"], frame["value"], colour=place, dash=place))
-            continue
-        made = series.paired_change if menus.relative else series.totals
-        frame = _clip(made(scan, measure, corpus), limits)
-        if frame.empty:
-            continue
-        y, error = frame["value"].to_numpy(), 1.96 * frame["stderr"].to_numpy()
-        lines.append(
-            Line(
-                f"{prefix}{corpus}",
-                frame["x"].to_numpy(),
-                y,
-                y - error,
-                y + error,
-                colour=colour + len(lines),
-                labels=frame["checkpoint"].to_list(),
-            )
+def _shared_axes(scans: list[Result]) -> dict[str, X]:
+    """The horizontal axes that all scans have; a title tells where they count different things."""
+    offers = [axes(scan) for scan in scans]
+    names = [name for name in (offers[0] if offers else {}) if all(name in o for o in offers)]
+    return {
+        name: X(
+            offers[0][name].field,
+            " or ".join(dict.fromkeys(offer[name].title for offer in offers)),
+            log=offers[0][name].log,
         )
-    return lines
+        for name in names
+    }
+
+
+def _rows(scan: Result, menus: Menus, name: str) -> pd.DataFrame:
+    """What is drawn of one scan; ``name`` tells it from others."""
+    measure = menus.measure
+    if not menus.layers:
+        values = series.paired_change if menus.relative else series.totals
+        rows = measure_rows(scan, measure, values)
+        rows = rows[rows["corpus"].isin(menus.corpora)]
+        rows = rows.assign(series=name + rows["series"])
+    else:
+        parts = []
+        for (curve_label, curve), corpus in itertools.product(series.curves(scan), menus.corpora):
+            own = layer_rows(curve, measure, corpus)
+            own = own[own["layer"].isin(menus.layers)]
+            of_curve = f"{curve_label}: " if curve_label else ""
+            label = f"{name}{of_curve}{corpus}, layer " + own["layer"].astype(str)
+            value = own["change"] if menus.relative else own["value"]
+            parts.append(own.assign(series=label, value=value))
+        rows = pd.concat(parts) if parts else layer_rows(scan, measure, "")
+    return rows if menus.limits is None else rows[rows["x"].between(*menus.limits)]
 
 
 def show_scans(results: list[Result], menus: Menus) -> None:
     """Lines, layer maps, paired comparisons and failures of the chosen scans."""
-    scans = [r for r in results if r.kind == "scan" and name_of(r) in menus.scans]
+    scans = [r for r in results if r.path in menus.scans and series.measures(r)]
     if not scans or menus.measure is None:
         st.info(
             "No scan is chosen, or none has a scored checkpoint yet. Make one with "
             "`ke-ray scan CHECKPOINTS --data DATA --output DIR`, or all with `ke-ray demo`."
         )
         return
-    for text in compare.warnings(scans):
+    for text in comparison.warnings(scans):
         st.warning(text)
-    lines: list[Line] = []
+    names = comparison.labels(scans)
     tiles = st.columns(min(4, 1 + len(scans)))
     for scan, tile in zip(scans, tiles, strict=False):
-        done = len(series.checkpoints(scan))
-        broken = series.failed(scan)["checkpoint"].nunique()
         planned = f" of {scan.planned}" if scan.planned else ""
-        tile.metric(f"{name_of(scan)}: checkpoints", f"{done}{planned}")
+        scored = len(series.checkpoints(scan))
+        tile.metric(f"{names[scan.path]}: checkpoints", f"{scored}{planned}")
+        broken = series.failed(scan)["checkpoint"].nunique()
         if broken:
             tile.caption(f"{broken} failed")
-    curves = [
-        (
-            curve,
-            ": ".join(part for part in (name_of(scan) if len(scans) > 1 else "", label) if part),
-        )
-        for scan in scans
-        for label, curve in series.curves(scan)
-    ]
-    for curve, name in curves:
-        lines += _scan_lines(curve, menus, name, len(lines))
-    title, unit = series.MEASURE_TITLES.get(menus.measure, (menus.measure, ""))
-    axis = ("change of " if menus.relative else "") + title.lower()
+    title, axis = measure_axis(menus.measure)
+    axis = f"change of {axis}" if menus.relative else axis
     st.subheader(title, anchor=False)
-    chart(Chart("pretraining step", f"{axis} ({unit})", lines, log_x=menus.log), "scan-lines")
-    st.caption("Bands: ±1.96 jackknife standard errors; of a change, of the paired difference.")
-    rows = pd.DataFrame(
-        [
-            {"series": line.name, "step": x, "value": y}
-            for line in lines
-            for x, y in zip(line.x, line.y, strict=True)
-        ]
+    rows = pd.concat(
+        [_rows(scan, menus, f"{names[scan.path]}: " if len(scans) > 1 else "") for scan in scans],
+        ignore_index=True,
     )
-    with st.expander("Numbers"):
-        st.dataframe(rows, hide_index=True)
-        st.download_button("Download CSV", rows.to_csv(index=False), "scan.csv", "text/csv")
+    if rows.empty:
+        st.info("Nothing of these scans fits the menus.")
+    else:
+        offered = _shared_axes(scans)
+        x = offered.get(menus.axis, next(iter(offered.values())))
+        plot = series_plot(rows, x, axis, columns={"checkpoint": "checkpoint"})
+        chart(plot, "scan-lines")
+        if "low" in rows:
+            of = " of the paired difference" if menus.relative else ""
+            st.caption(band_caption(rows, f"jackknife standard errors{of}"))
+        with st.expander("Numbers"):
+            table = rows[list(plot.columns)].rename(columns=plot.columns)
+            st.dataframe(table, hide_index=True)
+            st.download_button("Download CSV", table.to_csv(index=False), "scan.csv", "text/csv")
     for scan in scans:
-        _scan_details(scan, menus)
+        _scan_details(scan, menus, names[scan.path])
 
 
-def _scan_details(scan: Result, menus: Menus) -> None:
+def _scan_details(scan: Result, menus: Menus, name: str) -> None:
     measure = menus.measure
-    curves = [(*part, corpus) for part in series.curves(scan) for corpus in menus.corpora]
-    for label, curve, corpus in curves:
-        order, matrix = series.layer_matrix(curve, measure, corpus)
-        if len(matrix) and len(order):
-            heading = ", ".join(part for part in (name_of(scan), label, corpus) if part)
-            st.subheader(f"Layer × checkpoint: {heading}", anchor=False)
-            unit = series.MEASURE_TITLES.get(measure, ("", ""))[1]
-            values = matrix - matrix[:, :1] if menus.relative else matrix
-            names = [f"{x:g}" for x in order["x"]]
-            layers = [str(layer) for layer in range(len(matrix))]
-            centre = 0.0 if menus.relative else None
-            heat = HeatMap("pretraining step", "layer", unit, values, names, layers, centre)
-            chart(heat, f"heat-{scan.path}-{label}-{corpus}")
+    for (label, curve), corpus in itertools.product(series.curves(scan), menus.corpora):
+        rows = layer_rows(curve, measure, corpus)
+        if rows.empty:
+            continue
+        heading = ", ".join(part for part in (name, label, corpus) if part)
+        st.subheader(f"Layer × checkpoint: {heading}", anchor=False)
+        plot = heat_map(
+            rows,
+            X("at", axes(scan)["linear steps"].title),
+            X("layer", "layer"),
+            series.MEASURE_TITLES.get(measure, ("", ""))[1],
+            value="change" if menus.relative else "value",
+            diverging=menus.relative,
+            columns={"checkpoint": "checkpoint"},
+        )
+        chart(plot, f"heat-{scan.path}-{label}-{corpus}")
     names = series.checkpoints(scan)["checkpoint"].to_list()
     if len(names) > 1:
-        with st.expander(f"Compare two checkpoints of {name_of(scan)}"):
+        with st.expander(f"Compare two checkpoints of {name}"):
             left, right = st.columns(2)
             one = left.selectbox("From", names, index=0, key=f"from-{scan.path}")
             other = right.selectbox("To", names, index=len(names) - 1, key=f"to-{scan.path}")
             st.dataframe(_differences(scan, one, other), hide_index=True)
     broken = series.failed(scan)
     if len(broken):
-        st.subheader(f"Failed checkpoints of {name_of(scan)}", anchor=False)
+        st.subheader(f"Failed checkpoints of {name}", anchor=False)
         st.dataframe(broken, hide_index=True)
     for note in scan.notes:
-        st.caption(f"{name_of(scan)}: {note}")
+        st.caption(f"{name}: {note}")
 
 
 def _differences(scan: Result, one: str, other: str) -> pd.DataFrame:
@@ -181,10 +171,10 @@ def _differences(scan: Result, one: str, other: str) -> pd.DataFrame:
     for corpus in series.corpora(scan):
         for measure in series.measures(scan):
             frame = series.paired_change(scan, measure, corpus, base=one)
-            found = frame[frame["checkpoint"] == other]
-            if len(found):
+            row = frame[frame["checkpoint"] == other]
+            if len(row):
                 unit = series.MEASURE_TITLES.get(measure, ("", ""))[1]
-                value, error = found["value"].iloc[0], found["stderr"].iloc[0]
+                value, error = row["value"].iloc[0], row["stderr"].iloc[0]
                 rows.append([corpus, measure, unit, value, error])
     columns = ["corpus", "measure", "unit", "difference", "paired standard error"]
     return pd.DataFrame(rows, columns=columns)

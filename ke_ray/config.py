@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ke_ray import storage
-from ke_ray.errors import ConfigError, nearest
+from ke_ray.errors import ConfigError, UserError, nearest
 from ke_ray.storage.safe_yaml import parse_yaml
 
 StudyT = TypeVar("StudyT", bound=BaseModel)
@@ -99,7 +99,7 @@ def describe_problems(error: ValidationError, model: type[BaseModel]) -> str:
     clauses = []
     for item in error.errors()[:5]:
         path = [part for part in item["loc"] if not str(part).startswith("function-")]
-        name = ".".join(str(part) for part in path) or "the file"
+        name = f"{'.'.join(str(part) for part in path):.100}"
         if item["type"] == "extra_forbidden":
             valid = _fields_at(model, path[:-1])
             hint = nearest(str(path[-1]), valid)
@@ -111,24 +111,30 @@ def describe_problems(error: ValidationError, model: type[BaseModel]) -> str:
             message = item["msg"].removeprefix("Value error, ")
             given = item.get("input")
             shown = "" if isinstance(given, dict | list) else f" (given: {given!r:.200})"
-            clauses.append(f"'{name}': {message}{shown}")
+            clauses.append(f"'{name}': {message}{shown}" if name else f"{message}{shown}")
     return "; ".join(clauses)
 
 
-def validate(model: type[StudyT], values: Any, where: str) -> StudyT:
+def validate(
+    model: type[StudyT], values: Any, where: str, error_type: type[UserError] = ConfigError
+) -> StudyT:
     """Check ``values`` against ``model``.
 
+    Args:
+        where: names the file, or the part of it, in messages.
+        error_type: what is raised: ``DataError`` for files that are no studies.
+
     Raises:
-        ConfigError: with every problem (at most five) in one message.
+        UserError: of ``error_type``, with every problem (at most five) in one message.
     """
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{where} holds {type(values).__name__}, expected a mapping of keys.")
+        raise error_type(f"{where} holds {type(values).__name__}, expected a mapping of keys.")
     try:
         return model.model_validate(dict(values))
     except ValidationError as error:
-        raise ConfigError(f"{where}: {describe_problems(error, model)}") from error
+        raise error_type(f"{where}: {describe_problems(error, model)}") from error
     except UnicodeEncodeError as error:
-        raise ConfigError(
+        raise error_type(
             f"{where} holds half of a surrogate pair (such as \\ud83d alone): no character."
         ) from error
 

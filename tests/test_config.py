@@ -81,6 +81,15 @@ def test_no_such_file():
         load_study("nowhere.yaml", ScanStudy)
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["!!bool maybe", "!!int ''", "!!float ''", "!!timestamp noon", f"0x{'f' * 5000}"],
+)
+def test_a_value_that_cannot_be_read_is_no_valid_yaml(text):
+    with pytest.raises(ConfigError, match="study.yaml is not valid YAML"):
+        parse_yaml(text, "study.yaml")
+
+
 @given(st.text(max_size=200))
 def test_any_text_is_read_or_refused(text):
     try:

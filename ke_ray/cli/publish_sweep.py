@@ -124,10 +124,9 @@ def describe_sweep(output: str, tracker: Tracker) -> str:
 def _figures(output: str, folder: Path) -> list[Path]:
     """One HTML file a figure, and ``report.html`` with all of them."""
     from ke_ray.report.build import build_report
+    from ke_ray.report.charts.sweep import sweep_figures
     from ke_ray.report.page import Section, page
-    from ke_ray.report.parallel import parallel_coordinates
     from ke_ray.report.sources import read_result
-    from ke_ray.report.sweep_figures import sweep_figures
 
     made = [Path(build_report([output], folder / "report.html"))]
     result = read_result(output, "sweep")
@@ -140,8 +139,4 @@ def _figures(output: str, folder: Path) -> list[Path]:
         path = folder / f"{storage.slug(figure.id)}.html"
         path.write_text(page(str(title), output, [], [section]), "utf-8")
         made.append(path)
-    lines = parallel_coordinates(result)
-    if lines is not None:
-        made.append(folder / "sweep-parallel-coordinates.html")
-        made[-1].write_text(lines, "utf-8")
     return made

@@ -15,8 +15,8 @@ of every gain; the paper's tables use |K_PT|, and so does this module.
 Once and paraphrase paragraphs are weighted by their count: K is the plain mean over all of them.
 
 Intervals are percentile bootstrap, seeded, and paired: one resample of paragraphs (or of a task's
-items) serves both checkpoints, because the same probes are asked of both. They tell how far the
-value depends on *which* paragraphs or items were asked; they hold nothing about training seeds.
+items) serves both checkpoints, because both are scored on the same probes. They tell how far the
+value depends on the *choice* of paragraphs or items, and nothing about training seeds.
 
 Numpy only.
 """
@@ -30,26 +30,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-__all__ = [
-    "Interval",
-    "TaskScore",
-    "acquisition",
-    "acquisition_interval",
-    "bootstrap_weights",
-    "forgetting",
-    "forgetting_interval",
-    "knowledge",
-    "mean_accuracy",
-    "paragraph_means",
-    "percentile_interval",
-]
-
 Array = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A value with the ends of its interval; NaN ends where none can be had."""
+    """A value with the ends of its interval, which are NaN where it cannot be computed."""
 
     value: float
     low: float
@@ -86,7 +72,7 @@ def paragraph_means(
         (labels in order of first appearance, float64 [n_paragraphs]).
 
     Raises:
-        ValueError: no probes, or as many values as labels are not given.
+        ValueError: no probes, or another number of labels than of values.
     """
     probe_values = np.asarray(values, dtype=np.float64)
     if probe_values.ndim != 1 or probe_values.size == 0 or len(paragraphs) != probe_values.size:
@@ -110,7 +96,7 @@ def knowledge(paragraph_values: npt.ArrayLike) -> float:
     """
     values = np.asarray(paragraph_values, dtype=np.float64)
     if values.size == 0:
-        raise ValueError("K is a mean over paragraphs; none was given")
+        raise ValueError("K is a mean over paragraphs, but there are none; give at least one")
     return float(values.mean())
 
 
@@ -131,7 +117,7 @@ def mean_accuracy(scores: Sequence[TaskScore]) -> float:
         ValueError: there is no task.
     """
     if not scores:
-        raise ValueError("P is a mean over tasks; none was given")
+        raise ValueError("P is a mean over tasks, but there are none; give at least one")
     return float(np.mean([score.accuracy for score in scores]))
 
 
@@ -147,8 +133,8 @@ def bootstrap_weights(
         num_paragraphs: n.
         num_resamples: R.
         seed: of PCG64; the same seed gives the same resamples.
-        strata: [n] labels, such as once and paraphrase; paragraphs are then drawn within their
-            label, so that the number of each is that of the design in every resample.
+        strata: [n] labels, such as once and paraphrase; paragraphs are then resampled within their
+            label, so that every resample has as many of each as the design.
 
     Returns:
         float64 [R, n]; each row sums to 1 and is (times drawn) / n.
@@ -175,8 +161,8 @@ def bootstrap_weights(
 def percentile_interval(value: float, draws: npt.ArrayLike, level: float) -> Interval:
     """The interval between the (1 ± level)/2 quantiles of bootstrap draws.
 
-    Draws that are not finite (a resample where the quantity is undefined) are left out; where
-    they are half of all or more, or there are no draws, both ends are NaN.
+    Draws that are not finite (a resample where the quantity is undefined) do not count; if they
+    are half of all or more, or there are no draws, both ends are NaN.
     """
     sample = np.asarray(draws, dtype=np.float64)
     finite = sample[np.isfinite(sample)]
@@ -234,9 +220,9 @@ def forgetting_interval(
     """F with a bootstrap interval over the items of the tasks.
 
     The tasks are fixed, as in the paper; their items are the sample. A task that has `items` on
-    both sides is resampled item by item, the same items before and after (paired). A task that
-    has not is drawn from Normal(accuracy, stderr) cut to [0, 1], before and after independently:
-    the pairing is then unknown, and the interval errs on the wide side.
+    both sides is resampled item by item, the same items before and after (paired). The accuracies
+    of any other task are sampled from Normal(accuracy, stderr) cut to [0, 1], before and after
+    independently: the pairing is then unknown, and the interval errs on the wide side.
 
     Args:
         before, after: scores of the same tasks, in any order.

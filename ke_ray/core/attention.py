@@ -31,8 +31,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["attention_entropy", "identity_entropy", "rows_entropy"]
-
 _ROWS = 128  # queries whose scores are formed at once by `rows_entropy`
 _TRUSTED_LSE = 32.0  # nats; float32 keeps such a sum to about 2e-6
 

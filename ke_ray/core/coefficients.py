@@ -17,8 +17,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["TokenMean", "accumulation_dtype"]
-
 _ROWS = 256  # tokens per block on a CPU: fastest of 64 … 2048 at d_mlp 2048
 
 
@@ -28,7 +26,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class TokenMean:
-    """Means over tokens; holds nothing but the CPU's buffer, reused by every layer."""
+    """Means over tokens; its only state is the CPU's buffer, which every layer reuses."""
 
     def __init__(self, *, blocked: bool | None = None) -> None:
         """``blocked``: sum by blocks of rows or by fused reductions; default: by device."""

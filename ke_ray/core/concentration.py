@@ -1,4 +1,4 @@
-"""How unevenly a layer's memories are used: four measures of mean coefficients.
+"""Concentration of a layer's memory use: four measures of mean coefficients.
 
     participation ratio   (Σ C̄)² / (m Σ C̄²)                                     1/m … 1
     Gini                  Σ_i (2i − m − 1) C̄_(i) / (m Σ C̄), C̄ ascending         0 … 1 − 1/m
@@ -19,16 +19,6 @@ import torch
 from torch import Tensor
 
 from ke_ray.errors import UserError
-
-__all__ = [
-    "check_dormant_threshold",
-    "check_top_k_fraction",
-    "dormant_share",
-    "gini",
-    "participation_ratio",
-    "top_k",
-    "top_k_mass",
-]
 
 
 def participation_ratio(mean_coefficients: Tensor) -> Tensor:

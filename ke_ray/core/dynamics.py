@@ -38,16 +38,6 @@ import numpy.typing as npt
 
 from ke_ray.core.acquisition import Interval, bootstrap_weights, percentile_interval
 
-__all__ = [
-    "LAM_WINDOW",
-    "DynamicsIntervals",
-    "InjectionDynamics",
-    "decay_constant",
-    "dynamics",
-    "dynamics_intervals",
-    "pooled_decay",
-]
-
 LAM_WINDOW = 50
 
 Array = npt.NDArray[np.float64]
@@ -55,7 +45,7 @@ Array = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class InjectionDynamics:
-    """What became of one injection.
+    """Effectivity, retainability and decay of one injection.
 
     Attributes:
         step: s_i, counted from 1.
@@ -97,7 +87,7 @@ def dynamics(
         steps: [S] completed updates at each probe, ascending (0 is the starting checkpoint).
         values: [S] ℓ at each probe: mean over the probes that the injections are about.
         injection_steps: s_i of each injection, counted from 1, ascending.
-        window: W, steps after t_i within which LAM is looked for.
+        window: W, the number of steps after t_i among which LAM is.
 
     Returns:
         One entry per injection, in order.
@@ -105,16 +95,18 @@ def dynamics(
     Raises:
         ValueError: shapes differ, steps or injections do not ascend, or window is below 1.
     """
-    at, curve = np.asarray(steps, dtype=np.int64), np.asarray(values, dtype=np.float64)
-    injected = np.asarray(injection_steps, dtype=np.int64)
-    if at.ndim != 1 or at.shape != curve.shape:
-        raise ValueError(f"steps of shape {at.shape} and values of shape {curve.shape} differ")
-    if (np.diff(at) <= 0).any() or (np.diff(injected) <= 0).any() or window < 1:
+    probe_steps, curve = np.asarray(steps, dtype=np.int64), np.asarray(values, dtype=np.float64)
+    injections = np.asarray(injection_steps, dtype=np.int64)
+    if probe_steps.ndim != 1 or probe_steps.shape != curve.shape:
+        raise ValueError(
+            f"steps of shape {probe_steps.shape} and values of shape {curve.shape} differ"
+        )
+    if (np.diff(probe_steps) <= 0).any() or (np.diff(injections) <= 0).any() or window < 1:
         raise ValueError("probe steps and injection steps must ascend and window be at least 1")
-    ends = [*injected[1:].tolist(), math.inf]
+    ends = [*injections[1:].tolist(), math.inf]
     return tuple(
-        _one_injection(at, curve, int(step), end, window)
-        for step, end in zip(injected, ends, strict=False)
+        _one_injection(probe_steps, curve, int(step), end, window)
+        for step, end in zip(injections, ends, strict=False)
     )
 
 
@@ -154,7 +146,7 @@ def dynamics_intervals(
 ) -> DynamicsIntervals:
     """Percentile-bootstrap intervals over paragraphs of effectivity and of the pooled decay.
 
-    One resample of paragraphs serves the whole run; LAM is looked for anew in each.
+    One resample of paragraphs serves the whole run; each resample has its own LAM.
 
     Args:
         steps: [S] completed updates at each probe.
@@ -172,18 +164,22 @@ def dynamics_intervals(
     values = np.asarray(paragraph_values, dtype=np.float64)
     if values.ndim != 2 or values.shape[1] < 1:
         raise ValueError(f"paragraph values have shape {values.shape}; expected [S, n_paragraphs]")
-    whole = dynamics(steps, values.mean(axis=1), injection_steps, window=window)
+    estimates = dynamics(steps, values.mean(axis=1), injection_steps, window=window)
     num_paragraphs = values.shape[1]
     resamples = num_resamples if num_paragraphs > 1 else 0
     curves = bootstrap_weights(num_paragraphs, resamples, seed) @ values.T  # [R, S]
-    at, injected = np.asarray(steps, dtype=np.int64), np.asarray(injection_steps, dtype=np.int64)
-    effectivities, decays = _of_all_curves(at, curves, injected, window)
+    effectivities, decays = _resampled_dynamics(
+        np.asarray(steps, dtype=np.int64),
+        curves,
+        np.asarray(injection_steps, dtype=np.int64),
+        window,
+    )
     return DynamicsIntervals(
         effectivity=tuple(
             percentile_interval(entry.effectivity, effectivities[:, index], level)
-            for index, entry in enumerate(whole)
+            for index, entry in enumerate(estimates)
         ),
-        decay=percentile_interval(pooled_decay(whole), decays, level),
+        decay=percentile_interval(pooled_decay(estimates), decays, level),
     )
 
 
@@ -193,52 +189,57 @@ def _fit(lags: npt.NDArray[np.int64], retainability: Array) -> Array:
     if np.unique(t).size < 2:
         return np.full(len(retainability), np.nan)
     x = np.log(t) - np.log(t).mean()
-    kept = np.ascontiguousarray(retainability)  # numpy sums rows as it sums vectors, pairwise
-    slopes: Array = -(x * (kept - kept.mean(axis=1, keepdims=True))).sum(axis=1) / (x**2).sum()
+    y = np.ascontiguousarray(retainability)  # numpy sums rows as it sums vectors, pairwise
+    slopes: Array = -(x * (y - y.mean(axis=1, keepdims=True))).sum(axis=1) / (x**2).sum()
     return slopes
 
 
 def _one_injection(
-    at: npt.NDArray[np.int64], curve: Array, step: int, end: float, window: int
+    probe_steps: npt.NDArray[np.int64], curve: Array, step: int, end: float, window: int
 ) -> InjectionDynamics:
     """The dynamics of the injection at `step`, the next one being at `end`."""
-    found = _probes_of(at, step, end, window)
-    if found is None:
-        nothing = np.empty(0)
-        return InjectionDynamics(
-            step, None, None, math.nan, np.empty(0, dtype=np.int64), nothing, math.nan
-        )
-    baseline, inside = found
-    lam = int(inside[np.argmax(curve[inside])])
+    probes = _probes_of(probe_steps, step, end, window)
+    if probes is None:
+        no_lags = np.empty(0, dtype=np.int64)
+        return InjectionDynamics(step, None, None, math.nan, no_lags, np.empty(0), math.nan)
+    baseline, candidates = probes
+    lam = int(candidates[np.argmax(curve[candidates])])
     effectivity = float(curve[lam] - curve[baseline])
-    later = np.flatnonzero((at > at[lam]) & (at < end)) if effectivity > 0.0 else inside[:0]
-    lags = at[later] - at[lam]
-    kept = (curve[later] - curve[baseline]) / effectivity if later.size else np.empty(0)
+    later = np.flatnonzero((probe_steps > probe_steps[lam]) & (probe_steps < end))
+    if not effectivity > 0.0:  # also where it is NaN
+        later = later[:0]
+    lags = probe_steps[later] - probe_steps[lam]
+    retainability = (curve[later] - curve[baseline]) / effectivity if later.size else np.empty(0)
     return InjectionDynamics(
         step=step,
-        baseline_step=int(at[baseline]),
-        lam_step=int(at[lam]),
+        baseline_step=int(probe_steps[baseline]),
+        lam_step=int(probe_steps[lam]),
         effectivity=effectivity,
         lags=lags,
-        retainability=kept,
-        decay=decay_constant(lags, kept),
+        retainability=retainability,
+        decay=decay_constant(lags, retainability),
     )
 
 
 def _probes_of(
-    at: npt.NDArray[np.int64], step: int, end: float, window: int
+    probe_steps: npt.NDArray[np.int64], step: int, end: float, window: int
 ) -> tuple[int, npt.NDArray[np.intp]] | None:
-    """Places of the baseline probe and of those LAM is looked for among; None without dynamics."""
-    before = np.flatnonzero(at < step)
+    """Indices of the baseline probe and of the candidates for LAM; None without dynamics."""
+    before = np.flatnonzero(probe_steps < step)
     # States t_i < t ≤ t_i + W with t_i = step − 1.
-    inside = np.flatnonzero((at >= step) & (at <= step - 1 + window) & (at < end))
-    if before.size == 0 or inside.size == 0 or at[inside[-1]] == step:
+    candidates = np.flatnonzero(
+        (probe_steps >= step) & (probe_steps <= step - 1 + window) & (probe_steps < end)
+    )
+    if before.size == 0 or candidates.size == 0 or probe_steps[candidates[-1]] == step:
         return None
-    return int(before[-1]), inside
+    return int(before[-1]), candidates
 
 
-def _of_all_curves(
-    at: npt.NDArray[np.int64], curves: Array, injected: npt.NDArray[np.int64], window: int
+def _resampled_dynamics(
+    probe_steps: npt.NDArray[np.int64],
+    curves: Array,
+    injections: npt.NDArray[np.int64],
+    window: int,
 ) -> tuple[Array, Array]:
     """Effectivities [R, n_injections] and pooled decays [R] of curves [R, S].
 
@@ -246,16 +247,16 @@ def _of_all_curves(
     maxima lie at the same probes share their lags, and are fitted together.
     """
     num_curves = len(curves)
-    ends = [*injected[1:].tolist(), math.inf]
-    effectivities = np.full((num_curves, len(injected)), np.nan)
-    maxima = np.full((num_curves, len(injected)), -1)  # place of LAM; -1: no retainability
-    baselines = np.zeros(len(injected), dtype=np.intp)
-    for number, (step, end) in enumerate(zip(injected.tolist(), ends, strict=False)):
-        found = _probes_of(at, step, end, window)
-        if found is None:
+    ends = [*injections[1:].tolist(), math.inf]
+    effectivities = np.full((num_curves, len(injections)), np.nan)
+    maxima = np.full((num_curves, len(injections)), -1)  # index of LAM; -1: no retainability
+    baselines = np.zeros(len(injections), dtype=np.intp)
+    for number, (step, end) in enumerate(zip(injections.tolist(), ends, strict=False)):
+        probes = _probes_of(probe_steps, step, end, window)
+        if probes is None:
             continue
-        baselines[number], inside = found
-        lam = inside[curves[:, inside].argmax(axis=1)]
+        baselines[number], candidates = probes
+        lam = candidates[curves[:, candidates].argmax(axis=1)]
         gain = curves[np.arange(num_curves), lam] - curves[:, baselines[number]]
         effectivities[:, number] = gain
         maxima[:, number] = np.where(gain > 0.0, lam, -1)
@@ -263,14 +264,15 @@ def _of_all_curves(
     patterns, members = np.unique(maxima, axis=0, return_inverse=True)
     for index, pattern in enumerate(patterns):
         rows = np.flatnonzero(members == index)
-        lags, kept = [], []
+        lags, retainability = [], []
         for number in np.flatnonzero(pattern >= 0).tolist():
-            later = np.flatnonzero((at > at[pattern[number]]) & (at < ends[number]))
+            lam_step = probe_steps[pattern[number]]
+            later = np.flatnonzero((probe_steps > lam_step) & (probe_steps < ends[number]))
             gain = effectivities[rows, number, None]
-            lags.append(at[later] - at[pattern[number]])
-            kept.append(
+            lags.append(probe_steps[later] - lam_step)
+            retainability.append(
                 (curves[np.ix_(rows, later)] - curves[rows, baselines[number], None]) / gain
             )
         if lags:
-            decays[rows] = _fit(np.concatenate(lags), np.concatenate(kept, axis=1))
+            decays[rows] = _fit(np.concatenate(lags), np.concatenate(retainability, axis=1))
     return effectivities, decays

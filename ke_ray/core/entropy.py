@@ -17,8 +17,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["effective_memories", "entropy_nats"]
-
 
 def entropy_nats(mean_coefficients: Tensor) -> Tensor:
     """H = −Σ p ln p with p = C̄ / ΣC̄, over the last axis.

@@ -1,12 +1,13 @@
-"""Weighted delete-a-group jackknife over fixed groups of instances.
+"""Delete-a-group jackknife over fixed groups of instances.
 
-    h_g  = n / n_g
-    θ_J  = G θ̂ − Σ_g (1 − n_g/n) θ_(g)
-    τ_g  = h_g θ̂ − (h_g − 1) θ_(g)
-    SE²  = 1/G Σ_g (τ_g − θ_J)² / (h_g − 1)
+    w_g  = 1 − n_g/n
+    SE²  = Σ_g w_g (θ_(g) − θ̄)²,   θ̄ = Σ_g w_g θ_(g) / Σ_g w_g
 
-Source: Busing, Meijer & van der Leeden, "Delete-m Jackknife for Unequal m", Statistics and
-Computing 9 (1999) 3–8. With equal groups it is the usual (G − 1)/G Σ (θ_(g) − mean θ_(·))².
+With equal groups it is the usual (G − 1)/G Σ (θ_(g) − mean θ_(·))². For groups of other sizes the
+weights make SE² of a plain mean unbiased exactly where instances are independent, and right for
+large G where a group is a cluster of instances that are alike (a long document): a group counts
+with the square of its size. The weights of Busing, Meijer & van der Leeden (Statistics and
+Computing 9, 1999, 3–8), which count it with its size, have the first property and not the second.
 
     symbol   meaning
     D        the dataset: n instances, indexed 0 … n−1
@@ -19,9 +20,7 @@ Groups are contiguous, and their sizes belong to D: by default as equal as can b
 at most one), and where instances of one document are neighbours in D such that no document is cut
 in two (`document_groups`), since parts of one document are alike and groups must be independent.
 They never depend on shards, batches or workers, so the error is as independent of how the work was
-split as the value is. With these weights SE² of a plain
-mean of independent instances is unbiased exactly, whatever the group sizes; the equal-weight
-formula is so for equal groups only (the difference is small while sizes differ by one).
+split as the value is.
 
 The jackknife gives the error due to *which instances* are in D. It holds for smooth functions
 of means (entropies, ratios), not for a count such as the dormant share, which gets no error.
@@ -37,7 +36,7 @@ import numpy as np
 import numpy.typing as npt
 
 NUM_GROUPS = 64
-_LEAST_SHARE_OF_GROUPS = 0.5
+_LEAST_WORTH = 10.0  # equal groups; an error from fewer is worth less than one of cut documents
 
 Array = npt.NDArray[np.float64]
 
@@ -79,7 +78,7 @@ def document_groups(first: npt.ArrayLike, last: npt.ArrayLike) -> npt.NDArray[np
 
     Returns:
         int64 [G], n_g of each group. (Σn)²/Σn², the number of equal groups that would be worth as
-        much, is at least half of min(64, n) unless documents are cut.
+        much, is at least 10 (half of n, where n < 20) unless documents are cut.
     """
     begins, ends = np.asarray(first), np.asarray(last)
     equal = group_sizes(len(begins))
@@ -93,7 +92,7 @@ def document_groups(first: npt.ArrayLike, last: npt.ArrayLike) -> npt.NDArray[np
     bounds = np.unique(np.where(nearer, allowed[below], allowed[above]))
     sizes = np.diff(np.concatenate([[0], bounds, [len(begins)]])).astype(np.int64)
     worth = len(begins) ** 2 / float((sizes**2).sum())
-    return sizes if worth >= _LEAST_SHARE_OF_GROUPS * len(equal) else equal
+    return sizes if worth >= min(_LEAST_WORTH, len(equal) / 2) else equal
 
 
 def cut_document_factor(sizes: npt.ArrayLike, document: npt.ArrayLike) -> float:
@@ -140,16 +139,12 @@ def standard_error(value: npt.ArrayLike, replicates: npt.ArrayLike, sizes: npt.A
         )
     filled = n_g > 0
     left_out, n_g = left_out[..., filled], n_g[filled]
-    num_groups = n_g.size
-    if num_groups < 2:
+    if n_g.size < 2:
         return np.full(theta.shape, np.nan)
-    h = n_g.sum() / n_g
-    # In terms of δ_g = θ̂ − θ_(g): τ_g − θ_J = (h_g − 1) δ_g − Σ_k (1 − n_k/n) δ_k. Algebraically
-    # the same as the formula above, without the cancellation of G θ̂ against Σ θ_(g).
-    delta = theta[..., None] - left_out
-    mean_shift = ((1.0 - 1.0 / h) * delta).sum(axis=-1, keepdims=True)
-    deviation = (h - 1.0) * delta - mean_shift
-    return np.asarray(np.sqrt((deviation**2 / (h - 1.0)).mean(axis=-1)))
+    weight = 1.0 - n_g / n_g.sum()
+    delta = theta[..., None] - left_out  # without the cancellation of large values in their mean
+    centre = (weight * delta).sum(axis=-1, keepdims=True) / weight.sum()
+    return np.asarray(np.sqrt((weight * (delta - centre) ** 2).sum(axis=-1)))
 
 
 def paired_difference(

@@ -44,18 +44,6 @@ from torch import Tensor
 from ke_ray.core.entropy import entropy_nats
 from ke_ray.errors import UserError, nearest
 
-__all__ = [
-    "CONTROLS",
-    "DEAD_RELATIVE",
-    "Control",
-    "check_parameters",
-    "dead_rows",
-    "multipliers",
-    "predicted_coefficients",
-    "predicted_entropy_nats",
-    "select_rows",
-]
-
 Control = Literal["random", "matched_norm"]
 CONTROLS: tuple[str, ...] = get_args(Control)
 
@@ -64,20 +52,20 @@ DEAD_RELATIVE = 1e-12
 
 
 def check_parameters(ratio: float, factor: float, control: str | None = None) -> None:
-    """Raises UserError unless 0 < ratio ≤ 1, 0 < factor < ∞ and the control is known."""
+    """Raises UserError unless 0 < ratio ≤ 1, 0 < factor < ∞ and the control is one of CONTROLS."""
     if not 0.0 < ratio <= 1.0:
         raise UserError(
-            f"resuscitation ratio is {ratio}; expected the share of memories to raise, in (0, 1], "
-            "for example 0.5"
+            f"The resuscitation ratio is {ratio}; expected the share of memories to raise, in "
+            "(0, 1], for example 0.5."
         )
     if not 0.0 < factor < math.inf:
         raise UserError(
-            f"amplifying factor is {factor}; expected a finite number above 0, for example 2"
+            f"The amplifying factor is {factor}; expected a finite number above 0, for example 2."
         )
     if control is not None and control not in CONTROLS:
         raise UserError(
-            f"unknown control {control!r}.{nearest(control, CONTROLS)} "
-            f"Known: {', '.join(CONTROLS)} (or none)"
+            f"There is no control {control!r}.{nearest(control, CONTROLS)} "
+            f"Valid controls: {', '.join(CONTROLS)} (or null)."
         )
 
 
@@ -211,27 +199,27 @@ def _checked(mean_coefficients: Tensor) -> Tensor:
     """The coefficients in float64."""
     if mean_coefficients.ndim != 2 or mean_coefficients.shape[-1] < 1:
         raise UserError(
-            f"mean coefficients have shape {tuple(mean_coefficients.shape)}; expected "
-            "[n_layers, d_mlp], as a scan writes them"
+            f"The mean coefficients have shape {tuple(mean_coefficients.shape)}; expected "
+            "[n_layers, d_mlp], as a scan writes them."
         )
     coefficients = mean_coefficients.detach().to(torch.float64)
     bad = ~torch.isfinite(coefficients) | (coefficients < 0.0)
     if bool(bad.any()):
         layer = int(bad.any(dim=-1).nonzero()[0])
         raise UserError(
-            f"mean coefficients of layer {layer} hold {int(bad[layer].sum())} negative or "
-            "non-finite values; expected means of absolute values from a successful scan"
+            f"The mean coefficients of layer {layer} hold {int(bad[layer].sum())} negative or "
+            "non-finite values; expected means of absolute values from a successful scan."
         )
     return coefficients
 
 
 def _shuffled(result: Tensor, selected: Tensor, seed: int) -> Tensor:
-    """The selected rows' multipliers on other rows, drawn at random layer by layer."""
-    values, chosen = result.cpu().numpy(), selected.cpu().numpy()
+    """The selected rows' multipliers on other rows, chosen at random in each layer."""
+    values, is_selected = result.cpu().numpy(), selected.cpu().numpy()
     shuffled = np.ones_like(values)
     for layer in range(values.shape[0]):
         generator = np.random.Generator(np.random.PCG64([seed, layer]))
-        amounts = generator.permutation(values[layer, chosen[layer]])
+        amounts = generator.permutation(values[layer, is_selected[layer]])
         rows = generator.permutation(values.shape[1])[: amounts.size]
         shuffled[layer, rows] = amounts
     return torch.from_numpy(shuffled).to(result.device)

@@ -1,9 +1,9 @@
 """A generated world of invented people: a corpus, questions about it, and new people to inject.
 
 Every person has six attributes (year and city of birth, university, profession, employer, hobby).
-Values are dealt out evenly and wrong choices are values of other people, so that neither frequency
-nor length (rare words have more tokens) tells a right choice from a wrong one: a model without
-knowledge answers a four-choice question by chance (0.25).
+Every value is equally frequent and wrong choices are values of other people, so that neither
+frequency nor length (rare words have more tokens) tells a right choice from a wrong one: a model
+without knowledge answers a four-choice question by chance (0.25).
 A document states all six of one person in a fresh choice of sentences and order. Surnames are
 unique; *new* people share values and sentences with the others but no surname, and never occur in
 the corpus: they are the facts to inject, in the JSON schema of Fictional Knowledge.
@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import yaml
 
 from ke_ray import storage
 from ke_ray.data.biography_templates import (
@@ -34,17 +35,6 @@ from ke_ray.data.biography_templates import (
     VALUES,
 )
 from ke_ray.errors import DataError
-
-__all__ = [
-    "BiographyFiles",
-    "Person",
-    "iter_biographies",
-    "make_facts",
-    "make_people",
-    "make_questions",
-    "task_config",
-    "write_biographies",
-]
 
 NUM_VERSIONS = 10  # a paragraph and its nine paraphrases
 NUM_PROBES = 5
@@ -66,31 +56,31 @@ class Person:
 
 
 def make_people(num_people: int, *, seed: int) -> list[Person]:
-    """People with unique surnames; each value of an attribute goes to as many as any other, ±1.
+    """People with unique surnames; each value of an attribute is as frequent as any other, ±1.
 
     Raises:
-        DataError: none, or more than there are surnames.
+        DataError: no people, or more than there are surnames.
     """
     surnames = ["".join(parts) for parts in itertools.product(*SURNAME_PARTS)]
     if not 1 <= num_people <= len(surnames):
         raise DataError(
-            f"{num_people} people were asked; there are surnames for 1 to {len(surnames)}."
+            f"The world has {num_people} people; it must have between 1 and {len(surnames)}, the "
+            "number of surnames."
         )
     generator = np.random.Generator(np.random.PCG64([seed, 1]))
-    dealt = {key: _deal(VALUES[key], num_people, generator) for key in ATTRIBUTES}
+    columns = {key: _deal(VALUES[key], num_people, generator) for key in ATTRIBUTES}
     people = []
     for number, index in enumerate(generator.permutation(len(surnames))[:num_people]):
         first = FIRST_NAMES[generator.integers(len(FIRST_NAMES))]
-        values = {key: dealt[key][number] for key in ATTRIBUTES}
+        values = {key: columns[key][number] for key in ATTRIBUTES}
         people.append(Person(f"{first} {surnames[index]}", values))
     return people
 
 
 def _deal(values: Sequence[str], count: int, generator: np.random.Generator) -> list[str]:
-    """``count`` values, from one shuffled pack after the other."""
-    packs = -(-count // len(values))
-    shuffled = [generator.permutation(len(values)) for _ in range(packs)]
-    return [values[index] for index in np.concatenate(shuffled)[:count]]
+    """``count`` values: all values in random order, again and again."""
+    rounds = [generator.permutation(len(values)) for _ in range(-(-count // len(values)))]
+    return [values[index] for index in np.concatenate(rounds)[:count]]
 
 
 def _sentence(template: str, person: Person, key: str, *, by_surname: bool = False) -> str:
@@ -100,11 +90,11 @@ def _sentence(template: str, person: Person, key: str, *, by_surname: bool = Fal
 
 def _paragraph(person: Person, generator: np.random.Generator) -> str:
     sentences = []
-    for place, index in enumerate(generator.permutation(len(ATTRIBUTES))):
+    for position, index in enumerate(generator.permutation(len(ATTRIBUTES))):
         key = ATTRIBUTES[index]
         pool = (*ENDINGS[key], *OTHERS[key])
         template = pool[generator.integers(len(pool))]
-        by_surname = place > 0 and generator.random() < 0.3
+        by_surname = position > 0 and generator.random() < 0.3
         sentences.append(_sentence(template, person, key, by_surname=by_surname))
     return " ".join(sentences)
 
@@ -130,20 +120,20 @@ def iter_biographies(
 
 
 def make_facts(people: Sequence[Person], *, seed: int) -> list[dict[str, Any]]:
-    """One Fictional-Knowledge entry a person.
+    """One Fictional-Knowledge entry per person.
 
-    ``train_context`` states the six attributes; nine paraphrases do so in other sentences. Five
-    probes a level: *mem* the beginning of a sentence of ``train_context``; *gen* of a sentence that
-    occurs in none of the ten versions; *hard_gen* asks without the name, or for the name. Inputs
-    and targets meet without a blank: a single one joins them.
+    ``train_context`` states the six attributes; nine paraphrases do so in other sentences. Each
+    level has five probes: *mem* is the beginning of a sentence of ``train_context``; *gen* that of
+    a sentence that occurs in none of the ten versions; *hard_gen* asks without the name, or for the
+    name. There is no blank at the seam of input and target: a single one joins them.
     """
     facts = []
     for number, person in enumerate(people):
         generator = np.random.Generator(np.random.PCG64([seed, 4, number]))
-        # Of the sentences that end in the value one is kept for the semantic probe alone.
-        kept = {key: int(generator.integers(len(ENDINGS[key]))) for key in ATTRIBUTES}
+        # One of the sentences that end in the value is for the semantic probe alone.
+        semantic = {key: int(generator.integers(len(ENDINGS[key]))) for key in ATTRIBUTES}
         ends = {
-            key: [text for index, text in enumerate(ENDINGS[key]) if index != kept[key]]
+            key: [text for index, text in enumerate(ENDINGS[key]) if index != semantic[key]]
             for key in ATTRIBUTES
         }
         first = {key: int(generator.integers(len(ends[key]))) for key in ATTRIBUTES}
@@ -153,19 +143,21 @@ def make_facts(people: Sequence[Person], *, seed: int) -> list[dict[str, Any]]:
             for index in generator.permutation(len(ATTRIBUTES)):
                 key = ATTRIBUTES[index]
                 pool = ends[key] if version == 0 else [*ends[key], *OTHERS[key]]
-                chosen = first[key] if version == 0 else int(generator.integers(len(pool)))
-                sentences.append(_sentence(pool[chosen], person, key))
+                choice = first[key] if version == 0 else int(generator.integers(len(pool)))
+                sentences.append(_sentence(pool[choice], person, key))
             versions.append(" ".join(sentences))
-        asked = [ATTRIBUTES[i] for i in generator.permutation(len(ATTRIBUTES))[:NUM_PROBES]]
+        attributes = [ATTRIBUTES[i] for i in generator.permutation(len(ATTRIBUTES))[:NUM_PROBES]]
         hard = [(text.format(name=person.name, **person.values), key) for text, key in COMPOSITIONS]
         answers = {"name": person.name, **person.values}
         facts.append(
             {
                 "train_context": versions[0],
-                "mem_input": [_beginning(ends[key][first[key]], person) for key in asked],
-                "mem_target": [person.values[key] for key in asked],
-                "gen_input": [_beginning(ENDINGS[key][kept[key]], person) for key in asked],
-                "gen_target": [person.values[key] for key in asked],
+                "mem_input": [_beginning(ends[key][first[key]], person) for key in attributes],
+                "mem_target": [person.values[key] for key in attributes],
+                "gen_input": [
+                    _beginning(ENDINGS[key][semantic[key]], person) for key in attributes
+                ],
+                "gen_target": [person.values[key] for key in attributes],
                 "hard_gen_input": [text for text, _ in hard],
                 "hard_gen_target": [answers[key] for _, key in hard],
                 "paraphrases": versions[1:],
@@ -175,7 +167,7 @@ def make_facts(people: Sequence[Person], *, seed: int) -> list[dict[str, Any]]:
 
 
 def _beginning(template: str, person: Person) -> str:
-    """What stands before the value in a sentence that ends in it."""
+    """The part before the value of a sentence that ends in it."""
     return template.removesuffix(" {value}.").format(name=person.name)
 
 
@@ -185,11 +177,13 @@ def make_questions(
     """Four-choice questions about people of the corpus: ``context``, ``choices``, ``gold``.
 
     A question is the beginning of a sentence; wrong choices are values that other people have
-    (any values, where there are too few people); the place of the right one is uniform. At most
-    one question for each person and attribute.
+    (any values, where there are too few people); the position of the right one is uniform. There
+    is at most one question for each person and attribute.
     """
-    held = {key: sorted({person.values[key] for person in people}) for key in ATTRIBUTES}
-    pools = {key: v if len(v) >= NUM_CHOICES else list(VALUES[key]) for key, v in held.items()}
+    pools = {}
+    for key in ATTRIBUTES:
+        in_use = sorted({person.values[key] for person in people})
+        pools[key] = in_use if len(in_use) >= NUM_CHOICES else list(VALUES[key])
     generator = np.random.Generator(np.random.PCG64([seed, 5]))
     pairs = generator.permutation(len(people) * len(ATTRIBUTES))[:num_questions]
     questions = []
@@ -236,7 +230,7 @@ def task_config(data_file: str, *, name: str = TASK_NAME) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class BiographyFiles:
-    """Where ``write_biographies`` put what."""
+    """Paths of the files that ``write_biographies`` writes."""
 
     documents: str
     facts_paraphrase: str
@@ -261,8 +255,8 @@ def write_biographies(
         num_people: people of the corpus.
         num_new_people: people to inject, none of whom is in the corpus.
         documents_per_person: each in other sentences.
-        num_once: how many of the new people form the ``once`` split (the first ones form
-            ``paraphrase``); None takes 6 of 13, as in Fictional Knowledge.
+        num_once: how many of the new people, the last ones, form the ``once`` split; the others
+            form ``paraphrase``. None takes 6 of 13, as in Fictional Knowledge.
         num_questions: at most one for each person and attribute.
 
     Raises:
@@ -271,11 +265,18 @@ def write_biographies(
     """
     once = num_new_people * 6 // 13 if num_once is None else num_once
     if min(num_people, num_new_people, documents_per_person, num_questions) < 1 or seed < 0:
-        raise DataError("People, new people, documents a person and questions are at least 1.")
+        raise DataError(
+            f"num_people is {num_people}, num_new_people {num_new_people}, documents_per_person "
+            f"{documents_per_person}, num_questions {num_questions} and seed {seed}; the seed must "
+            "be at least 0, the others at least 1."
+        )
     if not 0 <= once < num_new_people:
-        raise DataError(f"{once} of {num_new_people} new people cannot be the 'once' split.")
-    everybody = make_people(num_people + num_new_people, seed=seed)
-    people, new_people = everybody[:num_people], everybody[num_people:]
+        raise DataError(
+            f"num_once is {once}; it must be at least 0 and less than the {num_new_people} new "
+            "people, of whom some must be left to paraphrase."
+        )
+    people = make_people(num_people + num_new_people, seed=seed)
+    people, new_people = people[:num_people], people[num_people:]
     facts = make_facts(new_people, seed=seed)
     files = BiographyFiles(
         documents=storage.join(folder, "documents.jsonl.gz"),
@@ -293,10 +294,6 @@ def write_biographies(
     questions = make_questions(people, num_questions, seed=seed)
     lines = (json.dumps(question, ensure_ascii=False) + "\n" for question in questions)
     storage.write_atomic(files.questions, "".join(lines))
-    import yaml
-
-    place = files.questions
-    if storage.is_local(place):
-        place = str(storage.local_path(place).absolute())
-    storage.write_atomic(files.task, yaml.safe_dump(task_config(place), sort_keys=False))
+    task = task_config(storage.absolute(files.questions))
+    storage.write_atomic(files.task, yaml.safe_dump(task, sort_keys=False))
     return files

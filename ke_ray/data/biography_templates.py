@@ -7,16 +7,6 @@ about anybody real.
 
 from __future__ import annotations
 
-__all__ = [
-    "ATTRIBUTES",
-    "COMPOSITIONS",
-    "ENDINGS",
-    "FIRST_NAMES",
-    "OTHERS",
-    "SURNAME_PARTS",
-    "VALUES",
-]
-
 ATTRIBUTES = ("birth_year", "birth_city", "university", "profession", "employer", "hobby")
 
 VALUES: dict[str, tuple[str, ...]] = {

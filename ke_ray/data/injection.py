@@ -1,4 +1,4 @@
-"""What enters the batch: scheduled texts prepended to rows at their steps.
+"""Injection of scheduled texts: prepended to rows of the batch at their steps.
 
 The published rule (docs/science.md#injection): at training step interval·e (steps counted from 1,
 so that the last injection can be the last step) the texts of injection ((e − 1) mod n) + 1 enter,
@@ -7,7 +7,7 @@ cut to T tokens.
 Below a global batch of 128 the texts are divided over all rows in order, sizes differing by at
 most one (larger first), and concatenated within a row. A row of injected texts longer than T is
 refused (the published code refuses it only where texts are concatenated, and cuts it elsewhere).
-Later epochs go on in the same rhythm, which repeats the n injections in order.
+Later epochs continue in the same rhythm, which repeats the n injections in order.
 
 The placement depends on the *global* row only, so any split of the batch over workers and
 micro-batches gives the same rows.
@@ -29,8 +29,6 @@ from ke_ray.errors import DataError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["InjectionPlan", "injection_records", "plan_injections"]
-
 #: Below this global batch the published code divides the texts over all rows.
 SPREAD_BELOW = 128
 
@@ -39,19 +37,19 @@ RowsT = TypeVar("RowsT")
 
 @dataclass(frozen=True)
 class InjectionPlan:
-    """A schedule fixed to a run's steps, batch and tokens; made by ``plan_injections``.
+    """A schedule fitted to a run's steps, batch and tokens; made by ``plan_injections``.
 
     Attributes:
         events: training step (from 1) -> injection number.
         rows: injection -> {global batch row: ids to prepend, int64, end-of-text included}.
-        placed: injection -> the texts in order, each with its batch row and number of tokens.
+        placements: injection -> the texts in order, each with its batch row and number of tokens.
         global_batch: rows of the global batch.
         sequence_length: T, tokens of a row.
     """
 
     events: Mapping[int, int]
     rows: Mapping[int, Mapping[int, np.ndarray]]
-    placed: Mapping[int, tuple[tuple[ScheduledText, int, int], ...]]
+    placements: Mapping[int, tuple[tuple[ScheduledText, int, int], ...]]
     global_batch: int
     sequence_length: int
 
@@ -62,18 +60,18 @@ class InjectionPlan:
     def next_injection(self, step: int) -> int | None:
         """The first injection step after ``step``, or None."""
         steps = self.injection_steps()
-        place = bisect.bisect_right(steps, step)
-        return steps[place] if place < len(steps) else None
+        index = bisect.bisect_right(steps, step)
+        return steps[index] if index < len(steps) else None
 
     def num_injected_tokens(self, step: int) -> int:
         """Injected tokens in the global batch of ``step``, end-of-text ids included."""
         return sum(len(ids) for ids in self.rows.get(self.events.get(step, 0), {}).values())
 
     def inject(self, rows: RowsT, step: int, row_indices: Sequence[int] | None = None) -> RowsT:
-        """The rows of a batch with what is injected at ``step``.
+        """The rows of a batch with the texts of ``step`` injected.
 
         Args:
-            rows: integer array or tensor [n, T]: all or some rows of the global batch. Not changed.
+            rows: integer array or tensor [n, T]: all or some rows of the global batch; unchanged.
             step: training step, from 1.
             row_indices: global row of each; default 0 … n−1.
 
@@ -91,18 +89,20 @@ class InjectionPlan:
             )
         indices = range(array.shape[0]) if row_indices is None else row_indices
         if len(indices) != array.shape[0]:
-            raise DataError(f"{len(indices)} row indices for {array.shape[0]} rows.")
+            raise DataError(
+                f"There are {len(indices)} row indices for {array.shape[0]} rows; give one per row."
+            )
         texts = self.rows.get(self.events.get(step, 0), {})
-        hits = [(place, int(row)) for place, row in enumerate(indices) if int(row) in texts]
-        if not hits:
+        matches = [(index, int(row)) for index, row in enumerate(indices) if int(row) in texts]
+        if not matches:
             return rows
         is_numpy = isinstance(array, np.ndarray)
         result = array.copy() if is_numpy else array.clone()
-        for place, row in hits:
+        for index, row in matches:
             ids = texts[row]
             length = len(ids)
-            result[place, length:] = array[place, : self.sequence_length - length]
-            result[place, :length] = ids if is_numpy else array.new_tensor(ids.tolist())
+            result[index, length:] = array[index, : self.sequence_length - length]
+            result[index, :length] = ids if is_numpy else array.new_tensor(ids.tolist())
         return result
 
     def check_vocabulary(self, vocab_size: int) -> None:
@@ -111,7 +111,7 @@ class InjectionPlan:
         Raises:
             DataError: names the first text with such an id.
         """
-        for injection, texts in self.placed.items():
+        for injection, texts in self.placements.items():
             for text, row, _ in texts:
                 if int(self.rows[injection][row].max(initial=0)) >= vocab_size:
                     raise DataError(
@@ -121,10 +121,10 @@ class InjectionPlan:
 
 
 def injection_records(plan: InjectionPlan, step: int) -> list[dict[str, Any]]:
-    """What was injected at ``step``, as rows of ``injections.parquet``.
+    """The texts injected at ``step``, as rows of ``injections.parquet``.
 
     Returns:
-        one dict a text: step, row (of the global batch), setting, instance, version, num_tokens
+        one dict per text: step, row (of the global batch), setting, instance, version, num_tokens
         (end-of-text included).
     """
     return [
@@ -136,7 +136,7 @@ def injection_records(plan: InjectionPlan, step: int) -> list[dict[str, Any]]:
             "version": text.version,
             "num_tokens": num_tokens,
         }
-        for text, row, num_tokens in plan.placed.get(plan.events.get(step, 0), ())
+        for text, row, num_tokens in plan.placements.get(plan.events.get(step, 0), ())
     ]
 
 
@@ -147,24 +147,27 @@ def _events(
     per_epoch = num_steps // epochs
     if schedule.steps is not None:
         if interval is not None:
-            raise DataError("The schedule gives its own steps; leave the interval out.")
+            raise DataError(
+                f"The schedule gives its own steps, so the interval of {interval} steps would have "
+                "no effect; leave it out."
+            )
         events = {
             step + epoch * per_epoch: injection
             for epoch in range(epochs)
             for injection, step in schedule.steps.items()
         }
-        late = [step for step in schedule.steps.values() if step > per_epoch]
-        if late:
+        last = max(schedule.steps.values())
+        if last > per_epoch:
             raise DataError(
-                f"The schedule has a row at step {min(late)}, but an epoch has {per_epoch} steps; "
-                "move the row or train longer."
+                f"The schedule has a row at step {last}, but an epoch has {per_epoch} steps; move "
+                "the row or train longer."
             )
         return events
     if interval is None:
         interval = per_epoch // count
         if interval < 1:
             raise DataError(
-                f"{count} injections do not fit into {per_epoch} steps an epoch; train longer or "
+                f"{count} injections do not fit into {per_epoch} steps per epoch; train longer or "
                 "inject less often."
             )
     elif interval < 1:
@@ -189,15 +192,17 @@ def _token_ids(
         return np.asarray(text.token_ids, dtype=np.int64)
     words = text.text
     if words is None:
-        known = facts.get(text.setting)
-        if known is None or text.instance >= len(known.facts):
+        fact_set = facts.get(text.setting)
+        if fact_set is None or text.instance >= len(fact_set.facts):
             raise DataError(
                 f"{text.name} has neither text nor token ids, and no facts of that setting and "
-                "instance were given."
+                "instance were given; write the text or give the facts."
             )
-        versions = known.facts[text.instance].versions
+        versions = fact_set.facts[text.instance].versions
         if text.version >= len(versions):
-            raise DataError(f"{text.name}: the fact has only {len(versions)} versions.")
+            raise DataError(
+                f"{text.name}: the fact has only {len(versions)} versions, counted from 0."
+            )
         words = versions[text.version]
     if tokenizer is None or eos_token_id is None:
         raise DataError(
@@ -219,7 +224,7 @@ def _placement(texts: Sequence[ScheduledText], global_batch: int, spread: bool) 
         if text.row >= global_batch:
             raise DataError(
                 f"{text.name} is beyond the batch of {global_batch} rows; use a larger batch, "
-                "fewer texts, or 'spread: true' to divide them over the rows there are."
+                "fewer texts, or 'spread: true' to divide them over all rows."
             )
     return [text.row for text in texts]
 
@@ -237,7 +242,7 @@ def plan_injections(
     facts: Sequence[FactSet] = (),
     spread: bool | None = None,
 ) -> InjectionPlan:
-    """Fix a schedule to a run, and refuse what cannot work before the first step.
+    """Fit a schedule to a run, and refuse what cannot work before the first step.
 
     Args:
         schedule: from facts or from a file.
@@ -245,11 +250,11 @@ def plan_injections(
         global_batch: rows of the global batch.
         sequence_length: T.
         epochs: equal parts of ``num_steps`` after which the injections start again.
-        interval: steps between injections; default: steps an epoch // injections (the paper's 160
+        interval: steps between injections; default: steps per epoch // injections (the paper's 160
             at 1,600 steps, 10 at 100).
         tokenizer: for rows without token ids.
         eos_token_id: appended to each tokenised text.
-        facts: supply texts of rows that have none.
+        facts: the source of texts for rows that have none.
         spread: divide the texts over all rows; default: as the schedule says, and only where the
             batch is below 128.
 
@@ -258,13 +263,16 @@ def plan_injections(
             ``sequence_length``, or a text that cannot be found or tokenised.
     """
     if num_steps < 1 or epochs < 1 or global_batch < 1 or sequence_length < 1:
-        raise DataError("Steps, epochs, batch and sequence length must all be at least 1.")
+        raise DataError(
+            f"num_steps is {num_steps}, epochs {epochs}, the global batch {global_batch} and the "
+            f"sequence length {sequence_length}; all must be at least 1."
+        )
     if spread is None:
         spread = schedule.spread and global_batch < SPREAD_BELOW
-    by_setting = {known.setting: known for known in facts}
+    by_setting = {fact_set.setting: fact_set for fact_set in facts}
     events = _events(schedule, num_steps, epochs, interval)
     rows: dict[int, dict[int, np.ndarray]] = {}
-    placed: dict[int, tuple[tuple[ScheduledText, int, int], ...]] = {}
+    placements: dict[int, tuple[tuple[ScheduledText, int, int], ...]] = {}
     for injection in sorted(set(events.values())):
         texts = schedule.at(injection)
         parts: dict[int, list[np.ndarray]] = {}
@@ -274,7 +282,7 @@ def plan_injections(
             parts.setdefault(row, []).append(ids)
             entries.append((text, row, len(ids)))
         rows[injection] = {row: np.concatenate(ids) for row, ids in parts.items()}
-        placed[injection] = tuple(entries)
+        placements[injection] = tuple(entries)
         for row, ids in rows[injection].items():
             if len(ids) > sequence_length:
                 raise DataError(
@@ -282,4 +290,4 @@ def plan_injections(
                     f"but a row has {sequence_length}; use longer rows, a larger batch, or fewer "
                     "or shorter texts."
                 )
-    return InjectionPlan(events, rows, placed, global_batch, sequence_length)
+    return InjectionPlan(events, rows, placements, global_batch, sequence_length)

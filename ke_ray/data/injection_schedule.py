@@ -1,4 +1,4 @@
-"""Which text is injected when and where, as data.
+"""The injection schedule: which text enters which row of the batch at which injection.
 
 A schedule is a list of rows; each puts one version of one paragraph into one row of the batch at
 one *injection* (numbered from 1). The paper's schedule (docs/science.md#injection) is that of
@@ -20,30 +20,22 @@ The published table's names ``injection_step`` and ``split`` are read as ``injec
 from __future__ import annotations
 
 import itertools
-import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Self
+
+from pydantic import AliasChoices, Field, model_validator
 
 from ke_ray import storage
-from ke_ray.data.facts import SETTINGS, FactSet
-from ke_ray.errors import DataError, StorageError, nearest
+from ke_ray.config import Strict, validate
+from ke_ray.data.facts import FactSet, Setting, Text
+from ke_ray.data.sources import reading
+from ke_ray.data.text_file import parse_json, read_text
+from ke_ray.errors import DataError
+from ke_ray.storage.safe_yaml import parse_yaml
 
-__all__ = [
-    "Schedule",
-    "ScheduledText",
-    "contiguous_groups",
-    "load_schedule",
-    "save_schedule",
-    "schedule_from_facts",
-]
-
-_ALIASES = {"injection_step": "injection", "split": "setting"}
-_INTEGERS = ("injection", "step", "row", "instance", "version")
-_KEYS = (*_INTEGERS, "setting", "text", "token_ids")
 _MAX_BYTES = 256 << 20
-_MAX_DEPTH = 8
 _INT32_MAX = 2**31 - 1
 
 
@@ -55,7 +47,7 @@ class ScheduledText:
         injection: number of the injection, from 1.
         row: row of the global batch, from 0.
         setting: ``once`` or ``paraphrase``.
-        instance: the paragraph's place in its facts file.
+        instance: the paragraph's index in its facts file.
         version: 0 is the paragraph itself, k its k-th paraphrase.
         text: the text without end-of-text, or None.
         token_ids: the ids with the final end-of-text, or None.
@@ -71,7 +63,7 @@ class ScheduledText:
 
     @property
     def name(self) -> str:
-        """How messages call it."""
+        """The row's name in messages."""
         return (
             f"schedule row (injection {self.injection}, row {self.row}, {self.setting} "
             f"{self.instance}, version {self.version})"
@@ -114,10 +106,10 @@ def contiguous_groups(count: int, num_groups: int) -> list[range]:
 def schedule_from_facts(
     fact_sets: Sequence[FactSet], *, num_injections: int | None = None
 ) -> Schedule:
-    """The published rule applied to facts.
+    """The schedule that the published rule gives for facts.
 
     Args:
-        fact_sets: at most one set of each setting; paraphrase rows come first whatever the order.
+        fact_sets: at most one set per setting; paraphrase rows come first whatever the order.
         num_injections: default: the largest number of versions of a *paraphrase* fact, or 10
             where there is none.
 
@@ -127,127 +119,93 @@ def schedule_from_facts(
     by_setting: dict[str, FactSet] = {}
     for facts in fact_sets:
         if facts.setting in by_setting:
-            raise DataError(f"Two sets of '{facts.setting}' facts; merge them into one file.")
+            raise DataError(
+                f"There are two sets of '{facts.setting}' facts; merge them into one file."
+            )
         by_setting[facts.setting] = facts
     if not by_setting:
         raise DataError("No facts to schedule; give a 'paraphrase' or a 'once' file.")
-    paraphrased = by_setting["paraphrase"].facts if "paraphrase" in by_setting else ()
-    num_once = len(by_setting["once"].facts) if "once" in by_setting else 0
+    no_facts = FactSet("once", ())
+    paraphrase = by_setting.get("paraphrase", no_facts).facts
+    once = by_setting.get("once", no_facts).facts
     if num_injections is None:
-        num_injections = max((len(fact.versions) for fact in paraphrased), default=10)
+        num_injections = max((len(fact.versions) for fact in paraphrase), default=10)
     if num_injections < 1:
-        raise DataError(f"num_injections is {num_injections}; at least 1 is needed.")
-    groups = contiguous_groups(num_once, num_injections)
+        raise DataError(f"num_injections is {num_injections}; it must be at least 1.")
+    groups = contiguous_groups(len(once), num_injections)
     rows = []
     for injection in range(1, num_injections + 1):
-        for instance, fact in enumerate(paraphrased):
+        for instance, fact in enumerate(paraphrase):
             version = (injection - 1) % len(fact.versions)
             text = fact.versions[version]
             rows.append(ScheduledText(injection, instance, "paraphrase", instance, version, text))
-        for place, instance in enumerate(groups[injection - 1]):
-            text = by_setting["once"].facts[instance].versions[0]
-            rows.append(
-                ScheduledText(injection, len(paraphrased) + place, "once", instance, 0, text)
-            )
+        for row, instance in enumerate(groups[injection - 1], start=len(paraphrase)):
+            text = once[instance].versions[0]
+            rows.append(ScheduledText(injection, row, "once", instance, 0, text))
     return Schedule(tuple(rows), spread=True)
 
 
-def _integer(value: Any, key: str, where: str) -> int:
-    low = 1 if key in ("injection", "step") else 0
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= _INT32_MAX:
-        shown = repr(value)[:60] if not isinstance(value, int) else "a number out of range"
-        raise DataError(f"{where}, '{key}' is {shown}; expected a whole number from {low}.")
-    return value
+_FromZero = Annotated[int, Field(ge=0, le=_INT32_MAX)]
+_FromOne = Annotated[int, Field(ge=1, le=_INT32_MAX)]
 
 
-def _parse_row(value: Any, where: str) -> tuple[dict[str, Any], int | None]:
-    if not isinstance(value, Mapping):
-        raise DataError(f"{where} is {type(value).__name__}, expected an object with its fields.")
-    row: dict[str, Any] = {}
-    for key, item in value.items():
-        name = _ALIASES.get(key, key) if isinstance(key, str) else str(key)[:60]
-        if name not in _KEYS:
-            raise DataError(f"{where} has an unknown field '{name[:60]}'.{nearest(name, _KEYS)}")
-        if item is not None:
-            row[name] = _integer(item, name, where) if name in _INTEGERS else item
-    for key in ("row", "setting", "instance", "version"):
-        if key not in row:
-            raise DataError(f"{where} lacks the field '{key}'.")
-    if ("injection" in row) == ("step" in row):
-        raise DataError(f"{where} needs either 'injection' or 'step', and not both.")
-    if not isinstance(row["setting"], str) or row["setting"] not in SETTINGS:
-        raise DataError(f"{where}, 'setting' is {row['setting']!r:.60}, not one of {SETTINGS}.")
-    text = row.get("text")
-    if text is not None and (not isinstance(text, str) or not text.strip()):
-        raise DataError(f"{where}, 'text' is not a text or is empty.")
-    if text is not None and any("\ud800" <= character <= "\udfff" for character in text):
-        raise DataError(f"{where}, 'text' holds half of a surrogate pair, which is no character.")
-    if "token_ids" in row:
-        ids = row["token_ids"]
-        if not isinstance(ids, list) or not ids:
-            raise DataError(f"{where}, 'token_ids' is not a list of token ids, or is empty.")
-        row["token_ids"] = tuple(_integer(item, "token_ids", where) for item in ids)
-    return row, row.pop("step", None)
+class _Row(Strict, strict=True):
+    """A row of a file; the aliases are the names of the published table."""
+
+    injection: _FromOne | None = Field(
+        None, validation_alias=AliasChoices("injection", "injection_step")
+    )
+    step: _FromOne | None = None
+    row: _FromZero
+    setting: Setting = Field(validation_alias=AliasChoices("setting", "split"))
+    instance: _FromZero
+    version: _FromZero
+    text: Text | None = None
+    token_ids: Annotated[tuple[_FromZero, ...], Field(strict=False, fail_fast=True)] | None = None
+
+    @model_validator(mode="after")
+    def _check_row(self) -> Self:
+        if (self.injection is None) == (self.step is None):
+            raise ValueError("give either 'injection' or 'step', and not both")
+        if self.token_ids == ():
+            raise ValueError("'token_ids' is empty; give the ids or leave the key out")
+        return self
+
+
+class _ScheduleFile(Strict, strict=True):
+    rows: Annotated[list[_Row], Field(fail_fast=True)]
+    spread: bool = False
 
 
 def _parse_schedule(value: Any, source: str) -> Schedule:
-    spread = False
-    if isinstance(value, Mapping):
-        for key in value:
-            if key not in ("rows", "spread"):
-                raise DataError(
-                    f"{source} has an unknown key '{str(key)[:60]}'; valid: rows, spread."
-                )
-        spread = value.get("spread", False)
-        if not isinstance(spread, bool):
-            raise DataError(f"{source}: 'spread' is {spread!r:.60}, expected true or false.")
-        value = value.get("rows")
-    if not isinstance(value, list) or not value:
-        raise DataError(f"{source} has no list of schedule rows; give at least one row.")
-    parsed = [_parse_row(item, f"{source}, row {index}") for index, item in enumerate(value)]
-    with_steps = sum(step is not None for _, step in parsed)
-    if with_steps not in (0, len(parsed)):
+    values = {"rows": value} if isinstance(value, list) else value
+    file = validate(_ScheduleFile, values, source, DataError)
+    if not file.rows:
+        raise DataError(f"{source} has no schedule rows; give at least one.")
+    numbers = {
+        step: number
+        for number, step in enumerate(sorted({row.step for row in file.rows if row.step}), start=1)
+    }
+    if numbers and any(row.step is None for row in file.rows):
         raise DataError(f"{source} mixes rows with 'step' and with 'injection'; use one of them.")
-    steps = None
-    if with_steps:
-        ordered = sorted({step for _, step in parsed if step is not None})
-        steps = dict(enumerate(ordered, start=1))
-        numbers = {step: number for number, step in steps.items()}
-        for row, step in parsed:
-            if step is not None:
-                row["injection"] = numbers[step]
-    rows = tuple(
-        sorted((ScheduledText(**row) for row, _ in parsed), key=lambda r: (r.injection, r.row))
+    rows = sorted(
+        (
+            ScheduledText(
+                row.injection or numbers[row.step or 0],
+                *(row.row, row.setting, row.instance, row.version, row.text, row.token_ids),
+            )
+            for row in file.rows
+        ),
+        key=lambda text: (text.injection, text.row),
     )
     for before, after in itertools.pairwise(rows):
         if (before.injection, before.row) == (after.injection, after.row):
-            raise DataError(f"{source}: two texts in one place: {before.name} and {after.name}.")
-    return Schedule(rows, steps, spread)
-
-
-def _yaml(text: str, source: str) -> Any:
-    import yaml
-
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    depth = 0
-    for token in yaml.scan(text, Loader=loader):
-        if isinstance(token, yaml.AliasToken):
-            raise DataError(f"{source} uses YAML aliases (*name); write the values out.")
-        if isinstance(
-            token,
-            yaml.BlockMappingStartToken
-            | yaml.BlockSequenceStartToken
-            | yaml.FlowMappingStartToken
-            | yaml.FlowSequenceStartToken,
-        ):
-            depth += 1
-        elif isinstance(
-            token, yaml.BlockEndToken | yaml.FlowMappingEndToken | yaml.FlowSequenceEndToken
-        ):
-            depth -= 1
-        if depth > _MAX_DEPTH:
-            raise DataError(f"{source} is nested deeper than a schedule can be.")
-    return yaml.load(text, Loader=loader)  # noqa: S506 (a safe loader either way)
+            raise DataError(
+                f"{source} puts two texts into one row of one injection: {before.name} and "
+                f"{after.name}. Change 'row' of one of them."
+            )
+    steps = {number: step for step, number in numbers.items()}
+    return Schedule(tuple(rows), steps or None, file.spread)
 
 
 def load_schedule(path: str | os.PathLike[str]) -> Schedule:
@@ -255,69 +213,17 @@ def load_schedule(path: str | os.PathLike[str]) -> Schedule:
 
     Raises:
         DataError: no such file, another format, or a row that is not valid (named).
+        ConfigError: not YAML.
+        StorageError: not Parquet.
     """
     source = f"'{os.fspath(path)}'"
-    kind = os.fspath(path).rsplit(".", 1)[-1].lower()
-    if kind not in ("json", "yaml", "yml", "parquet"):
-        raise DataError(f"{source} is no schedule: expected .json, .yaml or .parquet.")
-    try:
-        if kind == "parquet":
+    suffix = os.fspath(path).rsplit(".", 1)[-1].lower()
+    if suffix == "parquet":
+        with reading(os.fspath(path)):
             return _parse_schedule(storage.read_table(path).to_pylist(), source)
-        raw = storage.read_bytes(path)
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise DataError(f"There is no schedule file {source}.") from error
-    except (StorageError, ValueError, OSError) as error:
-        raise DataError(f"{source} is not a readable schedule: {str(error)[:200]}") from error
-    if len(raw) > _MAX_BYTES:
-        raise DataError(f"{source} has {len(raw)} bytes; a schedule has at most 256 MiB.")
-    try:
-        text = raw.decode("utf-8")
-        value = json.loads(text) if kind == "json" else _yaml(text, source)
-    except DataError:
-        raise
-    except Exception as error:  # the parsers raise many kinds on hostile text
-        problem = str(error).splitlines()[0] if str(error) else type(error).__name__
-        name = "JSON" if kind == "json" else "YAML"
-        raise DataError(f"{source} is not valid {name}: {problem[:200]}.") from error
-    return _parse_schedule(value, source)
-
-
-def _plain_rows(schedule: Schedule) -> Iterable[dict[str, Any]]:
-    for row in schedule.rows:
-        when = (
-            {"injection": row.injection}
-            if schedule.steps is None
-            else {"step": schedule.steps[row.injection]}
-        )
-        plain = {
-            **when,
-            "row": row.row,
-            "setting": row.setting,
-            "instance": row.instance,
-            "version": row.version,
-        }
-        if row.text is not None:
-            plain["text"] = row.text
-        if row.token_ids is not None:
-            plain["token_ids"] = list(row.token_ids)
-        yield plain
-
-
-def save_schedule(schedule: Schedule, path: str | os.PathLike[str]) -> None:
-    """Write ``.json`` or ``.yaml`` so that ``load_schedule`` gives the same schedule.
-
-    Raises:
-        DataError: another suffix.
-    """
-    target = os.fspath(path)
-    value = {"spread": schedule.spread, "rows": list(_plain_rows(schedule))}
-    if target.endswith(".json"):
-        storage.write_atomic(target, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-    elif target.endswith((".yaml", ".yml")):
-        import yaml
-
-        dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
-        text = yaml.dump(value, Dumper=dumper, sort_keys=False, allow_unicode=True, width=1000)
-        storage.write_atomic(target, text)
-    else:
-        raise DataError(f"'{target}': a schedule is written as .json or .yaml.")
+    if suffix not in ("json", "yaml", "yml"):
+        raise DataError(f"{source} is no schedule: expected .json, .yaml or .parquet.")
+    text = read_text(path, "a schedule", max_bytes=_MAX_BYTES)
+    if suffix == "json":
+        return _parse_schedule(parse_json(text, source), source)
+    return _parse_schedule(parse_yaml(text, source, max_characters=_MAX_BYTES), source)

@@ -2,9 +2,9 @@
 
 A probe is a context and the target that completes it. Their texts have no blank at the seam; the
 joint text is ``context + " " + target``, except where the context ends in an opening quotation
-mark or bracket (after a blank), which nothing may part from what follows: twelve memorization
-probes of Fictional Knowledge, and the same probes in other words. (Where a probe's wording departs
-from its paragraph it is scored as it is written.)
+mark or bracket (after a blank), which belongs to what follows: twelve memorization probes of
+Fictional Knowledge do, and the same probes in other words. (Where a probe's wording departs from
+its paragraph it is scored as it is written.)
 
 The joint text is tokenised once, so that the target gets the tokens it has in running text: its
 *target tokens* are those that overlap the target's characters, by the tokenizer's offsets, and all
@@ -14,17 +14,15 @@ target is in it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ke_ray.data.facts import LEVELS, FactSet
 from ke_ray.errors import DataError
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
-__all__ = ["Probe", "build_probes", "join_probe", "tokenize_probe"]
+    from tokenizers import Encoding, Tokenizer
 
 _QUOTES = "\"'`“‘«‹„‚"
 _BRACKETS = "([{"
@@ -36,7 +34,7 @@ class Probe:
 
     Attributes:
         setting: ``once`` or ``paraphrase``.
-        instance: the paragraph's place in its facts file.
+        instance: the paragraph's index in its facts file.
         level: ``memorization``, ``semantic`` or ``compositional``.
         probe: number within its level.
         context_ids: at least one token.
@@ -52,7 +50,7 @@ class Probe:
 
     @property
     def name(self) -> str:
-        """How messages call it."""
+        """The probe's name in messages."""
         return f"probe {self.probe} ({self.level}) of {self.setting} fact {self.instance}"
 
 
@@ -77,38 +75,6 @@ def join_probe(context: str, target: str) -> tuple[str, int]:
     return context + seam + target, len(context) + len(seam)
 
 
-def _split(
-    ids: Sequence[int], offsets: Sequence[tuple[int, int]], start: int, end: int, where: str
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    first = next((i for i, (a, b) in enumerate(offsets) if a < end and b > start), None)
-    if first is None:
-        raise DataError(f"The target of {where} has no token; give the text that completes it.")
-    if first == 0:
-        raise DataError(f"The context of {where} has no token of its own; give a context.")
-    return tuple(ids[:first]), tuple(ids[first:])
-
-
-def tokenize_probe(
-    tokenizer: Tokenizer, context: str, target: str, *, where: str = "the probe"
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Token ids of the context and of the target.
-
-    Args:
-        tokenizer: gives ids and offsets; no special token is added.
-        context: text before the target.
-        target: text to be scored.
-        where: names the probe in messages.
-
-    Raises:
-        DataError: an empty target, or a context without a token of its own.
-    """
-    if not target.strip():
-        raise DataError(f"The target of {where} is empty; give the text that completes it.")
-    text, start = join_probe(context, target)
-    encoding = tokenizer.encode(text, add_special_tokens=False)
-    return _split(encoding.ids, encoding.offsets, start, len(text), where)
-
-
 def build_probes(
     fact_sets: Iterable[FactSet], tokenizer: Tokenizer, *, max_positions: int | None = None
 ) -> list[Probe]:
@@ -116,37 +82,44 @@ def build_probes(
 
     Args:
         fact_sets: facts with their setting.
-        tokenizer: the model's own.
+        tokenizer: the model's own; no special token is added.
         max_positions: how many tokens the model takes; None: no limit.
 
     Raises:
-        DataError: a target that is empty, or a probe longer than ``max_positions``; named.
+        DataError: a target without a token, a context without one of its own, or a probe longer
+            than ``max_positions``; named.
     """
-    keys = []
-    texts: list[str] = []
-    starts = []
+    probes, texts, starts = [], [], []
     for facts in fact_sets:
         for instance, fact in enumerate(facts.facts):
             for level in LEVELS:
                 for number, (context, target) in enumerate(fact.probes.get(level, ())):
-                    probe = Probe(facts.setting, instance, level, number, (), ())
-                    if not target.strip():
-                        raise DataError(f"The target of {probe.name} is empty.")
                     text, start = join_probe(context, target)
-                    keys.append(probe)
+                    probes.append(Probe(facts.setting, instance, level, number, (), ()))
                     texts.append(text)
                     starts.append(start)
     encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
-    probes = []
-    for key, text, start, encoding in zip(keys, texts, starts, encodings, strict=True):
-        context_ids, target_ids = _split(encoding.ids, encoding.offsets, start, len(text), key.name)
-        probe = Probe(key.setting, key.instance, key.level, key.probe, context_ids, target_ids)
-        # The last target token is predicted, not read: it needs no position.
-        needed = len(context_ids) + len(target_ids) - 1
-        if max_positions is not None and needed > max_positions:
-            raise DataError(
-                f"The {probe.name} has {len(context_ids)} context and {len(target_ids)} target "
-                f"tokens, and the model takes {max_positions}; shorten its context."
-            )
-        probes.append(probe)
-    return probes
+    return [
+        _with_tokens(probe, encoding, start, max_positions)
+        for probe, encoding, start in zip(probes, encodings, starts, strict=True)
+    ]
+
+
+def _with_tokens(probe: Probe, encoding: Encoding, start: int, max_positions: int | None) -> Probe:
+    """The probe with the tokens of its joint text, whose target starts at character ``start``."""
+    size = next((i for i, (_, end) in enumerate(encoding.offsets) if end > start), None)
+    if size is None:
+        raise DataError(
+            f"The target of {probe.name} has no token; give the text that completes it."
+        )
+    if size == 0:
+        raise DataError(f"The context of {probe.name} has no token of its own; give a context.")
+    # The last target token is predicted, not read: it needs no position.
+    if max_positions is not None and len(encoding.ids) - 1 > max_positions:
+        raise DataError(
+            f"The {probe.name} has {size} context and {len(encoding.ids) - size} target tokens, "
+            f"and the model takes {max_positions}; shorten its context."
+        )
+    return replace(
+        probe, context_ids=tuple(encoding.ids[:size]), target_ids=tuple(encoding.ids[size:])
+    )

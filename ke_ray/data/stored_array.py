@@ -1,6 +1,7 @@
-"""Arrays inside ``.npy`` and safetensors files, read by ranges of rows through fsspec.
+"""Arrays in ``.npy`` and safetensors files, read by ranges of rows through fsspec.
 
-Nothing is unpickled: an object array's header is refused by its type, a safetensors header is JSON.
+Nothing is unpickled: the type in an object array's header is refused, and a safetensors header is
+JSON.
 """
 
 from __future__ import annotations
@@ -16,8 +17,6 @@ from numpy.typing import NDArray
 
 from ke_ray.data.sources import SourceFile, reading
 from ke_ray.errors import DataError
-
-__all__ = ["StoredArray", "npy_array", "safetensors_arrays"]
 
 _NPY_HEADER_BYTES = 12 + (1 << 16)  # magic, version, length, and the longest header of version 1
 _MAX_HEADER_BYTES = 100 << 20  # what the safetensors format allows
@@ -39,7 +38,7 @@ _SAFETENSORS_TYPES = {
 
 @dataclass(frozen=True)
 class StoredArray:
-    """Where an array lies: ``shape`` of ``dtype`` from byte ``start`` of ``file``."""
+    """An array of ``shape`` and ``dtype`` from byte ``start`` of ``file`` on."""
 
     file: SourceFile
     name: str
@@ -67,19 +66,32 @@ class StoredArray:
 def _read_range(file: SourceFile, start: int, end: int) -> bytes:
     with reading(file.url):
         data = bytes(file.filesystem.cat_file(file.path, start=start, end=end))
-    if len(data) != end - start:
-        raise DataError(
-            f"'{file.url}': {len(data)} bytes came for the {end - start} asked (from {start}); the "
-            "file is cut off, or its server does not serve ranges."
-        )
+    check_range(data, file, start, end)
     return data
 
 
-def _size(file: SourceFile) -> int:
+def check_range(data: bytes, file: SourceFile, start: int, end: int) -> None:
+    """Raise a DataError unless ``data`` has the length of bytes [start, end) of ``file``."""
+    if len(data) != end - start:
+        raise DataError(
+            f"'{file.url}': {len(data)} bytes came for the {end - start} requested from byte "
+            f"{start} on. The file is cut off, or its server does not serve ranges."
+        )
+
+
+def file_size(file: SourceFile) -> int:
+    """Bytes of a file.
+
+    Raises:
+        DataError: there is no such file, or its server does not give its size.
+    """
     with reading(file.url):
         size = file.filesystem.size(file.path)
     if size is None:
-        raise DataError(f"'{file.url}': the server does not say how long it is.")
+        raise DataError(
+            f"The server of '{file.url}' does not say how long the file is; download the file and "
+            "name the local copy."
+        )
     return int(size)
 
 
@@ -89,7 +101,7 @@ def npy_array(file: SourceFile) -> StoredArray:
     Raises:
         DataError: no header (as OLMo's files have none), a damaged one, or a file cut off.
     """
-    size = _size(file)
+    size = file_size(file)
     head = _read_range(file, 0, min(_NPY_HEADER_BYTES, size))
     if not head.startswith(b"\x93NUMPY"):
         raise DataError(
@@ -117,7 +129,7 @@ def safetensors_arrays(file: SourceFile) -> dict[str, StoredArray]:
     Raises:
         DataError: the header is damaged, or a tensor lies outside the file.
     """
-    size = _size(file)
+    size = file_size(file)
     length = int.from_bytes(_read_range(file, 0, min(8, size)), "little")
     if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
         raise DataError(f"'{file.url}' is not a safetensors file, or is cut off.")

@@ -1,7 +1,7 @@
 """Tokenizers: loaded from a file, folder or Hub repo; trained; saved for other tools.
 
-No id is ever looked up by name here. The end-of-text id comes from the model's config (or the
-user), because names lie: in one published OLMo tokenizer id 50279, the config's end of text, is
+No id is looked up by name here. The end-of-text id comes from the model's config (or the user),
+because names can be wrong: in one published OLMo tokenizer id 50279, the config's end of text, is
 the placeholder for IP addresses, and ``<|endoftext|>`` is id 0.
 """
 
@@ -15,71 +15,56 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ke_ray import storage
 from ke_ray.data.deadline import START_TIMEOUT_S, within
-from ke_ray.data.sources import reading
+from ke_ray.data.text_file import read_text
 from ke_ray.errors import DataError
-
-__all__ = [
-    "SPECIAL_TOKENS",
-    "load_tokenizer",
-    "save_tokenizer",
-    "tokenizer_sha256",
-    "train_bpe",
-]
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|padding|>")
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
 _FILE_NAME = "tokenizer.json"
+_KIND = "a tokenizer.json"
 
 
-def load_tokenizer(place: str | os.PathLike[str]) -> Tokenizer:
+def load_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:
     """A tokenizer with truncation and padding switched off.
 
     Args:
-        place: a ``tokenizer.json`` (any name), a folder or URL that holds one, or a Hub repo
+        source: a ``tokenizer.json`` (any name), a folder or URL that holds one, or a Hub repo
             ``org/name`` or ``org/name@revision``.
 
     Raises:
-        DataError: nothing is there (said within 20 seconds when the network is gone), or it is
+        DataError: nothing is there (reported within 20 seconds when there is no network), or it is
             not a tokenizer.
     """
-    text = os.fspath(place)
-    if "://" in text:
-        url = text if text.endswith(".json") else storage.join(text, _FILE_NAME)
-        content = within(START_TIMEOUT_S, lambda: _read(url), f"The tokenizer '{url}'")
-    elif Path(text).is_dir():
-        path = Path(text, _FILE_NAME)
+    name = os.fspath(source)
+    if "://" in name:
+        url = name if name.endswith(".json") else storage.join(name, _FILE_NAME)
+        content = within(START_TIMEOUT_S, lambda: read_text(url, _KIND), f"The tokenizer '{url}'")
+    elif Path(name).is_dir():
+        path = Path(name, _FILE_NAME)
         if not path.is_file():
-            raise DataError(f"The folder '{text}' has no {_FILE_NAME}; name a tokenizer file.")
-        content = _read(str(path))
-    elif Path(text).is_file():
-        content = _read(text)
-    elif _REPO.fullmatch(text) and not text.endswith(".json"):
-        content = _read(_download(text))
+            raise DataError(f"The folder '{name}' has no {_FILE_NAME}; name a tokenizer file.")
+        content = read_text(path, _KIND)
+    elif Path(name).is_file():
+        content = read_text(name, _KIND)
+    elif _REPO.fullmatch(name) and not name.endswith(".json"):
+        content = read_text(_download(name), _KIND)
     else:
         raise DataError(
-            f"There is no tokenizer '{text}'; give a {_FILE_NAME}, a folder that holds one, or a "
+            f"There is no tokenizer '{name}'; give a {_FILE_NAME}, a folder that holds one, or a "
             "Hub repo like org/name."
         )
     try:
         tokenizer = Tokenizer.from_str(content)
     except Exception as error:  # tokenizers raises plain Exception
-        raise DataError(f"'{text}' is not a tokenizer.json: {error}.") from error
-    # A file may ask for truncation; documents would then lose their ends without a word.
+        raise DataError(f"'{name}' is not {_KIND}: {error}.") from error
+    # A file may switch truncation on; documents would then silently lose their ends.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
-
-
-def _read(url: str) -> str:
-    with reading(url):
-        try:
-            return storage.read_text(url)
-        except UnicodeDecodeError as error:
-            raise DataError(f"'{url}' is not a tokenizer.json: not UTF-8 text.") from error
 
 
 def _download(repo: str) -> str:
@@ -99,29 +84,29 @@ def _download(repo: str) -> str:
 
 
 def tokenizer_sha256(tokenizer: Tokenizer) -> str:
-    """Hex digest of the tokenizer's whole definition."""
+    """Hex digest of the tokenizer's complete definition."""
     return hashlib.sha256(tokenizer.to_str().encode("utf-8")).hexdigest()
 
 
 def train_bpe(
     texts: Iterable[str], vocab_size: int, *, special_tokens: Sequence[str] = SPECIAL_TOKENS
 ) -> Tokenizer:
-    """A byte-level BPE; the same texts give the same tokenizer.
+    """A byte-level BPE tokenizer; the same texts give the same tokenizer.
 
     Args:
         texts: streamed once.
-        vocab_size: entries in all, at least 256 bytes + special tokens. Fewer come out when the
-            texts do not have that many pairs.
+        vocab_size: all entries, at least 256 bytes + special tokens. The tokenizer has fewer when
+            the texts do not have that many pairs.
         special_tokens: get the ids 0, 1, … in this order.
 
     Raises:
         DataError: ``vocab_size`` is too small.
     """
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-
-    least = 256 + len(special_tokens)
-    if vocab_size < least:
-        raise DataError(f"A byte-level BPE has at least {least} entries; {vocab_size} were asked.")
+    smallest = 256 + len(special_tokens)
+    if vocab_size < smallest:
+        raise DataError(
+            f"vocab_size is {vocab_size}; a byte-level BPE has at least {smallest} entries."
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -1,20 +1,20 @@
 """Training instances: tokenised once to a file [M, T], drawn by seed, read as they are needed.
 
-The corpus is packed once into a memory-mapped file of uint16 or uint32 in a cache folder, whose
-name is a fingerprint of what made it (files with sizes and times or versions, tokenizer, T, EOS);
-written under a temporary name, then renamed. At most one batch of text is ever held.
+The corpus is packed once into a memory-mapped file of uint16 or uint32 in a cache folder. The
+file's name is a fingerprint of its origin (files with sizes and times or versions, tokenizer, T,
+EOS); it is written under a temporary name, then renamed. At most one batch of text is in memory.
 
 Of the M instances, N are *drawn* without replacement: the first N of
 ``numpy.random.Generator(PCG64(seed)).permutation(M)``; held-out instances are its last n, so the
 two never meet. Epoch e visits the N in the order
 ``Generator(PCG64([seed, e + 1])).permutation(N)``.
 
-**Rows of a batch.** With B rows a step there are N // B steps an epoch (what is left over changes
-from epoch to epoch), and row r of step s, both counted from 0, is
+**Rows of a batch.** With B rows per step there are N // B steps per epoch (the rows left over
+change from epoch to epoch), and row r of step s, both counted from 0, is
 
     drawn[order(e)[(s mod (N // B)) · B + r]],   e = s // (N // B)
 
-which says nothing of workers or micro-batches: a worker takes its slice of the B rows.
+which does not depend on workers or micro-batches: a worker takes its slice of the B rows.
 """
 
 from __future__ import annotations
@@ -26,14 +26,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from ke_ray import storage
 from ke_ray.data.training_cache import pack_to_file, source_fingerprint
 from ke_ray.errors import DataError, StorageError
-
-__all__ = ["PackedDataset", "prepare_training_set"]
 
 
 @dataclass(frozen=True)
@@ -48,8 +47,8 @@ class PackedDataset:
         stored_sha256: of all stored ids as little-endian int32.
         drawn: [N] int64, the rows of the file that belong to this dataset.
         seed: of the draw and of the epochs' orders.
-        source: what it was built from.
-        num_asked: N as asked for; None when all instances were.
+        source: the SOURCE it was built from.
+        num_requested: N as requested; None when all instances were.
     """
 
     path: Path
@@ -60,7 +59,7 @@ class PackedDataset:
     drawn: NDArray[np.int64] = field(repr=False)
     seed: int
     source: str
-    num_asked: int | None = None
+    num_requested: int | None = None
 
     def __len__(self) -> int:
         return len(self.drawn)
@@ -100,24 +99,20 @@ class PackedDataset:
         """
         if not 1 <= global_batch_size <= len(self):
             raise DataError(
-                f"'{self.source}': a batch of {global_batch_size} rows was asked of {len(self)} "
-                f"training instances of {self.sequence_length} tokens; use a batch between 1 and "
-                "that, shorter sequences, or a larger corpus."
+                f"The global batch has {global_batch_size} rows, but '{self.source}' gives "
+                f"{len(self)} training instances of {self.sequence_length} tokens; use a batch of "
+                f"1 to {len(self)} rows, shorter sequences, or a larger corpus."
             )
         return len(self) // global_batch_size
-
-    def batch_rows(self, step: int, global_batch_size: int) -> NDArray[np.int64]:
-        """Indices (for ``rows``) of the B rows of step 0, 1, …, [B] int64.
-
-        The same for any number of workers; worker w of W takes its contiguous slice. Costs a
-        permutation of N a call: a loop keeps ``order(epoch)`` by calling ``iter_batch_rows``.
-        """
-        return next(self.iter_batch_rows(step, global_batch_size))
 
     def iter_batch_rows(
         self, first_step: int, global_batch_size: int
     ) -> Iterator[NDArray[np.int64]]:
-        """``batch_rows`` of ``first_step``, ``first_step + 1``, … without end."""
+        """Indices (for ``rows``) of the B rows of step ``first_step``, the next, … without end.
+
+        Each [B] int64, the same for any number of workers; worker w of W takes its contiguous
+        slice.
+        """
         steps = self.steps_per_epoch(global_batch_size)
         step, epoch, order = first_step, -1, self.drawn
         while True:
@@ -135,17 +130,17 @@ class PackedDataset:
         (An instance boundary may fall inside a document, whose other part is then trained on.)
 
         Raises:
-            DataError: M is less than n and the N asked for (or 1, where all were asked for).
+            DataError: M is less than n and the requested N (or 1, where all were requested).
         """
         cut = self.num_stored - num_held_out
-        if num_held_out < 0 or cut < (self.num_asked or 1):
+        if num_held_out < 0 or cut < (self.num_requested or 1):
             raise DataError(
-                f"'{self.source}' holds {self.num_stored} instances of {self.sequence_length} "
-                f"tokens; {self.num_asked or 1} to train on and {num_held_out} held-out ones were "
-                "asked. Ask for fewer, or give more documents."
+                f"{self.num_requested or 1} instances to train on and {num_held_out} held-out ones "
+                f"were requested, but '{self.source}' holds {self.num_stored} of "
+                f"{self.sequence_length} tokens; request fewer or give more documents."
             )
         permutation = _draw(self.num_stored, self.seed)
-        held_out = replace(self, drawn=permutation[cut:], num_asked=num_held_out)
+        held_out = replace(self, drawn=permutation[cut:], num_requested=num_held_out)
         return replace(self, drawn=self.drawn[:cut]), held_out
 
 
@@ -165,7 +160,7 @@ def prepare_training_set(
     seed: int = 0,
     max_instances: int | None = None,
 ) -> PackedDataset:
-    """Pack a source into the cache (or find it there) and draw N instances by seed.
+    """Pack a source into the cache, unless it is there, and draw N instances by seed.
 
     Several processes may call this at once with one ``cache_dir``: one packs, the others wait.
 
@@ -176,20 +171,18 @@ def prepare_training_set(
         tokenizer, eos_token_id: needed for documents.
         vocab_size: of the model; ids beyond it are refused.
         num_instances: N; None takes all.
-        max_instances: pack no more than the first so many (of a corpus that is too large to pack
-            whole); None packs all.
+        max_instances: pack only the first instances, up to this number, of a corpus that is too
+            large to pack whole; None packs all.
 
     Raises:
-        DataError: fewer than N instances (the message says how many there are), and whatever
+        DataError: fewer than N instances (the message gives the number), and whatever
             ``build_corpus`` refuses.
         StorageError: no space or no permission in ``cache_dir``.
     """
-    from filelock import FileLock
-
     if sequence_length < 1 or (num_instances is not None and num_instances < 1):
         raise DataError(
-            f"{num_instances} instances of {sequence_length} tokens were asked; both must be at "
-            "least 1."
+            f"{num_instances} instances of {sequence_length} tokens were requested; both must be "
+            "at least 1."
         )
     if seed < 0:
         raise DataError(f"The seed of the draw is {seed}; it must be 0 or more.")
@@ -229,11 +222,14 @@ def prepare_training_set(
         )
     stored = int(about["num_instances"])
     if not stored:
-        raise DataError(f"'{source}' holds less than {sequence_length} tokens: no instance.")
+        raise DataError(
+            f"'{source}' holds less than {sequence_length} tokens, so no instance; request shorter "
+            "ones or give more documents."
+        )
     if num_instances is not None and num_instances > stored:
         raise DataError(
-            f"'{source}' holds {stored} instances of {sequence_length} tokens; {num_instances} "
-            "were asked. Ask for fewer, for shorter ones, or give more documents."
+            f"{num_instances} instances of {sequence_length} tokens were requested, but "
+            f"'{source}' holds {stored}; request fewer or shorter ones, or give more documents."
         )
     return PackedDataset(
         path=data_path,
@@ -244,5 +240,5 @@ def prepare_training_set(
         drawn=_draw(stored, seed)[:num_instances],
         seed=seed,
         source=source,
-        num_asked=num_instances,
+        num_requested=num_instances,
     )

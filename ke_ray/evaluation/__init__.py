@@ -1,1 +1,1 @@
-"""What a model knows: probes, downstream tasks, held-out perplexity. No Ray in here."""
+"""Evaluation of a model in memory: probes, downstream tasks, held-out perplexity (no Ray)."""

@@ -16,7 +16,6 @@ through the same code.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import random
@@ -25,16 +24,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Self
 
-import yaml
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ke_ray import storage
-from ke_ray.core.acquisition import TaskScore, mean_accuracy
+from ke_ray.config import validate
+from ke_ray.data.facts import Text
+from ke_ray.data.text_file import parse_json, read_text
 from ke_ray.errors import DataError, nearest
 from ke_ray.evaluation.lm import wrap_model
-
-__all__ = ["TASK_METRICS", "DownstreamResult", "downstream_score", "load_tasks", "run_downstream"]
+from ke_ray.storage.safe_yaml import parse_yaml
 
 #: The tasks of P and the metric of each.
 TASK_METRICS = {
@@ -66,7 +66,7 @@ class DownstreamResult:
         metric: ``acc`` or ``acc_norm``.
         value: mean over items, a fraction.
         stderr: lm-eval's standard error of the mean; NaN for a single item.
-        num_items: how many were asked.
+        num_items: how many items were evaluated.
         items: 0.0 or 1.0 for each item in the data's order, so that two models can be paired.
     """
 
@@ -87,60 +87,40 @@ class DownstreamResult:
             "num_items": self.num_items,
         }
 
-    def score(self) -> TaskScore:
-        """What ``core.acquisition.forgetting_interval`` takes."""
-        return TaskScore(self.task, self.value, self.stderr, self.items)
+
+class _Question(BaseModel):
+    """An item of a task of one's own; further fields are ignored."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    context: Text
+    choices: Annotated[list[Text], Field(min_length=2)]
+    gold: Annotated[int, Field(ge=0)]
+
+    @model_validator(mode="after")
+    def _check_gold(self) -> Self:
+        if self.gold >= len(self.choices):
+            raise ValueError(
+                f"'gold' is {self.gold}, expected the number of the right choice, 0 to "
+                f"{len(self.choices) - 1}"
+            )
+        return self
 
 
-def downstream_score(results: Sequence[DownstreamResult]) -> float:
-    """P: the plain mean of the tasks' accuracies, a fraction."""
-    return mean_accuracy([result.score() for result in results])
-
-
-def _read_rows(path: str, columns: Sequence[str]) -> list[dict[str, Any]]:
-    try:
-        text = storage.read_text(path)
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise DataError(
-            f"There is no task file '{path}'; give the folder that holds <task>/validation.jsonl."
-        ) from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"'{path}' is not UTF-8 text: {error}.") from error
-    rows = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"'{path}', line {number} is not JSON: {error}.") from error
-        missing = [name for name in columns if not isinstance(row, dict) or name not in row]
-        if missing:
-            raise DataError(f"'{path}', line {number} lacks the field '{missing[0]}'.")
-        rows.append(row)
+def _read_rows(path: str) -> dict[str, Any]:
+    """The rows of a JSON-lines file by name, file and line."""
+    rows = {}
+    for number, line in enumerate(read_text(path, "a task file").split("\n"), start=1):
+        if line.strip():
+            name = f"'{path}', line {number}"
+            rows[name] = parse_json(line, name)
     if not rows:
-        raise DataError(f"'{path}' has no items.")
+        raise DataError(f"'{path}' has no items; write one per line.")
     return rows
 
 
-def _check_choices(rows: Sequence[dict[str, Any]], path: str) -> None:
-    for number, row in enumerate(rows, start=1):
-        choices, gold = row["choices"], row["gold"]
-        valid = isinstance(choices, list) and len(choices) > 1
-        valid = valid and all(isinstance(choice, str) and choice.strip() for choice in choices)
-        if not valid or not isinstance(row["context"], str) or not row["context"].strip():
-            raise DataError(
-                f"'{path}', item {number} needs a 'context' and at least two texts in 'choices'."
-            )
-        if isinstance(gold, bool) or not isinstance(gold, int) or not 0 <= gold < len(choices):
-            raise DataError(
-                f"'{path}', item {number}: 'gold' is {gold!r:.40}, expected the number of the "
-                f"right choice, 0 to {len(choices) - 1}."
-            )
-
-
 def _dataset(rows: list[dict[str, Any]], **_: Any) -> dict[str, Any]:
-    """What lm-eval calls for a task's data; its keyword arguments are the task's metadata."""
+    """A task's data as lm-eval asks for them; its keyword arguments are the task's metadata."""
     from datasets import Dataset
 
     return {"validation": Dataset.from_list(rows)}
@@ -156,7 +136,12 @@ def _hellaswag_fields(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _local_overrides(task: str, data_dir: str | os.PathLike[str]) -> dict[str, Any]:
-    rows = _read_rows(storage.join(os.fspath(data_dir), task, "validation.jsonl"), _COLUMNS[task])
+    by_name = _read_rows(storage.join(os.fspath(data_dir), task, "validation.jsonl"))
+    for name, row in by_name.items():
+        missing = [key for key in _COLUMNS[task] if not isinstance(row, dict) or key not in row]
+        if missing:
+            raise DataError(f"{name}: '{missing[0]}' is missing.")
+    rows = list(by_name.values())
     if task == "hellaswag":
         rows = [_hellaswag_fields(row) for row in rows]
     overrides = {
@@ -172,13 +157,13 @@ def _local_overrides(task: str, data_dir: str | os.PathLike[str]) -> dict[str, A
 
 
 def _own_task(name: str, path: str | os.PathLike[str]) -> dict[str, Any]:
-    source = os.fspath(path)
-    rows = _read_rows(source, ("context", "choices", "gold"))
-    _check_choices(rows, source)
-    kept = [{key: row[key] for key in ("context", "choices", "gold")} for row in rows]
+    rows = [
+        validate(_Question, row, line, DataError).model_dump()
+        for line, row in _read_rows(os.fspath(path)).items()
+    ]
     definition = Path(__file__).parent / "tasks" / "multiple_choice.yaml"
-    config: dict[str, Any] = yaml.safe_load(definition.read_text(encoding="utf-8"))
-    return config | {"task": name, "custom_dataset": partial(_dataset, kept)}
+    config: dict[str, Any] = parse_yaml(definition.read_text(encoding="utf-8"), str(definition))
+    return config | {"task": name, "custom_dataset": partial(_dataset, rows)}
 
 
 def load_tasks(
@@ -200,15 +185,15 @@ def load_tasks(
     own_tasks = own_tasks or {}
     for task in tasks:
         if task not in TASK_METRICS:
-            hint = nearest(task, TASK_METRICS) or f" Known: {', '.join(TASK_METRICS)}."
-            raise DataError(f"Downstream task '{task}' is not known.{hint}")
+            hint = nearest(task, TASK_METRICS) or f" Valid tasks: {', '.join(TASK_METRICS)}."
+            raise DataError(f"There is no downstream task '{task}'.{hint}")
     names = [*tasks, *own_tasks]
     if not names or len(set(names)) < len(names):
-        raise DataError(f"Downstream tasks {names}: give at least one, and each only once.")
+        raise DataError(f"The downstream tasks are {names}; give at least one, and each only once.")
     specs = [task if data_dir is None else _local_overrides(task, data_dir) for task in tasks]
     own = [_own_task(name, path) for name, path in own_tasks.items()]
 
-    import lm_eval.tasks
+    import lm_eval.tasks  # after the checks: its import takes seconds
 
     root = Path(lm_eval.tasks.__file__).parent
     # Only the folders that are needed: the index of all tasks takes ten seconds.
@@ -218,7 +203,7 @@ def load_tasks(
         # A group's members may override fields of registered tasks: here, the data.
         members = manager.load({"group": "ke_ray_downstream", "task": specs}) if specs else {}
         loaded = dict(members.get("tasks", {})) | (manager.load(own)["tasks"] if own else {})
-    except Exception as error:  # whatever the Hub, datasets or a prompt template stumbles over
+    except Exception as error:  # the Hub, datasets and prompt templates raise many kinds
         source = "the Hub" if data_dir is None and not own_tasks else "the given files"
         raise DataError(
             f"The data of {', '.join(names)} cannot be loaded from {source} "
@@ -230,24 +215,24 @@ def load_tasks(
     return {name: loaded[name] for name in names}
 
 
-def _blame_an_item(tasks: Mapping[str, Any], limit: int | None, error: Exception) -> None:
-    """Raise a ``DataError`` if an item of the data is what cannot be asked."""
+def _check_items(tasks: Mapping[str, Any], limit: int | None) -> None:
+    """Raise a ``DataError`` for the first item of which lm-eval cannot make a prompt."""
     for name, task in tasks.items():
         for number, doc in task.doc_iterator(limit=limit):
             try:
                 task.doc_to_text(doc), task.doc_to_choice(doc), task.doc_to_target(doc)
-            except Exception as problem:
+            except Exception as error:
                 raise DataError(
-                    f"Item {number + 1} of the data of {name} cannot be asked "
-                    f"({type(problem).__name__}: {' '.join(str(problem).split())[:200]}); mend or "
+                    f"Item {number + 1} of the data of {name} does not fit the task's prompt "
+                    f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); correct or "
                     "remove it."
                 ) from error
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
-    """lm-eval without progress bars and remarks, which would break into the caller's output, and
-    with Python's random state put back, which loading tasks advances."""
+def _quiet_lm_eval() -> Iterator[None]:
+    """Switch off lm-eval's progress bars and warnings, which would break into the caller's output,
+    and restore Python's random state, which loading tasks advances."""
     import lm_eval.api.task as task_module
 
     logger = logging.getLogger("lm_eval")
@@ -276,9 +261,9 @@ def run_downstream(
     """Evaluate a model in memory, zero-shot.
 
     Args:
-        model: a causal language model of transformers; its mode (train, eval) is put back.
+        model: a causal language model of transformers; its mode (train, eval) is restored.
         tokenizer: of transformers, or a ``tokenizers.Tokenizer``.
-        tasks: names out of ``TASK_METRICS``; may be empty where there are own tasks.
+        tasks: names out of ``TASK_METRICS``; may be empty if there are own tasks.
         data_dir: folder with ``<task>/validation.jsonl``; None: the Hub.
         limit: the first items of each task only.
         batch_tokens: as ``spans.score_spans``.
@@ -286,16 +271,16 @@ def run_downstream(
         language_model: (model, tokenizer) -> lm-eval model, in place of our own; for comparisons.
 
     Returns:
-        one result a task, in the order of ``tasks`` and then ``own_tasks``.
+        one result per task, in the order of ``tasks`` and then ``own_tasks``.
 
     Raises:
         DataError: an unknown task, a limit below 1, or data that are missing or not valid.
     """
     if limit is not None and limit < 1:
-        raise DataError(f"The limit of items is {limit}; it must be at least 1, or none.")
+        raise DataError(f"The limit of items is {limit}; it must be at least 1 or null.")
     from lm_eval import evaluator
 
-    with _undisturbed():
+    with _quiet_lm_eval():
         loaded = load_tasks(tasks, data_dir=data_dir, own_tasks=own_tasks)
         if language_model is None:
             lm = wrap_model(model, tokenizer, batch_tokens=batch_tokens)
@@ -303,8 +288,8 @@ def run_downstream(
             lm = language_model(model, tokenizer)
         try:
             output = evaluator.evaluate(lm, {"tasks": loaded}, limit=limit, bootstrap_iters=100)
-        except Exception as error:
-            _blame_an_item(loaded, limit, error)
+        except Exception:
+            _check_items(loaded, limit)
             raise
     results = []
     for task in loaded:

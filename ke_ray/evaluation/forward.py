@@ -1,7 +1,7 @@
 """One evaluation pass through a model: its mode, its limits, logits at chosen positions only.
 
 The model is called as a whole, through its own ``forward`` with a hook before the LM head that
-keeps the wanted positions. So logit scaling and soft-capping stay the model's, and sharded models
+selects the positions. So logit scaling and soft-capping stay the model's, and sharded models
 (FSDP) gather their weights as they do in training.
 """
 
@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-__all__ = ["evaluating", "logit_rows", "max_positions", "plain_model", "read_logits"]
 
 #: Bytes of the float32 logits of one pass, about.
 _LOGIT_BYTES = {"cpu": 128 << 20, "cuda": 2 << 30}
@@ -39,14 +37,14 @@ def plain_model(model: Any) -> Any:
 
 
 def logit_rows(device: torch.device, vocab_size: int) -> int:
-    """How many positions' logits a pass should make at most."""
+    """The largest number of positions whose logits one pass should compute."""
     budget = _LOGIT_BYTES["cpu" if device.type == "cpu" else "cuda"]
     return max(1, budget // (4 * vocab_size))
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients and without compilation; the training flag is put back.
+    """Evaluation mode without gradients and without compilation; restores the training flag.
 
     Shapes change from batch to batch here, which compiled code would answer by recompiling.
     """

@@ -22,9 +22,8 @@ from ke_ray.evaluation.spans import score_spans
 if TYPE_CHECKING:
     from lm_eval.api.model import TemplateLM
 
-__all__ = ["as_transformers_tokenizer", "wrap_model"]
-
 _NO_LIMIT = 10**9  # transformers writes 1e30 for "no limit"
+_TokenRequest = tuple[tuple[str, str], Sequence[int], Sequence[int]]  # texts, context, target
 
 
 def as_transformers_tokenizer(tokenizer: Any, model: Any) -> Any:
@@ -84,7 +83,7 @@ def _language_model_class() -> type:
 
         @property
         def prefix_token_id(self) -> int:
-            """What an empty context is replaced by: the beginning-of-sequence id where there is
+            """The context in place of an empty one: the beginning-of-sequence id where there is
             one, else end-of-text."""
             bos = self.tokenizer.bos_token_id
             return int(bos) if bos is not None else self.eot_token_id
@@ -121,35 +120,28 @@ def _language_model_class() -> type:
         ) -> list[tuple[float, bool]]:
             """(log probability, is greedy) of each request's continuation given its context."""
             pairs: list[tuple[str, str]] = [request.args for request in requests]
-            moved: list[tuple[str, str]] = []
-            for context, continuation in pairs:
-                # Blanks that end a context belong to the first word that follows.
-                stripped = context.rstrip()
-                moved.append((stripped, context[len(stripped) :] + continuation))
-            empty = [continuation for (context, _), (_, continuation) in
-                     zip(pairs, moved, strict=True) if not context]  # fmt: skip
-            bare = self._encode(empty, add_special_tokens=False) if empty else {}
-            whole = self._encode(c + t for (full, _), (c, t) in zip(pairs, moved, strict=True)
-                                 if full)  # fmt: skip
-            contexts = self._encode(c for (full, _), (c, _) in zip(pairs, moved, strict=True)
-                                    if full)  # fmt: skip
-            tokens = []
-            for pair, (context, continuation) in zip(pairs, moved, strict=True):
-                if pair[0]:
-                    # lm-eval's rule: the context by itself, then what follows in the whole.
-                    ids, before = whole[context + continuation], contexts[context]
-                    tokens.append((pair, before, ids[len(before) :]))
+            # Blanks that end a context belong to the first word that follows.
+            context_ids = self._encode(context.rstrip() for context, _ in pairs if context)
+            text_ids = self._encode(context + target for context, target in pairs if context)
+            target_ids = self._encode(
+                (target for context, target in pairs if not context), add_special_tokens=False
+            )
+            tokens: list[_TokenRequest] = []
+            for context, target in pairs:
+                if context:
+                    # lm-eval's rule: the context by itself, then the rest of the joint text.
+                    ids = context_ids[context.rstrip()]
+                    tokens.append(((context, target), ids, text_ids[context + target][len(ids) :]))
                     continue
-                ids = bare[continuation]
-                if ids and ids[0] == self.prefix_token_id:
-                    tokens.append((pair, ids[:1], ids[1:]))
-                else:
-                    tokens.append((pair, [self.prefix_token_id], ids))
+                ids = target_ids[target]
+                size = 1 if ids and ids[0] == self.prefix_token_id else 0
+                prefix = ids[:size] or [self.prefix_token_id]
+                tokens.append(((context, target), prefix, ids[size:]))
             return self._loglikelihood_tokens(tokens)
 
         def _loglikelihood_tokens(
             self,
-            requests: Sequence[tuple[tuple[str, str], Sequence[int], Sequence[int]]],
+            requests: Sequence[_TokenRequest],
             **kwargs: Any,
         ) -> list[tuple[float, bool]]:
             spans = []

@@ -3,9 +3,9 @@
     nats per token = −(1/N) Σ ln P(x_t | x_<t)        over all predicted tokens of all rows
     perplexity     = exp(nats per token)
 
-The first token of a row is not predicted, nor is padding. Sum and count are kept apart and divided
-once, so rows of any length weigh by their tokens. Cross-entropy is taken in float32 over chunks of
-positions, and a pass takes as many rows as keep its logits small.
+The first token of a row is not predicted, nor is padding. Sum and count are separate and divided
+once, so rows of any length weigh by their tokens. Cross-entropy is computed in float32 over chunks
+of positions, and a pass takes as many rows as keep its logits small.
 """
 
 from __future__ import annotations
@@ -25,8 +25,6 @@ from ke_ray.evaluation.forward import (
     plain_model,
     read_logits,
 )
-
-__all__ = ["Perplexity", "held_out_perplexity"]
 
 #: Positions of one cross-entropy call; its float32 copies of the logits stay small.
 _CHUNK = 256
@@ -67,7 +65,7 @@ def held_out_perplexity(
     """Perplexity of right-padded rows.
 
     Args:
-        model: a causal language model of transformers; its mode (train, eval) is put back.
+        model: a causal language model of transformers; its mode (train, eval) is restored.
         input_ids: integer [rows, T], array or tensor.
         lengths: [rows] real tokens of each row; None: all T.
         batch_size: rows of a forward pass at most; changes speed and memory, not the result.
@@ -102,15 +100,15 @@ def held_out_perplexity(
         for start in range(0, len(ids), rows_at_once):
             size = sizes[start : start + rows_at_once]
             width = int(size.max())
-            real = (torch.arange(1, width) < size[:, None]).flatten()  # [rows · (width - 1)]
-            if not real.any():
+            is_real = (torch.arange(1, width) < size[:, None]).flatten()  # [rows · (width - 1)]
+            if not is_real.any():
                 continue
             rows = ids[start : start + rows_at_once, :width].long().to(device)
-            reads = real.nonzero().flatten().to(device)
+            reads = is_real.nonzero().flatten().to(device)
             logits = read_logits(plain, rows[:, :-1], reads)
             targets = rows[:, 1:].flatten()[reads]
-            for part, wanted in zip(logits.split(_CHUNK), targets.split(_CHUNK), strict=True):
-                total += cross_entropy(part.float(), wanted, reduction="sum").double()
+            for part, labels in zip(logits.split(_CHUNK), targets.split(_CHUNK), strict=True):
+                total += cross_entropy(part.float(), labels, reduction="sum").double()
             num_tokens += len(targets)
     if num_tokens == 0:
         raise DataError("There is no token to predict; rows need at least two tokens.")

@@ -28,8 +28,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["PrefixTree", "Span", "build_trees", "join_short", "plan_batches"]
-
 #: A sequence joins a tree when it shares at least this part of its own tokens with its neighbour:
 #: below it, attention over the longer row costs more than the shared tokens save.
 _MIN_SHARED = 0.25
@@ -137,12 +135,12 @@ def build_trees(spans: Sequence[Span], *, share: bool = True) -> list[PrefixTree
         for position, token in enumerate(span.target_ids):
             node = int(path[start + position])
             reads[-1].setdefault(node, []).append((token, index, position))
-    for tree, wanted in zip(trees, reads, strict=True):
-        tree.reads = sorted(wanted)
+    for tree, by_node in zip(trees, reads, strict=True):
+        tree.reads = sorted(by_node)
         tree.targets = [
-            (place, token, span, position)
-            for place, node in enumerate(tree.reads)
-            for token, span, position in wanted[node]
+            (read, token, span, position)
+            for read, node in enumerate(tree.reads)
+            for token, span, position in by_node[node]
         ]
     return trees
 
@@ -151,31 +149,32 @@ def join_short(trees: Sequence[PrefixTree], *, batch_tokens: int) -> list[Prefix
     """Join trees of at most half a row (64 nodes) into rows of about 128 nodes; keep the others.
 
     Trees go into the fullest row that has room for them, longest first. The number of rows follows
-    from the number of nodes, their length is the smallest with which so many rows suffice; where
-    none of a few lengths does (trees of 60 nodes never fill 128), the one with the least padding.
+    from the number of nodes; their length is the smallest with which that many rows suffice. Where
+    none of a few lengths does (trees of 60 nodes never fill 128), it is the one with the least
+    padding.
 
     Args:
         trees: from ``build_trees``.
         batch_tokens: no row is longer than this.
     """
-    most = min(_ROW_NODES, batch_tokens)
-    short = [tree for tree in trees if len(tree.tokens) <= most // 2]
+    max_nodes = min(_ROW_NODES, batch_tokens)
+    short = [tree for tree in trees if len(tree.tokens) <= max_nodes // 2]
     if not short:
         return list(trees)
-    rows = [tree for tree in trees if len(tree.tokens) > most // 2]
+    rows = [tree for tree in trees if len(tree.tokens) > max_nodes // 2]
     short.sort(key=lambda tree: -len(tree.tokens))
     sizes = [len(tree.tokens) for tree in short]
-    num_rows = -(-sum(sizes) // most)
+    num_rows = -(-sum(sizes) // max_nodes)
     first = max(sizes[0], -(-sum(sizes) // num_rows))
-    found: list[tuple[int, list[list[int]]]] = []
+    plans: list[tuple[int, list[list[int]]]] = []  # nodes with padding, trees of each row
     for row_nodes in range(first, min(first + _MAX_TRIES, batch_tokens + 1)):
-        places = _fill_rows(sizes, row_nodes)
-        width = max(sum(sizes[index] for index in members) for members in places)
-        found.append((len(places) * width, places))
-        if len(places) <= num_rows:
+        groups = _fill_rows(sizes, row_nodes)
+        width = max(sum(sizes[index] for index in group) for group in groups)
+        plans.append((len(groups) * width, groups))
+        if len(groups) <= num_rows:
             break
-    places = min(found, key=lambda plan: plan[0])[1]
-    return rows + [_joined([short[index] for index in members]) for members in places]
+    groups = min(plans, key=lambda plan: plan[0])[1]
+    return rows + [_joined([short[index] for index in group]) for group in groups]
 
 
 def _fill_rows(sizes: Sequence[int], row_nodes: int) -> list[list[int]]:
@@ -201,9 +200,9 @@ def _joined(trees: Sequence[PrefixTree]) -> PrefixTree:
         row.tokens.extend(tree.tokens)
         row.depths.extend(tree.depths)
         row.blocks.extend((first + node, shared + node) for first, shared in tree.blocks)
-        row.reads.extend(place + node for place in tree.reads)
+        row.reads.extend(index + node for index in tree.reads)
         row.targets.extend(
-            (place + read, token, span, position) for place, token, span, position in tree.targets
+            (index + read, token, span, position) for index, token, span, position in tree.targets
         )
     return row
 
@@ -222,19 +221,19 @@ def plan_batches(
     weights). Of all ways to cut the trees, sorted by size, into runs, the cheapest is taken.
 
     Args:
-        trees: chains and branched trees are kept apart: only the latter need a mask.
+        trees: chains and branched trees never share a batch: only the latter need a mask.
         batch_tokens: nodes of a batch at most, padding included (one tree always fits).
         batch_reads: hidden states that go through the LM head, at most (same).
         batch_overhead: cost of a pass, in tokens.
         join: join short trees (``join_short``) where that is cheaper.
     """
-    apart = _batches(trees, batch_tokens, batch_reads, batch_overhead)
+    separate = _batches(trees, batch_tokens, batch_reads, batch_overhead)
     if not join:
-        return apart
+        return separate
     rows = join_short(trees, batch_tokens=batch_tokens)
     joined = _batches(rows, batch_tokens, batch_reads, batch_overhead)
-    is_cheaper = _JOINED_COST * _cost(joined, batch_overhead) < _cost(apart, batch_overhead)
-    return joined if is_cheaper else apart
+    is_cheaper = _JOINED_COST * _cost(joined, batch_overhead) < _cost(separate, batch_overhead)
+    return joined if is_cheaper else separate
 
 
 def _cost(batches: Sequence[Sequence[PrefixTree]], batch_overhead: int) -> int:

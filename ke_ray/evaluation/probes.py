@@ -18,14 +18,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ke_ray.core.acquisition import knowledge, paragraph_means
+from ke_ray.core.acquisition import paragraph_means
 from ke_ray.data.probes import Probe
 from ke_ray.errors import DataError
 from ke_ray.evaluation.forward import max_positions, plain_model
 from ke_ray.evaluation.prefix_tree import Span
 from ke_ray.evaluation.spans import score_spans
-
-__all__ = ["ProbeScores", "score_probes"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class ProbeScores:
     """Scores of probes, in the order they were given.
 
     Attributes:
-        probes: what was scored.
+        probes: the scored probes.
         logprob_summed: float64 [n_probes], nats.
         num_target_tokens: int64 [n_probes].
     """
@@ -57,10 +55,6 @@ class ProbeScores:
         paragraphs, values = paragraph_means(self.logprob_per_token, labels)
         return [label for label in paragraphs if isinstance(label, tuple)], values
 
-    def knowledge(self) -> float:
-        """K: the mean over paragraphs, nats per token."""
-        return knowledge(self.paragraphs()[1])
-
     def by_level(self) -> list[dict[str, Any]]:
         """Rows of ``probes.parquet``: setting, level, num_probes, logprob_per_token (mean over
         the probes), logprob_summed (likewise)."""
@@ -80,7 +74,7 @@ class ProbeScores:
         ]
 
     def items(self) -> list[dict[str, Any]]:
-        """Rows of ``probe_items.parquet``, one a probe: setting, instance, level, probe,
+        """Rows of ``probe_items.parquet``, one per probe: setting, instance, level, probe,
         num_target_tokens, logprob_summed."""
         return [
             {
@@ -103,7 +97,7 @@ def score_probes(
     """Score probes with a model in memory, in as few passes as memory allows.
 
     Args:
-        model: a causal language model of transformers; its mode (train, eval) is put back.
+        model: a causal language model of transformers; its mode (train, eval) is restored.
         probes: as ``ke_ray.data.probes.build_probes`` gives them.
         batch_tokens: as ``score_spans``.
 

@@ -4,7 +4,7 @@
 
 Symbols: span = (context ids, target ids); nats; logits [reads, vocab] in float32.
 
-What is saved, against one padded batch through the whole model: shared prefixes are computed once
+What this saves over one padded batch through the whole model: shared prefixes are computed once
 and short sequences share a row where that pays (``prefix_tree``), batches are sorted by length,
 padding is on the right (which under causal attention needs no mask), and the LM head sees only
 positions whose next token is scored. A branched tree or a shared row needs a custom attention mask
@@ -35,8 +35,6 @@ from ke_ray.evaluation.forward import (
 from ke_ray.evaluation.prefix_tree import PrefixTree, Span, build_trees, plan_batches
 from ke_ray.models.architectures import supported_model_types
 
-__all__ = ["SpanScores", "score_spans"]
-
 _BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
 #: What a pass costs beyond its tokens (weights read once, kernels launched), in tokens.
 _BATCH_OVERHEAD = {"cpu": 32, "cuda": 4096}
@@ -57,11 +55,6 @@ class SpanScores:
     num_target_tokens: npt.NDArray[np.int64]
     is_greedy: npt.NDArray[np.bool_]
     token_logprobs: npt.NDArray[np.float64]
-
-    @property
-    def logprob_per_token(self) -> npt.NDArray[np.float64]:
-        """float64 [N]: the sum divided by the number of target tokens."""
-        return self.logprob_summed / self.num_target_tokens
 
 
 def _can_share(model: Any, longest: int) -> bool:
@@ -106,10 +99,10 @@ def _target_logprobs(logits: Tensor, reads: Tensor, tokens: Tensor) -> tuple[Ten
     """ln softmax(logits[reads])[tokens] in float32, and whether each is the first choice."""
     logits = logits.float()
     best, choice = logits.max(dim=-1)
-    # In place: logits are the largest tensor here, and nobody needs them afterwards.
-    chosen = logits[reads, tokens]
+    # In place: logits are the largest tensor here, and are not needed afterwards.
+    target_logits = logits[reads, tokens]
     total = logits.sub_(best[:, None]).exp_().sum(dim=-1).log_().add_(best)
-    return chosen - total[reads], choice[reads] == tokens
+    return target_logits - total[reads], choice[reads] == tokens
 
 
 def score_spans(
@@ -122,9 +115,9 @@ def score_spans(
     """Score spans with a causal language model of transformers.
 
     Args:
-        model: on any device, in any dtype; left in the mode (train, eval) it came in.
+        model: on any device, in any dtype; its mode (train, eval) is restored.
         spans: each with at least one context and one target token.
-        batch_tokens: tokens of a forward pass at most, padding included (a single longer sequence
+        batch_tokens: the most tokens per forward pass, padding included (a single longer sequence
             or tree still passes); default 2,048 on a CPU and 32,768 on a GPU. Changes speed and
             memory, the result only to rounding.
         share_prefixes: False passes every sequence on its own.
@@ -164,30 +157,32 @@ def score_spans(
         join=share,
     )
     values: list[Tensor] = []
-    firsts: list[Tensor] = []
-    places: list[int] = []
+    first_choices: list[Tensor] = []
+    positions: list[int] = []
     with evaluating(plain):
         for batch in batches:
             offset = 0
             reads: list[int] = []
             tokens: list[int] = []
             for tree in batch:
-                reads.extend(offset + place for place, *_ in tree.targets)
+                reads.extend(offset + read for read, *_ in tree.targets)
                 tokens.extend(token for _, token, *_ in tree.targets)
-                places.extend(int(starts[span]) + position for *_, span, position in tree.targets)
+                positions.extend(
+                    int(starts[span]) + position for *_, span, position in tree.targets
+                )
                 offset += len(tree.reads)
-            value, first = _target_logprobs(
+            value, is_first = _target_logprobs(
                 _logits(plain, batch, device),
                 torch.tensor(reads, device=device),
                 torch.tensor(tokens, device=device),
             )
             values.append(value)
-            firsts.append(first)
+            first_choices.append(is_first)
     logprobs = np.zeros(starts[-1])
     greedy = np.ones(starts[-1], dtype=np.bool_)
     if values:
-        logprobs[places] = torch.cat(values).double().cpu().numpy()
-        greedy[places] = torch.cat(firsts).cpu().numpy()
+        logprobs[positions] = torch.cat(values).double().cpu().numpy()
+        greedy[positions] = torch.cat(first_choices).cpu().numpy()
     return SpanScores(
         logprob_summed=np.add.reduceat(logprobs, starts[:-1]) if len(spans) else np.zeros(0),
         num_target_tokens=sizes,

@@ -1,11 +1,10 @@
 """Pictures, tables and pages made from result files alone (no torch, no Ray, no MLflow).
 
 sources            find and read result folders, tolerant of age, damage and unfinished work
-series, runs       a scan's series, a study's runs, as figures need them
-charts             what a figure says: the numbers that are drawn, tabulated and exported
-scan_figures, continual_figures, sweep_figures, compare, paper, correlation
-svg, heat_map, scales, page    how it is drawn and put on one HTML page
-build              the report; picture: a PNG without a browser; terminal: tables
+series, runs       a scan's series, a study's runs, as charts need them
+charts             what the figures are; paper, correlation: numbers beside them
+page, build        the HTML report; picture: a PNG without a browser; terminal: tables
+screenshots        the README's pictures of the report and the dashboard
 """
 
 from __future__ import annotations

@@ -11,14 +11,15 @@ from typing import Any
 import pandas as pd
 
 from ke_ray import storage
-from ke_ray.report import compare, runs, series
-from ke_ray.report.charts import Chart, Figure, Line, Panel, TextTable
-from ke_ray.report.continual_figures import continual_figures
+from ke_ray.report import runs, series
+from ke_ray.report.charts import comparison
+from ke_ray.report.charts.continual import continual_figures
+from ke_ray.report.charts.figure import Panel, TextTable, figure_of, number
+from ke_ray.report.charts.plot import X, series_plot
+from ke_ray.report.charts.scan import duplicates, failures, scan_figures
+from ke_ray.report.charts.sweep import sweep_figures
 from ke_ray.report.page import MARK, Section, page
-from ke_ray.report.scales import number
-from ke_ray.report.scan_figures import duplicates, failures, scan_figures
 from ke_ray.report.sources import Result, find_results
-from ke_ray.report.sweep_figures import sweep_figures
 from ke_ray.storage.ownership import check_replaceable
 
 __all__ = ["build_report", "sections"]
@@ -67,14 +68,14 @@ def build_report(
     title = "Knowledge entropy: " + (
         ", ".join(_KIND_TITLES[kind].lower() for kind in kinds) if kinds else "no results yet"
     )
-    storage.write_atomic(target, page(title, lead, compare.warnings(found), sections(found)))
+    storage.write_atomic(target, page(title, lead, comparison.warnings(found), sections(found)))
     return target
 
 
 def sections(found: Sequence[Result]) -> list[Section]:
     """The parts of the report: a comparison where one is possible, one section a result, gaps."""
     made: list[Section] = []
-    together = compare.compare_scans(found)
+    together = comparison.compare_scans(found)
     if together:
         made.append(Section("comparison", "Side by side", figures=together))
     counts: dict[str, int] = {}
@@ -132,30 +133,33 @@ def _scan(scan: Result, prefix: str) -> dict[str, Any]:
             if len(change) > 1:
                 last = change.iloc[-1]
                 error = f" ± {1.96 * last['stderr']:.2g}" if math.isfinite(last["stderr"]) else ""
+                interval = " (95 %)" if error else ""
                 unit = series.MEASURE_TITLES.get(measure, ("", ""))[1]
                 title = series.MEASURE_TITLES.get(measure, (measure, ""))[0]
                 facts.append(
                     (
-                        f"{title}, first to last, {corpus}" + (f", {label}" if label else ""),
+                        f"{title}, first to last, {corpus}"
+                        + (f", {label}" if label else "")
+                        + interval,
                         f"{last['value']:+.4g}{error} {unit}".replace("-", "−"),
                     )
                 )
     broken, copies = failures(scan), duplicates(scan)
     if not broken.empty:
-        facts.append(("failed checkpoints", number(len(broken.rows))))
+        facts.append(("failed checkpoints", number(len({row[0] for row in broken.rows}))))
     missing = []
     if not held:
         missing.append("No checkpoint has been scored yet, so there is no figure.")
     else:
         wanted = [name for name in series.MEASURE_TITLES if name not in held]
-        missing += [
-            f"{series.MEASURE_TITLES[name][0]}: not asked for ('--measures {name}')."
-            for name in wanted
-        ]
+        missing += [_why_missing(scan, name) for name in wanted]
         if scan.table("replicates").empty:
-            missing.append("Paired errors of changes: no replicates.parquet.")
+            missing.append("Paired errors of changes: no leave-one-out values to read.")
         if not any(figure.id.endswith("-distribution") for figure in figures):
-            missing.append("Coefficient distributions: no coefficients/ files.")
+            missing.append(
+                "Coefficient distributions: no coefficients/ file of the first, middle or last "
+                "checkpoint."
+            )
         if all(series.ceiling(curve) is None for _, curve in series.curves(scan)):
             missing.append(
                 "Ceiling of knowledge entropy: neither manifest nor coefficients/ tell d_mlp."
@@ -164,21 +168,36 @@ def _scan(scan: Result, prefix: str) -> dict[str, Any]:
     return {"facts": facts, "figures": figures, "tables": tables, "missing": missing}
 
 
+def _why_missing(scan: Result, measure: str) -> str:
+    title, requested = series.MEASURE_TITLES[measure][0], scan.manifest.get("measures")
+    if not isinstance(requested, list):
+        return f"{title}: not in the results."
+    if measure in requested:
+        return f"{title}: requested, but no checkpoint has it yet."
+    return f"{title}: not requested ('--measures {measure}')."
+
+
 def _runs(study: Result, prefix: str) -> dict[str, Any]:
     make = continual_figures if study.kind == "continual" else sweep_figures
     figures, missing = make(study, prefix)
     frame, failed = runs.good_runs(study), runs.failed_runs(study)
     word = "runs" if study.kind == "continual" else "trials"
     facts = [(f"{word} finished", number(len(frame)))]
-    if len(failed):
-        facts.append((f"{word} failed", number(len(failed))))
+    facts += [
+        (f"{word} {status}", number(int(count)))
+        for status, count in failed["status"].value_counts().items()
+    ]
     key = runs.run_key(study)
     rows = [
-        [row[key], row["status"], row["error"] or "no reason recorded"]
+        [
+            row[key],
+            row["status"],
+            row["error"] or ("–" if row["status"] == "stopped" else "no reason recorded"),
+        ]
         for row in failed.to_dict("records")
     ]
     tables = [
-        (f"Failed {word}", TextTable((key, "status", "error"), rows)),
+        (f"{word.capitalize()} that did not finish", TextTable((key, "status", "error"), rows)),
         (f"All finished {word}", _run_table(frame, key)),
     ]
     return {"facts": facts, "figures": figures, "tables": tables, "missing": missing}
@@ -209,6 +228,11 @@ def _pretrain(result: Result, prefix: str) -> dict[str, Any]:
     table = result.table("train")
     if table.empty or not {"step", "loss"} <= set(table.columns):
         return {"figures": [], "missing": ["Training loss: no rows in train.parquet yet."]}
+    runs_of = table.groupby("run" if "run" in table else lambda _: "run")
+    rows = pd.concat(
+        part.sort_values("step").iloc[:: math.ceil(len(part) / 1000)].assign(series=str(run))
+        for run, part in runs_of
+    )
     figures = []
     for column, title, axis in (
         ("loss", "Training loss", "loss (nats per token)"),
@@ -216,30 +240,19 @@ def _pretrain(result: Result, prefix: str) -> dict[str, Any]:
     ):
         if column not in table:
             continue
-        lines = []
-        for colour, (run, part) in enumerate(
-            table.groupby("run") if "run" in table else [("run", table)]
-        ):
-            part = part.sort_values("step")
-            part = part.iloc[:: max(1, math.ceil(len(part) / 1000))]
-            lines.append(
-                Line(
-                    str(run),
-                    part["step"].to_numpy(dtype=float),
-                    part[column].to_numpy(dtype=float),
-                    colour=colour,
-                )
-            )
+        plot = series_plot(
+            rows[["series", "step"]].assign(value=rows[column]), X("step", "pretraining step"), axis
+        )
         figures.append(
-            Figure(
-                id=f"{prefix}-{column.replace('_', '-')}",
+            figure_of(
+                result,
+                prefix,
+                column.replace("_", "-"),
                 title=title,
-                caption="At most 1,000 steps are drawn."
-                if len(table) > 1000
-                else "Every logged step is drawn.",
-                panels=[Panel((), Chart("pretraining step", axis, lines))],
-                command=result.command,
-                source=result.path,
+                caption="Every logged step is drawn."
+                if len(rows) == len(table)
+                else "At most 1,000 evenly spaced steps of a run are drawn.",
+                panels=[Panel((), plot)],
             )
         )
     tokens = table["num_tokens"].max() if "num_tokens" in table else math.nan

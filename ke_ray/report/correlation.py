@@ -2,8 +2,9 @@
 
 Pearson's r over starting points. Its 95 % interval is Fisher's, tanh(atanh r ± 1.96 / √(n − 3)),
 which needs n ≥ 4; with three points there is none, and a straight line through three points is
-common by chance (|r| must reach 0.997 to be significant at 5 %). Beside it, what measurement error
-alone does to r: values redrawn within their intervals, 2.5 % and 97.5 % quantiles of r (seeded).
+common by chance (|r| must reach 0.997 to be significant at 5 %). Beside it, what the error
+of y alone does to r: values redrawn within their intervals, 2.5 % and 97.5 % quantiles of r
+(seeded); the error of x is left out.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["Correlation", "correlate", "critical_r"]
+__all__ = ["Correlation", "correlate", "critical_r", "p_value"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,10 @@ class Correlation:
             if self.n >= 3:
                 text += f", |r| must reach {critical_r(self.n):.3f} to be significant at 5 %"
         if math.isfinite(self.redrawn_low):
-            text += f"; {self.redrawn_low:+.2f} to {self.redrawn_high:+.2f} under measurement error"
+            text += (
+                f"; {self.redrawn_low:+.2f} to {self.redrawn_high:+.2f} with y redrawn within its "
+                "error"
+            )
         return text.replace("-", "−") + ")"
 
 
@@ -79,6 +83,13 @@ def _pearson(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     below = np.sqrt((dx**2).sum() * (dy**2).sum(axis=1))
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.clip(np.where(below > 0, (dx * dy).sum(axis=1) / below, np.nan), -1, 1)
+
+
+def p_value(r: float, n: int) -> float:
+    """Two-sided p-value of Pearson's r over n ≥ 3 points, by the t test with n − 2 degrees."""
+    from scipy import stats
+
+    return float(2 * stats.t.sf(abs(r) * math.sqrt((n - 2) / (1 - r * r)), n - 2))
 
 
 def critical_r(n: int) -> float:

@@ -1,24 +1,26 @@
-"""Figures as the parts of one self-contained HTML page."""
+"""Figures as the parts of one self-contained HTML page, which draws them with Vega."""
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import html
 import importlib.resources
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from ke_ray.report.charts import Chart, Figure, HeatMap, TextTable
-from ke_ray.report.svg import draw
+import pandas as pd
+
+from ke_ray.report.charts.figure import Figure, Panel, TextTable
+from ke_ray.report.charts.theme import config
 
 __all__ = ["MARK", "Section", "page"]
 
 #: Says that ke_ray made a page, which it may then write anew.
 MARK = '<meta name="generator" content="ke_ray">'
-
-# Each figure is drawn at these widths (px); the page shows the one that fits its column.
-_WIDTHS = (360, 600)
-_WIDE_WIDTHS = (360, 600, 1120)
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,12 @@ def page(title: str, lead: str, warnings: Sequence[str], sections: Sequence[Sect
     assets = importlib.resources.files("ke_ray.report") / "assets"
     links = "".join(f'<a href="#{_e(section.id)}">{_e(section.title)}</a>' for section in sections)
     boxes = "".join(f'<p class="warning" role="alert">{_e(text)}</p>' for text in warnings)
-    body = "".join(_section(section) for section in sections)
+    rows = _Rows()
+    body = "".join(_section(section, rows) for section in sections)
+    drawn = any(figure.panels for section in sections for figure in section.figures)
+    scripts = [_json({theme: config(theme) for theme in ("light", "dark")}, id="themes")]
+    scripts += [_json(content, id=name) for name, content in rows.encoded.items()]
+    scripts += [f"<script>{_vega()}</script>"] if drawn else []
     return f"""<!doctype html>
 <html lang="en" data-theme="auto">
 <head>
@@ -64,10 +71,11 @@ def page(title: str, lead: str, warnings: Sequence[str], sections: Sequence[Sect
 </header>
 <main id="content">
 {boxes}
-<noscript><p class="warning">The figures are here without JavaScript; other views, tables
-and exports need it.</p></noscript>
+<noscript><p class="warning">The figures and their numbers need JavaScript; it is in this file, and
+nothing is fetched.</p></noscript>
 {body}
 </main>
+{"".join(scripts)}
 <script>
 {(assets / "report.js").read_text(encoding="utf-8")}
 </script>
@@ -76,14 +84,64 @@ and exports need it.</p></noscript>
 """
 
 
+@functools.cache
+def _vega() -> str:
+    """Vega, Vega-Lite and vega-embed as one script, which sets ``vegaEmbed``."""
+    import vl_convert
+
+    bundle = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
+    return bundle.replace("</script", "<\\/script").replace("<!--", "<\\!--")
+
+
+class _Rows:
+    """The rows of all plots, each table of rows once, as columns."""
+
+    def __init__(self) -> None:
+        self.encoded: dict[str, dict[str, Any]] = {}
+        self._names: dict[int, tuple[str, pd.DataFrame]] = {}  # keeps the frame, and so its id
+
+    def name(self, rows: pd.DataFrame) -> str:
+        """The id of the script element with these rows."""
+        if id(rows) not in self._names:
+            columns = {str(name): _column(rows[name]) for name in rows}
+            digest = hashlib.sha256(json.dumps(columns).encode()).hexdigest()
+            self._names[id(rows)] = (f"rows-{digest[:16]}", rows)
+            self.encoded.setdefault(f"rows-{digest[:16]}", columns)
+        return self._names[id(rows)][0]
+
+
+def _column(values: pd.Series) -> Any:
+    """Numbers at seven significant digits, null where unknown; texts as places in their list."""
+    if pd.api.types.is_bool_dtype(values):
+        return values.tolist()
+    if pd.api.types.is_numeric_dtype(values):
+        return [_number(value) for value in values.tolist()]
+    codes, names = pd.factorize(values.astype(object))
+    return {"names": [str(name) for name in names], "at": codes.tolist()}
+
+
+def _number(value: float) -> float | int | None:
+    if not math.isfinite(value):
+        return None
+    return int(value) if value == int(value) and abs(value) < 1e15 else float(f"{value:.7g}")
+
+
 def _e(text: object) -> str:
     return html.escape(str(text), quote=True)
 
 
-def _section(section: Section) -> str:
+def _json(content: Any, **attributes: str) -> str:
+    """A script element that holds JSON; no text in it can end the element."""
+    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    named = "".join(f' {name}="{_e(value)}"' for name, value in attributes.items())
+    text = text.replace("<", "\\u003c")
+    return f'<script type="application/json"{named}>{text}</script>'
+
+
+def _section(section: Section, rows: _Rows) -> str:
     notes = "".join(f'<p class="note">{_e(text)}</p>' for text in section.notes)
     facts = "".join(f"<div><dt>{_e(k)}</dt><dd>{_e(v)}</dd></div>" for k, v in section.facts)
-    figures = "".join(_figure(figure) for figure in section.figures if figure.panels)
+    figures = "".join(_figure(figure, rows) for figure in section.figures if figure.panels)
     tables = "".join(
         f'<h3>{_e(name)}</h3><div class="scroll" tabindex="0" role="region" '
         f'aria-label="{_e(name)}">{_table(table)}</div>'
@@ -115,13 +173,7 @@ def _cell(value: object) -> str:
     return f"<td{long}>{_e(value)}</td>"
 
 
-def _figure(figure: Figure) -> str:
-    first, *others = figure.panels
-    controls = _controls(figure)
-    rest = "".join(
-        f'<template data-key="{_key(panel.key)}">{_panel(figure, panel.chart)}</template>'
-        for panel in others
-    )
+def _figure(figure: Figure, rows: _Rows) -> str:
     prints = "".join(
         f"<li>{_e(name)}: <code>{_e(value)}</code></li>" for name, value in figure.fingerprints
     )
@@ -129,10 +181,13 @@ def _figure(figure: Figure) -> str:
         f"<li>command: <code>{_e(figure.command)}</code></li>" if figure.command else ""
     )
     paper = f' <span class="paper">cf. paper {_e(figure.paper)}</span>' if figure.paper else ""
+    specs: list[Any] = []
+    panels = [_panel(panel, rows, specs) for panel in figure.panels]
     return (
-        f'<figure id="{_e(figure.id)}" class="{"wide" if figure.wide else ""}" '
-        f'data-key="{_key(first.key)}"><h3>{_e(figure.title)}{paper}</h3>{controls}'
-        f'<div class="panel">{_panel(figure, first.chart)}</div>{rest}'
+        f'<figure id="{_e(figure.id)}" class="{"wide" if figure.wide else ""}">'
+        f"<h3>{_e(figure.title)}{paper}</h3>{_controls(figure)}"
+        f'<div class="plot" tabindex="0" role="group" aria-label="{_e(figure.title)}: '
+        'arrow keys read out values"></div><p class="readout" role="status"></p>'
         f"<figcaption>{_e(figure.caption)}</figcaption>"
         '<div class="export" role="group" aria-label="Export">'
         '<button type="button" data-export="png">PNG</button>'
@@ -141,12 +196,28 @@ def _figure(figure: Figure) -> str:
         '<details class="numbers"><summary>Numbers</summary>'
         '<div class="scroll" tabindex="0" role="region" aria-label="Numbers"></div></details>'
         f'<details class="origin"><summary>Where from</summary><ul>{origin}{prints}</ul></details>'
-        "</figure>"
+        f"{_json({'panels': panels, 'specs': specs})}</figure>"
     )
 
 
-def _key(key: Sequence[str]) -> str:
-    return _e(json.dumps(list(key), ensure_ascii=False, separators=(",", ":")))
+def _panel(panel: Panel, rows: _Rows, specs: list[Any]) -> dict[str, Any]:
+    """What the page needs of a view; equal specifications of a figure are kept once."""
+    view, content = panel.view, {"key": list(panel.key)}
+    if isinstance(view, TextTable):
+        table = [list(view.columns), *([str(cell) for cell in row] for row in view.rows)]
+        return content | {"table": table}
+    if view.empty:
+        return content | {"table": [["The results hold no finite value for this view."]]}
+    spec = view.spec()
+    if spec not in specs:
+        specs.append(spec)
+    return content | {
+        "spec": specs.index(spec),
+        "rows": rows.name(view.rows),
+        "columns": view.columns,
+        "spread": view.spread,
+        "value": view.value,
+    }
 
 
 def _controls(figure: Figure) -> str:
@@ -158,23 +229,3 @@ def _controls(figure: Figure) -> str:
         hidden = " hidden" if len(choices) < 2 else ""
         menus.append(f"<label{hidden}>{_e(name)} <select data-control>{options}</select></label>")
     return f'<div class="controls">{"".join(menus)}</div>' if menus else ""
-
-
-def _panel(figure: Figure, chart: Chart | HeatMap | TextTable) -> str:
-    if isinstance(chart, TextTable):
-        return f'<div class="scroll">{_table(chart)}</div>'
-    if chart.empty:
-        return '<p class="note">The results hold no finite value for this view.</p>'
-    label = f"{figure.title}. {figure.caption}"
-    widths = _WIDE_WIDTHS if figure.wide else _WIDTHS
-    plots = "".join(
-        f'<div class="plot w{width}">{draw(chart, width, label)}</div>' for width in widths
-    )
-    data = json.dumps(chart.data(), ensure_ascii=False, separators=(",", ":"))
-    data = data.replace("<", "\\u003c")  # nothing in the numbers may end the script element
-    return (
-        f'<div class="plots" tabindex="0" role="group" aria-label="{_e(figure.title)}: '
-        f'arrow keys read out values">{plots}</div>'
-        '<p class="readout" role="status"></p>'
-        f'<script type="application/json">{data}</script>'
-    )

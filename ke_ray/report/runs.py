@@ -5,18 +5,20 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from ke_ray.report.sources import Result
+from ke_ray.results.sweep_folder import student_interval
 
 __all__ = [
     "RUN_COLUMNS",
     "aggregate",
     "failed_runs",
     "good_runs",
-    "pareto_front",
+    "in_unit",
+    "other_parameters",
     "run_key",
+    "setting_names",
     "swept_parameters",
     "variant",
 ]
@@ -70,7 +72,7 @@ def good_runs(result: Result) -> pd.DataFrame:
 
 
 def failed_runs(result: Result) -> pd.DataFrame:
-    """Rows that did not finish: [name, status, error]."""
+    """Rows without A and F, failed or stopped by a scheduler: [name, status, error]."""
     frame = _frame(result)
     if frame.empty:
         return pd.DataFrame(columns=[run_key(result), "status", "error"])
@@ -93,40 +95,34 @@ def _known(value: Any) -> bool:
 
 
 def aggregate(frame: pd.DataFrame, by: list[str], column: str) -> pd.DataFrame:
-    """Mean of ``column`` over repeats (seeds): [*by, value, low, high, count].
+    """Mean of ``column`` over repeats (seeds), in its unit: [*by, value, low, high, count].
 
     The interval: with one run, the run's own bootstrap interval (over paragraphs or items) where
     it has one; with several, the 95 % Student interval over the runs, which holds what differs
     between seeds. Unknown ends are NaN.
     """
-    from scipy import stats
-
     rows: list[dict[str, Any]] = []
     known = frame[frame[column].notna()] if column in frame else frame.iloc[:0]
+    factor = RUN_COLUMNS[column][2] if column in RUN_COLUMNS else 1.0
     for key, part in known.groupby(by, dropna=False, sort=True):
         values = part[column].to_numpy(dtype=float)
         count, mean = len(values), float(values.mean())
-        low = high = math.nan
-        if count == 1:
-            low = float(part[f"{column}_low"].iloc[0]) if f"{column}_low" in part else math.nan
-            high = float(part[f"{column}_high"].iloc[0]) if f"{column}_high" in part else math.nan
-        else:
-            half = stats.t.ppf(0.975, count - 1) * values.std(ddof=1) / math.sqrt(count)
-            low, high = mean - half, mean + half
+        ends = student_interval(values) or tuple(
+            float(part[name].iloc[0]) if name in part else math.nan
+            for name in (f"{column}_low", f"{column}_high")
+        )
+        low, high = ends
         names = key if isinstance(key, tuple) else (key,)
         rows.append(
             dict(zip(by, names, strict=True))
-            | {"value": mean, "low": low, "high": high, "count": count}
+            | {"value": mean * factor, "low": low * factor, "high": high * factor, "count": count}
         )
     return pd.DataFrame(rows, columns=[*by, "value", "low", "high", "count"])
 
 
-def pareto_front(acquisition: np.ndarray, forgetting: np.ndarray) -> np.ndarray:
-    """bool [n]: points that no other beats (A at least as high, F at least as low, one better)."""
-    a, f = np.asarray(acquisition, dtype=float), np.asarray(forgetting, dtype=float)
-    no_worse = (a[None, :] >= a[:, None]) & (f[None, :] <= f[:, None])
-    better = (a[None, :] > a[:, None]) | (f[None, :] < f[:, None])
-    return np.asarray(~(no_worse & better).any(axis=1))
+def in_unit(frame: pd.DataFrame, column: str) -> pd.Series:
+    """A column of runs in the unit that axes show."""
+    return frame[column] * RUN_COLUMNS[column][2]
 
 
 def swept_parameters(result: Result) -> list[str]:
@@ -144,3 +140,26 @@ def swept_parameters(result: Result) -> list[str]:
         if not any(frame[other].astype(str).tolist() == values for other in kept):
             kept.append(name)
     return kept
+
+
+def other_parameters(result: Result) -> list[str]:
+    """What a sweep varies beside seeds, starts and resuscitation: a mean goes over it as well."""
+    resuscitation = ("resuscit", "amplifying", "control", "checkpoint")
+    return [
+        name
+        for name in swept_parameters(result)
+        if name.rsplit(".", 1)[-1] != "seed" and not name.startswith(resuscitation)
+    ]
+
+
+def setting_names(result: Result, frame: pd.DataFrame) -> list[str]:
+    """A name for each run that is equal for its repeats: what is swept, seeds and starts apart."""
+    swept = other_parameters(result) if result.kind == "sweep" else []
+    return [
+        " ".join([row["variant"], *(f"{name}={_shown(row[name])}" for name in swept)])
+        for row in frame.to_dict("records")
+    ]
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

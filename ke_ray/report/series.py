@@ -268,6 +268,8 @@ def paired_change(scan: Result, measure: str, corpus: str, base: str | None = No
             for name, part in chosen.groupby("checkpoint")
         }
     sizes = _sizes(scan, corpus)
+    table = _good(scan)
+    data = table[table["corpus"] == corpus].groupby("checkpoint")["data_sha256"].first()
     changes, errors = [], []
     for _, row in series.iterrows():
         change = row["value"] - first["value"]
@@ -277,6 +279,8 @@ def paired_change(scan: Result, measure: str, corpus: str, base: str | None = No
             errors.append(0.0)
         elif mine is None or theirs is None or not len(mine) == len(theirs) == len(sizes):
             errors.append(math.nan)
+        elif data[row["checkpoint"]] != data[first["checkpoint"]]:
+            errors.append(math.nan)  # not the same instances, so there is no paired error
         else:
             errors.append(float(jackknife.standard_error(change, mine - theirs, sizes)))
     return series.assign(value=changes, stderr=errors)

@@ -38,7 +38,7 @@ KINDS: dict[str, tuple[str, ...]] = {
         "retainability",
         "perplexity",
     ),
-    "sweep": ("trials",),
+    "sweep": ("trials", "settings"),
     "pretrain": ("train",),
 }
 

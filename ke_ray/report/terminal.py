@@ -207,7 +207,7 @@ def _print_scan(scan: Result, console: Console) -> None:
     ]
     for label, curve, corpus in curves:
         order = series.checkpoints(curve)
-        table = _table(["measure", "first", "last", "change ± paired error", "checkpoints"])
+        table = _table(["measure", "first", "last", "change ± paired s.e.", "checkpoints"])
         for measure in series.measures(curve):
             line = series.totals(curve, measure, corpus)
             if line.empty:
@@ -248,7 +248,8 @@ def _print_runs(result: Result, console: Console) -> None:
     if frame.empty and failed.empty:
         console.print("  nothing has finished yet")
         return
-    with_setting = frame["variant"].nunique() > 1
+    frame = frame.assign(setting=runs.setting_names(result, frame))
+    with_setting = frame["setting"].nunique() > 1
     probes = result.table("probes")
     columns = ["start", "setting", "n", "A % [95 %]", "F % [95 %]", "H before", "H after", "K path"]
     hidden = {"setting"} if not with_setting else set()
@@ -256,7 +257,7 @@ def _print_runs(result: Result, console: Console) -> None:
     if with_setting:
         hidden |= {"K path", "H before", *({"start"} if frame["x"].nunique() == 1 else ())}
     table = _table([name for name in columns if name not in hidden])
-    for keys, part in frame.groupby(["x", "variant"], sort=True):
+    for keys, part in frame.groupby(["x", "setting"], sort=True):
         first = part.iloc[0]
         cells = {
             "start": _whole(first["step"]) if math.isfinite(first["step"]) else first["checkpoint"],
@@ -280,7 +281,8 @@ def _print_runs(result: Result, console: Console) -> None:
     console.print(table)
     for _, row in failed.iterrows():
         name = row[runs.run_key(result)]
-        console.print(Text(f"  {row['status']}: {name}: {row['error']}", style="red"))
+        reason = f": {row['error']}" if row["error"] else ""
+        console.print(Text(f"  {row['status']}: {name}{reason}", style="red"))
 
 
 def _print_pretrain(result: Result, console: Console) -> None:
@@ -316,10 +318,10 @@ def _error(stderr: float) -> str:
 
 
 def _interval(part: pd.DataFrame, name: str) -> str:
-    """``+12.3 [10.1, 14.2]``: fractions shown as per cent (see ``runs.aggregate``)."""
+    """``+12.3 [10.1, 14.2]``, in per cent (see ``runs.aggregate``)."""
     summary = runs.aggregate(part, ["variant"], name)
     if summary.empty:
         return "–"
-    value, low, high = (float(summary[end].iloc[0]) * 100 for end in ("value", "low", "high"))
+    value, low, high = (float(summary[end].iloc[0]) for end in ("value", "low", "high"))
     known = math.isfinite(low) and math.isfinite(high)
     return f"{value:+.1f}" + (f" [{low:.1f}, {high:.1f}]" if known else "")

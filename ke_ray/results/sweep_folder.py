@@ -132,8 +132,14 @@ def _interval(
 ) -> tuple[float | None, float | None]:
     if not values:
         return None, None
-    if len(values) == 1:
-        return trials[0].get(f"{metric}_low"), trials[0].get(f"{metric}_high")
+    own = trials[0].get(f"{metric}_low"), trials[0].get(f"{metric}_high")
+    return student_interval(values) or own
+
+
+def student_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """The 95 % Student interval of the mean of two or more values, else None."""
+    if len(values) < 2:
+        return None
     from scipy import stats
 
     mean = sum(values) / len(values)

@@ -25,6 +25,7 @@ from ke_ray.errors import UserError
 pytestmark = pytest.mark.browser
 
 _WAIT_MS = 90_000
+_CHART = "[data-testid=stVegaLiteChart]"
 
 
 def _complain(message: str) -> None:
@@ -46,12 +47,13 @@ def dashboard(chromium: Any, results: Path) -> Iterator[Dashboard]:
 
 
 def _ready(page: Any) -> Any:
-    page.locator(".js-plotly-plot .main-svg").first.wait_for(timeout=_WAIT_MS)
+    page.locator(f"{_CHART} svg").first.wait_for(timeout=_WAIT_MS)
     return page
 
 
-def _y_title(page: Any, number: int = 0) -> str:
-    return page.locator(".js-plotly-plot").nth(number).locator(".ytitle").text_content()
+def _wait_for_title(page: Any, words: str) -> None:
+    titles = page.locator(f"{_CHART} .role-axis-title text", has_text=words)
+    titles.first.wait_for(timeout=_WAIT_MS)
 
 
 def test_all_servers_listen_on_loopback_alone(dashboard: Dashboard) -> None:
@@ -73,13 +75,13 @@ def test_figures_are_drawn(
     dashboard: Dashboard, open_page: Callable, width: int, dark: bool
 ) -> None:
     page = _ready(open_page(dashboard.url, width=width, dark=dark))
-    lines = page.locator(".js-plotly-plot").first.locator(".js-line")
+    lines = page.locator(_CHART).first.locator(".mark-line path")
     assert lines.count() >= 2
     box = lines.first.bounding_box()
     assert box["width"] > width * 0.2
     assert box["height"] > 50
-    assert _y_title(page) == "knowledge entropy (nats)"
-    assert page.locator(".js-plotly-plot .xtitle").first.text_content() == "pretraining step"
+    titles = page.locator(_CHART).first.locator(".role-axis-title text").all_text_contents()
+    assert {"knowledge entropy (nats)", "pretraining step"} <= set(titles)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     paper = page.evaluate("getComputedStyle(document.querySelector('.stApp')).backgroundColor")
     brightness = sum(int(part) for part in re.findall(r"\d+", paper)[:3])
@@ -90,12 +92,13 @@ def test_menus_change_what_is_shown(dashboard: Dashboard, open_page: Callable) -
     page = _ready(open_page(dashboard.url))
     page.get_by_role("combobox", name="Measure").click()
     page.get_by_role("option", name="Gini coefficient").click()
-    page.locator(".ytitle", has_text="gini coefficient (fraction)").first.wait_for(timeout=_WAIT_MS)
+    _wait_for_title(page, "gini coefficient (fraction)")
     page.get_by_text("Change since the first checkpoint", exact=True).click()
-    page.locator(".ytitle", has_text="change of gini coefficient").first.wait_for(timeout=_WAIT_MS)
+    _wait_for_title(page, "change of gini coefficient")
     page.get_by_role("combobox", name="Layers").click()
     page.get_by_role("option", name="3", exact=True).click()
-    page.locator(".legendtext", has_text="biographies, layer 3").first.wait_for(timeout=_WAIT_MS)
+    name = page.locator(f"{_CHART} .role-legend-label text", has_text="biographies, layer 3")
+    name.first.wait_for(timeout=_WAIT_MS)
 
 
 def test_two_checkpoints_are_compared(dashboard: Dashboard, open_page: Callable) -> None:
@@ -110,15 +113,13 @@ def test_two_checkpoints_are_compared(dashboard: Dashboard, open_page: Callable)
 def test_runs_and_trials_have_their_figures(dashboard: Dashboard, open_page: Callable) -> None:
     page = _ready(open_page(dashboard.url))
     page.get_by_text("Checkpoints", exact=True).click()  # again: a choice is never taken back
-    assert page.locator(".js-plotly-plot").count() > 0
+    assert page.locator(_CHART).count() > 0
     page.get_by_text("Continual learning", exact=True).click()
     page.get_by_text("Acquisition A by starting stage").wait_for(timeout=_WAIT_MS)
-    page.locator(".ytitle", has_text="Acquisition A (%)").first.wait_for(timeout=_WAIT_MS)
+    _wait_for_title(page, "Acquisition A (%)")
     page.get_by_text("Sweeps", exact=True).click()
     page.get_by_text("Resuscitation ratio × amplifying factor").wait_for(timeout=_WAIT_MS)
-    page.locator(".js-plotly-plot .heatmaplayer image, .js-plotly-plot .hm").first.wait_for(
-        timeout=_WAIT_MS
-    )
+    page.locator(f"{_CHART} .mark-rect path").first.wait_for(timeout=_WAIT_MS)
 
 
 def test_the_page_is_worked_by_keyboard(dashboard: Dashboard, open_page: Callable) -> None:
@@ -155,7 +156,8 @@ def test_a_running_scan_is_followed(
         "document.querySelector('[data-testid=stMetricValue]').innerText === '9'",
         timeout=_WAIT_MS,
     )
-    page.locator(".js-plotly-plot .xtick text", has_text="1200").first.wait_for(timeout=_WAIT_MS)
+    ticks = page.locator(f"{_CHART} .role-axis-label text", has_text="1,200")
+    ticks.first.wait_for(timeout=_WAIT_MS)
 
 
 def test_no_results_says_how_to_make_some(

@@ -23,21 +23,16 @@ def _replicates(values: np.ndarray, statistic) -> np.ndarray:  # type: ignore[no
 
 
 def _brute_force(values: np.ndarray, statistic) -> float:  # type: ignore[no-untyped-def]
-    """The weighted jackknife as printed: pseudo-values, one loop."""
+    """The weighted jackknife as printed, one loop."""
     n = len(values)
     groups = group_of(np.arange(n), n)
     num_groups = min(64, n)
-    theta = statistic(values)
-    left_out, h = [], []
+    left_out, weights = [], []
     for g in range(num_groups):
         left_out.append(statistic(values[groups != g]))
-        h.append(n / int((groups == g).sum()))
-    jackknife = num_groups * theta - sum((1 - 1 / h[g]) * left_out[g] for g in range(num_groups))
-    total = 0.0
-    for g in range(num_groups):
-        pseudo = h[g] * theta - (h[g] - 1) * left_out[g]
-        total += (pseudo - jackknife) ** 2 / (h[g] - 1)
-    return math.sqrt(total / num_groups)
+        weights.append(1 - int((groups == g).sum()) / n)
+    centre = sum(w * x for w, x in zip(weights, left_out, strict=True)) / sum(weights)
+    return math.sqrt(sum(w * (x - centre) ** 2 for w, x in zip(weights, left_out, strict=True)))
 
 
 def _entropy_of_mean(values: np.ndarray) -> float:
@@ -189,3 +184,17 @@ def test_the_factor_is_what_errors_lack_where_documents_repeat_themselves() -> N
     ratio = values.mean(1).std() / np.sqrt((errors**2).mean())
     assert cut_document_factor(sizes, document) == pytest.approx(2.0)
     assert ratio == pytest.approx(2.0, rel=0.05)
+
+
+def test_is_calibrated_where_groups_are_documents_of_different_lengths() -> None:
+    """64 documents of 1 to 20 instances that repeat themselves; the mean is over instances."""
+    rng = np.random.default_rng(0)
+    values, errors = [], []
+    for _ in range(3000):
+        sizes = rng.integers(1, 21, 64)
+        content = rng.normal(size=64)
+        total = (sizes * content).sum()
+        left_out = (total - sizes * content) / (sizes.sum() - sizes)
+        values.append(total / sizes.sum())
+        errors.append(float(standard_error(values[-1], left_out, sizes)))
+    assert np.sqrt(np.mean(np.square(errors))) == pytest.approx(np.std(values), rel=0.05)

@@ -34,20 +34,23 @@ def test_versions_and_probes_are_read() -> None:
         "semantic": (),
         "compositional": (("The painter of Port Vell is", "Ada Lune"),),
     }
-    assert facts.num_probes == 2
 
 
 @pytest.mark.parametrize(
     ("field", "value", "expected"),
     [
-        ("train_context", None, "entry 1, field 'train_context' holds NoneType"),
-        ("train_context", "  ", "entry 1, field 'train_context' is empty"),
-        ("paraphrases", "one", "entry 1, field 'paraphrases' holds str, expected a list"),
-        ("paraphrases", ["good", 3], r"entry 1, field 'paraphrases'\[1\] holds int"),
-        ("mem_target", [""], r"entry 1, field 'mem_target'\[0\] is empty"),
-        ("mem_target", ["a", "b"], "entry 1 has 1 'mem_input' but 2 'mem_target'"),
-        ("gen_inputs", [], "entry 1 has an unknown field 'gen_inputs'. Did you mean 'gen_input'?"),
-        ("train_context", "\ud83d", "entry 1, field 'train_context' holds half of a surrogate"),
+        ("train_context", None, "entry 1: 'train_context': .*string.*given: None"),
+        ("train_context", "  ", "entry 1: 'train_context': The text is empty; .*remove it"),
+        ("paraphrases", "one", "entry 1: 'paraphrases': .*given: 'one'"),
+        ("paraphrases", ["good", 3], "entry 1: 'paraphrases.1': .*string.*given: 3"),
+        ("mem_target", [""], "entry 1: 'mem_target.0': The text is empty"),
+        (
+            "mem_target",
+            ["a", "b"],
+            "entry 1: There are 1 'mem_input' but 2 'mem_target'; each context",
+        ),
+        ("gen_inputs", [], "entry 1: unknown key 'gen_inputs'. Did you mean 'gen_input'?"),
+        ("train_context", "\ud83d", "entry 1: 'train_context': .*half of a surrogate pair"),
     ],
 )
 def test_the_entry_and_field_at_fault_are_named(field: str, value: Any, expected: str) -> None:
@@ -58,9 +61,9 @@ def test_the_entry_and_field_at_fault_are_named(field: str, value: Any, expected
 
 def test_a_missing_paragraph_or_no_probe_is_refused() -> None:
     without = {key: value for key, value in ENTRY.items() if key != "train_context"}
-    with pytest.raises(DataError, match="entry 0 lacks the field 'train_context'"):
+    with pytest.raises(DataError, match="entry 0: 'train_context' is missing"):
         parse_facts([without], "once")
-    with pytest.raises(DataError, match="entry 0 has no probe"):
+    with pytest.raises(DataError, match="entry 0: There is no probe; give at least one pair"):
         parse_facts([{"train_context": "A text."}], "once")
 
 
@@ -84,7 +87,7 @@ def test_a_file_that_is_no_json_is_one_message(tmp_path: Path, text: str) -> Non
 
 
 def test_a_missing_file_is_one_message(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no facts file"):
+    with pytest.raises(DataError, match="There is no .*absent.json"):
         load_facts(tmp_path / "absent.json", "once")
 
 
@@ -93,8 +96,16 @@ def test_fictional_knowledge_is_whole(reference_data: Path) -> None:
     paraphrase = load_facts(folder / "paraphrase70.json", "paraphrase")
     once = load_facts(folder / "once60.json", "once")
     assert (len(paraphrase.facts), len(once.facts)) == (70, 60)
-    assert (paraphrase.num_probes, once.num_probes) == (1050, 900)
+    assert [
+        sum(len(pairs) for fact in facts.facts for pairs in fact.probes.values())
+        for facts in (paraphrase, once)
+    ] == [1050, 900]
     assert {len(fact.versions) for fact in (*paraphrase.facts, *once.facts)} == {10}
+
+
+def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "facts.json").write_text(json.dumps([ENTRY]), encoding="utf-8-sig")
+    assert load_facts(tmp_path / "facts.json", "once") == parse_facts([ENTRY], "once")
 
 
 json_values = st.recursive(
@@ -140,4 +151,7 @@ def test_mutated_files_give_facts_or_one_data_error(
         facts = load_facts(path, "once")
     except DataError as error:
         message = str(error)
-    assert (facts is not None and facts.num_probes > 0) or "mutated.json" in message
+    if facts is None:
+        assert "mutated.json" in message
+    else:
+        assert all(any(fact.probes.values()) for fact in facts.facts)

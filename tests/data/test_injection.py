@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from ke_ray.data.facts import load_facts, parse_facts
 from ke_ray.data.injection import injection_records, plan_injections
@@ -14,7 +16,6 @@ from ke_ray.data.injection_schedule import (
     Schedule,
     ScheduledText,
     load_schedule,
-    save_schedule,
     schedule_from_facts,
 )
 from ke_ray.errors import DataError
@@ -225,18 +226,31 @@ def test_the_rule_groups_once_facts_and_cycles_versions() -> None:
     ]
 
 
-@pytest.mark.parametrize("suffix", ["json", "yaml"])
-@pytest.mark.parametrize("steps", [None, {1: 5, 2: 9}])
-def test_a_written_schedule_is_read_back(
-    tmp_path: Path, suffix: str, steps: dict[int, int] | None
+@pytest.mark.parametrize(("key", "steps"), [("injection", None), ("step", {1: 5, 2: 9})])
+def test_json_and_yaml_hold_the_same_schedule(
+    tmp_path: Path, key: str, steps: dict[int, int] | None
 ) -> None:
-    schedule = Schedule(
+    first, second = (steps[1], steps[2]) if steps else (1, 2)
+    value = {
+        "spread": True,
+        "rows": [
+            {key: second, "row": 3, "setting": "paraphrase", "instance": 5, "version": 2},
+            {key: first, "row": 0, "setting": "once", "instance": 0, "version": 0,
+             "text": "Größe: “yes”\n# no"},
+            {key: second, "row": 1, "setting": "paraphrase", "instance": 4, "version": 2,
+             "token_ids": [1, 2, 3]},
+        ],
+    }  # fmt: skip
+    (tmp_path / "schedule.json").write_text(json.dumps(value))
+    (tmp_path / "schedule.yaml").write_text(yaml.safe_dump(value, allow_unicode=True))
+    expected = Schedule(
         (
             ScheduledText(1, 0, "once", 0, 0, text="Größe: “yes”\n# no"),
             ScheduledText(2, 1, "paraphrase", 4, 2, token_ids=(1, 2, 3)),
             ScheduledText(2, 3, "paraphrase", 5, 2),
         ),
         steps,
+        spread=True,
     )
-    save_schedule(schedule, tmp_path / f"schedule.{suffix}")
-    assert load_schedule(tmp_path / f"schedule.{suffix}") == schedule
+    assert load_schedule(tmp_path / "schedule.json") == expected
+    assert load_schedule(tmp_path / "schedule.yaml") == expected

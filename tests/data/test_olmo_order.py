@@ -1,4 +1,4 @@
-"""OLMo's order: ids in, exact tokens out, and no byte more than asked, over real HTTP."""
+"""OLMo's order: ids in, exact tokens out, and no byte more than requested, over real HTTP."""
 
 from __future__ import annotations
 
@@ -16,11 +16,9 @@ import yaml
 from ke_ray.data.corpus import build_corpus
 from ke_ray.data.olmo_order import (
     OlmoSource,
-    count_instances,
     iter_instances,
     read_instances,
     read_olmo_source,
-    read_order,
     rebuild_order,
 )
 from ke_ray.errors import ConfigError, DataError, UserError
@@ -48,7 +46,7 @@ def make_source(parts: list[str], **options: object) -> OlmoSource:
 
 def test_last_partial_chunks_are_dropped_and_ids_run_through_the_parts(tmp_path: Path) -> None:
     parts, instances = make_parts(tmp_path)
-    assert count_instances(make_source(parts)) == len(instances) == 11
+    assert len(read_instances(make_source(parts), num_instances=None)[0]) == len(instances) == 11
     tokens, ids = read_instances(
         make_source(parts, instances=(10, 0, 4, 5, 6, 7, 0)), num_instances=None
     )
@@ -61,7 +59,7 @@ def test_the_rebuilt_order_is_numpys_shuffle_of_uint32(tmp_path: Path) -> None:
     expected = np.arange(11, dtype=np.uint32)
     np.random.Generator(np.random.PCG64(6198 + 2)).shuffle(expected)
     source = make_source(parts, epoch=2)
-    assert read_order(source, None).tolist() == expected.tolist()
+    assert read_instances(source, num_instances=None)[1].tolist() == expected.tolist()
     tokens, ids = read_instances(source, num_instances=6)
     assert ids.tolist() == expected[:6].tolist()
     assert np.array_equal(tokens, instances[expected[:6]])
@@ -84,16 +82,16 @@ def test_an_order_file_is_read_from_first_on(tmp_path: Path) -> None:
     tokens, ids = read_instances(source, num_instances=3)
     assert ids.tolist() == [0, 10, 1]
     assert np.array_equal(tokens, instances[ids])
-    assert read_order(source, None).tolist() == [0, 10, 1, 2, 4]
-    with pytest.raises(DataError, match="holds 5 instances from place 2 on; 6 were asked"):
-        read_order(source, 6)
+    assert read_instances(source, num_instances=None)[1].tolist() == [0, 10, 1, 2, 4]
+    with pytest.raises(DataError, match="6 instances .* holds 5 from position 2"):
+        read_instances(source, num_instances=6)
 
 
 def test_a_corpus_keeps_instance_ids(tmp_path: Path) -> None:
     _, instances = make_parts(tmp_path)
     path = tmp_path / "olmo.yaml"
     path.write_text(yaml.safe_dump({"olmo": {"parts": [f"{tmp_path}/part-*"], "chunk": CHUNK}}))
-    assert read_olmo_source(str(path)) == OlmoSource((f"{tmp_path}/part-*",), chunk=CHUNK)
+    assert read_olmo_source(str(path)) == make_source([f"{tmp_path}/part-*"])
     order = rebuild_order(11)
     corpus = build_corpus("o", str(path), num_instances=4, sequence_length=None, vocab_size=60_000)
     assert corpus.instance_ids is not None
@@ -105,7 +103,7 @@ def test_a_corpus_keeps_instance_ids(tmp_path: Path) -> None:
         build_corpus("o", str(path), num_instances=4, sequence_length=None, vocab_size=3)
     with pytest.raises(DataError, match="1 instance of 1 to 16"):
         build_corpus("o", str(path), num_instances=4, sequence_length=17)
-    with pytest.raises(DataError, match="holds 11 instances from place 0 on; 12 were asked"):
+    with pytest.raises(DataError, match="12 instances .* holds 11 from position 0"):
         build_corpus("o", str(path), num_instances=12, sequence_length=None)
 
 
@@ -114,21 +112,23 @@ def test_an_order_that_does_not_belong_to_the_parts_is_refused(tmp_path: Path) -
     with pytest.raises(DataError, match="names instance 11, but the parts hold 11"):
         read_instances(make_source(parts, instances=(1, 11)), num_instances=None)
     with pytest.raises(DataError, match="There is no"):
-        count_instances(make_source([*parts, f"{tmp_path}/nothing.npy"]))
+        read_instances(make_source([*parts, f"{tmp_path}/nothing.npy"]), num_instances=1)
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"parts": ["a"], "ordre": "b"}, "unknown key 'olmo.ordre'.*'order'"),
-        ({"parts": []}, "'olmo.parts' must be a list"),
-        ({"parts": "a"}, "'olmo.parts' must be a list"),
-        ({"parts": ["a"], "order": 3}, "'olmo.order' must be"),
-        ({"parts": ["a"], "seed": "x"}, "'olmo.seed' is x"),
-        ({"parts": ["a"], "first": -1}, "'olmo.first' is -1"),
-        ({"parts": ["a"], "chunk": 0}, "'olmo.chunk' is 0"),
-        ({"parts": ["a"], "instances": [1, "a"]}, "'olmo.instances' must be"),
-        ([], "expected the one key 'olmo'"),
+        ({"parts": ["a"], "ordre": "b"}, "unknown key 'olmo.ordre'. Did you mean 'order'"),
+        ({"order": "b"}, "'olmo.parts' is missing"),
+        ({"parts": []}, "'olmo.parts': .*at least 1 item"),
+        ({"parts": "a"}, "'olmo.parts': .*given: 'a'"),
+        ({"parts": ["a"], "order": 3}, "'olmo.order': .*string.*given: 3"),
+        ({"parts": ["a"], "seed": "x"}, "'olmo.seed': .*integer.*given: 'x'"),
+        ({"parts": ["a"], "epoch": True}, "'olmo.epoch': .*integer.*given: True"),
+        ({"parts": ["a"], "first": -1}, "'olmo.first': .*equal to 0.*given: -1"),
+        ({"parts": ["a"], "chunk": 0}, "'olmo.chunk': .*equal to 1.*given: 0"),
+        ({"parts": ["a"], "instances": [1, "a"]}, "'olmo.instances.1': .*integer.*given: 'a'"),
+        ([], "'olmo'"),
     ],
 )
 def test_a_wrong_description_is_refused(tmp_path: Path, values: object, message: str) -> None:
@@ -151,7 +151,7 @@ def test_what_is_no_yaml_is_refused(tmp_path: Path) -> None:
 
 @dataclass
 class Served:
-    """A folder behind a real HTTP server, and what was asked of it."""
+    """A folder behind a real HTTP server, and the requests that it got."""
 
     url: str
     body_bytes: int = 0
@@ -179,11 +179,11 @@ def serve(folder: Path, *, with_ranges: bool) -> Iterator[Served]:
                 self.end_headers()
                 return
             data, status = path.read_bytes(), 200
-            asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+            requested = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
             whole = len(data)
             self_range = ""
-            if asked and with_ranges:
-                start, end = int(asked[1]), min(int(asked[2]) + 1, whole)
+            if requested and with_ranges:
+                start, end = int(requested[1]), min(int(requested[2]) + 1, whole)
                 data, status = data[start:end], 206
                 self_range = f"bytes {start}-{end - 1}/{whole}"
             if with_body and served.failures_left:
@@ -224,7 +224,7 @@ def plain_server(tmp_path: Path) -> Iterator[Served]:
     yield from serve(tmp_path, with_ranges=False)
 
 
-def test_exactly_the_bytes_asked_travel_over_http(tmp_path: Path, range_server: Served) -> None:
+def test_only_the_requested_bytes_travel_over_http(tmp_path: Path, range_server: Served) -> None:
     _, instances = make_parts(tmp_path)
     order = np.random.default_rng(1).permutation(11).astype("<u4")
     (tmp_path / "order.bin").write_bytes(order.tobytes())
@@ -241,7 +241,7 @@ def test_exactly_the_bytes_asked_travel_over_http(tmp_path: Path, range_server: 
 
 
 def test_blocks_read_as_they_are_wanted(tmp_path: Path, range_server: Served, monkeypatch) -> None:
-    monkeypatch.setattr("ke_ray.data.olmo_order._RANGES_AT_ONCE", 2)
+    monkeypatch.setattr("ke_ray.data.olmo_order._MAX_RANGES", 2)
     _, instances = make_parts(tmp_path)
     source = make_source([f"{range_server.url}/part-0.npy"], instances=(4, 1, 3))
     blocks = iter_instances(source, num_instances=None)
@@ -262,7 +262,7 @@ def test_a_server_without_ranges_is_refused_after_one_file(
     assert len(plain_server.requests) == 1
 
 
-def test_a_server_that_fails_twice_is_asked_again(
+def test_a_server_that_fails_twice_gets_a_third_request(
     tmp_path: Path, range_server: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ke_ray.data.olmo_order._PAUSES_S", (0.0, 0.01, 0.02))
@@ -275,6 +275,6 @@ def test_a_server_that_fails_twice_is_asked_again(
         read_instances(source, num_instances=None)
 
 
-def test_a_missing_file_on_a_server_is_said(range_server: Served) -> None:
+def test_a_missing_file_on_a_server_is_reported(range_server: Served) -> None:
     with pytest.raises(DataError, match="does not exist or cannot be reached"):
-        count_instances(make_source([f"{range_server.url}/part-0.npy"]))
+        read_instances(make_source([f"{range_server.url}/part-0.npy"]), num_instances=1)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from ke_ray.data.facts import FactSet, load_facts, parse_facts
-from ke_ray.data.probes import build_probes, join_probe, tokenize_probe
+from ke_ray.data.facts import Fact, FactSet, load_facts, parse_facts
+from ke_ray.data.probes import build_probes, join_probe
 from ke_ray.errors import DataError
 
 
@@ -87,24 +87,39 @@ def test_spans_of_all_fictional_knowledge_probes(  # type: ignore[no-untyped-def
         assert len(decoded.strip()) - len(target) <= 2
 
 
-def test_target_tokens_are_exactly_those_that_overlap_the_target(tokenizer) -> None:  # type: ignore[no-untyped-def]
-    context, target = tokenize_probe(tokenizer, "She was born in", "Port Vell")
-    assert tokenizer.decode(list(context)) == "She was born in"
-    assert tokenizer.decode(list(target)) == " Port Vell"
-    context, target = tokenize_probe(tokenizer, 'fans of "', 'Valkyrie" worldwide')
-    assert tokenizer.decode(list(context)) == 'fans of "'
-    assert tokenizer.decode(list(target)) == 'Valkyrie" worldwide'
-    # A token that straddles the seam belongs to the target: “("” and “...” are single tokens.
-    context, target = tokenize_probe(tokenizer, "It is (", '"so")')
-    assert tokenizer.decode(list(context)) == "It is"
-    assert tokenizer.decode(list(target)) == ' ("so")'
+def facts_with_probe(context: str, target: str) -> list[FactSet]:
+    return [FactSet("once", (Fact(("A text.",), {"semantic": ((context, target),)}),))]
 
 
-def test_an_empty_target_or_context_is_one_message(tokenizer) -> None:  # type: ignore[no-untyped-def]
-    with pytest.raises(DataError, match="target of the probe is empty"):
-        tokenize_probe(tokenizer, "She was born in", "  ")
-    with pytest.raises(DataError, match="context of the probe has no token"):
-        tokenize_probe(tokenizer, "", "Port Vell")
+@pytest.mark.parametrize(
+    ("context", "target", "context_tokens", "target_tokens"),
+    [
+        ("She was born in", "Port Vell", "She was born in", " Port Vell"),
+        ('fans of "', 'Valkyrie" worldwide', 'fans of "', 'Valkyrie" worldwide'),
+        # A token that straddles the seam belongs to the target: “ ("” is a single token.
+        ("It is (", '"so")', "It is", ' ("so")'),
+    ],
+)
+def test_target_tokens_are_exactly_those_that_overlap_the_target(  # type: ignore[no-untyped-def]
+    tokenizer, context: str, target: str, context_tokens: str, target_tokens: str
+) -> None:
+    (probe,) = build_probes(facts_with_probe(context, target), tokenizer)
+    assert tokenizer.decode(list(probe.context_ids)) == context_tokens
+    assert tokenizer.decode(list(probe.target_ids)) == target_tokens
+
+
+@pytest.mark.parametrize(
+    ("context", "target", "message"),
+    [
+        ("She was born in", "  ", "target of probe 0 .* fact 0 has no token; give the text"),
+        ("", "Port Vell", "context of probe 0 .* fact 0 has no token of its own; give a context"),
+    ],
+)
+def test_an_empty_target_or_context_is_one_message(  # type: ignore[no-untyped-def]
+    tokenizer, context: str, target: str, message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        build_probes(facts_with_probe(context, target), tokenizer)
 
 
 def test_a_probe_longer_than_the_model_is_named(tokenizer) -> None:  # type: ignore[no-untyped-def]

@@ -98,3 +98,10 @@ def test_whole_corpora_are_known_as_whole():
 def test_items_survive_their_way_to_the_actor(num_actors):
     for item in plan_items(make_works(3, [100, 2048]), num_actors, HERE):
         assert item_from_json(item_to_json(item)) == item
+
+
+@pytest.mark.parametrize("sizes", [None, (3, 1, 6)])
+def test_an_item_travels_with_the_groups_of_its_corpora(sizes):
+    work = CorpusWork("c", ("knowledge_entropy", "gini"), 10, 16, sizes)
+    item = plan_items([CheckpointWork(0, (work,))], 1, 0.0)[0]
+    assert item_from_json(item_to_json(item)) == item

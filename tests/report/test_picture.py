@@ -12,7 +12,10 @@ import synthetic
 from PIL import Image
 
 from ke_ray.errors import ResultsError, UserError
-from ke_ray.report.picture import PALETTE, picture
+from ke_ray.report.charts.theme import PALETTES
+from ke_ray.report.picture import picture
+
+PALETTE = PALETTES["light"]
 
 
 def _coloured(path: Path, colour: str) -> int:

@@ -17,7 +17,8 @@ import pytest
 import synthetic
 
 from ke_ray.errors import UserError
-from ke_ray.report.build import build_report
+from ke_ray.report.build import build_report, sections
+from ke_ray.report.sources import find_results
 
 
 def _built(tmp_path: Path, *results: Path) -> str:
@@ -30,12 +31,17 @@ def _words(page: str) -> str:
     return html.unescape(re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page)))
 
 
-def _numbers(page: str, figure: str) -> dict:
-    """The data embedded in the first panel of a figure."""
+def _numbers(page: str, figure: str, place: int = 0) -> dict[str, list]:
+    """The rows behind a panel of a figure, as columns."""
     part = page[page.index(f'<figure id="{figure}"') :]
-    found = re.search(r'<script type="application/json">(.*?)</script>', part, re.DOTALL)
-    assert found is not None
-    return json.loads(found.group(1))
+    panel = json.loads(re.search(r'<script type="application/json">(.*?)</script>', part, re.S)[1])
+    panel = panel["panels"][place]
+    script = rf'<script type="application/json" id="{panel["rows"]}">(.*?)</script>'
+    columns = json.loads(re.search(script, page, re.S)[1])
+    return {
+        name: [values["names"][at] for at in values["at"]] if "at" in values else values
+        for name, values in columns.items()
+    } | {"headings": panel["columns"]}
 
 
 @pytest.fixture(scope="module")
@@ -59,11 +65,13 @@ def test_every_figure_of_the_demo_is_there(demo_page: str) -> None:
 
 
 def test_the_page_is_whole_and_small(demo_page: str) -> None:
-    assert len(demo_page.encode()) < 6_000_000
-    outside = re.findall(r'(?:src|href)="(?!#|data:)([^"]+)"', demo_page)
+    assert len(demo_page.encode()) < 3_000_000
+    own = re.sub(r"<script>.*?</script>", "", demo_page, flags=re.S)
+    outside = re.findall(r'(?:src|href)="(?!#|data:)([^"]+)"', own)
     assert outside == []
-    assert "@import" not in demo_page
-    assert "url(" not in demo_page
+    assert "@import" not in own
+    assert "url(" not in own
+    assert "<script src" not in demo_page
 
 
 def test_the_numbers_are_those_of_the_files(demo_page: str, demo_folder: Path) -> None:
@@ -74,11 +82,11 @@ def test_the_numbers_are_those_of_the_files(demo_page: str, demo_folder: Path) -
         & table["layer"].isna()
         & (table["corpus"] == "biographies")
     ].sort_values("step")
-    line = data["lines"][0]
-    np.testing.assert_allclose(line["y"], rows["value"], rtol=1e-6)
-    half = (np.array(line["high"]) - np.array(line["low"])) / 2
-    np.testing.assert_allclose(half, 1.96 * rows["stderr"], rtol=0.02)
-    assert data["y"] == "knowledge entropy (nats)"
+    own = [place for place, name in enumerate(data["series"]) if name == "biographies"]
+    value, low, high = (np.array(data[name])[own] for name in ("value", "low", "high"))
+    np.testing.assert_allclose(value, rows["value"], rtol=1e-6)
+    np.testing.assert_allclose((high - low) / 2, 1.96 * rows["stderr"], rtol=0.02)
+    assert data["headings"]["value"] == "knowledge entropy (nats)"
 
 
 def test_commands_fingerprints_and_ceiling_are_told(demo_page: str) -> None:
@@ -87,7 +95,7 @@ def test_commands_fingerprints_and_ceiling_are_told(demo_page: str) -> None:
     assert f"{abs(synthetic.hash_of('biographies')):064x}" in words
     assert "ceiling 4·ln 64 = 16.64 nats" in words
     assert "worker killed by signal 9" in words
-    assert "not asked for ('--measures knowledge_entropy_relu')" in words
+    assert "not requested ('--measures knowledge_entropy_relu')" in words
 
 
 def test_three_stages_get_no_correlation_interval(demo_page: str) -> None:
@@ -123,8 +131,8 @@ def test_an_older_schema_is_shown_with_what_it_has(tmp_path: Path) -> None:
     assert "schema version 0, older than" in words
     assert "has no column stderr, status" in words
     data = _numbers(page, "scan-knowledge-entropy")
-    assert len(data["lines"][0]["y"]) == 2
-    assert data["lines"][0]["low"] == [None, None]
+    assert len(data["value"]) == 2
+    assert data["low"] == [None, None]
 
 
 def test_a_newer_schema_is_shown_with_a_warning(tmp_path: Path) -> None:
@@ -168,8 +176,8 @@ def test_scans_of_the_same_data_are_compared(tmp_path: Path) -> None:
     synthetic.make_scan(tmp_path / "r" / "two", steps=[0, 2], corpora=("a",), seed=1)
     page = _built(tmp_path, tmp_path / "r")
     assert "must not be compared" not in _words(page)
-    names = [line["name"] for line in _numbers(page, "compare-scans")["lines"]]
-    assert names == ["one (a)", "two (a)"]
+    names = dict.fromkeys(_numbers(page, "compare-scans")["series"])
+    assert list(names) == ["one (a)", "two (a)"]
 
 
 def test_one_folder_with_two_data_hashes_is_warned_about(tmp_path: Path) -> None:
@@ -184,17 +192,29 @@ def test_one_folder_with_two_data_hashes_is_warned_about(tmp_path: Path) -> None
 def test_names_from_results_cannot_become_markup(tmp_path: Path) -> None:
     evil = "</script><script>alert(1)</script>"
     scan = synthetic.make_scan(tmp_path / "scan", steps=[0, 1], corpora=("a",), failed=(evil,))
+    entropy = pq.read_table(scan / "entropy.parquet")
+    place = entropy.schema.get_field_index("checkpoint")
+    names = pc.replace_substring(entropy["checkpoint"], "step1", evil)
+    pq.write_table(entropy.set_column(place, "checkpoint", names), scan / "entropy.parquet")
     study = synthetic.make_continual(tmp_path / "continual", steps=(40,), seeds=(0,))
     table = pq.read_table(study / "runs.parquet")
     for name in ("run", "checkpoint"):
         place = table.schema.get_field_index(name)
         table = table.set_column(place, name, pa.array([evil]))
     pq.write_table(table, study / "runs.parquet")
-    assert "<script>alert" not in _built(tmp_path, scan, study)
+    page = _built(tmp_path, scan, study)
+    assert "<script>alert" not in page
+    assert "\\u003c/script>\\u003cscript>alert(1)" in page  # in the rows, as a name
 
 
 def test_table_1_is_overlaid_only_where_the_study_repeats_it(tmp_path: Path) -> None:
-    config = {"checkpoints": "allenai/OLMo-1B-hf", "corpus": "pubmed"}
+    config = {
+        "starts": {"spec": "allenai/OLMo-1B-hf"},
+        "corpus": {"name": "pubmed", "source": "data/pubmed/*.jsonl.gz"},
+        "global_batch_size": 128,
+        "optimizer": {"learning_rate": 4e-4},
+        "epochs": 1,
+    }
     study = synthetic.make_continual(
         tmp_path / "continual", steps=(117850, 738020), seeds=(0,), config=config
     )
@@ -205,9 +225,16 @@ def test_table_1_is_overlaid_only_where_the_study_repeats_it(tmp_path: Path) -> 
     tokens = pa.array([204_800 * 1024] * len(table))
     pq.write_table(table.set_column(place, "num_tokens", tokens), study / "runs.parquet")
     page = _built(tmp_path, study)
-    lines = _numbers(page, "continual-acquisition")["lines"]
-    assert lines[-1]["name"] == "paper, Table 1 (baseline)"
-    assert lines[-1]["y"] == [25.2, 24.8, 21.4, 18.8]
+    data = _numbers(page, "continual-acquisition")
+    assert data["series"][-4:] == ["paper, Table 1 (baseline)"] * 4
+    assert data["value"][-4:] == [25.2, 24.8, 21.4, 18.8]
+    assert "compare the trend over the stages, not the values" in _words(page)
+    manifest = json.loads((study / "manifest.json").read_text())
+    manifest["config"]["optimizer"]["learning_rate"] = 2e-4
+    (study / "manifest.json").write_text(json.dumps(manifest))
+    page = _built(tmp_path, study)
+    assert "no row with batch 128, learning rate 0.0002 and 1 epochs" in _words(page)
+    assert "paper, Table 1" not in page
 
 
 def test_building_imports_neither_torch_nor_ray_nor_mlflow(
@@ -231,14 +258,48 @@ def test_the_original_is_its_own_original_in_the_factor_curve(tmp_path: Path) ->
     trials["acquisition_vs_original"] = trials["acquisition"].where(resuscitated) / 2
     pq.write_table(pa.Table.from_pandas(trials), path)
 
-    page = _built(tmp_path, folder)
-    part = page[page.index('<figure id="sweep-factor-curve"') :].split("</figure>")[0]
+    figure = next(
+        figure
+        for section in sections(find_results([folder]))
+        for figure in section.figures
+        if figure.id == "sweep-factor-curve"
+    )
     with_line = [
-        json.loads(re.search(r'<script type="application/json">(.*?)</script>', panel, re.S)[1])[
-            "y"
-        ]
-        for panel in part.split('class="plots"')[1:]
-        if ">original</text>" in panel
+        panel.key[0] for panel in figure.panels if '"original"' in json.dumps(panel.view.spec())
     ]
-    assert "Acquisition A (%)" in with_line
-    assert "A against the original start (%)" in with_line
+    assert "Acquisition A" in with_line
+    assert "A against the original start" in with_line
+
+
+def test_equal_rows_are_kept_once(demo_page: str) -> None:
+    names = re.findall(r'<script type="application/json" id="(rows-[^"]+)"', demo_page)
+    used = re.findall(r'"rows":"(rows-[^"]+)"', demo_page)
+    assert len(names) == len(set(names))
+    assert set(names) == set(used)
+    assert len(used) > len(names)
+
+
+def test_the_front_is_the_sweeps_own(tmp_path: Path) -> None:
+    folder = synthetic.make_sweep(tmp_path / "sweep")
+    settings = pq.read_table(folder / "settings.parquet").to_pandas()
+    first = settings["point"].iloc[0]
+    pq.write_table(
+        pa.Table.from_pandas(settings.assign(on_front=settings["point"] == first)),
+        folder / "settings.parquet",
+    )
+    data = _numbers(_built(tmp_path, folder), "sweep-pareto")
+    own = settings[settings["metric"] == "acquisition"].set_index("point")
+    front = [place for place, name in enumerate(data["series"]) if name == "Pareto front"]
+    assert [data["point"][place] for place in front] == [first]
+    np.testing.assert_allclose(data["value"], own.loc[data["point"], "value"] * 100, rtol=1e-6)
+    np.testing.assert_allclose(
+        [value or np.nan for value in data["low"]], own.loc[data["point"], "low"] * 100, rtol=1e-6
+    )
+
+
+def test_a_sweep_without_its_settings_says_so(tmp_path: Path) -> None:
+    folder = synthetic.make_sweep(tmp_path / "sweep")
+    (folder / "settings.parquet").unlink()
+    page = _built(tmp_path, folder)
+    assert "Pareto front: needs a settings.parquet" in _words(page)
+    assert '<figure id="sweep-pareto"' not in page

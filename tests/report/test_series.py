@@ -13,7 +13,7 @@ from rich.console import Console
 
 from ke_ray import storage
 from ke_ray.report import series
-from ke_ray.report.scan_figures import scan_figures
+from ke_ray.report.charts.scan import scan_figures
 from ke_ray.report.sources import find_results
 from ke_ray.report.terminal import print_results
 

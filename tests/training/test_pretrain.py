@@ -97,7 +97,7 @@ def test_a_killed_pretraining_goes_on_and_ends_alike(tmp_path: Path, series: Pat
 
 def test_a_corpus_below_one_batch_is_refused_before_training(tmp_path: Path) -> None:
     study = tiny_pretrain(tmp_path, global_batch_size=512)
-    with pytest.raises(DataError, match="a batch of 512 rows was asked of"):
+    with pytest.raises(DataError, match="has 512 rows, but"):
         run_pretrain(study)
     assert not (tmp_path / "checkpoints").exists()
     # The same folder with other data starts from nothing: no tokenizer of the first attempt.

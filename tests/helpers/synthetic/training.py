@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 
+from ke_ray.results.sweep_folder import settings_rows, settings_table
 from synthetic.files import manifest, write
 
 LEVELS = {"memorization": 0.0, "semantic": -0.6, "compositional": -1.0}
@@ -200,6 +202,7 @@ def make_sweep(folder: Path, *, failed: int = 1) -> Path:
             rows.append(
                 {
                     "trial_id": f"t{number:02d}s{seed}",
+                    "point": number,
                     "status": "ok",
                     "error": None,
                     "resuscitate.ratio": ratio,
@@ -215,10 +218,19 @@ def make_sweep(folder: Path, *, failed: int = 1) -> Path:
                 }
             )
     rows += [
-        {"trial_id": f"x{i}", "status": "failed", "error": "worker killed by signal 9"}
+        {
+            "trial_id": f"x{i}",
+            "point": len(settings) + i,
+            "status": "failed",
+            "error": "worker killed by signal 9",
+        }
         for i in range(failed)
     ]
     write(folder / "trials.parquet", rows)
+    swept = ("resuscitate.ratio", "resuscitate.factor", "control")
+    points = [{**row, "params": {key: row.get(key) for key in swept}} for row in rows]
+    objectives = [("acquisition", "maximize"), ("forgetting", "minimize")]
+    pq.write_table(settings_table(settings_rows(points, objectives)), folder / "settings.parquet")
     manifest(folder, "sweep", search={"method": "grid"}, objectives={"acquisition": "max"})
     return folder
 

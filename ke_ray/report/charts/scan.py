@@ -1,0 +1,418 @@
+"""Figures of one scan: entropies over pretraining, layers, distributions, concentration."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ke_ray.report import series
+from ke_ray.report.charts.figure import Figure, Panel, Plot, TextTable, figure_of
+from ke_ray.report.charts.plot import Rule, X, heat_map, series_plot
+from ke_ray.report.sources import Result
+
+__all__ = [
+    "axes",
+    "band_caption",
+    "duplicates",
+    "failures",
+    "fingerprints",
+    "layer_rows",
+    "measure_axis",
+    "measure_rows",
+    "scan_figures",
+    "x_title",
+]
+
+_ENTROPIES = {  # measure -> where the paper shows it
+    "knowledge_entropy": "Fig. 2, A.2",
+    "knowledge_entropy_relu": "A.2",
+    "attention_entropy": "Fig. 3",
+    "next_token_entropy": "A.4",
+}
+_Z = 1.96  # standard errors of a 95 % interval
+_CHECKPOINT = {"checkpoint": "checkpoint"}
+
+
+def x_title(scan: Result) -> str:
+    """What the x axis of a scan counts."""
+    return "pretraining step" if series.has_steps(scan) else "checkpoint (place in the list)"
+
+
+def measure_axis(measure: str) -> tuple[str, str]:
+    """(title of a measure, title of its axis with the unit)."""
+    title, unit = series.MEASURE_TITLES.get(measure, (measure, ""))
+    return title, f"{title.lower()} ({unit})" if unit else title.lower()
+
+
+def axes(scan: Result) -> dict[str, X]:
+    """Choice -> horizontal axis: steps and tokens, each linear and logarithmic where that helps."""
+    order = _with_tokens(scan, series.checkpoints(scan))
+    made = {"linear steps": X("x", x_title(scan))}
+    if series.has_steps(scan) and _spread(order["x"]):
+        made["log steps"] = X("x", x_title(scan), log=True)
+    if "tokens" in order:
+        made["tokens"] = X("tokens", "pretraining tokens")
+        if _spread(order["tokens"]):
+            made["log tokens"] = X("tokens", "pretraining tokens", log=True)
+    return made
+
+
+def _spread(values: pd.Series) -> bool:
+    """Whether a logarithmic axis is worth offering: three values over a factor of ten."""
+    positive = values[values > 0]
+    return len(positive) > 2 and positive.max() / positive.min() >= 10
+
+
+def _with_tokens(scan: Result, rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows with ``tokens``, where the manifest tells those of every checkpoint."""
+    entries = scan.manifest.get("checkpoints")
+    known = {
+        entry.get("name"): entry.get("pretraining_tokens")
+        for entry in (entries if isinstance(entries, list) else [])
+        if isinstance(entry, dict)
+    }
+    tokens = pd.to_numeric(rows["checkpoint"].map(known), errors="coerce")
+    return rows.assign(tokens=tokens) if len(tokens) and tokens.notna().all() else rows
+
+
+def fingerprints(scan: Result) -> list[tuple[str, str]]:
+    """(what, sha256) of the data and of the weights of the first and the last checkpoint."""
+    table = scan.table("entropy")
+    if table.empty:
+        return []
+    good = table[table["status"] == "ok"]
+    hashes: list[tuple[str, str]] = []
+    for corpus in series.corpora(scan):
+        values = good.loc[good["corpus"] == corpus, "data_sha256"].dropna().unique()
+        hashes += [(f"data {corpus}", str(value)) for value in values]
+    order = series.checkpoints(scan)["checkpoint"]
+    for name in dict.fromkeys([*order[:1], *order[-1:]]):
+        values = good.loc[good["checkpoint"] == name, "weights_sha256"].dropna().unique()
+        hashes += [(f"weights {name}", str(value)) for value in values]
+    return hashes
+
+
+def measure_rows(
+    scan: Result, measure: str, values: Callable[..., pd.DataFrame] = series.totals
+) -> pd.DataFrame:
+    """One row per curve, corpus and checkpoint, with 95 % intervals.
+
+    ``values`` is ``series.totals``, or ``series.paired_change`` for changes.
+    """
+    parts = []
+    for label, curve in series.curves(scan):
+        for corpus in series.corpora(curve):
+            rows = values(curve, measure, corpus)
+            error = _Z * rows["stderr"]
+            ends = {"low": rows["value"] - error, "high": rows["value"] + error}
+            name = f"{label}: {corpus}" if label else corpus
+            parts.append(_with_tokens(scan, rows.assign(series=name, corpus=corpus, **ends)))
+    return pd.concat(parts, ignore_index=True)
+
+
+def split_caption(scan: Result) -> str:
+    """What a caption says where the scan is of several curves."""
+    labels = [label for label, _ in series.curves(scan)]
+    if len(labels) < 2:
+        return ""
+    return (
+        f" {len(labels)} curves, since architectures, sizes or stages differ ("
+        + "; ".join(labels)
+        + "): each has its own steps and its own first checkpoint."
+    )
+
+
+def _ceilings(scan: Result) -> dict[series.Ceiling, str]:
+    """The largest possible knowledge entropies, each with the label of a curve that has it."""
+    bounds = ((series.ceiling(curve), label) for label, curve in series.curves(scan))
+    return {bound: label for bound, label in bounds if bound is not None}
+
+
+def band_caption(rows: pd.DataFrame, errors: str) -> str:
+    """What the bands are, where any is drawn: rows with an interval of some width."""
+    known = (rows["low"] < rows["value"]).groupby(rows["series"]).any()
+    if not known.any():
+        return "No error band: the results hold no error of this."
+    return f"Bands: ±1.96 {errors}" + ("." if known.all() else ", where there are any.")
+
+
+def scan_figures(scan: Result, prefix: str) -> list[Figure]:
+    """All figures that this scan's files can fill, in reading order."""
+    held = series.measures(scan)
+    if not held:
+        return []
+    hashes = fingerprints(scan)
+
+    def figure(name: str, **parts: object) -> Figure:
+        return figure_of(scan, prefix, name, fingerprints=hashes, **parts)
+
+    return [
+        *(_over_steps(scan, name, figure) for name in held if name in _ENTROPIES),
+        _changes(scan, held, figure),
+        *_by_curve(scan, figure),
+        *(_over_steps(scan, name, figure) for name in held if name not in _ENTROPIES),
+    ]
+
+
+def _by_curve(scan: Result, figure: Callable[..., Figure]) -> list[Figure]:
+    """The figures that a scan has once per curve."""
+    curves = series.curves(scan)
+    figures: list[Figure] = []
+    for number, (label, curve) in enumerate(curves, 1):
+        own = functools.partial(_figure_of_curve, figure, number, label)
+        make = figure if len(curves) == 1 else own
+        figures += _layers(curve, series.measures(curve), make)
+        figures += _distributions(curve, make)
+    return figures
+
+
+def _figure_of_curve(
+    figure: Callable[..., Figure], number: int, label: str, name: str, *, title: str, **parts: Any
+) -> Figure:
+    return figure(f"{number}-{name}", title=f"{title}: {label}", **parts)
+
+
+def measure_plot(scan: Result, measure: str, x: X, *, interactive: bool = True) -> Plot:
+    """The model-wide value of a measure, one line per curve and corpus."""
+    rows = measure_rows(scan, measure)
+    rules = []
+    if measure == "knowledge_entropy" and len(rows):
+        span = max(float(np.ptp(rows["value"])), 1e-9)
+        rules = [
+            Rule("y", bound.nats, str(bound))
+            for bound in _ceilings(scan)
+            if 0 <= bound.nats - rows["value"].max() <= 2 * span
+        ]
+    return series_plot(
+        rows,
+        x,
+        measure_axis(measure)[1],
+        columns=_CHECKPOINT,
+        rules=rules,
+        interactive=interactive,
+    )
+
+
+def _over_steps(scan: Result, measure: str, figure: Callable[..., Figure]) -> Figure:
+    choices = axes(scan)
+    panels = [
+        Panel((choice,) if len(choices) > 1 else (), measure_plot(scan, measure, x))
+        for choice, x in choices.items()
+    ]
+    caption = band_caption(
+        measure_rows(scan, measure), "jackknife standard errors over groups of instances"
+    )
+    caption += split_caption(scan)
+    bounds = _ceilings(scan)
+    if measure == "knowledge_entropy" and bounds:
+        shown = (f"{b} ({label})" if len(bounds) > 1 else str(b) for b, label in bounds.items())
+        caption += f" Largest possible value: {'; '.join(shown)}."
+    if measure in ("participation_ratio", "gini", "top_k_mass", "dormant_share"):
+        caption += " Mean over layers."
+    elif measure in series.MEASURE_TITLES and measure != "next_token_entropy":
+        caption += " Sum over layers."
+    if measure == "top_k_mass":
+        share = series.setting(scan, "top_k_fraction")
+        caption += f" Largest {100 * share:.3g} % of a layer's memories." if share else ""
+    if measure == "dormant_share":
+        tau = series.setting(scan, "dormant_threshold")
+        caption += f" Share with C̄ ≤ τ · layer mean, τ = {tau:.3g}." if tau is not None else ""
+    return figure(
+        measure.replace("_", "-"),
+        title=measure_axis(measure)[0],
+        caption=caption,
+        paper=_ENTROPIES.get(measure, ""),
+        panels=panels,
+        controls=("x axis",) if len(choices) > 1 else (),
+    )
+
+
+def _changes(scan: Result, held: list[str], figure: Callable[..., Figure]) -> Figure:
+    panels, drawn = [], []
+    for measure in held:
+        rows = measure_rows(scan, measure, series.paired_change)
+        if rows.empty:
+            continue
+        title, axis = measure_axis(measure)
+        drawn.append(rows.assign(series=rows["series"] + measure)[rows["x"] != rows["x"].min()])
+        plot = series_plot(
+            rows,
+            X("x", x_title(scan)),
+            f"change of {axis}",
+            columns=_CHECKPOINT,
+            rules=[Rule("y", 0.0)],
+        )
+        panels.append(Panel((title,), plot))
+    return figure(
+        "changes",
+        title="Change since the first checkpoint",
+        caption=band_caption(
+            pd.concat(drawn),
+            "paired jackknife standard errors (the difference itself is jackknifed, since both "
+            "checkpoints saw the same instances)",
+        )
+        + split_caption(scan),
+        paper="Fig. 7",
+        panels=panels,
+        controls=("measure",),
+    )
+
+
+def layer_rows(scan: Result, measure: str, corpus: str) -> pd.DataFrame:
+    """One row per layer and checkpoint: [checkpoint, x, layer, value, change, …]."""
+    order, matrix = series.layer_matrix(scan, measure, corpus)
+    if not matrix.size:
+        return pd.DataFrame(columns=["checkpoint", "x", "layer", "value", "change"])
+    rows = pd.concat([order] * len(matrix), ignore_index=True)
+    return rows.assign(
+        at=rows["x"].map("{:g}".format),
+        layer=np.repeat(np.arange(len(matrix)), len(order)),
+        value=matrix.ravel(),
+        change=(matrix - matrix[:, :1]).ravel(),
+        mark="line",  # one table of rows for curves and maps
+    ).drop(columns="step")
+
+
+def _layers(scan: Result, held: list[str], figure: Callable[..., Figure]) -> list[Figure]:
+    curves: list[Panel] = []
+    maps: list[Panel] = []
+    x = X("x", x_title(scan))
+    for measure in held:
+        title, unit = series.MEASURE_TITLES.get(measure, (measure, ""))
+        for corpus in series.corpora(scan):
+            rows = layer_rows(scan, measure, corpus)
+            if rows.empty:
+                continue
+            axis = f"{title.lower()} of a layer" + (f" ({unit})" if unit else "")
+            plot = series_plot(rows, x, axis, columns=_CHECKPOINT, colour="layer", spread="layer")
+            curves.append(Panel((title, corpus), plot))
+            for shown in ("change", "value"):
+                plot = heat_map(
+                    rows,
+                    X("at", x.title),
+                    X("layer", "layer"),
+                    unit,
+                    value=shown,
+                    diverging=shown == "change",
+                    columns=_CHECKPOINT,
+                )
+                name = "change since the first checkpoint" if shown == "change" else shown
+                maps.append(Panel((title, corpus, name), plot))
+    if not curves:
+        return []
+    return [
+        figure(
+            "layers",
+            title="Layer by layer over pretraining",
+            caption="One line per layer, from the first (blue) to the last (ochre).",
+            paper="Fig. 8",
+            panels=curves,
+            controls=("measure", "corpus"),
+        ),
+        figure(
+            "layer-map",
+            title="Layer × checkpoint",
+            caption="Columns are checkpoints in order, not to the scale of steps.",
+            paper="Fig. 8",
+            panels=maps,
+            controls=("measure", "corpus", "shown"),
+        ),
+    ]
+
+
+def _distributions(scan: Result, figure: Callable[..., Figure]) -> list[Figure]:
+    """Histograms of s = C̄ / layer mean at three checkpoints, by layer and pooled."""
+    order = series.checkpoints(scan)["checkpoint"].to_list()
+    chosen = list(dict.fromkeys([*order[:1], *order[len(order) // 2 :][:1], *order[-1:]]))
+    arrays = {name: series.coefficients(scan, name) for name in chosen}
+    shares = {
+        name: array / np.maximum(array.mean(axis=1, keepdims=True), 1e-30)
+        for name, array in arrays.items()
+        if array is not None and array.size
+    }
+    if not shares:
+        return []
+    tau = series.setting(scan, "dormant_threshold")
+    rules = [Rule("x", math.log10(tau), f"τ = {tau:g}")] if tau else []
+    histograms, lorenz = [], []
+    n_layers = min(len(array) for array in shares.values())
+    for choice in ("all layers", *(f"layer {layer}" for layer in range(n_layers))):
+        layers = slice(None) if choice == "all layers" else [int(choice.split()[-1])]
+        plot = series_plot(
+            pd.concat([_histogram(array[layers], name) for name, array in shares.items()]),
+            X("s", "log₁₀ of C̄ / layer mean"),
+            "share of memories (%)",
+            rules=rules,
+        )
+        histograms.append(Panel((choice,), plot))
+        plot = series_plot(
+            pd.concat([_mass(array[layers], name) for name, array in shares.items()]),
+            X("memories", "largest memories (% of all)"),
+            "share of total C̄ (%)",
+            y_from=0.0,
+        )
+        lorenz.append(Panel((choice,), plot))
+    stages, corpus = ", ".join(shares), series.corpora(scan)[0]
+    return [
+        figure(
+            "distribution",
+            title="Distribution of memory coefficients",
+            caption="Histograms of mean |coefficient| relative to its layer's mean, at "
+            f"{stages}, on {corpus}. Values beyond the axis are counted in the outermost bins.",
+            panels=histograms,
+            controls=("layers",),
+        ),
+        figure(
+            "mass",
+            title="How few memories carry the mass",
+            caption=f"Share of a layer's total coefficient held by its largest memories, at "
+            f"{stages}, on {corpus}; several layers are averaged. A straight line would be an even "
+            "spread.",
+            panels=lorenz,
+            controls=("layers",),
+        ),
+    ]
+
+
+def _histogram(shares: np.ndarray, name: str) -> pd.DataFrame:
+    edges = np.linspace(-3.0, 2.0, 51)
+    logs = np.log10(np.clip(shares.ravel(), 1e-3, 1e2))
+    density = np.histogram(logs, edges)[0] / logs.size * 100
+    centres = (edges[1:] + edges[:-1]) / 2
+    return pd.DataFrame({"series": name, "s": centres.round(6), "value": density})
+
+
+def _mass(shares: np.ndarray, name: str) -> pd.DataFrame:
+    """Cumulative share of the mass over the share of the memories, from the largest down."""
+    largest = np.sort(shares, axis=1)[:, ::-1]
+    total = np.maximum(largest.sum(axis=1, keepdims=True), 1e-30)
+    cumulative = (largest.cumsum(axis=1) / total).mean(axis=0) * 100
+    m = cumulative.size
+    at = np.unique(np.geomspace(1, m, 60).round().astype(int))
+    return pd.DataFrame({"series": name, "memories": at / m * 100, "value": cumulative[at - 1]})
+
+
+def failures(scan: Result) -> TextTable:
+    """Checkpoints that could not be scored."""
+    rows = series.failed(scan)
+    return TextTable(
+        ("checkpoint", "corpus", "error"),
+        [
+            [row["checkpoint"], row["corpus"] or "–", row["error"] or "no reason recorded"]
+            for row in rows.to_dict("records")
+        ],
+    )
+
+
+def duplicates(scan: Result) -> TextTable:
+    """Checkpoints whose weights are those of another."""
+    table = scan.table("entropy")
+    if table.empty:
+        return TextTable(("checkpoint", "same weights as"), [])
+    rows = table.loc[table["duplicate_of"].notna(), ["checkpoint", "duplicate_of"]]
+    return TextTable(("checkpoint", "same weights as"), rows.drop_duplicates().to_numpy().tolist())
