@@ -56,8 +56,8 @@ def score(instances: int, sequence: int, layers: int, rounds: int) -> dict[str, 
     """One size, in this process."""
     import torch
 
+    from ke_ray.core.measures import DEFAULT_MEASURES
     from ke_ray.models.scoring import score_instances
-    from ke_ray.studies.scan import DEFAULT_MEASURES
 
     torch.set_num_threads(2)
     torch.manual_seed(0)

@@ -156,10 +156,9 @@ def run_loop(number: int) -> dict[str, float]:
     import torch
 
     from ke_ray.checkpoints.formats.fingerprint import weights_sha256
-    from ke_ray.core.measures import evaluate
+    from ke_ray.core.measures import DEFAULT_MEASURES, evaluate
     from ke_ray.models.loading import load_model
     from ke_ray.models.scoring import score_instances
-    from ke_ray.studies.scan import DEFAULT_MEASURES
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as root:
@@ -188,8 +187,8 @@ def run_folding(number: int) -> dict[str, float]:
     import psutil
     import pyarrow as pa
 
+    from ke_ray.core.measures import DEFAULT_MEASURES
     from ke_ray.results.scan_folder import REPLICATES_SCHEMA, ScanFolder
-    from ke_ray.studies.scan import DEFAULT_MEASURES
 
     rng = np.random.default_rng(0)
     places = [(layer, m) for layer in (None, *range(16)) for m in DEFAULT_MEASURES]
@@ -228,9 +227,9 @@ def measure_times() -> dict[str, float]:
     import torch
     from transformers import OlmoForCausalLM
 
+    from ke_ray.core.measures import DEFAULT_MEASURES
     from ke_ray.models.loading import load_model
     from ke_ray.models.scoring import score_instances
-    from ke_ray.studies.scan import DEFAULT_MEASURES
 
     with tempfile.TemporaryDirectory() as root:
         with torch.device("meta"):

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ke_ray.config import load_study, parse_yaml
-from ke_ray.core.measures import MEASURES
+from ke_ray.config import load_study
 from ke_ray.errors import ConfigError, UserError
-from ke_ray.studies.scan import ALL_MEASURES, ScanStudy
+from ke_ray.storage.safe_yaml import parse_yaml
+from ke_ray.studies.scan import ScanStudy
 
 STUDY = """
 kind: scan
@@ -23,10 +23,6 @@ def write(tmp_path, text):
     path = tmp_path / "study.yaml"
     path.write_text(text)
     return path
-
-
-def test_measures_are_those_of_core():
-    assert tuple(MEASURES) == ALL_MEASURES
 
 
 def test_exponents_without_a_point_are_numbers():

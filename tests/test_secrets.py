@@ -12,10 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from ke_ray.checkpoints.fetch.transfer import download
-from ke_ray.checkpoints.fetch.transfer import redact as redact_url
 from ke_ray.checkpoints.find.catalog import list_checkpoints
 from ke_ray.checkpoints.reference import CheckpointRef
+from ke_ray.checkpoints.transfer import download, public_url
 from ke_ray.cli import main
 from ke_ray.errors import CheckpointError, ConfigError, KeRayError
 from ke_ray.secrets import RedactingFormatter, redact
@@ -42,7 +41,7 @@ def test_nested_values_and_malformed_addresses() -> None:
     given = {"a": ["https://u:pw@h/x", 3, None], "b": {"c": ("hf_abcdefgh12",)}}
     assert "pw" not in str(redact(given))
     assert redact(given)["a"][1:] == [3, None]
-    assert "pw" not in redact_url("http://u:pw@[")
+    assert "pw" not in public_url("http://u:pw@[")
 
 
 def test_messages_hold_neither_passwords_nor_control_characters() -> None:

@@ -1,10 +1,11 @@
 """The Hugging Face Hub: revisions, files with their sha256, downloads.
 
-Listing uses two endpoints, ``/refs`` (one call) and ``/tree/<commit>`` (one call a revision, a
-few at a time), so that checkpoints with the same weights are found before any download. Every
-call has a timeout; a rate limit is answered by waiting as long as the Hub says, all calls
-together. A token is taken from where huggingface_hub finds it (``HF_TOKEN``) and only ever put
-into a request header.
+Listing uses two endpoints, ``/refs`` (one call) and ``/tree/<commit>`` (one call per revision, a
+few at a time), so that checkpoints with the same weights are recognised before any download. Every
+call has a timeout. When the Hub limits the rate, all calls wait as long as it says. A token is
+taken from where huggingface_hub finds it (``HF_TOKEN``) and only ever put into a request header.
+
+``find`` lists and inspects revisions, ``fetch`` downloads their files; both use this client.
 """
 
 from __future__ import annotations
@@ -17,15 +18,19 @@ import time
 import urllib.parse
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ke_ray.checkpoints.fetch.transfer import RetryPolicy, call_within, is_disk_error
 from ke_ray.checkpoints.formats.layout import Layout, layout_of
+from ke_ray.checkpoints.transfer import (
+    RETRIED_STATUSES,
+    Retries,
+    RetryPolicy,
+    call_within,
+    is_disk_error,
+)
 from ke_ray.errors import CheckpointError, CheckpointSpecError, nearest
-
-__all__ = ["HubFile", "HubRevision", "download_files", "inspect_revisions", "list_revisions"]
 
 _LIST_POLICY = RetryPolicy(attempts=4, backoff_s=0.5, max_retry_after_s=330.0, timeout_s=10.0)
 _FIRST_ANSWER_S = 15.0
@@ -61,8 +66,8 @@ class HubRevision:
     def size_bytes(self) -> int:
         """Bytes to fetch."""
         layout = self.layout
-        wanted = set(layout.files) if layout else set()
-        return sum(file.size_bytes for file in self.files if file.name in wanted)
+        names = set(layout.files) if layout else set()
+        return sum(file.size_bytes for file in self.files if file.name in names)
 
     @property
     def weights_fingerprint(self) -> str | None:
@@ -83,20 +88,20 @@ def list_revisions(repo: str, *, endpoint: str | None = None) -> list[HubRevisio
     """All branches and tags of a model repository, without their files.
 
     Raises:
-        CheckpointSpecError: no such repository, no access, or no network (said within 20 s).
+        CheckpointSpecError: no such repository, no access, or no network (raised within 20 s).
     """
     base = endpoint_url(endpoint)
     api = _Api(base)
     url = f"{base}/api/models/{urllib.parse.quote(repo)}/refs"
     try:
-        answer = call_within(_FIRST_ANSWER_S, lambda: api.get(url, attempts=2))
+        response = call_within(_FIRST_ANSWER_S, lambda: api.get(url, attempts=2))
     except Exception as error:
         raise CheckpointSpecError(_explain(error, repo, None, base)) from error
-    found: dict[str, HubRevision] = {}
+    revisions: dict[str, HubRevision] = {}
     for group in ("branches", "tags"):
-        for item in answer.get(group) or []:
-            found.setdefault(item["name"], HubRevision(item["name"], item["targetCommit"]))
-    return list(found.values())
+        for item in response.get(group) or []:
+            revisions.setdefault(item["name"], HubRevision(item["name"], item["targetCommit"]))
+    return list(revisions.values())
 
 
 def find_revision(repo: str, name: str, *, endpoint: str | None = None) -> HubRevision:
@@ -105,21 +110,21 @@ def find_revision(repo: str, name: str, *, endpoint: str | None = None) -> HubRe
     Raises:
         CheckpointSpecError: there is none; the nearest name is offered.
     """
-    known = {revision.name: revision for revision in list_revisions(repo, endpoint=endpoint)}
-    if name in known:
-        return known[name]
+    revisions = {revision.name: revision for revision in list_revisions(repo, endpoint=endpoint)}
+    if name in revisions:
+        return revisions[name]
     if _COMMIT.fullmatch(name):
         return HubRevision(name, name)
     raise CheckpointSpecError(
-        f"'{repo}' has no revision '{name}' among its {len(known)}.{nearest(name, known)} "
-        "`ke-ray checkpoints` lists them."
+        f"'{repo}' has no revision '{name}' among its {len(revisions)}."
+        f"{nearest(name, revisions)} `ke-ray checkpoints` lists them."
     )
 
 
 def inspect_revisions(
     repo: str, revisions: Iterable[HubRevision], *, endpoint: str | None = None
 ) -> list[HubRevision]:
-    """The same revisions with their files; one request each, a few at a time.
+    """The same revisions with their files: one request per revision, a few at a time.
 
     Raises:
         CheckpointSpecError: the Hub refused or could not be reached.
@@ -169,7 +174,7 @@ def download_files(
             )
 
         try:
-            _retried(fetch, policy)
+            _with_retries(fetch, policy)
         except Exception as error:
             if is_disk_error(error):
                 raise
@@ -189,12 +194,12 @@ class _Api:
 
     def get_pages(self, url: str) -> list[dict[str, Any]]:
         entries: list[dict[str, Any]] = []
-        following: str | None = url
-        while following and len(entries) < 100_000:
-            response = self._response(following, None)
+        page: str | None = url
+        while page and len(entries) < 100_000:
+            response = self._response(page, None)
             entries += response.json()
-            following = (response.links or {}).get("next", {}).get("url")
-            if following and not following.startswith(f"{self._base}/"):
+            page = (response.links or {}).get("next", {}).get("url")
+            if page and not page.startswith(f"{self._base}/"):
                 break  # never carry the token to another host
         return entries
 
@@ -211,49 +216,46 @@ class _Api:
             hf_raise_for_status(response)
             return response
 
-        return _retried(request, _LIST_POLICY, attempts=attempts, on_wait=self._hold)
+        policy = replace(_LIST_POLICY, attempts=attempts or _LIST_POLICY.attempts)
+        return _with_retries(request, policy, on_rate_limit=self._postpone)
 
-    def _hold(self, pause_s: float) -> None:
+    def _postpone(self, pause_s: float) -> None:
         with self._lock:
             self._not_before = max(self._not_before, time.monotonic() + pause_s)
 
 
-def _retried(
+def _with_retries(
     call: Callable[[], T],
     policy: RetryPolicy,
     *,
-    attempts: int | None = None,
-    on_wait: Callable[[float], None] | None = None,
+    on_rate_limit: Callable[[float], None] | None = None,
 ) -> T:
-    failures = 0
+    retries = Retries(policy)
     while True:
         try:
             return call()
         except Exception as error:
-            failures += 1
             status = _status(error)
-            final = status is not None and status not in (408, 425, 429, 500, 502, 503, 504)
+            final = status is not None and status not in RETRIED_STATUSES
             final = final or type(error).__name__ == "OfflineModeIsEnabled" or is_disk_error(error)
-            if final or failures >= (attempts or policy.attempts):
+            retry_after_s = _retry_after_s(error)
+            if not final and retry_after_s is not None and on_rate_limit is not None:
+                on_rate_limit(policy.pause_s(1, retry_after_s))
+            if not retries.wait(retry_after_s, final=final):
                 raise
-            after = _wait_asked(error)
-            pause = policy.pause_s(failures, after)
-            if after is not None and on_wait is not None:
-                on_wait(pause)
-            time.sleep(pause)
 
 
 def _status(error: BaseException) -> int | None:
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
-def _wait_asked(error: BaseException) -> float | None:
+def _retry_after_s(error: BaseException) -> float | None:
     headers = getattr(getattr(error, "response", None), "headers", None) or {}
     if value := headers.get("Retry-After"):
         return float(value) if str(value).isdigit() and len(str(value)) < 10 else None
     # The Hub's own form: ratelimit: "api";r=0;t=55
-    found = re.search(r";\s*r=0;\s*t=([0-9]{1,6})", headers.get("ratelimit") or "")
-    return float(found.group(1)) + 1 if found else None
+    match = re.search(r";\s*r=0;\s*t=([0-9]{1,6})", headers.get("ratelimit") or "")
+    return float(match.group(1)) + 1 if match else None
 
 
 def _file(entry: dict[str, Any]) -> HubFile:

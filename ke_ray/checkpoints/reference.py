@@ -1,4 +1,4 @@
-"""One checkpoint of a series: where it lies and what its name says about it."""
+"""A reference to one checkpoint of a series: its location, and what its name tells."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class CheckpointRef:
 
     @property
     def is_local(self) -> bool:
-        """Whether it can be loaded where it lies."""
+        """Whether it can be loaded from its location."""
         return self.format != "hub" and is_local(self.location)
 
     @property
@@ -65,7 +65,7 @@ class CheckpointRef:
 
     @property
     def label(self) -> str:
-        """What a message calls it: location (no password) and, on the Hub, revision."""
+        """Its name in messages: location (no password) and, on the Hub, revision."""
         return f"{self.location}@{self.revision}" if self.revision else redact(self.location)
 
 

@@ -35,16 +35,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = [
-    "NUM_GROUPS",
-    "cut_document_factor",
-    "document_groups",
-    "group_of",
-    "group_sizes",
-    "paired_difference",
-    "standard_error",
-]
-
 NUM_GROUPS = 64
 _LEAST_WORTH = 10.0  # equal groups; an error from fewer is worth less than one of cut documents
 
@@ -95,10 +85,10 @@ def document_groups(first: npt.ArrayLike, last: npt.ArrayLike) -> npt.NDArray[np
     allowed = np.flatnonzero(begins[1:] > ends[:-1]) + 1
     if not allowed.size:
         return equal
-    wanted = np.cumsum(equal)[:-1]
-    above = np.searchsorted(allowed, wanted).clip(max=allowed.size - 1)
+    ideal = np.cumsum(equal)[:-1]
+    above = np.searchsorted(allowed, ideal).clip(max=allowed.size - 1)
     below = (above - 1).clip(min=0)
-    nearer = np.abs(allowed[below] - wanted) <= np.abs(allowed[above] - wanted)
+    nearer = np.abs(allowed[below] - ideal) <= np.abs(allowed[above] - ideal)
     bounds = np.unique(np.where(nearer, allowed[below], allowed[above]))
     sizes = np.diff(np.concatenate([[0], bounds, [len(begins)]])).astype(np.int64)
     worth = len(begins) ** 2 / float((sizes**2).sum())

@@ -6,16 +6,8 @@ from the latter (`jackknife`), and they are kept, so that differences between ch
 same data get paired errors. The dormant share has neither: it counts memories on one side of a
 threshold, and the jackknife of a count is 2 to 3 times too large.
 
-    measure                sums               total over layers   unit
-    knowledge_entropy      coefficients       sum                 nats       Eq. 2
-    knowledge_entropy_relu coefficients_relu  sum                 nats       A.2
-    attention_entropy      attention_entropy  sum                 nats       Eq. 3
-    next_token_entropy     next_token_entropy the only value      nats       A.4
-    effective_memories     coefficients       sum                 memories   exp(H)
-    participation_ratio    coefficients       mean                fraction   `concentration`
-    gini                   coefficients       mean                fraction
-    top_k_mass             coefficients       mean                fraction
-    dormant_share          coefficients       mean                fraction
+A measure is declared once, in `MEASURES`. Study files, figures and the table in
+``docs/results.md`` derive from there. `register` adds a measure of your own.
 
 Equations: arXiv 2410.01380. This module imports torch only when it evaluates, so that names and
 units can be checked cheaply.
@@ -25,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -38,54 +31,168 @@ if TYPE_CHECKING:
 
     from ke_ray.core.statistics import GroupSums
 
-__all__ = [
-    "MEASURES",
-    "MEASURE_VERSION",
-    "Evaluation",
-    "Measure",
-    "MeasureRow",
-    "check_measures",
-    "evaluate",
-    "required_sums",
-]
-
 MEASURE_VERSION = 1
 """Raised when a definition changes, so that results of two definitions are never mixed."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Measure:
-    """What a measure is computed from and how its layers make a total.
+    """The declaration of a measure.
 
     Attributes:
-        name: as in `entropy.parquet`.
-        unit: 'nats', 'memories' or 'fraction'.
-        total: over layers, 'sum' or 'mean'; 'only' for a measure that has no layers.
-        needs: the table of `GroupSums` it is computed from.
+        name: in study files and in `entropy.parquet`.
+        title: for people, in figures and tables.
+        doc: what the value of a layer is, in one line.
+        unit: of the values.
+        needs: the table of `GroupSums` that it is computed from.
+        values: from the mean of that table over instances, float64 [n_layers, …], to the values
+            [n_layers]; [] to [] where the table has no layers.
+        total: over layers, the sum or the mean; 'only' where the table has no layers.
+        parameter: the argument of `evaluate` that `values` takes beside the mean.
         is_smooth: whether the jackknife holds; a measure that is not smooth has no error.
+        is_default: whether a scan evaluates it where its study names no measures.
     """
 
     name: str
+    title: str
+    doc: str
     unit: Literal["nats", "memories", "fraction"]
-    total: Literal["sum", "mean", "only"]
     needs: str
+    values: Callable[..., Tensor]
+    total: Literal["sum", "mean", "only"]
+    parameter: Literal["top_k_fraction", "dormant_threshold"] | None = None
     is_smooth: bool = True
+    is_default: bool = True
+
+
+def _core(module: str, function: str) -> Callable[..., Tensor]:
+    """A function of a module of this package, which is imported at the first call for torch."""
+
+    def call(*arguments: object) -> Tensor:
+        values: Tensor = getattr(import_module(f"ke_ray.core.{module}"), function)(*arguments)
+        return values
+
+    return call
+
+
+def _unchanged(mean: Tensor) -> Tensor:
+    return mean
 
 
 MEASURES: dict[str, Measure] = {
     measure.name: measure
     for measure in (
-        Measure("knowledge_entropy", "nats", "sum", "coefficients"),
-        Measure("knowledge_entropy_relu", "nats", "sum", "coefficients_relu"),
-        Measure("attention_entropy", "nats", "sum", "attention_entropy"),
-        Measure("next_token_entropy", "nats", "only", "next_token_entropy"),
-        Measure("effective_memories", "memories", "sum", "coefficients"),
-        Measure("participation_ratio", "fraction", "mean", "coefficients"),
-        Measure("gini", "fraction", "mean", "coefficients"),
-        Measure("top_k_mass", "fraction", "mean", "coefficients"),
-        Measure("dormant_share", "fraction", "mean", "coefficients", is_smooth=False),
+        Measure(
+            name="knowledge_entropy",
+            title="Knowledge entropy",
+            doc="−Σ p ln p, p = C̄ˡ/ΣC̄ˡ (Eq. 2)",
+            unit="nats",
+            needs="coefficients",
+            values=_core("entropy", "entropy_nats"),
+            total="sum",
+        ),
+        Measure(
+            name="knowledge_entropy_relu",
+            title="Knowledge entropy, ReLU variant",
+            doc="the same for |ReLU(gate)·up| (A.2)",
+            unit="nats",
+            needs="coefficients_relu",
+            values=_core("entropy", "entropy_nats"),
+            total="sum",
+            is_default=False,
+        ),
+        Measure(
+            name="attention_entropy",
+            title="Attention entropy",
+            doc="entropy of causal attention rows (Eq. 3)",
+            unit="nats",
+            needs="attention_entropy",
+            values=_unchanged,
+            total="sum",
+        ),
+        Measure(
+            name="next_token_entropy",
+            title="Next-token entropy",
+            doc="entropy of softmax(logits) (A.4)",
+            unit="nats",
+            needs="next_token_entropy",
+            values=_unchanged,
+            total="only",
+        ),
+        Measure(
+            name="effective_memories",
+            title="Effective number of memories",
+            doc="exp(H), H = −Σ p ln p",
+            unit="memories",
+            needs="coefficients",
+            values=_core("entropy", "effective_memories"),
+            total="sum",
+        ),
+        Measure(
+            name="participation_ratio",
+            title="Participation ratio",
+            doc="(Σp)²/Σp² / d_mlp",
+            unit="fraction",
+            needs="coefficients",
+            values=_core("concentration", "participation_ratio"),
+            total="mean",
+        ),
+        Measure(
+            name="gini",
+            title="Gini coefficient",
+            doc="Gini coefficient of C̄ˡ",
+            unit="fraction",
+            needs="coefficients",
+            values=_core("concentration", "gini"),
+            total="mean",
+        ),
+        Measure(
+            name="top_k_mass",
+            title="Mass of the largest memories",
+            doc="share of ΣC̄ˡ in the largest `top_k_fraction` (1 %) of memories",
+            unit="fraction",
+            needs="coefficients",
+            values=_core("concentration", "top_k_mass"),
+            total="mean",
+            parameter="top_k_fraction",
+        ),
+        Measure(
+            name="dormant_share",
+            title="Dormant share",
+            doc="share of memories with C̄ˡ ≤ `dormant_threshold` (0.1) · mean C̄ˡ",
+            unit="fraction",
+            needs="coefficients",
+            values=_core("concentration", "dormant_share"),
+            total="mean",
+            parameter="dormant_threshold",
+            is_smooth=False,
+        ),
     )
 }
+
+DEFAULT_MEASURES = tuple(name for name, measure in MEASURES.items() if measure.is_default)
+
+
+def register(measure: Measure) -> None:
+    """Add a measure of your own to `MEASURES`, in this process.
+
+    `evaluate`, `score_model` and study files then accept its name. Other processes, such as the
+    workers of a scan, know it only if they register it too.
+
+        def largest(mean):  # [n_layers, d_mlp] -> [n_layers]
+            return mean.amax(dim=-1) / mean.sum(dim=-1)
+
+        register(Measure(name="largest_memory", title="Largest memory", doc="max p",
+                         unit="fraction", needs="coefficients", values=largest, total="mean"))
+
+    Raises:
+        UserError: there is another measure of this name.
+    """
+    if MEASURES.setdefault(measure.name, measure) != measure:
+        raise UserError(
+            f"there is a measure {measure.name!r} already; give yours another name than "
+            f"{', '.join(MEASURES)}"
+        )
 
 
 @dataclass(frozen=True)
@@ -148,22 +255,24 @@ class Evaluation:
 
 
 def check_measures(names: str | Sequence[str]) -> tuple[str, ...]:
-    """The measures asked for, each once, in the order of `MEASURES`.
+    """The requested measures, each once, in the order of `MEASURES`.
 
     Args:
         names: names of `MEASURES`, or one text that holds them separated by commas.
 
     Raises:
-        UserError: none asked for, or an unknown name (the nearest is offered).
+        UserError: no name, or an unknown one (the nearest is offered).
     """
-    known = ", ".join(MEASURES)
+    available = ", ".join(MEASURES)
     if isinstance(names, str):
         names = [name.strip() for name in names.split(",") if name.strip()]
     if not names:
-        raise UserError(f"no measure was asked for; choose at least one of {known}")
+        raise UserError(f"no measure was requested; name at least one of {available}")
     for name in names:
         if name not in MEASURES:
-            raise UserError(f"unknown measure {name!r}.{nearest(name, MEASURES)} Known: {known}")
+            raise UserError(
+                f"unknown measure {name!r}.{nearest(name, MEASURES)} Measures: {available}"
+            )
     return tuple(name for name in MEASURES if name in names)
 
 
@@ -183,10 +292,10 @@ def evaluate(
     top_k_fraction: float = 0.01,
     dormant_threshold: float = 0.1,
 ) -> Evaluation:
-    """Values, jackknife errors and leave-one-out replicates of the measures asked for.
+    """Values, jackknife errors and leave-one-out replicates of the requested measures.
 
-    Only what is asked for is computed, and one group's means are held at a time: memory is that
-    of one [n_layers, d_mlp] float64 beyond the sums.
+    Nothing else is computed, and the means of one group exist at a time: memory is that of one
+    [n_layers, d_mlp] float64 beyond the sums.
 
     Args:
         sums: merged sums over all of D that hold the tables the measures need.
@@ -198,21 +307,24 @@ def evaluate(
         UserError: an unknown measure or a parameter out of range.
         ValueError: a table that a measure needs was not summed.
     """
-    chosen = check_measures(measures)
-    missing = [table for table in required_sums(chosen) if table not in sums.tables]
+    requested = check_measures(measures)
+    missing = [table for table in required_sums(requested) if table not in sums.tables]
     if missing:
-        raise ValueError(f"measures {list(chosen)} need the sums {missing}, which were not kept")
-    functions = _functions(top_k_fraction, dormant_threshold)
-    columns: dict[str, list[npt.NDArray[np.float64]]] = {name: [] for name in chosen}
-    for table in required_sums(chosen):
-        names = [name for name in chosen if MEASURES[name].needs == table]
+        raise ValueError(f"measures {list(requested)} need the sums {missing}, which were not kept")
+    parameters = _checked_parameters(top_k_fraction, dormant_threshold)
+    columns: dict[str, list[npt.NDArray[np.float64]]] = {name: [] for name in requested}
+    for table in required_sums(requested):
+        measures_of_table = [MEASURES[name] for name in requested if MEASURES[name].needs == table]
         for number, mean in enumerate(_means(sums, table)):
-            for name in names if number == 0 else [n for n in names if MEASURES[n].is_smooth]:
-                columns[name].append(functions[name](mean).cpu().numpy())
+            for measure in measures_of_table:
+                if number > 0 and not measure.is_smooth:
+                    continue
+                arguments = [parameters[measure.parameter]] if measure.parameter else []
+                columns[measure.name].append(measure.values(mean, *arguments).cpu().numpy())
     counts = sums.counts.numpy().copy()
     rows: list[MeasureRow] = []
     replicates: dict[tuple[int | None, str], npt.NDArray[np.float64]] = {}
-    for name in chosen:
+    for name in requested:
         values = np.stack(columns[name], axis=-1)  # [n_layers, 1 + G], or [1 + G] without layers
         for layer, series in _series(values, MEASURES[name].total):
             error = np.nan
@@ -240,26 +352,9 @@ def _series(
     yield None, values.sum(axis=0) if total == "sum" else values.mean(axis=0)
 
 
-def _functions(
-    top_k_fraction: float, dormant_threshold: float
-) -> dict[str, Callable[[Tensor], Tensor]]:
-    """From the mean of a measure's table to its value per layer."""
-    from ke_ray.core import concentration, entropy
+def _checked_parameters(top_k_fraction: float, dormant_threshold: float) -> dict[str, float]:
+    from ke_ray.core import concentration
 
     concentration.check_top_k_fraction(top_k_fraction)
     concentration.check_dormant_threshold(dormant_threshold)
-
-    def already_averaged(mean: Tensor) -> Tensor:
-        return mean
-
-    return {
-        "knowledge_entropy": entropy.entropy_nats,
-        "knowledge_entropy_relu": entropy.entropy_nats,
-        "attention_entropy": already_averaged,
-        "next_token_entropy": already_averaged,
-        "effective_memories": entropy.effective_memories,
-        "participation_ratio": concentration.participation_ratio,
-        "gini": concentration.gini,
-        "top_k_mass": lambda mean: concentration.top_k_mass(mean, top_k_fraction),
-        "dormant_share": lambda mean: concentration.dormant_share(mean, dormant_threshold),
-    }
+    return {"top_k_fraction": top_k_fraction, "dormant_threshold": dormant_threshold}

@@ -17,8 +17,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["next_token_entropy", "streamed_entropy"]
-
 _CHUNK_CPU = 2**24  # logits held at once: 64 MB in float32
 _CHUNK_ACCELERATOR = 2**27
 _CACHE_ROWS = 32  # on a CPU: rows whose softmax stays near the core (measured, vocabulary 50k)

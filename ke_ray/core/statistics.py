@@ -19,7 +19,7 @@ from the merged sums. Sums and counts are kept apart and divided once, at the en
 
 Everything is float64: the whole signal of a series is about 0.4 nats of 144, and a sum in float64
 of float32 means agrees to 1e-13 whatever the order, the batches or the split. An instance without
-a real token has no token mean; it is refused.
+a real token has no token mean and is refused.
 """
 
 from __future__ import annotations
@@ -30,9 +30,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ke_ray.core.jackknife import NUM_GROUPS, group_of, group_sizes
-
-__all__ = ["NUM_GROUPS", "TABLES", "GroupSums", "group_of", "group_sizes"]
+from ke_ray.core.jackknife import group_sizes
 
 TABLES: dict[str, tuple[str, ...]] = {
     "coefficients": ("n_layers", "d_mlp"),
@@ -51,7 +49,7 @@ class GroupSums:
             may have been added; on the CPU.
         counts: int64 [G] instances added so far, on the CPU.
         num_tokens: int64 [G] real tokens of those instances, on the CPU.
-        tables: float64 sums by name (module docstring), only those that were asked for.
+        tables: float64 sums by name (module docstring), only those that are needed.
     """
 
     sizes: Tensor
@@ -84,7 +82,7 @@ class GroupSums:
             raise ValueError(f"num_instances is {num_instances}; expected at least 1")
         unknown = sorted(set(names) - set(TABLES))
         if unknown:
-            raise ValueError(f"unknown sums {unknown}; known are {list(TABLES)}")
+            raise ValueError(f"unknown sums {unknown}; available are {list(TABLES)}")
         group = torch.as_tensor(group_sizes(num_instances) if sizes is None else list(sizes))
         if int(group.sum()) != num_instances or int(group.min()) < 1:
             raise ValueError(f"groups of sizes {group.tolist()} do not make {num_instances}")
@@ -261,12 +259,14 @@ class GroupSums:
         Raises:
             ValueError: the two are of different datasets, tables or shapes.
         """
-        kept = {f"sum.{name}": tuple(table.shape[1:]) for name, table in self.tables.items()}
-        given = {key: tuple(t.shape[1:]) for key, t in flat.items() if key.startswith("sum.")}
-        if not torch.equal(flat["sizes"], self.sizes) or kept != given:
+        own_shapes = {f"sum.{name}": tuple(table.shape[1:]) for name, table in self.tables.items()}
+        other_shapes = {
+            key: tuple(t.shape[1:]) for key, t in flat.items() if key.startswith("sum.")
+        }
+        if not torch.equal(flat["sizes"], self.sizes) or own_shapes != other_shapes:
             raise ValueError(
-                f"cannot merge sums of {int(flat['sizes'].sum())} instances with tables {given} "
-                f"into sums of {_describe(self)}"
+                f"cannot merge sums of {int(flat['sizes'].sum())} instances with tables "
+                f"{other_shapes} into sums of {_describe(self)}"
             )
         groups = flat["groups"]
         self.counts[groups] += flat["counts"]

@@ -12,18 +12,19 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet as parquet
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from ke_ray.core.jackknife import cut_document_factor, document_groups, group_sizes
 from ke_ray.data.documents import DOCUMENT_SUFFIXES, iter_documents
+from ke_ray.data.olmo_order import read_instances, read_olmo_source
 from ke_ray.data.packing import check_vocabulary, pack_documents
 from ke_ray.data.sampling import spread_instances
 from ke_ray.data.sources import exists_locally, list_files, reading, split_part
 from ke_ray.data.token_ids import TOKEN_ID_SUFFIXES, load_token_ids
 from ke_ray.errors import DataError
-
-__all__ = ["Corpus", "build_corpus", "corpus_sha256", "parse_data_option", "source_kind"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _ORDER_SUFFIXES = (".yaml", ".yml")
@@ -34,7 +35,7 @@ class Corpus:
     """Instances ready for a model.
 
     Attributes:
-        name: how results call it.
+        name: in results.
         input_ids: [N, T] int32, right padded with 0.
         lengths: [N] int32, real tokens of each row, at least 1.
         sha256: fingerprint of the real tokens.
@@ -135,13 +136,10 @@ def source_kind(source: str) -> str:
         return "token_ids"
     if "parquet" not in suffixes:
         if suffixes & {"npy", "safetensors"}:
-            raise DataError(f"'{source}' mixes documents and token ids; name one kind of file.")
+            raise DataError(f"'{source}' mixes documents and token ids; give files of one kind.")
         return "documents"
     if len(suffixes) > 1:
-        raise DataError(f"'{source}' mixes Parquet with other files; name one kind of file.")
-    import pyarrow
-    import pyarrow.parquet as parquet
-
+        raise DataError(f"'{source}' mixes Parquet with other files; give files of one kind.")
     column = part.split(",")[0].strip() if part else "input_ids"
     try:
         with reading(files[0].url), files[0].filesystem.open(files[0].path, "rb") as handle:
@@ -193,29 +191,27 @@ def build_corpus(
         )
         eos_token_id = None
     elif kind == "olmo":
-        from ke_ray.data.olmo_order import read_instances, read_olmo_source
-
-        described = read_olmo_source(source)
+        order = read_olmo_source(source)
         input_ids, instance_ids = read_instances(
-            described, num_instances=num_instances, sequence_length=sequence_length
+            order, num_instances=num_instances, sequence_length=sequence_length
         )
-        check_vocabulary(input_ids, None, vocab_size, where=f"'{source}'")
+        check_vocabulary(input_ids, None, vocab_size, origin=f"'{source}'")
         lengths = np.full(len(input_ids), input_ids.shape[1], np.int32)
         eos_token_id = None
     else:
         if tokenizer is None:
             raise DataError(
-                f"'{source}' holds documents, which need a tokenizer: give a file, a folder or a "
-                "Hub repo (--tokenizer)."
+                f"'{source}' holds documents, which need a tokenizer; give a file, a folder or a "
+                "Hub repository as --tokenizer."
             )
         if eos_token_id is None:
             raise DataError(
-                f"'{source}' holds documents, which are joined by an end-of-text id, and the "
-                "model's config names none: give one (--eos-token-id)."
+                f"'{source}' holds documents, which are joined by an end-of-text id, but the "
+                "model's config has none; give one as --eos-token-id."
             )
         if sequence_length is None:
-            raise DataError(f"'{source}' holds documents: give a sequence length.")
-        drawn = _draw_documents(
+            raise DataError(f"'{source}' holds documents; give a sequence length.")
+        sample = _draw_documents(
             source,
             tokenizer,
             sequence_length,
@@ -224,7 +220,7 @@ def build_corpus(
             vocab_size=vocab_size,
             seed=seed if sampling == "spread" else None,
         )
-        return replace(drawn, name=name)
+        return replace(sample, name=name)
     return Corpus(
         name=name,
         input_ids=input_ids,
@@ -250,7 +246,7 @@ def _draw_documents(
     note = None
     sampling: Literal["spread", "first"] = "first" if seed is None else "spread"
     if seed is not None and num_instances is not None:
-        drawn = spread_instances(
+        sample = spread_instances(
             source,
             tokenizer,
             num_instances=num_instances,
@@ -259,8 +255,8 @@ def _draw_documents(
             vocab_size=vocab_size,
             seed=seed,
         )
-        input_ids, middle, note = drawn.input_ids, drawn.middle, drawn.note
-        sizes = document_groups(drawn.first, drawn.last)
+        input_ids, middle, note = sample.input_ids, sample.middle, sample.note
+        sizes = document_groups(sample.first, sample.last)
     else:
         ends: list[int] = []
         blocks = list(
@@ -271,12 +267,15 @@ def _draw_documents(
                 eos_token_id=eos_token_id,
                 num_instances=num_instances,
                 vocab_size=vocab_size,
-                where=f"'{source}'",
+                origin=f"'{source}'",
                 document_ends=ends,
             )
         )
         if not blocks:
-            raise DataError(f"'{source}' holds less than {sequence_length} tokens: no instance.")
+            raise DataError(
+                f"'{source}' holds fewer than the {sequence_length} tokens of one instance; give "
+                "more documents or a shorter sequence length."
+            )
         input_ids = np.concatenate(blocks).astype(np.int32)
         middles = np.arange(len(input_ids)) * sequence_length + sequence_length // 2
         middle = np.searchsorted(np.array(ends), middles, side="right")

@@ -1,4 +1,4 @@
-"""One document: its text out of a JSON line, and what makes it one."""
+"""One document: parsing of its JSON line, and checks of its text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from ke_ray.errors import DataError
 
 
-def parse_document(line: bytes, where: str, column: str = "text") -> str:
+def parse_document(line: bytes, origin: str, column: str = "text") -> str:
     """The text of one JSON line.
 
     Raises:
@@ -19,41 +19,41 @@ def parse_document(line: bytes, where: str, column: str = "text") -> str:
     try:
         document = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise DataError(f"{where}: byte {error.start} is not UTF-8 text.") from error
+        raise DataError(f"{origin}: byte {error.start} is not UTF-8 text.") from error
     except RecursionError as error:
-        raise DataError(f"{where}: the JSON is nested too deeply.") from error
+        raise DataError(f"{origin}: the JSON is nested too deeply.") from error
     except ValueError as error:
         raise DataError(
-            f"{where}: not valid JSON ({error}); expected one document a line, "
+            f"{origin}: not valid JSON ({error}); expected one document per line, "
             f'like {{"id": "…", "text": "…"}}.'
         ) from error
     if not isinstance(document, dict):
         raise DataError(
-            f"{where}: holds a JSON {type(document).__name__}, expected an object with '{column}'."
+            f"{origin}: holds a JSON {type(document).__name__}, expected an object with '{column}'."
         )
     if column not in document:
         raise DataError(
-            f"{where}: the document has no field '{column}' (it has: {field_names(document)})."
+            f"{origin}: the document has no field '{column}' (it has: {field_names(document)})."
         )
-    return check_text(document[column], where, column)
+    return check_text(document[column], origin, column)
 
 
-def check_text(text: Any, where: str, column: str = "text") -> str:
+def check_text(text: Any, origin: str, column: str = "text") -> str:
     """``text`` itself when it is a document.
 
     Raises:
         DataError: not a string, empty, or not encodable.
     """
     if not isinstance(text, str):
-        raise DataError(f"{where}: '{column}' is {type(text).__name__}, expected a text.")
+        raise DataError(f"{origin}: '{column}' is {type(text).__name__}, expected a text.")
     if not text or text.isspace():
-        raise DataError(f"{where}: the document is empty; remove it from the corpus.")
+        raise DataError(f"{origin}: the document is empty; remove it from the corpus.")
     if not text.isascii():
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise DataError(
-                f"{where}: character {error.start} is half a surrogate pair, not text."
+                f"{origin}: character {error.start} is half a surrogate pair, not text."
             ) from error
     return text
 

@@ -1,28 +1,23 @@
-"""Documents, one by one, from every place they are kept.
+"""Documents, one at a time, from files, URLs and the Hub.
 
 A source is Dolma documents (JSON lines with a ``text`` field; plain, ``.gz`` or ``.zst``), Parquet
 with a text column, a folder or glob of those, any fsspec URL, or ``hf:name[:config][:split]`` for a
 dataset of the Hugging Face Hub. ``#column`` at the end names another column than ``text``.
 
-Nothing is held but the document at hand (Parquet: a batch of 256 rows).
+Memory holds one document at a time (Parquet: a batch of 256 rows).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+import pyarrow
+import pyarrow.parquet as parquet
+
 from ke_ray.data.document import check_text, field_names, parse_document
+from ke_ray.data.hub_dataset import iter_hub_documents
 from ke_ray.data.sources import SourceFile, list_files, open_binary, reading, split_part
 from ke_ray.errors import DataError
-
-__all__ = [
-    "DOCUMENT_SUFFIXES",
-    "MAX_LINE_BYTES",
-    "check_text",
-    "iter_documents",
-    "iter_file",
-    "parse_document",
-]
 
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 DOCUMENT_SUFFIXES = (
@@ -36,7 +31,7 @@ _TEXT_PER_COMPRESSED = 3  # about as many bytes of JSON come of one compressed b
 
 
 def iter_documents(source: str | Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Yield ``(text, where)``; ``where`` names file and line (or row) for messages.
+    """Yield ``(text, where)``; ``origin`` names file and line (or row) for messages.
 
     Args:
         source: one source, or several that are read one after the other.
@@ -47,8 +42,6 @@ def iter_documents(source: str | Iterable[str]) -> Iterator[tuple[str, str]]:
     """
     for one in [source] if isinstance(source, str) else source:
         if one.startswith("hf:"):
-            from ke_ray.data.hub_dataset import iter_hub_documents
-
             yield from iter_hub_documents(one)
             continue
         base, column = split_part(one)
@@ -77,7 +70,7 @@ def iter_file(
 def _iter_json_lines(
     file: SourceFile, column: str, start: float, stop: float
 ) -> Iterator[tuple[str, str]]:
-    number, found, blank = 0, 0, ""
+    number, num_documents, blank = 0, 0, ""
     first_byte, last_byte, block_bytes = 0, None, None
     if (start, stop) != (0.0, 1.0):
         block_bytes = _WINDOW_BLOCK_BYTES
@@ -98,27 +91,24 @@ def _iter_json_lines(
             line := handle.readline(MAX_LINE_BYTES)
         ):
             number += 1
-            where = f"{file.url}, " + (f"byte {position}" if first_byte else f"line {number}")
+            origin = f"{file.url}, " + (f"byte {position}" if first_byte else f"line {number}")
             if len(line) >= MAX_LINE_BYTES:
-                raise DataError(f"{where}: longer than {MAX_LINE_BYTES >> 20} MiB.")
+                raise DataError(f"{origin}: longer than {MAX_LINE_BYTES >> 20} MiB.")
             position += len(line)
-            if line.isspace():  # fine at the end of a file only
-                blank = blank or where
+            if line.isspace():  # allowed at the end of a file only
+                blank = blank or origin
                 continue
             if blank:
                 raise DataError(f"{blank}: blank where a document was expected.")
-            yield parse_document(line, where, column), where
-            found += 1
-    if not found and last_byte is None:
+            yield parse_document(line, origin, column), origin
+            num_documents += 1
+    if not num_documents and last_byte is None:
         raise DataError(f"'{file.url}' holds no documents.")
 
 
 def _iter_parquet(
     file: SourceFile, column: str, start: float, stop: float
 ) -> Iterator[tuple[str, str]]:
-    import pyarrow
-    import pyarrow.parquet as parquet
-
     number = 0
     try:
         with reading(file.url), file.filesystem.open(file.path, "rb") as handle:
@@ -145,8 +135,8 @@ def _iter_parquet(
                     for text in batch.column(0).to_pylist():
                         number += 1
                         if first < number <= last:
-                            where = f"{file.url}, row {number}"
-                            yield check_text(text, where, column), where
+                            origin = f"{file.url}, row {number}"
+                            yield check_text(text, origin, column), origin
                     if number >= last:
                         break
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:

@@ -11,8 +11,6 @@ from ke_ray.data.document import check_text
 from ke_ray.data.sources import split_part
 from ke_ray.errors import DataError
 
-__all__ = ["count_hub_shards", "describe_hub_dataset", "iter_hub_documents", "parse_hub_source"]
-
 FIRST_DOCUMENT_TIMEOUT_S = 300.0
 
 
@@ -46,13 +44,13 @@ def describe_hub_dataset(source: str) -> dict[str, str]:
     """
     base, column = split_part(source)
     name, config, split = parse_hub_source(base)
-    described = {"url": base, "config": config or "", "split": split, "column": column or "text"}
+    description = {"url": base, "config": config or "", "split": split, "column": column or "text"}
     script = f"{name.rstrip('/').rsplit('/', 1)[-1]}.py"
     if Path(name).exists():
         _refuse_script(name, script, [path.name for path in Path(name).glob("*.py")])
         files = [path for path in sorted(Path(name).rglob("*")) if path.is_file()]
         stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-        return {**described, "version": str(stats)}
+        return {**description, "version": str(stats)}
     from huggingface_hub import HfApi
 
     info = within(
@@ -61,7 +59,7 @@ def describe_hub_dataset(source: str) -> dict[str, str]:
         f"The dataset '{name}' cannot be looked up",
     )
     _refuse_script(name, script, [file.rfilename for file in info.siblings or ()])
-    return {**described, "version": str(info.sha)}
+    return {**description, "version": str(info.sha)}
 
 
 def _refuse_script(name: str, script: str, files: list[str]) -> None:
@@ -69,10 +67,10 @@ def _refuse_script(name: str, script: str, files: list[str]) -> None:
     if script not in files:
         return
     listed = next((file for file in files if file.startswith("urls/")), None)
-    where = f" ('{listed}' lists them)" if listed else ""
+    hint = f" ('{listed}' lists them)" if listed else ""
     raise DataError(
         f"The data set '{name}' is a script ({script}) that downloads its documents, and datasets "
-        f"runs no scripts since version 4. Give the files that the script downloads{where} by "
+        f"runs no scripts since version 4. Give the files that the script downloads{hint} by "
         "their https URL or as local files, or a data set that is stored as files, for example "
         "hf:allenai/c4:en:train."
     )
@@ -102,17 +100,17 @@ def _stream(base: str) -> Any:
 def iter_hub_documents(
     source: str, shard: tuple[int, int] | None = None
 ) -> Iterator[tuple[str, str]]:
-    """Yield ``(text, where)`` from a dataset by name; ``where`` is the source and the row.
+    """Yield ``(text, where)`` from a dataset by name; ``origin`` is the source and the row.
 
     Args:
         shard: number and count of shards, to read that one alone; None reads all.
 
     Raises:
-        DataError: no such dataset, config, split or column; no network (said within 20 seconds);
+        DataError: no such dataset, config, split or column; no network (raised within 20 seconds);
             an empty or malformed document.
     """
-    described = describe_hub_dataset(source)
-    base, column = described["url"], described["column"]
+    description = describe_hub_dataset(source)
+    base, column = description["url"], description["column"]
 
     def start() -> tuple[Iterator[dict[str, Any]], dict[str, Any] | None]:
         stream = _stream(base)
@@ -128,11 +126,11 @@ def iter_hub_documents(
     part = "" if shard is None else f", shard {shard[0]}"
     while row is not None:
         number += 1
-        where = f"{base}{part}, row {number}"
+        origin = f"{base}{part}, row {number}"
         if column not in row:
-            raise DataError(f"{where}: no column '{column}' (it has: {', '.join(row)}).")
-        yield check_text(row[column], where, column), where
+            raise DataError(f"{origin}: no column '{column}' (it has: {', '.join(row)}).")
+        yield check_text(row[column], origin, column), origin
         try:
             row = next(rows, None)
         except Exception as error:
-            raise DataError(f"{where}: the stream broke after it: {error}.") from error
+            raise DataError(f"{origin}: the stream broke after it: {error}.") from error

@@ -28,11 +28,12 @@ from typing import Annotated, Any, Self
 from pydantic import AliasChoices, Field, model_validator
 
 from ke_ray import storage
-from ke_ray.config import Strict, parse_yaml, validate
+from ke_ray.config import Strict, validate
 from ke_ray.data.facts import FactSet, Setting, Text
 from ke_ray.data.sources import reading
 from ke_ray.data.text_file import parse_json, read_text
 from ke_ray.errors import DataError
+from ke_ray.storage.safe_yaml import parse_yaml
 
 _MAX_BYTES = 256 << 20
 _INT32_MAX = 2**31 - 1

@@ -33,10 +33,11 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from ke_ray.config import Strict, parse_yaml, validate
+from ke_ray.config import Strict, validate
 from ke_ray.data.sources import SourceFile, list_files, reading
 from ke_ray.data.stored_array import check_range, file_size
 from ke_ray.errors import DataError
+from ke_ray.storage.safe_yaml import parse_yaml
 
 OLMO_SEED = 6198
 _TOKEN_BYTES = 2

@@ -1,4 +1,4 @@
-"""Documents to instances of exactly T tokens: concatenation with an end-of-text id.
+"""Packing of documents into instances of exactly T tokens, joined by an end-of-text id.
 
 The stream is ids(d1) EOS ids(d2) EOS …, cut every T tokens; a last part shorter than T is dropped.
 Special tokens are never added by the tokenizer; EOS comes from the caller.
@@ -14,15 +14,13 @@ from tokenizers import Tokenizer
 
 from ke_ray.errors import DataError
 
-__all__ = ["TokenBuffer", "check_request", "check_vocabulary", "pack_documents", "plain_tokenizer"]
-
 _BATCH_CHARACTERS = 1 << 20
 _LEAST_CHARACTERS = 1 << 12
 _BATCH_DOCUMENTS = 2048
 
 
 class TokenBuffer:
-    """Collects token ids and hands out full instances.
+    """A buffer of token ids from which full instances are taken.
 
     Args:
         sequence_length: T.
@@ -40,7 +38,7 @@ class TokenBuffer:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens held, at most T − 1 after ``take``."""
+        """Tokens in the buffer, at most T − 1 after ``take``."""
         return self._held
 
     def take(self) -> NDArray[np.uint32]:
@@ -59,7 +57,7 @@ def check_vocabulary(
     lengths: NDArray[np.integer] | None,
     vocab_size: int | None,
     *,
-    where: str,
+    origin: str,
     first_instance: int = 0,
 ) -> None:
     """Every real token id is in ``[0, vocab_size)``.
@@ -83,7 +81,7 @@ def check_vocabulary(
         return
     row, position = (int(index) for index in np.argwhere(wrong)[0])
     raise DataError(
-        f"{where}: instance {first_instance + row}, position {position} holds token id "
+        f"{origin}: instance {first_instance + row}, position {position} holds token id "
         f"{int(input_ids[row, position])}, outside the model's vocabulary of {limit} entries; "
         "use the token ids or the tokenizer that belong to this model."
     )
@@ -97,7 +95,7 @@ def pack_documents(
     eos_token_id: int,
     num_instances: int | None = None,
     vocab_size: int | None = None,
-    where: str = "the corpus",
+    origin: str = "the corpus",
     document_ends: list[int] | None = None,
 ) -> Iterator[NDArray[np.uint32]]:
     """Yield blocks of instances, [k, T] uint32, until ``num_instances`` are full.
@@ -114,16 +112,16 @@ def pack_documents(
 
     Raises:
         DataError: EOS or a token id outside the vocabulary, T or N below 1, or fewer instances
-            than asked (the message says how many there are).
+            than requested (the message says how many there are).
     """
-    check_request(num_instances, sequence_length, eos_token_id, vocab_size, where)
+    check_request(num_instances, sequence_length, eos_token_id, vocab_size, origin)
     tokenizer = plain_tokenizer(tokenizer)
     buffer, made, num_tokens = TokenBuffer(sequence_length), 0, 0
 
-    def wanted() -> int:
+    def characters_to_tokenise() -> int:
         return _characters_wanted(buffer, made, num_instances)
 
-    for texts in _batches(documents, wanted):
+    for texts in _batches(documents, characters_to_tokenise):
         ids: list[int] = []
         for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False):
             ids += encoding.ids
@@ -136,15 +134,15 @@ def pack_documents(
         if num_instances is not None:
             block = block[: num_instances - made]
         if len(block):
-            check_vocabulary(block, None, vocab_size, where=where, first_instance=made)
+            check_vocabulary(block, None, vocab_size, origin=origin, first_instance=made)
             made += len(block)
             yield block
         if made == num_instances:
             return
     if num_instances is not None:
         raise DataError(
-            f"{where} holds {made} instances of {sequence_length} tokens; {num_instances} were "
-            "asked. Ask for fewer, for shorter ones, or give more documents."
+            f"{origin} holds {made} instances of {sequence_length} tokens, but {num_instances} "
+            "were requested. Request fewer or shorter ones, or give more documents."
         )
 
 
@@ -153,17 +151,17 @@ def check_request(
     sequence_length: int,
     eos_token_id: int,
     vocab_size: int | None,
-    where: str,
+    origin: str,
 ) -> None:
     """Raises DataError where N, T or the end-of-text id cannot be."""
     if sequence_length < 1 or (num_instances is not None and num_instances < 1):
         raise DataError(
-            f"{where}: {num_instances} instances of {sequence_length} tokens were asked; both "
-            "must be at least 1."
+            f"{origin}: {num_instances} instances of {sequence_length} tokens were requested; "
+            "both must be at least 1."
         )
     if eos_token_id < 0 or (vocab_size is not None and eos_token_id >= vocab_size):
         raise DataError(
-            f"{where}: the end-of-text id {eos_token_id} is outside the model's vocabulary of "
+            f"{origin}: the end-of-text id {eos_token_id} is outside the model's vocabulary of "
             f"{vocab_size} entries; give the id from the model's config."
         )
 
@@ -190,12 +188,12 @@ def _batches(
     documents: Iterable[tuple[str, str]], characters_wanted: Callable[[], int]
 ) -> Iterator[list[str]]:
     texts: list[str] = []
-    held, wanted = 0, characters_wanted()
+    num_characters, limit = 0, characters_wanted()
     for text, _ in documents:
         texts.append(text)
-        held += len(text)
-        if held >= wanted or len(texts) == _BATCH_DOCUMENTS:
+        num_characters += len(text)
+        if num_characters >= limit or len(texts) == _BATCH_DOCUMENTS:
             yield texts
-            texts, held, wanted = [], 0, characters_wanted()
+            texts, num_characters, limit = [], 0, characters_wanted()
     if texts:
         yield texts

@@ -27,8 +27,6 @@ from ke_ray.data.documents import DOCUMENT_SUFFIXES, iter_documents, iter_file
 from ke_ray.data.hub_dataset import count_hub_shards, iter_hub_documents
 from ke_ray.data.sources import SourceFile, list_files, split_part
 
-__all__ = ["NUM_WINDOWS", "Reached", "reach", "text_bytes"]
-
 NUM_WINDOWS = 256
 BUDGET_BYTES = 64 << 20
 _BUDGET_PER_TOKEN = 24
@@ -38,7 +36,7 @@ Documents = Callable[[], Iterator[tuple[str, str]]]
 
 
 @dataclass(frozen=True)
-class Reached:
+class ReachedText:
     """Text to draw from.
 
     Attributes:
@@ -59,7 +57,7 @@ def text_bytes(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode())
 
 
-def reach(source: str, num_tokens: int, offset: float) -> Reached:
+def reach(source: str, num_tokens: int, offset: float) -> ReachedText:
     """Find the text of ``source`` from which instances of ``num_tokens`` in all are to be drawn.
 
     Args:
@@ -75,8 +73,8 @@ def reach(source: str, num_tokens: int, offset: float) -> Reached:
     files = list_files(base, DOCUMENT_SUFFIXES)
     sizes = [int(file.describe()["size"]) for file in files]
     while sum(sizes) > budget:
-        reached = _read_windows(_file_windows(files, sizes, column, budget, offset))
-        if reached.num_bytes >= _BUDGET_PER_TOKEN * num_tokens:
+        windows_text = _read_windows(_file_windows(files, sizes, column, budget, offset))
+        if windows_text.num_bytes >= _BUDGET_PER_TOKEN * num_tokens:
             closed = sum(size for f, size in zip(files, sizes, strict=True) if f.is_compressed)
             note = None
             if closed:
@@ -84,10 +82,10 @@ def reach(source: str, num_tokens: int, offset: float) -> Reached:
                     f"The compressed files of '{source}' ({closed / 1e9:.3g} GB) were read from "
                     f"their beginnings only, about {100 * budget / sum(sizes):.2g} % of each."
                 )
-            return Reached(reached.documents, reached.num_bytes, note)
+            return ReachedText(windows_text.documents, windows_text.num_bytes, note)
         budget *= 4  # documents longer than the distance of windows: few begin in one
     read = partial(iter_documents, source)
-    return Reached(lambda: enumerate(text for text, _ in read()), sum(map(_size, read())))
+    return ReachedText(lambda: enumerate(text for text, _ in read()), sum(map(_size, read())))
 
 
 def _file_windows(
@@ -138,7 +136,7 @@ def _beginning(
     return iter_file(files[number], column, 0.0, shares[number] / size)
 
 
-def _reach_hub(source: str, budget: int, offset: float) -> Reached:
+def _reach_hub(source: str, budget: int, offset: float) -> ReachedText:
     num_shards = count_hub_shards(source)
     num_windows = min(num_shards, NUM_WINDOWS)
     limit, cut = budget // num_windows, []
@@ -153,24 +151,24 @@ def _reach_hub(source: str, budget: int, offset: float) -> Reached:
         if left <= 0:
             cut.append(number)
 
-    reached = _read_windows([partial(window, number) for number in range(num_windows)])
+    windows_text = _read_windows([partial(window, number) for number in range(num_windows)])
     note = None
     if cut or num_windows < num_shards:
         note = (
             f"'{source}' was read from the beginning of {num_windows} of its {num_shards} shards, "
             f"up to {limit / 1e6:.3g} MB of text each."
         )
-    return Reached(reached.documents, reached.num_bytes, note)
+    return ReachedText(windows_text.documents, windows_text.num_bytes, note)
 
 
-def _read_windows(windows: Sequence[Documents]) -> Reached:
+def _read_windows(windows: Sequence[Documents]) -> ReachedText:
     """Read all windows, several at once, and keep their text."""
     with ThreadPoolExecutor(_CONNECTIONS) as pool:
         texts = list(pool.map(lambda window: [text for text, _ in window()], windows))
     flat = [(number, text) for number, window in enumerate(texts) for text in window]
     if len(windows) < NUM_WINDOWS // 2:  # too few to be told apart: each document by itself
         flat = [(number, text) for number, (_, text) in enumerate(flat)]
-    return Reached(lambda: iter(flat), sum(text_bytes(text) for _, text in flat))
+    return ReachedText(lambda: iter(flat), sum(text_bytes(text) for _, text in flat))
 
 
 def _size(document: tuple[str, str]) -> int:

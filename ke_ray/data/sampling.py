@@ -25,10 +25,8 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from ke_ray.data.packing import check_request, check_vocabulary, plain_tokenizer
-from ke_ray.data.reach import Reached, reach, text_bytes
+from ke_ray.data.reach import ReachedText, reach, text_bytes
 from ke_ray.errors import DataError
-
-__all__ = ["SpreadInstances", "slot_starts", "spread_instances"]
 
 _BYTES_PER_TOKEN = 16
 _BATCH_DOCUMENTS = 256
@@ -40,8 +38,8 @@ class SpreadInstances:
 
     Attributes:
         input_ids: [N, T] int32, in the order of the source.
-        first, middle, last: [N] int64, the neighbourhood (``Reached.documents``) of the token at
-            the beginning, in the middle and at the end of each instance.
+        first, middle, last: [N] int64, the neighbourhood (``ReachedText.documents``) of the token
+            at the beginning, in the middle and at the end of each instance.
         note: what of the source could not be reached; None where nothing is left out.
     """
 
@@ -71,44 +69,46 @@ def spread_instances(
         DataError: the source holds fewer tokens than N · T (the message says how many instances
             there are), and whatever ``iter_documents`` and ``pack_documents`` refuse.
     """
-    where = f"'{source}'"
-    check_request(num_instances, sequence_length, eos_token_id, vocab_size, where)
+    origin = f"'{source}'"
+    check_request(num_instances, sequence_length, eos_token_id, vocab_size, origin)
     tokenizer = plain_tokenizer(tokenizer)
     generator = np.random.Generator(np.random.PCG64(seed))
-    offset, place = generator.random(2)
-    reached = reach(source, num_instances * sequence_length, offset)
-    drawn = None
-    if reached.num_bytes >= _BYTES_PER_TOKEN * num_instances * sequence_length:
-        drawn = _by_bytes(reached, tokenizer, num_instances, sequence_length, eos_token_id, place)
-    if drawn is None:
-        drawn = _by_tokens(
-            reached, tokenizer, num_instances, sequence_length, eos_token_id, place, where
+    offset, fraction = generator.random(2)
+    text_source = reach(source, num_instances * sequence_length, offset)
+    sample = None
+    if text_source.num_bytes >= _BYTES_PER_TOKEN * num_instances * sequence_length:
+        sample = _by_bytes(
+            text_source, tokenizer, num_instances, sequence_length, eos_token_id, fraction
         )
-    check_vocabulary(drawn.input_ids, None, vocab_size, where=where)
-    return drawn
+    if sample is None:
+        sample = _by_tokens(
+            text_source, tokenizer, num_instances, sequence_length, eos_token_id, fraction, origin
+        )
+    check_vocabulary(sample.input_ids, None, vocab_size, origin=origin)
+    return sample
 
 
-def slot_starts(total: int, num_instances: int, room: int, place: float) -> list[int]:
+def slot_starts(total: int, num_instances: int, room: int, fraction: float) -> list[int]:
     """Where instances begin: at one place of every slot that leaves ``room`` in it."""
-    offset = int(place * ((total // num_instances) - room + 1))
+    offset = int(fraction * ((total // num_instances) - room + 1))
     return [slot * total // num_instances + offset for slot in range(num_instances)]
 
 
 def _by_bytes(
-    reached: Reached,
+    text_source: ReachedText,
     tokenizer: Tokenizer,
     num_instances: int,
     sequence_length: int,
     eos_token_id: int,
-    place: float,
+    fraction: float,
 ) -> SpreadInstances | None:
     """None where an instance would outgrow its slot."""
     room = _BYTES_PER_TOKEN * sequence_length
-    starts = slot_starts(reached.num_bytes, num_instances, room, place)
+    starts = slot_starts(text_source.num_bytes, num_instances, room, fraction)
     input_ids = np.zeros((num_instances, sequence_length), np.int32)
     units = np.zeros((3, num_instances), np.int64)
     row, filled, begin = 0, -1, 0  # filled −1: instance ``row`` has not begun
-    for unit, text in reached.documents():
+    for unit, text in text_source.documents():
         end = begin + text_bytes(text)
         if filled < 0 and starts[row] >= end:
             begin = end
@@ -135,24 +135,24 @@ def _by_bytes(
             units[2, row] = unit
             row, filled = row + 1, -1
             if row == num_instances:
-                return SpreadInstances(input_ids, units[0], units[1], units[2], reached.note)
+                return SpreadInstances(input_ids, units[0], units[1], units[2], text_source.note)
         begin = end
     return None
 
 
 def _by_tokens(
-    reached: Reached,
+    text_source: ReachedText,
     tokenizer: Tokenizer,
     num_instances: int,
     sequence_length: int,
     eos_token_id: int,
-    place: float,
-    where: str,
+    fraction: float,
+    origin: str,
 ) -> SpreadInstances:
     parts: list[NDArray[np.int32]] = []
     lengths: list[int] = []
     units: list[int] = []
-    for batch in _batches(reached.documents()):
+    for batch in _batches(text_source.documents()):
         units += [unit for unit, _ in batch]
         texts = [text for _, text in batch]
         for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False):
@@ -161,11 +161,11 @@ def _by_tokens(
     stream = np.concatenate(parts) if parts else np.empty(0, np.int32)
     if len(stream) < num_instances * sequence_length:
         raise DataError(
-            f"{where} holds {len(stream) // sequence_length} instances of {sequence_length} "
-            f"tokens; {num_instances} were asked. Ask for fewer, for shorter ones, or give more "
-            "documents."
+            f"{origin} holds {len(stream) // sequence_length} instances of {sequence_length} "
+            f"tokens, but {num_instances} were requested. Request fewer or shorter ones, or give "
+            "more documents."
         )
-    starts = np.array(slot_starts(len(stream), num_instances, sequence_length, place))
+    starts = np.array(slot_starts(len(stream), num_instances, sequence_length, fraction))
     input_ids = stream[starts[:, None] + np.arange(sequence_length)]
     ends = np.cumsum(lengths)
 
@@ -177,7 +177,7 @@ def _by_tokens(
         unit_at(starts),
         unit_at(starts + sequence_length // 2),
         unit_at(starts + sequence_length - 1),
-        reached.note,
+        text_source.note,
     )
 
 

@@ -1,4 +1,4 @@
-"""Which files a SOURCE names, and how each is opened.
+"""The files that a SOURCE names, and how to open them.
 
 A source is a path, a folder, a glob or any fsspec URL; ``#part`` at its end names a column or
 tensors inside the file. Files of a folder or a glob come in sorted order.
@@ -6,6 +6,7 @@ tensors inside the file. Files of a folder or a glob come in sorted order.
 
 from __future__ import annotations
 
+import gzip
 import io
 import re
 import zlib
@@ -16,11 +17,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import fsspec
+import zstandard
 
 from ke_ray.errors import DataError
 from ke_ray.storage.drivers import explain_driver_error
-
-__all__ = ["SourceFile", "exists_locally", "list_files", "open_binary", "reading", "split_part"]
 
 CONNECT_TIMEOUT_S = 8  # tried twice (HEAD, then GET): still under 20 seconds
 READ_TIMEOUT_S = 60
@@ -29,7 +29,7 @@ _BUFFER_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file: ``url`` as the user would write it, ``path`` as its file system knows it."""
+    """One file: ``url`` as a user writes it, ``path`` within its file system."""
 
     url: str
     path: str
@@ -79,29 +79,29 @@ def split_part(source: str) -> tuple[str, str | None]:
 
 
 @contextmanager
-def reading(where: str) -> Iterator[None]:
-    """Turns whatever a file system, codec or network raises into a DataError about ``where``."""
+def reading(source: str) -> Iterator[None]:
+    """Turn the errors of file systems, codecs and networks into a DataError about ``source``."""
     try:
         yield
     except FileNotFoundError as error:
-        if "://" in where:
-            raise DataError(f"'{where}' does not exist or cannot be reached.") from error
-        raise DataError(f"There is no '{where}'; give an existing file, folder or URL.") from error
+        if "://" in source:
+            raise DataError(f"'{source}' does not exist or cannot be reached.") from error
+        raise DataError(f"There is no '{source}'; give an existing file, folder or URL.") from error
     except PermissionError as error:
-        raise DataError(f"'{where}' may not be read: permission denied.") from error
+        raise DataError(f"'{source}' may not be read: permission denied.") from error
     except IsADirectoryError as error:
-        raise DataError(f"'{where}' is a folder where a file was expected.") from error
+        raise DataError(f"'{source}' is a folder where a file was expected.") from error
     except (EOFError, zlib.error) as error:
-        raise DataError(f"'{where}' is cut off or damaged: {error}. Fetch it again.") from error
+        raise DataError(f"'{source}' is cut off or damaged: {error}. Fetch it again.") from error
     except (OSError, ImportError) as error:
         reason = str(error) or type(error).__name__
-        raise DataError(f"'{where}' cannot be read: {reason}.") from error
+        raise DataError(f"'{source}' cannot be read: {reason}.") from error
     except Exception as error:
         explained = explain_driver_error(error)
         if explained is None and type(error).__module__.split(".")[0] != "zstandard":
             raise
         reason = explained or str(error) or type(error).__name__
-        raise DataError(f"'{where}' cannot be read: {reason}.") from error
+        raise DataError(f"'{source}' cannot be read: {reason}.") from error
 
 
 def _filesystem(source: str) -> tuple[Any, str]:
@@ -140,35 +140,37 @@ def list_files(source: str, suffixes: Sequence[str] | None = None) -> list[Sourc
     protocol = protocol or filesystem.protocol[0]
     is_local = protocol in ("file", "local")
 
-    def as_source_file(found: str) -> SourceFile:
-        url = found if is_local else str(filesystem.unstrip_protocol(found))
-        return SourceFile(url, found, filesystem)
+    def as_source_file(name: str) -> SourceFile:
+        url = name if is_local else str(filesystem.unstrip_protocol(name))
+        return SourceFile(url, name, filesystem)
 
     with reading(source):
         # A file whose own name holds *, ? or [ is that file, not a pattern.
         if any(mark in path for mark in "*?[") and not filesystem.exists(path):
             try:
-                found = [name for name in sorted(filesystem.glob(path)) if filesystem.isfile(name)]
+                matches = [
+                    name for name in sorted(filesystem.glob(path)) if filesystem.isfile(name)
+                ]
             except (ValueError, re.error) as error:
                 raise DataError(f"'{source}' is not a valid pattern: {error}.") from error
-            if not found:
+            if not matches:
                 raise DataError(f"The pattern '{source}' matches no file.")
-            return [as_source_file(name) for name in found]
+            return [as_source_file(name) for name in matches]
         if protocol not in ("http", "https") and filesystem.isdir(path):
             names = [
                 name
                 for name in sorted(filesystem.find(path))
                 if not name.rsplit("/", 1)[-1].startswith((".", "_"))
             ]
-            found = [
+            matches = [
                 name for name in names if suffixes is None or name.lower().endswith(tuple(suffixes))
             ]
-            if not found:
+            if not matches:
                 raise DataError(
-                    f"The folder '{source}' holds none of the files expected "
+                    f"The folder '{source}' holds no file of the expected kinds "
                     f"({', '.join(suffixes or ['any'])}); it has {len(names)} other files."
                 )
-            return [as_source_file(name) for name in found]
+            return [as_source_file(name) for name in matches]
         filesystem.info(path)
     return [SourceFile(source, path, filesystem)]
 
@@ -188,21 +190,13 @@ def open_binary(file: SourceFile, block_bytes: int | None = None) -> Iterator[Bi
             yield lines
 
 
-def _gzip(handle: BinaryIO) -> Any:
-    import gzip
-
-    return gzip.GzipFile(fileobj=handle, mode="rb")
-
-
 def _zstandard(handle: BinaryIO) -> Any:
-    import zstandard
-
     # Dolma's files are many frames one after the other; the default reader stops at the first.
     return zstandard.ZstdDecompressor().stream_reader(handle, read_across_frames=True)
 
 
 _DECODERS: dict[str, Callable[[BinaryIO], Any]] = {
-    ".gz": _gzip,
+    ".gz": lambda handle: gzip.GzipFile(fileobj=handle, mode="rb"),
     ".zst": _zstandard,
     ".zstd": _zstandard,
 }

@@ -62,7 +62,7 @@ def iter_token_ids(
                 name=file.url,
                 first_instance=count,
             )
-            check_vocabulary(compacted, lengths, vocab_size, where=file.url, first_instance=count)
+            check_vocabulary(compacted, lengths, vocab_size, origin=file.url, first_instance=count)
             count += len(compacted)
             yield compacted, lengths
             if count == num_instances:

@@ -89,7 +89,7 @@ def _blocks(
             sequence_length=sequence_length,
             eos_token_id=eos_token_id,
             vocab_size=vocab_size,
-            where=f"'{source}'",
+            origin=f"'{source}'",
         )
         return _id_type(num_ids), documents
     if kind == "olmo":

@@ -29,11 +29,12 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ke_ray import storage
-from ke_ray.config import parse_yaml, validate
+from ke_ray.config import validate
 from ke_ray.data.facts import Text
 from ke_ray.data.text_file import parse_json, read_text
 from ke_ray.errors import DataError, nearest
 from ke_ray.evaluation.lm import wrap_model
+from ke_ray.storage.safe_yaml import parse_yaml
 
 #: The tasks of P and the metric of each.
 TASK_METRICS = {

@@ -1,3 +1,1 @@
-"""Checkpoints and the models in them: where each architecture keeps its memories, and scoring."""
-
-from __future__ import annotations
+"""Models in memory: architectures, loading and saving, capture of coefficients, scoring."""

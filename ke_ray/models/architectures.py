@@ -1,4 +1,4 @@
-"""Where each decoder keeps its feed-forward memories: one table, no forked modelling code.
+"""The table of decoder architectures, and the memories of a model's layers.
 
 A feed-forward layer is FFN(x) = f(x Kᵀ) V. Its *memory coefficients* f(x Kᵀ) are, in every
 decoder, the input of the FFN's second projection (docs/science.md#memory-coefficients). The table
@@ -24,16 +24,6 @@ from ke_ray.errors import UnsupportedArchitectureError, nearest
 if TYPE_CHECKING:
     import torch
     from torch import nn
-
-__all__ = [
-    "ARCHITECTURES",
-    "Architecture",
-    "FFNLayout",
-    "check_config",
-    "describe",
-    "lacks_head",
-    "supported_model_types",
-]
 
 
 @dataclass(frozen=True)
@@ -103,7 +93,7 @@ _MIXTURE_SIGNS = (
     "num_experts_per_tok",
 )
 
-# Families that users try and that no entry in the table could make measurable, and why.
+# Families that users try, and why no entry in the table could make them measurable.
 _UNMEASURABLE = {
     **dict.fromkeys(
         ("mamba", "mamba2", "falcon_mamba", "xlstm"),
@@ -192,22 +182,22 @@ def check_config(config: Any) -> Architecture:
             architecture that is not in the table; the message names what is supported.
     """
     model_type = str(getattr(config, "model_type", "") or "")
-    known = ", ".join(supported_model_types())
+    supported = ", ".join(supported_model_types())
     if any((getattr(config, sign, None) or 0) for sign in _MIXTURE_SIGNS):
         raise UnsupportedArchitectureError(
             f"model type '{model_type}' is a mixture of experts: its memory coefficients lie in "
             "fused expert tensors and an expert sees only the tokens routed to it, so they are not "
-            f"measured. Give a dense decoder; supported: {known}."
+            f"measured. Give a dense decoder; supported: {supported}."
         )
     entry = ARCHITECTURES.get(model_type)
     if model_type in _UNMEASURABLE:
         raise UnsupportedArchitectureError(
-            f"model type '{model_type}' is {_UNMEASURABLE[model_type]}. Supported: {known}."
+            f"model type '{model_type}' is {_UNMEASURABLE[model_type]}. Supported: {supported}."
         )
     if entry is None:
         raise UnsupportedArchitectureError(
-            f"model type '{model_type}' is not known to ke_ray: it must be told where the "
-            f"feed-forward coefficients are. Supported: {known}."
+            f"model type '{model_type}' is not known to ke_ray, which has to know where a model "
+            f"keeps its feed-forward coefficients. Supported: {supported}."
             + nearest(model_type, ARCHITECTURES, cutoff=0.8)
         )
     if getattr(config, "use_bidirectional_attention", False):
@@ -236,7 +226,7 @@ def describe(model: nn.Module) -> tuple[FFNLayout, ...]:
         model: a causal language model of transformers, or its bare body.
 
     Returns:
-        One ``FFNLayout`` a layer, in the order of the forward pass.
+        One ``FFNLayout`` per layer, in the order of the forward pass.
 
     Raises:
         UnsupportedArchitectureError: as ``check_config``, or when the modules are not where the

@@ -24,8 +24,6 @@ from ke_ray.core.attention import attention_entropy, rows_entropy
 from ke_ray.errors import UnsupportedArchitectureError
 from ke_ray.models.architectures import FFNLayout
 
-__all__ = ["IMPLEMENTATION", "measure_attention"]
-
 IMPLEMENTATION = "ke_ray_entropy"
 _SINK = "_ke_ray_entropy_sink"
 _REFUSED = ("s_aux", "sinks", "position_bias", "head_mask", "alibi", "cache")

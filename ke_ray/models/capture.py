@@ -6,8 +6,8 @@
     attention_entropy   from the queries and keys of each layer (``models.attention``)
     next_token_entropy  from the final hidden states, through the LM head in chunks of tokens
 
-Nothing is kept but one mean per instance and layer. When the last layer has shown all that was
-asked for, the forward pass is ended by an exception that never leaves this module.
+Nothing is kept but one mean per instance and layer. When the last layer has run as far as the
+measures need, an exception that never leaves this module ends the forward pass.
 """
 
 from __future__ import annotations
@@ -25,11 +25,9 @@ from ke_ray.models.architectures import FFNLayout
 from ke_ray.models.attention import measure_attention
 from ke_ray.models.loading import require_head
 
-__all__ = ["Capture"]
-
 
 class _Finished(Exception):  # noqa: N818 - ends a forward pass, it is no error
-    """Everything asked for has been seen; the rest of the forward pass is not needed."""
+    """Every hook has run; the rest of the forward pass is not needed."""
 
 
 class Capture:
@@ -81,11 +79,11 @@ class Capture:
         shape = (len(lengths), n_layers)
         self.values = {}
         self.last_layer = set()
-        for name, wanted in (
+        for name, is_requested in (
             ("coefficients", self.coefficients),
             ("coefficients_relu", self.relu),
         ):
-            if wanted:
+            if is_requested:
                 self.values[name] = torch.zeros((*shape, d_mlp), dtype=dtype, device=self.device)
                 self.last_layer.add(name)
         if self.attention:

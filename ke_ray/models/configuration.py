@@ -11,10 +11,10 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from ke_ray.checkpoints import hub
-from ke_ray.checkpoints.fetch.transfer import RetryPolicy, download, redact
 from ke_ray.checkpoints.formats.layout import Layout, layout_of
 from ke_ray.checkpoints.formats.weights import read_layout
 from ke_ray.checkpoints.reference import CheckpointRef, local_folder
+from ke_ray.checkpoints.transfer import RetryPolicy, download, public_url
 from ke_ray.errors import CheckpointError
 from ke_ray.models.architectures import check_config
 from ke_ray.models.loading import config_from
@@ -23,14 +23,12 @@ from ke_ray.storage import exists, join, read_bytes
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-__all__ = ["read_config", "read_outline"]
-
 _NAMES = ("config.yaml", "config.json")
 # A request should fail soon; the fetch of the checkpoint itself is patient.
 _POLICY = RetryPolicy(attempts=2)
 
 
-#: What the set-up of a scan asks of a configuration.
+#: What the set-up of a scan needs of a configuration.
 _OUTLINE = ("model_type", "vocab_size", "max_position_embeddings", "eos_token_id")
 
 
@@ -46,10 +44,10 @@ def read_config(ref: CheckpointRef) -> PreTrainedConfig:
 
 
 def read_outline(ref: CheckpointRef) -> Any:
-    """``vocab_size``, ``max_position_embeddings`` and ``eos_token_id`` of any checkpoint.
+    """Model type, vocabulary, positions and end-of-text id (`_OUTLINE`) of any checkpoint.
 
-    Where the file itself says all three it is taken at its word: importing transformers, which
-    knows defaults and other names, takes two seconds.
+    Where the file states all of them, transformers, which takes two seconds to import, is not
+    needed for its defaults and other names.
 
     Raises:
         CheckpointError, UnsupportedArchitectureError: as ``read_config``.
@@ -90,7 +88,8 @@ def _config_folder(ref: CheckpointRef) -> Iterator[tuple[Path, Layout]]:
             hub.download_files(ref.repo, commit, ["config.json"], folder, policy=_POLICY)
         elif not any(_fetch(ref, name, folder) for name in _NAMES):
             raise CheckpointError(
-                f"'{redact(ref.location)}' has neither {' nor '.join(_NAMES)}; is it a checkpoint?"
+                f"'{public_url(ref.location)}' has neither {' nor '.join(_NAMES)}; "
+                "is it a checkpoint?"
             )
         present = [path.name for path in folder.iterdir() if path.is_file()]
         layout = layout_of(present)

@@ -1,9 +1,9 @@
-"""A model in memory from a checkpoint folder, or one clear error.
+"""Loading of a model from a checkpoint folder.
 
 Every way in which a checkpoint can be broken becomes a :class:`CheckpointError`: a truncated
 file, tensors that are missing (transformers would silently make up random ones), unexpected or of
-the wrong shape, NaN or infinite weights, a pickle with anything but tensors. No code that a
-checkpoint brings along is ever run.
+the wrong shape, NaN or infinite weights, a pickle with anything but tensors. Code that comes with
+a checkpoint never runs.
 
 safetensors files are memory-mapped and each byte is read once. On an accelerator every parameter
 goes there as stored and changes its dtype there, so that neither a second copy in host memory nor
@@ -12,6 +12,7 @@ a conversion on the CPU is paid.
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 from collections.abc import Iterator
@@ -25,19 +26,11 @@ from ke_ray.checkpoints.formats.olmo_config import read_native_config
 from ke_ray.checkpoints.formats.weights import WeightFiles, is_buffer, open_weights, read_layout
 from ke_ray.checkpoints.reference import CheckpointRef, local_folder
 from ke_ray.errors import CheckpointError, UnsupportedArchitectureError, UserError
+from ke_ray.models.architectures import check_config
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
-
-__all__ = [
-    "check_finite",
-    "config_from",
-    "load_config",
-    "load_model",
-    "quiet",
-    "require_head",
-]
 
 _CONFIG_LIMIT = 16 * 2**20  # bytes of a config.json
 _INT_LIMIT = 2**31
@@ -83,21 +76,21 @@ def load_model(
     folder = local_folder(checkpoint)
     layout = read_layout(folder)
     config = config_from(folder, layout)
-    target, where = dtype or torch.float32, torch.device(device)
+    target_dtype, target_device = dtype or torch.float32, torch.device(device)
     with _explained(folder), quiet():
         weights = open_weights(folder, layout)
         stored = _stored_dtype(weights)
         # On the CPU transformers converts while it copies out of the map; elsewhere, see above.
-        first = target if where.type == "cpu" else stored or target
+        first = target_dtype if target_device.type == "cpu" else stored or target_dtype
         model = _build(folder, layout, config, weights, first, attn_implementation)
-        if where.type != "cpu":
-            move(model, where, target)
+        if target_device.type != "cpu":
+            move(model, target_device, target_dtype)
     model.eval().requires_grad_(False)
     check_finite(model, str(folder))
     return model
 
 
-def check_finite(model: PreTrainedModel, where: str) -> None:
+def check_finite(model: PreTrainedModel, origin: str) -> None:
     """Raise CheckpointError where a parameter holds NaN or an infinity."""
     import torch
 
@@ -107,7 +100,7 @@ def check_finite(model: PreTrainedModel, where: str) -> None:
             continue
         bad = int((~torch.isfinite(parameter.detach())).sum())
         raise CheckpointError(
-            f"'{where}': {bad:,} of {parameter.numel():,} weights of '{name}' are NaN or infinite "
+            f"'{origin}': {bad:,} of {parameter.numel():,} weights of '{name}' are NaN or infinite "
             f"(as {parameter.dtype})."
         )
 
@@ -119,8 +112,6 @@ def config_from(folder: Path, layout: Layout) -> PreTrainedConfig:
         CheckpointError: malformed.
         UnsupportedArchitectureError: ke_ray cannot score this architecture.
     """
-    from ke_ray.models.architectures import check_config
-
     if layout.format == "native":
         native = read_native_config(folder / layout.config)
         with _explained(folder):
@@ -132,8 +123,6 @@ def config_from(folder: Path, layout: Layout) -> PreTrainedConfig:
 
 
 def _read_hf_config(path: Path) -> PreTrainedConfig:
-    import json
-
     from transformers import AutoConfig
 
     if path.stat().st_size > _CONFIG_LIMIT:
@@ -191,7 +180,7 @@ def _build(
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     if layout.format == "native":
-        named = split(weights, read_native_config(folder / layout.config), where=f"'{folder}'")
+        named = split(weights, read_native_config(folder / layout.config), origin=f"'{folder}'")
         model, info = model_class.from_pretrained(None, state_dict=named, **options)
     elif layout.weights[0].endswith(".safetensors") and not (
         weights.renamed or (layout.index and not (folder / layout.index).is_file())
@@ -209,7 +198,7 @@ def _build(
 def _model_class(
     folder: Path, layout: Layout, config: PreTrainedConfig, weights: WeightFiles
 ) -> Any:
-    """The class to build, after a trial without memory: the files must be able to fill it."""
+    """The class to build, tried without memory first: the files must be able to fill it."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -222,12 +211,12 @@ def _model_class(
         if layout.format == "hf" and _is_bare(model, weights):
             model = model.base_model
         described = sum(parameter.numel() for parameter in model.parameters())
-    held = weights.num_elements()
-    if model is None or described > 2 * held + 1_000_000:
+    num_elements = weights.num_elements()
+    if model is None or described > 2 * num_elements + 1_000_000:
         raise CheckpointError(
             f"'{folder}': the configuration describes {layers:,} layers and {described:,} "
-            f"parameters, the weight files hold {len(weights):,} tensors of {held:,} elements in "
-            "all; they do not belong together, or files are missing."
+            f"parameters, the weight files hold {len(weights):,} tensors of {num_elements:,} "
+            "elements in all; they do not belong together, or files are missing."
         )
     return type(model)
 
@@ -268,10 +257,10 @@ def _check_info(folder: Path, info: dict[str, Any]) -> None:
     unexpected = sorted(name for name in info["unexpected_keys"] if not is_buffer(name))
     wrong = sorted(info["mismatched_keys"], key=str)
     if wrong:
-        name, found, expected = (*wrong[0], "?", "?")[:3]
+        name, shape, expected = (*wrong[0], "?", "?")[:3]
         raise CheckpointError(
             f"'{folder}': {len(wrong)} tensors have the wrong shape, the first '{name}': found "
-            f"{list(found)}, the configuration asks for {list(expected)}."
+            f"{list(shape)}, the configuration asks for {list(expected)}."
         )
     if missing:
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""A model written as a checkpoint folder that appears whole or not at all."""
+"""Writing of a model to a checkpoint folder, which appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+import fsspec
 
 from ke_ray.checkpoints.formats.layout import TOKENIZER_FILES
 from ke_ray.checkpoints.formats.olmo import fuse
@@ -30,8 +32,6 @@ from ke_ray.storage import (
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-__all__ = ["save_model"]
 
 
 def save_model(
@@ -76,7 +76,7 @@ def save_model(
         return target
     final = local_path(target).absolute()
     make_dirs(final.parent)
-    # It begins with a dot: listings of checkpoint folders pass over it.
+    # Its name begins with a dot, so that listings of checkpoint folders skip it.
     temporary_folder = temporary_path(final)
     remove_leftovers(final)
     lock = None
@@ -140,13 +140,15 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
         return
     present = [name for name in TOKENIZER_FILES if (source / name).is_file()]
     if "tokenizer.json" not in present:
-        raise StorageError(f"'{source}' is no tokenizer.json and holds none.")
+        raise StorageError(
+            f"'{source}' has no tokenizer.json; give the file, or a folder that contains it."
+        )
     for name in present:
         shutil.copyfile(source / name, folder / name)
 
 
 def _exists(target: str) -> StorageError:
-    return StorageError(f"'{target}' exists already; choose another folder for the checkpoint.")
+    return StorageError(f"'{target}' already exists; choose another folder for the checkpoint.")
 
 
 def _filled(path: Path) -> bool:
@@ -164,8 +166,6 @@ def _replace(source: Path, final: Path) -> None:
 
 
 def _upload(folder: Path, target: str) -> None:
-    import fsspec
-
     make_dirs(target)
     fs, path = fsspec.core.url_to_fs(target)
     names = sorted(entry.name for entry in folder.iterdir())

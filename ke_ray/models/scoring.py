@@ -1,4 +1,4 @@
-"""Score a model in memory: one forward pass, per-instance token means, sums per group.
+"""Scoring of a model in memory: one forward pass, per-instance token means, sums per group.
 
 Coefficients are taken by a forward pre-hook on each FFN's second projection and reduced on the
 spot, so memory does not grow with layers or instances:
@@ -9,7 +9,7 @@ Canonical input is right-padded ids with lengths. Under causal attention a real 
 the padding after it, so no attention mask is needed; left padding and holes are first compacted
 to the front (real tokens in order, positions from 0).
 
-Only what is asked for is computed. Knowledge entropy needs neither the last layer's second
+Only what the measures need is computed. Knowledge entropy needs neither the last layer's second
 projection nor the LM head: the pass ends there. Attention entropy comes from the same pass
 (``models.attention``), prediction entropy streams the LM head over chunks of tokens
 (``core.prediction``).
@@ -33,8 +33,6 @@ from ke_ray.core.statistics import GroupSums
 from ke_ray.errors import DataError
 from ke_ray.models.architectures import describe
 from ke_ray.models.capture import Capture
-
-__all__ = ["compact", "score_instances", "score_model"]
 
 
 def score_model(
@@ -129,7 +127,7 @@ def score_instances(
     chosen = check_measures(measures)
     layouts = describe(model)
     ids, tokens = _checked(model, input_ids, lengths)
-    where = torch.device(device) if device is not None else _device_of(model)
+    target = torch.device(device) if device is not None else _device_of(model)
     if batch_size < 1:
         raise DataError(f"batch_size is {batch_size}; expected at least 1")
     sums = GroupSums.empty(
@@ -137,20 +135,20 @@ def score_instances(
         required_sums(chosen),
         n_layers=len(layouts),
         d_mlp=layouts[0].d_mlp,
-        device=where,
+        device=target,
         sizes=group_sizes,
     )
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
         stack.enter_context(_evaluating(model))
-        capture = stack.enter_context(Capture(model, layouts, sums.tables, where))
+        capture = stack.enter_context(Capture(model, layouts, sums.tables, target))
         for start in range(0, len(ids), batch_size):
             part = tokens[start : start + batch_size]
             longest = int(part.max())
             batch = ids[start : start + batch_size, :longest].to(torch.int64)
             padding = torch.arange(longest)[None, :] >= part[:, None]
             # Any valid id will do behind the last real token: nothing looks at it.
-            batch = batch.masked_fill(padding, 0).to(where, non_blocking=True)
+            batch = batch.masked_fill(padding, 0).to(target, non_blocking=True)
             instances = torch.arange(start, start + len(part)) + first_instance
             for name, values in capture.run(batch, part.tolist()).items():
                 sums.add(name, instances, values)

@@ -20,6 +20,7 @@ import pandas as pd
 
 from ke_ray import storage
 from ke_ray.core import jackknife
+from ke_ray.core.measures import MEASURES
 from ke_ray.report.sources import Result
 
 __all__ = [
@@ -44,15 +45,7 @@ __all__ = [
 
 # Measure -> (title, unit as shown on an axis), in the order of display.
 MEASURE_TITLES: dict[str, tuple[str, str]] = {
-    "knowledge_entropy": ("Knowledge entropy", "nats"),
-    "knowledge_entropy_relu": ("Knowledge entropy, ReLU variant", "nats"),
-    "attention_entropy": ("Attention entropy", "nats"),
-    "next_token_entropy": ("Next-token entropy", "nats"),
-    "effective_memories": ("Effective number of memories", "memories"),
-    "participation_ratio": ("Participation ratio", "fraction"),
-    "gini": ("Gini coefficient", "fraction"),
-    "top_k_mass": ("Mass of the largest memories", "fraction"),
-    "dormant_share": ("Dormant share", "fraction"),
+    measure.name: (measure.title, measure.unit) for measure in MEASURES.values()
 }
 
 

@@ -1,4 +1,4 @@
-"""Tables of ``docs/results.md``, generated from the declared columns.
+"""Tables of ``docs/results.md``, generated from the declared columns and measures.
 
 ``python -m ke_ray.results.column_docs`` rewrites them; a test compares.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from ke_ray.core.measures import MEASURES
 from ke_ray.results.columns import TABLES
 
 
@@ -29,12 +30,32 @@ def markdown(table: str) -> str:
     return "\n".join(lines)
 
 
-_BLOCK = re.compile(r"(<!-- columns: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+def measures_markdown() -> str:
+    """The measures as a Markdown table."""
+    lines = ["| measure | unit | total | value of a layer |", "|---|---|---|---|"]
+    for measure in MEASURES.values():
+        meaning = "; ".join(
+            part
+            for part in (
+                measure.doc.replace("|", "\\|"),
+                "" if measure.is_smooth else "no error",
+                "" if measure.is_default else "not measured by default",
+            )
+            if part
+        )
+        total = "the only value" if measure.total == "only" else measure.total
+        lines.append(f"| `{measure.name}` | {measure.unit} | {total} | {meaning} |")
+    return "\n".join(lines)
+
+
+_COLUMNS = re.compile(r"(<!-- columns: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_MEASURES = re.compile(r"(<!-- measures -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def fill_in(text: str) -> str:
-    """Markdown with the table after each ``<!-- columns: NAME -->`` replaced."""
-    return _BLOCK.sub(lambda match: f"{match[1]}\n{markdown(match[2])}\n\n{match[3]}", text)
+    """Markdown with every table of columns, and that of measures, replaced."""
+    text = _COLUMNS.sub(lambda match: f"{match[1]}\n{markdown(match[2])}\n\n{match[3]}", text)
+    return _MEASURES.sub(lambda match: f"{match[1]}\n{measures_markdown()}\n\n{match[2]}", text)
 
 
 if __name__ == "__main__":

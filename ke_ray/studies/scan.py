@@ -7,22 +7,9 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from ke_ray.config import Key, Strict
-from ke_ray.errors import nearest
+from ke_ray.core.measures import DEFAULT_MEASURES, check_measures
+from ke_ray.errors import UserError
 from ke_ray.studies.parts import CheckpointSelection, Resuscitation, Sampling, TrackingSettings
-
-#: The names of ``ke_ray.core.measures.MEASURES``, here without torch (a test compares the two).
-ALL_MEASURES = (
-    "knowledge_entropy",
-    "knowledge_entropy_relu",
-    "attention_entropy",
-    "next_token_entropy",
-    "effective_memories",
-    "participation_ratio",
-    "gini",
-    "top_k_mass",
-    "dormant_share",
-)
-DEFAULT_MEASURES = tuple(m for m in ALL_MEASURES if m != "knowledge_entropy_relu")
 
 
 class ScanStudy(Strict):
@@ -79,15 +66,10 @@ class ScanStudy(Strict):
     @field_validator("measures")
     @classmethod
     def _known(cls, measures: tuple[str, ...]) -> tuple[str, ...]:
-        if not measures:
-            raise ValueError(f"name at least one of {', '.join(ALL_MEASURES)}")
-        for name in measures:
-            if name not in ALL_MEASURES:
-                raise ValueError(
-                    f"unknown measure '{name}'.{nearest(name, ALL_MEASURES)} "
-                    f"Measures: {', '.join(ALL_MEASURES)}"
-                )
-        return tuple(m for m in ALL_MEASURES if m in measures)
+        try:
+            return check_measures(measures)
+        except UserError as error:
+            raise ValueError(str(error)) from error
 
     @field_validator("data")
     @classmethod

@@ -1,24 +1,30 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
 
 from ke_ray.core import concentration, entropy
-from ke_ray.core.jackknife import standard_error
+from ke_ray.core.jackknife import group_of, group_sizes, standard_error
 from ke_ray.core.measures import (
+    DEFAULT_MEASURES,
     MEASURES,
     Evaluation,
+    Measure,
     check_measures,
     evaluate,
+    register,
     required_sums,
 )
-from ke_ray.core.statistics import TABLES, GroupSums, group_of, group_sizes
+from ke_ray.core.statistics import TABLES, GroupSums
 from ke_ray.errors import UserError
+from ke_ray.studies.scan import ScanStudy
 
 N_LAYERS, D_MLP, NUM_INSTANCES = 3, 40, 100
 SMOOTH = [name for name, measure in MEASURES.items() if measure.is_smooth]
@@ -94,6 +100,56 @@ def test_names_and_units_are_the_published_ones() -> None:
         "top_k_mass": "fraction",
         "dormant_share": "fraction",
     }
+
+
+def test_all_but_the_relu_variant_are_measured_by_default() -> None:
+    assert set(MEASURES) - set(DEFAULT_MEASURES) == {"knowledge_entropy_relu"}
+
+
+@pytest.fixture
+def largest_memory() -> Iterator[Measure]:
+    """A measure that only this file knows."""
+    measure = Measure(
+        name="largest_memory",
+        title="Largest memory",
+        doc="max p",
+        unit="fraction",
+        needs="coefficients",
+        values=lambda mean: mean.amax(dim=-1) / mean.sum(dim=-1),
+        total="mean",
+    )
+    register(measure)
+    yield measure
+    del MEASURES["largest_memory"]
+
+
+def test_a_registered_measure_is_evaluated_with_an_error(largest_memory: Measure) -> None:
+    values = _values()
+    result = evaluate(_sums(values), ["gini", "largest_memory"])
+    mean = values["coefficients"].mean(dim=0)
+    expected = (mean.amax(dim=-1) / mean.sum(dim=-1)).tolist()
+    rows = [row for row in result.rows if row.measure == "largest_memory"]
+    assert [row.value for row in rows] == pytest.approx([*expected, sum(expected) / N_LAYERS])
+    assert all(row.stderr > 0 and row.unit == "fraction" for row in rows)
+    assert result.replicates[(None, "largest_memory")].shape == (64,)
+
+
+def test_a_registered_measure_is_accepted_by_a_study(largest_memory: Measure) -> None:
+    study = ScanStudy.model_validate(
+        {
+            "checkpoints": {"spec": "x"},
+            "data": {"d": "d.jsonl"},
+            "output": "out",
+            "measures": ["largest_memory"],
+        }
+    )
+    assert study.measures == ("largest_memory",)
+
+
+def test_a_name_is_registered_once(largest_memory: Measure) -> None:
+    register(largest_memory)
+    with pytest.raises(UserError, match="'largest_memory'.*another name"):
+        register(dataclasses.replace(largest_memory, unit="nats"))
 
 
 @pytest.mark.parametrize("measure", SMOOTH)
@@ -212,7 +268,7 @@ def test_measures_are_deduplicated_and_ordered() -> None:
 def test_an_unknown_measure_is_refused_with_the_nearest() -> None:
     with pytest.raises(UserError, match="Did you mean 'knowledge_entropy'"):
         check_measures(["knowlege_entropy"])
-    with pytest.raises(UserError, match="no measure"):
+    with pytest.raises(UserError, match="no measure.*at least one of knowledge_entropy"):
         check_measures([])
 
 

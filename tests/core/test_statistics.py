@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ke_ray.core.statistics import TABLES, GroupSums, group_of, group_sizes
+from ke_ray.core.jackknife import group_of, group_sizes
+from ke_ray.core.statistics import TABLES, GroupSums
 
 N_LAYERS, D_MLP = 2, 5
 

@@ -145,7 +145,7 @@ def test_documents_without_a_tokenizer_or_length_are_refused(tmp_path: Path) -> 
             tokenizer=TOKENIZER,
             eos_token_id=0,
         )
-    with pytest.raises(DataError, match="no instance"):
+    with pytest.raises(DataError, match="fewer than the .* tokens of one instance"):
         build_corpus(
             "a",
             source,

@@ -180,7 +180,7 @@ def test_what_is_not_there_is_said(tmp_path: Path) -> None:
         f"{tmp_path}/none.jsonl": "There is no",
         f"{tmp_path}/*.parquet": "matches no file",
         f"{tmp_path}/a**": "not a valid pattern",
-        f"{tmp_path}/folder": "holds none of the files expected",
+        f"{tmp_path}/folder": "holds no file of the expected kinds",
         f"{tmp_path}/empty.jsonl": "holds no documents",
         "nosuch://a/b.jsonl": "Protocol not known",
         "": "The data source is ''",

@@ -115,7 +115,7 @@ def test_where_all_text_is_needed_all_is_used_as_first_has_it(tmp_path: Path) ->
     assert shifts.min() >= 0
     assert shifts.max() < 16
     assert first.input_ids.ravel().tolist() == stream(documents)[: count * 16].tolist()
-    with pytest.raises(DataError, match=f"{count} instances of 16 tokens; {count + 1} were"):
+    with pytest.raises(DataError, match=f"{count} instances of 16 tokens, but {count + 1} were"):
         draw(source, count + 1, 16)
 
 

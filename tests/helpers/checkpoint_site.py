@@ -6,10 +6,10 @@ import http.server
 import time
 from pathlib import Path
 
-from ke_ray.checkpoints.fetch.transfer import RetryPolicy
 from ke_ray.checkpoints.find.catalog import list_checkpoints
 from ke_ray.checkpoints.formats.fingerprint import weights_sha256
 from ke_ray.checkpoints.reference import CheckpointRef
+from ke_ray.checkpoints.transfer import RetryPolicy
 
 QUICK = RetryPolicy(attempts=4, backoff_s=0.02, max_retry_after_s=1.0, timeout_s=2.0)
 

@@ -48,7 +48,7 @@ def test_what_exists_is_replaced_only_when_asked(tmp_path: Path, tiny_decoder) -
     save_model(tiny_decoder("olmo"), tmp_path / "x", layout="native")
     first = weights_sha256(tmp_path / "x")
     other = tiny_decoder("olmo", seed=1)
-    with pytest.raises(StorageError, match="exists already"):
+    with pytest.raises(StorageError, match="already exists.*another folder"):
         save_model(other, tmp_path / "x")
     assert weights_sha256(tmp_path / "x") == first
     save_model(other, tmp_path / "x", overwrite=True)
@@ -68,7 +68,7 @@ def test_a_file_in_the_way(tmp_path: Path, tiny_decoder) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(StorageError):
         save_model(tiny_decoder("olmo"), tmp_path / "file" / "x")
-    with pytest.raises(StorageError, match="exists already"):
+    with pytest.raises(StorageError, match="already exists.*another folder"):
         save_model(tiny_decoder("olmo"), tmp_path / "file")
 
 
@@ -85,6 +85,6 @@ def test_saved_to_a_uri_listed_and_fetched_from_it(tmp_path: Path, tiny_decoder,
             assert weights_sha256(store.fetch(ref)) == tensors_sha256(model.state_dict())
     assert list_checkpoints(f"{base}/step*")[1].step == 1
     save_model(models[1], f"{base}/step0", layout=layout, overwrite=True)
-    with pytest.raises(StorageError, match="exists already"):
+    with pytest.raises(StorageError, match="already exists.*another folder"):
         save_model(models[0], f"{base}/step1")
     fsspec.filesystem("memory").rm(f"/saving-{layout}", recursive=True)

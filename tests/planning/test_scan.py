@@ -9,9 +9,10 @@ import pytest
 from pydantic import ValidationError
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from ke_ray.core.measures import DEFAULT_MEASURES
 from ke_ray.errors import CheckpointError, DataError, ResultsError, UnsupportedArchitectureError
 from ke_ray.planning.scan import prepare_scan
-from ke_ray.studies.scan import DEFAULT_MEASURES, ScanStudy
+from ke_ray.studies.scan import ScanStudy
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from pathlib import Path
 import pyarrow
 import pytest
 
+from ke_ray.core.measures import MEASURES
 from ke_ray.results.column_docs import fill_in
 from ke_ray.results.columns import OBJECTIVES, TABLES, names, schema, to_table
 from ke_ray.studies.continual import ContinualStudy
@@ -18,6 +19,7 @@ def test_the_documented_tables_are_the_declared_ones() -> None:
     text = PAGE.read_text(encoding="utf-8")
     assert fill_in(text) == text, "run: python -m ke_ray.results.column_docs"
     assert all(f"<!-- columns: {table} -->" in text for table in TABLES)
+    assert all(f"| `{measure}` |" in text for measure in MEASURES)
 
 
 @pytest.mark.parametrize("table", TABLES)

@@ -1,11 +1,11 @@
-"""Checkpoints on this node: fetched once, shared, and dropped within a byte budget.
+"""The cache of checkpoints on this node: fetched once, shared, and kept within a byte budget.
 
-A checkpoint that is not local is fetched into ``<cache_dir>/entries/<key>`` by whoever asks first;
-others on the node wait for it. It appears there whole, by a rename, or not at all; what a killed
-fetch left is resumed. Everybody who uses an entry holds a lease: a lock on a file of its own, which
-the operating system takes back when the process dies, however it dies. To make room, the least
-recently used entries without lease go first; a fetch that does not fit beside entries in use waits
-until one is released.
+The first process that needs a checkpoint fetches it into ``<cache_dir>/entries/<key>``; others on
+the node wait for it. It appears there whole, by a rename, or not at all; what a killed fetch left
+is resumed. Every user of an entry holds a lease: a lock on a file of its own, which the operating
+system takes back when the process dies, however it dies. To make room, the least recently used
+entries without lease are removed first; a fetch that does not fit beside entries in use waits until
+one is released.
 
     <cache_dir>/.ke-ray.json       says that the names below are a cache's (``storage.ownership``)
                 budget.lock        held to count bytes
@@ -25,6 +25,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,14 +35,12 @@ from filelock import FileLock, Timeout
 
 from ke_ray.checkpoints.fetch.checkpoint import fetch_into, size_to_fetch
 from ke_ray.checkpoints.fetch.leases import drop_lease, is_leased, is_locked, take_lease, try_lock
-from ke_ray.checkpoints.fetch.transfer import RetryPolicy
 from ke_ray.checkpoints.reference import CheckpointRef
+from ke_ray.checkpoints.transfer import RetryPolicy
 from ke_ray.errors import CheckpointError, StorageError
 from ke_ray.secrets import redact
 from ke_ray.storage import local_path, slug
 from ke_ray.storage.ownership import mark_cache
-
-__all__ = ["FetchEstimate", "Store", "default_cache_dir"]
 
 _LOG = logging.getLogger(__name__)
 _FOLDERS = ("entries", "partial", "locks", "leases")
@@ -51,13 +50,13 @@ _MARGIN = 64 * 2**20  # bytes of the disk left free
 
 @dataclass(frozen=True)
 class FetchEstimate:
-    """What a selection of checkpoints asks of network and disk.
+    """The network traffic and disk space that a selection of checkpoints needs.
 
     Attributes:
         num_bytes: to fetch, over the checkpoints whose size is known.
         largest_bytes: of one checkpoint.
         num_to_fetch: checkpoints that are neither local nor in the cache.
-        num_unknown: those of them whose source does not say its size.
+        num_unknown: those of them whose source does not tell their size.
     """
 
     num_bytes: int
@@ -68,8 +67,8 @@ class FetchEstimate:
 
 def default_cache_dir() -> Path:
     """``$KE_RAY_CACHE``, or ``~/.cache/ke_ray/checkpoints``."""
-    given = os.environ.get("KE_RAY_CACHE")
-    return Path(given) if given else Path.home() / ".cache" / "ke_ray" / "checkpoints"
+    folder = os.environ.get("KE_RAY_CACHE")
+    return Path(folder) if folder else Path.home() / ".cache" / "ke_ray" / "checkpoints"
 
 
 class Store:
@@ -93,7 +92,7 @@ class Store:
         wait_s: float = 6 * 3600.0,
     ) -> None:
         if cache_bytes is not None and cache_bytes <= 0:
-            raise StorageError(f"cache_bytes={cache_bytes} was given, expected a positive number.")
+            raise StorageError(f"cache_bytes is {cache_bytes}; it must be a positive number.")
         self._root = (local_path(cache_dir) if cache_dir else default_cache_dir()).absolute()
         self._budget = cache_bytes
         self._endpoint = endpoint
@@ -116,8 +115,8 @@ class Store:
     def close(self) -> None:
         """Release everything; entries stay in the cache."""
         with self._guard:
-            held, self._leases = self._leases, {}
-        for leases in held.values():
+            leases_by_key, self._leases = self._leases, {}
+        for leases in leases_by_key.values():
             for lease in leases:
                 drop_lease(lease)
 
@@ -129,7 +128,7 @@ class Store:
 
         Args:
             ref: as listed by ``list_checkpoints``.
-            should_stop: asked while bytes arrive and while waiting for room.
+            should_stop: called while bytes arrive and while waiting for room.
 
         Raises:
             CheckpointError: the source is gone, incomplete or refuses.
@@ -154,8 +153,9 @@ class Store:
                     raise
         except OSError as error:
             raise StorageError(
-                f"The checkpoint cache '{self._root}' refused: {error.strerror or error}. Give "
-                "--cache-dir a folder with space that you may write to."
+                f"The checkpoint cache '{self._root}' cannot be written: "
+                f"{error.strerror or error}. Choose a --cache-dir with free space that you may "
+                "write to."
             ) from error
         with self._guard:
             self._leases.setdefault(key, []).append(lease)
@@ -174,15 +174,16 @@ class Store:
         return ref.is_local or self._entry(ref).is_dir()
 
     def bytes_to_fetch(self, refs: Iterable[CheckpointRef]) -> FetchEstimate:
-        """What fetching ``refs`` would cost; asks servers only for sizes that are not known."""
-        from concurrent.futures import ThreadPoolExecutor
-
-        wanted = [ref for ref in refs if not self.is_cached(ref)]
+        """The cost of fetching ``refs``; servers are asked only for sizes that are missing."""
+        absent = [ref for ref in refs if not self.is_cached(ref)]
         with ThreadPoolExecutor(8, thread_name_prefix="ke_ray-size") as pool:
-            sizes = list(pool.map(lambda ref: size_to_fetch(ref, self._endpoint), wanted))
-        known = [size for size in sizes if size is not None]
+            sizes = list(pool.map(lambda ref: size_to_fetch(ref, self._endpoint), absent))
+        known_sizes = [size for size in sizes if size is not None]
         return FetchEstimate(
-            sum(known), max(known, default=0), len(wanted), len(sizes) - len(known)
+            sum(known_sizes),
+            max(known_sizes, default=0),
+            len(absent),
+            len(sizes) - len(known_sizes),
         )
 
     def used_bytes(self) -> int:
@@ -195,8 +196,8 @@ class Store:
         return FileLock(self._root / "budget.lock")
 
     def _key(self, ref: CheckpointRef) -> str:
-        place = redact(ref.location).rstrip("/")
-        identity = "\0".join((place, ref.commit or ref.revision or ""))
+        location = redact(ref.location).rstrip("/")
+        identity = "\0".join((location, ref.commit or ref.revision or ""))
         return f"{slug(ref.name)[:60]}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
 
     def _entry(self, ref: CheckpointRef) -> Path:
@@ -207,7 +208,9 @@ class Store:
         lock = FileLock(self._root / "locks" / f"{key}.lock")
         while not lock.is_locked:
             if should_stop is not None and should_stop():
-                raise CheckpointError(f"Waiting for '{key}', fetched elsewhere, was stopped.")
+                raise CheckpointError(
+                    f"Stopped while waiting for '{key}', which another process is fetching."
+                )
             with suppress(Timeout):
                 lock.acquire(timeout=1.0)
         try:
@@ -224,7 +227,7 @@ class Store:
     ) -> None:
         partial = self._root / "partial" / key
         size = size_to_fetch(ref, self._endpoint)
-        # A source that does not say, or is too busy to: the checkpoints of a series are alike.
+        # Where the source does not tell or is too busy: the checkpoints of a series are alike.
         need = self._largest_entry() if size is None else size
         self._make_room(key, need, ref.label, should_stop)
         try:
@@ -292,16 +295,16 @@ class Store:
             name = partial.name.removesuffix(".bytes")
             if not partial.is_dir() or name == key:
                 continue
-            have = _tree_bytes(partial)
+            present = _tree_bytes(partial)
             planned = _read_int(self._reservation(name)) if self._is_fetching(name) else 0
-            others += max(have, planned)
-            growth += max(0, planned - have)
-        have = _tree_bytes(self._root / "partial" / key) if key is not None else 0
+            others += max(present, planned)
+            growth += max(0, planned - present)
+        present = _tree_bytes(self._root / "partial" / key) if key is not None else 0
         disk = shutil.disk_usage(self._root).free - _MARGIN - growth
-        over_disk = max(0, need - have) - disk if need else 0
+        over_disk = max(0, need - present) - disk if need else 0
         if self._budget is None:
             return over_disk
-        return max(over_disk, entries + others + max(need, have) - self._budget)
+        return max(over_disk, entries + others + max(need, present) - self._budget)
 
     def _is_fetching(self, key: str) -> bool:
         return is_locked(self._root / "locks" / f"{key}.lock")
@@ -318,8 +321,8 @@ class Store:
         for path in sorted(partial, key=_mtime) + sorted(entries, key=_mtime):
             if path.name == keep:
                 continue
-            with try_lock(self._root / "locks" / f"{path.name}.lock") as mine:
-                if not mine or is_leased(self._root / "leases" / path.name):
+            with try_lock(self._root / "locks" / f"{path.name}.lock") as acquired:
+                if not acquired or is_leased(self._root / "leases" / path.name):
                     in_use = True
                 elif freed < num_bytes:
                     freed += _discard(path)
@@ -329,12 +332,12 @@ class Store:
 def _discard(path: Path) -> int:
     """Remove an entry; readers that mapped its files keep them until they are done."""
     size = _tree_bytes(path)
-    gone = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.gone")
+    removed = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.gone")
     try:
-        path.rename(gone)
+        path.rename(removed)
     except FileNotFoundError:
         return 0
-    shutil.rmtree(gone, ignore_errors=True)
+    shutil.rmtree(removed, ignore_errors=True)
     return size
 
 

@@ -1,25 +1,24 @@
-"""One checkpoint, from wherever it lies into a local folder, whole."""
+"""The whole of one checkpoint, copied from its source into a local folder."""
 
 from __future__ import annotations
 
 import os
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
+
 from ke_ray.checkpoints import hub
-from ke_ray.checkpoints.fetch.transfer import RetryPolicy, download, probe, redact
 from ke_ray.checkpoints.formats.layout import Layout, layout_of
 from ke_ray.checkpoints.reference import CheckpointRef
+from ke_ray.checkpoints.transfer import Retries, RetryPolicy, download, probe, public_url
 from ke_ray.errors import CheckpointError, CheckpointSpecError
 from ke_ray.storage import list_dir
 
-__all__ = ["fetch_into", "size_to_fetch"]
-
 _CHUNK = 4 * 2**20
-# At a bare URL nothing can be listed: what is asked for, in order. The first weights found count.
+# At a bare URL nothing can be listed. These are requested in order; the first weights count.
 _NATIVE = ("config.yaml", ("model.safetensors", "model.pt"))
 _HF = ("config.json", ("model.safetensors", "pytorch_model.bin"))
 _OPTIONAL = ("tokenizer.json",)
@@ -30,7 +29,7 @@ def _is_http(location: str) -> bool:
 
 
 def size_to_fetch(ref: CheckpointRef, endpoint: str | None = None) -> int | None:
-    """Bytes of a checkpoint that is not local; None where its source does not say."""
+    """Bytes of a checkpoint that is not local; None where its source does not tell."""
     if ref.size_bytes is not None:
         return ref.size_bytes
     try:
@@ -70,10 +69,10 @@ def fetch_into(
 def _hub_revision(ref: CheckpointRef, endpoint: str | None) -> hub.HubRevision:
     repo = ref.repo or ""
     if ref.commit is None:
-        found = hub.find_revision(repo, ref.revision or "main", endpoint=endpoint)
+        revision = hub.find_revision(repo, ref.revision or "main", endpoint=endpoint)
     else:
-        found = hub.HubRevision(ref.revision or ref.commit, ref.commit)
-    return hub.inspect_revisions(repo, [found], endpoint=endpoint)[0]
+        revision = hub.HubRevision(ref.revision or ref.commit, ref.commit)
+    return hub.inspect_revisions(repo, [revision], endpoint=endpoint)[0]
 
 
 def _fetch_hub(ref: CheckpointRef, folder: Path, endpoint: str | None, policy: RetryPolicy) -> None:
@@ -85,17 +84,17 @@ def _fetch_hub(ref: CheckpointRef, folder: Path, endpoint: str | None, policy: R
     if layout is None or not layout.weights:
         raise CheckpointError(f"'{ref.label}' holds no config.json with weights.")
     sizes = {file.name: file.size_bytes for file in revision.files}
-    wanted = [name for name in layout.files if name in sizes]
+    names = [name for name in layout.files if name in sizes]
     hub.download_files(
-        ref.repo or "", revision.commit, wanted, folder, endpoint=endpoint, policy=policy
+        ref.repo or "", revision.commit, names, folder, endpoint=endpoint, policy=policy
     )
-    for name in wanted:
-        found = (folder / name).stat().st_size
-        if found != sizes[name]:
+    for name in names:
+        size_bytes = (folder / name).stat().st_size
+        if size_bytes != sizes[name]:
             (folder / name).unlink()
             raise CheckpointError(
-                f"'{ref.label}': {name} has {found:,} bytes after the download, the Hub states "
-                f"{sizes[name]:,}; run again."
+                f"'{ref.label}': {name} has {size_bytes:,} bytes after the download, but the Hub "
+                f"states {sizes[name]:,}; run the same command again."
             )
     shutil.rmtree(folder / ".cache", ignore_errors=True)  # the Hub client's own notes
 
@@ -118,13 +117,13 @@ def _fetch_http(
             continue
         if not any(get(name) for name in weights):
             raise CheckpointError(
-                f"{redact(base)} has {config} but none of {', '.join(weights)}; is it an "
+                f"{public_url(base)} has {config} but none of {', '.join(weights)}; is it an "
                 "unsharded checkpoint?"
             )
         for name in _OPTIONAL if config == "config.json" else ():
             get(name)
         return
-    raise CheckpointError(f"{redact(base)} has neither config.yaml nor config.json.")
+    raise CheckpointError(f"{public_url(base)} has neither config.yaml nor config.json.")
 
 
 def _http_size(location: str) -> int | None:
@@ -133,24 +132,22 @@ def _http_size(location: str) -> int | None:
         if probe(f"{base}/{config}") is None:
             continue
         for name in weights:
-            found = probe(f"{base}/{name}")
-            if found is not None:
-                return found.size_bytes
+            file = probe(f"{base}/{name}")
+            if file is not None:
+                return file.size_bytes
     return None
 
 
 def _remote_layout(ref: CheckpointRef) -> tuple[Any, str, Layout]:
-    import fsspec
-
     try:
         fs, path = fsspec.core.url_to_fs(ref.location)
         names = set(list_dir(ref.location))
     except Exception as error:  # each driver has its own errors
-        raise CheckpointError(f"Cannot list '{redact(ref.location)}': {error}.") from error
+        raise CheckpointError(f"Cannot list '{public_url(ref.location)}': {error}.") from error
     layout = layout_of(names)
     if layout is None or not layout.weights or layout.config not in names:
         raise CheckpointError(
-            f"'{redact(ref.location)}' is not a checkpoint folder: it needs config.json (or "
+            f"'{public_url(ref.location)}' is not a checkpoint folder: it needs config.json (or "
             "config.yaml) and weights."
         )
     return fs, path.rstrip("/"), layout
@@ -164,7 +161,7 @@ def _fetch_remote(
 ) -> None:
     fs, path, layout = _remote_layout(ref)
     for name in layout.files:
-        failures = 0
+        retries = Retries(policy)
         while not (folder / name).exists():
             try:
                 _copy(fs, f"{path}/{name}", folder / name, should_stop)
@@ -173,12 +170,10 @@ def _fetch_remote(
             except FileNotFoundError as error:
                 raise CheckpointError(f"'{ref.label}' has no {name}.") from error
             except Exception as error:  # each driver has its own errors
-                failures += 1
-                if failures >= policy.attempts:
+                if not retries.wait():
                     raise CheckpointError(
-                        f"Cannot fetch {name} of '{redact(ref.location)}': {error}."
+                        f"Cannot fetch {name} of '{public_url(ref.location)}': {error}."
                     ) from error
-                time.sleep(policy.pause_s(failures, None))
 
 
 def _copy(fs: Any, source: str, target: Path, should_stop: Callable[[], bool] | None) -> None:
@@ -189,7 +184,7 @@ def _copy(fs: Any, source: str, target: Path, should_stop: Callable[[], bool] | 
             writer.write(chunk)
             if should_stop is not None and should_stop():
                 raise CheckpointError(f"Fetching '{source}' was stopped.")
-    found = partial.stat().st_size
-    if found != expected:
-        raise ConnectionError(f"{found:,} of {expected:,} bytes arrived")
+    size_bytes = partial.stat().st_size
+    if size_bytes != expected:
+        raise ConnectionError(f"{size_bytes:,} of {expected:,} bytes arrived")
     os.replace(partial, target)

@@ -1,4 +1,4 @@
-"""Who on this node uses a cached checkpoint: one locked file for each user.
+"""Leases on the cached checkpoints of this node: one locked file per user.
 
 A lock on an open file belongs to the process and vanishes with it, however it dies, in any
 container and after any restart; a list of process numbers would lie after a crash.
@@ -13,8 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-
-__all__ = ["drop_lease", "is_leased", "is_locked", "take_lease", "try_lock"]
 
 
 def take_lease(folder: Path) -> FileLock:
@@ -32,7 +30,7 @@ def drop_lease(lease: FileLock) -> None:
 
 
 def is_leased(folder: Path) -> bool:
-    """Whether anybody holds a lease in ``folder``; files of the dead are removed."""
+    """Whether any process holds a lease in ``folder``; files of dead processes are removed."""
     used = False
     for lease in list(folder.iterdir()) if folder.is_dir() else []:
         if is_locked(lease):
@@ -43,16 +41,16 @@ def is_leased(folder: Path) -> bool:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether anybody, this process included, holds the lock file ``path``."""
+    """Whether any process, this one included, holds the lock file ``path``."""
     if not path.exists():
         return False
-    with try_lock(path) as mine:
-        return not mine
+    with try_lock(path) as acquired:
+        return not acquired
 
 
 @contextmanager
 def try_lock(path: Path) -> Iterator[bool]:
-    """Hold the lock file for the block if nobody else does; the value says whether it is held."""
+    """Try to hold the lock file for the block; the value is whether that succeeded."""
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)

@@ -1,4 +1,4 @@
-"""Checkpoints of one listing that carry the same weights.
+"""Checkpoints of one listing that have the same weights.
 
 Published branches can hold the weights of another step, which would put a false point on every
 curve. On the Hub the API states the sha256 of each weight file. In folders, sizes are compared
@@ -18,8 +18,6 @@ from ke_ray.checkpoints.formats.layout import layout_of
 from ke_ray.checkpoints.reference import CheckpointRef
 from ke_ray.storage import local_path
 
-__all__ = ["flag_duplicates", "folder_fingerprint"]
-
 _SAMPLE = 64 * 2**10  # bytes
 _SAMPLES = 16
 _CHUNK = 4 * 2**20
@@ -31,14 +29,14 @@ def flag_duplicates(refs: list[CheckpointRef]) -> list[CheckpointRef]:
     Args:
         refs: in training order; the first of equal ones is the original.
     """
-    named = [
+    fingerprinted = [
         replace(ref, weights_fingerprint=folder_fingerprint(local_path(ref.location)))
         if ref.is_local
         else ref
         for ref in refs
     ]
     groups: dict[str, list[CheckpointRef]] = defaultdict(list)
-    for ref in named:
+    for ref in fingerprinted:
         if ref.weights_fingerprint is not None:
             groups[ref.weights_fingerprint].append(ref)
     originals: dict[str, str] = {}
@@ -50,7 +48,7 @@ def flag_duplicates(refs: list[CheckpointRef]) -> list[CheckpointRef]:
             original = first_by_content.setdefault(content, ref.name)
             if original != ref.name:
                 originals[ref.name] = original
-    return [replace(ref, duplicate_of=originals.get(ref.name)) for ref in named]
+    return [replace(ref, duplicate_of=originals.get(ref.name)) for ref in fingerprinted]
 
 
 def folder_fingerprint(folder: Path) -> str | None:

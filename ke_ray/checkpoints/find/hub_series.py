@@ -1,9 +1,9 @@
-"""Which revisions of a Hub repository make its series of checkpoints.
+"""The revisions of a Hub repository that make its series of checkpoints.
 
 Without a glob the series is every revision whose name gives a step, and ``main`` after them where
 its weights are not those of the last one (Amber's ``main`` follows ``ckpt_358``). Where no name
-gives a step it is ``main`` alone. Names that were not understood are counted and named; a glob
-takes them, with an unknown step.
+gives a step it is ``main`` alone. A note counts and names the revisions left out; a glob takes
+them, with an unknown step.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ from ke_ray.checkpoints.formats.foreign import explain_foreign
 from ke_ray.checkpoints.reference import CheckpointRef, order_key
 from ke_ray.errors import CheckpointSpecError
 from ke_ray.storage import slug
-
-__all__ = ["inspect_hub", "list_hub"]
 
 
 def list_hub(
@@ -51,34 +49,34 @@ def list_hub(
             return refs, []
         notes = [
             f"None of the {len(others)} revisions beside 'main' has a name that gives a step "
-            f"({few(others)}): only 'main' is taken. Take others, with an unknown step, by a glob "
-            "such as --revisions '*'."
+            f"({few(others)}), so only 'main' is listed. To list others, with an unknown step, "
+            "give a glob such as --revisions '*'."
         ]
         # A repository of one checkpoint may carry the step in its own name.
-        said = parse_checkpoint_name(repo)
-        main = [replace(main[0], step=said.step, pretraining_tokens=said.tokens)]
+        parsed = parse_checkpoint_name(repo)
+        main = [replace(main[0], step=parsed.step, pretraining_tokens=parsed.tokens)]
         return main, notes if others else []
     if main and with_main and _is_of_its_own(main[0], stepped[-1], endpoint):
         stepped += main
     notes = [
         f"{len(others)} revisions have names that give no step and are left out ({few(others)}). "
-        "Take them, with an unknown step, by a glob such as --revisions '*'."
+        "To list them, with an unknown step, give a glob such as --revisions '*'."
     ]
     return stepped, notes if others else []
 
 
 def _reference(repo: str, revision: hub.HubRevision) -> CheckpointRef:
-    said = parse_checkpoint_name(revision.name)
+    parsed = parse_checkpoint_name(revision.name)
     return CheckpointRef(
         name=slug(revision.name),
         location=f"hf://{repo}",
         format="hub",
         revision=revision.name,
         commit=revision.commit,
-        step=said.step,
-        pretraining_tokens=said.tokens,
-        stage=said.stage,
-        ingredient=said.ingredient,
+        step=parsed.step,
+        pretraining_tokens=parsed.tokens,
+        stage=parsed.stage,
+        ingredient=parsed.ingredient,
     )
 
 
@@ -103,7 +101,7 @@ def inspect_hub(
         repos = ", ".join(sorted({ref.repo for ref in refs if ref.repo}))
         foreign = explain_foreign(files)
         raise CheckpointSpecError(
-            f"No chosen revision of {repos} holds model weights"
+            f"None of the selected revisions of {repos} holds model weights"
             + (f": {foreign}" if foreign else ".")
         )
     return result, empty
@@ -115,20 +113,20 @@ def _inspected(
     """The checkpoints, the revisions that hold none, and the files of all revisions."""
     inspected: dict[tuple[str | None, str | None], hub.HubRevision] = {}
     for repo in {ref.repo for ref in refs if ref.repo}:
-        wanted = [
+        revisions = [
             hub.HubRevision(ref.revision or "main", ref.commit or ref.revision or "main")
             for ref in refs
             if ref.repo == repo
         ]
-        for revision in hub.inspect_revisions(repo, wanted, endpoint=endpoint):
+        for revision in hub.inspect_revisions(repo, revisions, endpoint=endpoint):
             inspected[repo, revision.name] = revision
     result, empty = [], []
     for ref in refs:
-        known = inspected.get((ref.repo, ref.revision))
-        if known is None:
+        details = inspected.get((ref.repo, ref.revision))
+        if details is None:
             result.append(ref)
-        elif ref.step is not None or (known.layout and known.layout.weights):
-            size, identity = known.size_bytes, known.weights_fingerprint
+        elif ref.step is not None or (details.layout and details.layout.weights):
+            size, identity = details.size_bytes, details.weights_fingerprint
             result.append(replace(ref, size_bytes=size, weights_fingerprint=identity))
         else:
             empty.append(ref.revision or ref.name)

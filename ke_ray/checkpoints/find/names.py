@@ -1,7 +1,7 @@
-"""What the name of a checkpoint says: step, tokens, stage.
+"""Names of checkpoints: the step, tokens and stage in them.
 
-Published names are irregular, so they are read tolerantly and never built. A number that can be
-read in two ways is not read at all: ``step`` is None then, and a listing says so.
+Published names are irregular, so they are parsed tolerantly and never built. A number that can be
+understood in two ways is left out: ``step`` is None then, and a listing says so.
 
 =================================================  ==========  =========  =======
 name                                               step        tokens     stage
@@ -25,8 +25,6 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-__all__ = ["CheckpointName", "parse_checkpoint_name", "parse_step_and_tokens"]
-
 # A word is not part of a longer one ("timestep5" names no step), but "_" and "-" separate.
 _START = r"(?<![A-Za-z0-9])"
 # All that could belong to the number is taken along, so that a half is never taken for the whole.
@@ -48,7 +46,7 @@ _SCALE = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "BT": 10**9, "T": 10**12}
 
 @dataclass(frozen=True)
 class CheckpointName:
-    """The parts of a checkpoint's name; None where the name does not say.
+    """The parts of a checkpoint's name; None where the name lacks them.
 
     ``tokens`` is a count of tokens, rounded as the name rounds it.
     """
@@ -75,7 +73,7 @@ def parse_checkpoint_name(name: str) -> CheckpointName:
 
 
 def parse_step_and_tokens(name: str) -> tuple[int | None, int | None]:
-    """``(step, tokens)`` of a name, each None where it does not say; never raises."""
+    """``(step, tokens)`` of a name, each None where it is missing; never raises."""
     parsed = parse_checkpoint_name(name)
     return parsed.step, parsed.tokens
 

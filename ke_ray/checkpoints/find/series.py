@@ -1,7 +1,7 @@
-"""Which checkpoints of a listing belong on one curve, and what a listing must say about itself.
+"""Series of checkpoints, each of which makes one curve, and notes on a listing.
 
 Two checkpoints are comparable step by step where architecture and sizes, stage and ingredient
-agree. A listing that mixes them is sorted series by series and stage by stage, and says so.
+agree. A listing that mixes them is sorted series by series and stage by stage, and a note says so.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from ke_ray.checkpoints.reference import CheckpointRef
 from ke_ray.errors import KeRayError
 from ke_ray.storage import join, open_read
 
-__all__ = ["few", "listing_notes", "read_small_json", "series_label", "stage_label", "with_series"]
-
 _LIMIT = 16 * 2**20  # bytes of a configuration or a trainer's state
 _READERS = 8
 # Names of a size in the configurations of transformers.
@@ -38,8 +36,8 @@ def series_label(model_type: str, n_layers: int, d_model: int, d_mlp: int) -> st
 def with_series(refs: Sequence[CheckpointRef]) -> list[CheckpointRef]:
     """The same references with ``series`` where a folder's configuration tells it.
 
-    Revisions of a Hub repository and URLs are not asked one by one; a scan learns the series of
-    every checkpoint from the model that it loads.
+    Configurations on the Hub and at URLs are not requested one by one; a scan learns the series
+    of every checkpoint from the model that it loads.
     """
     with ThreadPoolExecutor(_READERS, thread_name_prefix="ke_ray-config") as pool:
         return [replace(r, series=s) for r, s in zip(refs, pool.map(_series_of, refs), strict=True)]
@@ -98,7 +96,7 @@ def _parse(content: bytes) -> dict[str, Any]:
 
 
 def listing_notes(refs: Sequence[CheckpointRef]) -> list[str]:
-    """Sentences on what a reader of the listing could take for something else.
+    """Sentences on what a reader of the listing could misunderstand.
 
     Args:
         refs: in training order, duplicates flagged.
@@ -122,8 +120,8 @@ def listing_notes(refs: Sequence[CheckpointRef]) -> list[str]:
             f"{len(nameless)} of {len(refs)} checkpoints have no step that can be read from "
             f"their name ({few(nameless)}): they come last, by name."
         )
-    keys = Counter(_place(ref) for ref in refs if ref.step is not None and not ref.duplicate_of)
-    repeated = [ref for ref in refs if keys[_place(ref)] > 1]
+    keys = Counter(_position(ref) for ref in refs if ref.step is not None and not ref.duplicate_of)
+    repeated = [ref for ref in refs if keys[_position(ref)] > 1]
     if repeated:
         notes.append(
             f"{len(repeated)} checkpoints share their step with another of the same series and "
@@ -143,7 +141,7 @@ def stage_label(ref: CheckpointRef) -> str:
     return ", ".join(f"{word} {n}" for word, n in parts if n is not None) or "no stage named"
 
 
-def _place(ref: CheckpointRef) -> Hashable:
+def _position(ref: CheckpointRef) -> Hashable:
     return ref.series, ref.stage, ref.ingredient, ref.step
 
 

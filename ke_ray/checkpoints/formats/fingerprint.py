@@ -36,8 +36,6 @@ from ke_ray.errors import CheckpointError, KeRayError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["HashingStoppedError", "tensors_sha256", "weights_sha256"]
-
 _PIECE = 2**20  # elements hashed at a time
 _PREFIXES = ("model.", "transformer.", "gpt_neox.")
 _HEAD = "lm_head.weight"  # stored as embed_out.weight by GPT-NeoX
@@ -45,7 +43,7 @@ _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
 
 
 class HashingStoppedError(KeRayError):
-    """``should_stop`` asked for it; there is no hash."""
+    """``should_stop`` ended it; there is no hash."""
 
 
 def weights_sha256(
@@ -55,7 +53,7 @@ def weights_sha256(
 
     Args:
         checkpoint: a local folder.
-        should_stop: asked between pieces; a scan that ends early need not wait.
+        should_stop: called between pieces, so that a scan that ends early need not wait.
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
@@ -65,7 +63,7 @@ def weights_sha256(
     layout = read_layout(folder)
     tensors: Mapping[str, torch.Tensor] = open_weights(folder, layout)
     if layout.format == "native":
-        tensors = split(tensors, read_native_config(folder / layout.config), where=f"'{folder}'")
+        tensors = split(tensors, read_native_config(folder / layout.config), origin=f"'{folder}'")
     return tensors_sha256(tensors, should_stop=should_stop)
 
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-__all__ = ["explain_file", "explain_foreign"]
-
 # Parts of checkpoints that ke_ray reads: not foreign where only the other part is missing.
 _OWN = re.compile(
     r"model(-\d+-of-\d+)?\.safetensors|pytorch_model(-\d+-of-\d+)?\.bin|model\.pt|(optim|train)\.pt"

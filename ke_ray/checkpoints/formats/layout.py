@@ -1,4 +1,4 @@
-"""Which files make a checkpoint, decided from file names alone.
+"""The files that make a checkpoint, told from their names alone.
 
 The same rule serves a local folder, a listing of the Hub and an object store, so that what is
 listed, fetched, hashed and loaded is always the same set of files.
@@ -10,8 +10,6 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
-
-__all__ = ["TOKENIZER_FILES", "Layout", "layout_of"]
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 _HF_EXTRAS = ("generation_config.json", *TOKENIZER_FILES)

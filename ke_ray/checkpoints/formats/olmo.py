@@ -20,8 +20,6 @@ from ke_ray.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["fuse", "native_shapes", "split"]
-
 _Rows = Literal["whole", "qkv", "up_gate"]
 
 
@@ -92,14 +90,14 @@ def native_shapes(config: NativeConfig) -> dict[str, tuple[int, ...]]:
 
 
 def split(
-    tensors: Mapping[str, torch.Tensor], config: NativeConfig, *, where: str
+    tensors: Mapping[str, torch.Tensor], config: NativeConfig, *, origin: str
 ) -> dict[str, torch.Tensor]:
     """Native tensors under transformers' names; fused ones as views of their rows (no copy).
 
     Args:
         tensors: all tensors of a native checkpoint; a leading ``model.`` in names is ignored.
         config: its configuration.
-        where: the checkpoint's location, for messages.
+        origin: the checkpoint's location, for messages.
 
     Raises:
         CheckpointError: a tensor is missing, unexpected or of the wrong shape.
@@ -108,7 +106,7 @@ def split(
     if config.tied:
         # Some writers store the tied head as well; it is the embedding and never used.
         named.pop("transformer.ff_out.weight", None)
-    check_shapes({short: _shape(tensors, name) for short, name in named.items()}, config, where)
+    check_shapes({short: _shape(tensors, name) for short, name in named.items()}, config, origin)
     result: dict[str, torch.Tensor] = {}
     for name, hf_names, rows in _rules(config):
         tensor = tensors[named[name]]
@@ -139,29 +137,29 @@ def fuse(tensors: Mapping[str, torch.Tensor], config: NativeConfig) -> dict[str,
     return result
 
 
-def check_shapes(found: Mapping[str, tuple[int, ...]], config: NativeConfig, where: str) -> None:
-    """Compare names and shapes with those the configuration asks for.
+def check_shapes(shapes: Mapping[str, tuple[int, ...]], config: NativeConfig, origin: str) -> None:
+    """Compare names and shapes with those that the configuration describes.
 
     Raises:
         CheckpointError: they differ; the message names the first difference.
     """
     # Every layer has at least one tensor: do not spell out a million layers nobody stored.
-    if config.n_layers > len(found):
+    if config.n_layers > len(shapes):
         raise CheckpointError(
-            f"{where}: config.yaml asks for {config.n_layers:,} layers, the weights hold "
-            f"{len(found)} tensors; they do not belong together."
+            f"{origin}: config.yaml describes {config.n_layers:,} layers, but the weights hold "
+            f"{len(shapes)} tensors; they do not belong together."
         )
     expected = native_shapes(config)
-    missing = sorted(set(expected) - set(found))
-    unexpected = sorted(set(found) - set(expected))
+    missing = sorted(set(expected) - set(shapes))
+    unexpected = sorted(set(shapes) - set(expected))
     if missing or unexpected:
         parts = [f"{len(missing)} missing (first '{missing[0]}')"] if missing else []
         parts += [f"{len(unexpected)} unexpected (first '{unexpected[0]}')"] if unexpected else []
-        raise CheckpointError(f"{where}: tensors do not match config.yaml: {', '.join(parts)}.")
+        raise CheckpointError(f"{origin}: tensors do not match config.yaml: {', '.join(parts)}.")
     for name, shape in expected.items():
-        if found[name] != shape:
+        if shapes[name] != shape:
             raise CheckpointError(
-                f"{where}: '{name}' has shape {list(found[name])}, config.yaml asks for "
+                f"{origin}: '{name}' has shape {list(shapes[name])}, config.yaml asks for "
                 f"{list(shape)}."
             )
 

@@ -22,8 +22,6 @@ from ke_ray.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["WeightFiles", "is_buffer", "open_weights", "plain_names", "read_layout"]
-
 _BUFFER_ENDINGS = (
     # Constants that older versions of transformers stored: causal masks and rotary tables.
     ".attn.bias",

@@ -92,7 +92,7 @@ def test_a_checkpoint_larger_than_the_budget_is_said_at_once(site: Site, tmp_pat
     ):
         store.fetch(refs_of(site, tmp_path)[0])
     assert site.count("GET", ".safetensors") == 0
-    with pytest.raises(StorageError, match="cache_bytes=0"):
+    with pytest.raises(StorageError, match="cache_bytes is 0"):
         Store(tmp_path / "cache", 0)
 
 

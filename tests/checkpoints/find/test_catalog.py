@@ -145,7 +145,7 @@ def test_csv_with_relative_paths_ingredients_and_no_header(series: Path, tmp_pat
     assert refs[1].location == str(tmp_path / "run" / "step3")
     assert refs[1].format == "hf"
     (tmp_path / "b.csv").write_text("\ufeff5,https://host/x/step5-unsharded/\n\n6,hf://o/r@main\n")
-    rows = parse_csv_list((tmp_path / "b.csv").read_bytes(), base=".", where="b.csv")
+    rows = parse_csv_list((tmp_path / "b.csv").read_bytes(), base=".", origin="b.csv")
     assert [(row.step, row.location) for row in rows] == [
         (5, "https://host/x/step5-unsharded/"),
         (6, "hf://o/r@main"),
@@ -250,11 +250,11 @@ def test_broken_lists_name_the_line(tmp_path: Path, text: bytes, message: str) -
         ("{run}/*/*.json", {}, "none of them a checkpoint"),
         ("{empty}", {}, "holds no checkpoint"),
         ("{run}", {"steps": "4:19"}, "it has steps 0 to 100"),
-        ("{run}", {"steps": "20:3"}, "is empty"),
+        ("{run}", {"steps": "20:3"}, "20 is above 3"),
         ("{run}", {"steps": "a:b"}, "expected a range"),
         ("{run}", {"steps": ":"}, "expected a range"),
-        ("{run}", {"every": 0}, "every=0"),
-        ("{run}", {"limit": -1}, "limit=-1"),
+        ("{run}", {"every": 0}, "every is 0"),
+        ("{run}", {"limit": -1}, "limit is -1"),
         ("{run}", {"revisions": "step30"}, "No revision.*Did you mean 'step3'"),
         ("hf://../../etc", {}, "not a Hub repository"),
         ("nothing-of-this-kind://x/y", {}, "cannot be opened"),
@@ -311,7 +311,7 @@ def test_fingerprints_given_by_a_source_are_compared_as_they_are() -> None:
 )
 def test_any_bytes_give_rows_or_one_clear_error(data: bytes) -> None:
     try:
-        rows = parse_csv_list(b"step,url\n" + data, base="/base", where="x.csv")
+        rows = parse_csv_list(b"step,url\n" + data, base="/base", origin="x.csv")
     except KeRayError as error:
         assert str(error)
     else:
@@ -329,7 +329,7 @@ def test_any_bytes_give_rows_or_one_clear_error(data: bytes) -> None:
 def test_what_csv_writes_is_read_back(rows: list[tuple[int, str]]) -> None:
     buffer = io.StringIO()
     csv.writer(buffer).writerows([("Step", "URL"), *((s, f"http://h/{p}") for s, p in rows)])
-    read = parse_csv_list(buffer.getvalue().encode(), base=".", where="x.csv")
+    read = parse_csv_list(buffer.getvalue().encode(), base=".", origin="x.csv")
     assert [(row.step, row.location) for row in read] == [
         (s, f"http://h/{p}".strip()) for s, p in rows
     ]

@@ -98,7 +98,7 @@ CSV = b"Step,Checkpoint Directory,Ingredient\n1000,https://host/run/step1000-uns
 @given(content=mutated(CSV, CSV_SNIPPETS))
 def test_fuzz_lists(content: bytes) -> None:
     try:
-        rows = parse_csv_list(content, base="/base", where="list.csv")
+        rows = parse_csv_list(content, base="/base", origin="list.csv")
     except CheckpointSpecError as error:
         assert "list.csv" in str(error)
         return

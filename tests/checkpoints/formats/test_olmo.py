@@ -91,7 +91,7 @@ def test_fused_tensors_are_split_by_rows() -> None:
         name: torch.arange(shape[0], dtype=torch.float32)[:, None].expand(shape).contiguous()
         for name, shape in shapes.items()
     }
-    parts = split(tensors, config, where="test")
+    parts = split(tensors, config, origin="test")
     layer = "model.layers.0."
     first_rows = {
         name.removeprefix(layer): int(tensor[0, 0])
@@ -113,7 +113,7 @@ def test_splitting_copies_nothing() -> None:
     config = parse_native_config(TINY)
     tensors = {name: torch.zeros(shape) for name, shape in native_shapes(config).items()}
     fused = tensors["transformer.blocks.0.ff_proj.weight"]
-    gate = split(tensors, config, where="test")["model.layers.0.mlp.gate_proj.weight"]
+    gate = split(tensors, config, origin="test")["model.layers.0.mlp.gate_proj.weight"]
     gate[0, 0] = 7.0
     assert fused[config.d_mlp, 0] == 7.0
 
@@ -191,7 +191,7 @@ def test_malformed_configurations_are_explained(text: str, message: str) -> None
 def test_a_million_layers_are_not_spelled_out() -> None:
     config = parse_native_config(TINY.replace("n_layers: 2", "n_layers: 1000000"))
     with pytest.raises(CheckpointError, match="1,000,000 layers"):
-        split({"transformer.wte.weight": torch.zeros(64, 16)}, config, where="test")
+        split({"transformer.wte.weight": torch.zeros(64, 16)}, config, origin="test")
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_wrong_tensors_are_named(change, message: str) -> None:
     tensors = {name: torch.zeros(shape) for name, shape in native_shapes(config).items()}
     change(tensors)
     with pytest.raises(CheckpointError, match=message):
-        split(tensors, config, where="test")
+        split(tensors, config, origin="test")
 
 
 def test_only_olmo_models_fit_the_native_layout(tmp_path: Path, tiny_decoder) -> None:

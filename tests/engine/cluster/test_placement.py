@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tiny_studies import tiny_pretrain
 
 from ke_ray.engine.cluster.placement import count_places, describe_nodes, most_cpus
-from ke_ray.engine.train import trainer as train
+from ke_ray.engine.train.trainer import trainer as train
 from ke_ray.engine.train.trainer import worker_resources
 from ke_ray.errors import ConfigError
 

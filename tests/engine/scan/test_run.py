@@ -13,13 +13,13 @@ import numpy as np
 import psutil
 import pytest
 
+from ke_ray.core.measures import MEASURES
 from ke_ray.engine.scan.run import run_scan
 from ke_ray.outcomes import Display
 from ke_ray.planning import scan_items as plan
 from ke_ray.planning.scan import prepare_scan
 from ke_ray.results import ScanFolder, read_manifest
 from ke_ray.studies.parts import TrackingSettings
-from ke_ray.studies.scan import ALL_MEASURES
 from ke_ray.tracking.tracker import open_tracker
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -81,9 +81,9 @@ def expected(series, token_ids):
     for folder in sorted(series.iterdir()):
         model = load_model(folder, dtype=torch.float32)
         sums = score_instances(
-            model, ids, None, measures=ALL_MEASURES, num_instances=70, batch_size=70
+            model, ids, None, measures=tuple(MEASURES), num_instances=70, batch_size=70
         )
-        for row in evaluate(sums, ALL_MEASURES).rows:
+        for row in evaluate(sums, tuple(MEASURES)).rows:
             values[folder.name, "ids", row.layer, row.measure] = (row.value, row.stderr)
     return values
 
@@ -99,7 +99,7 @@ def test_actors_batches_and_cuts_change_nothing(
     study = scan_study(
         num_actors=num_actors,
         batch_size=batch_size,
-        measures=ALL_MEASURES,
+        measures=tuple(MEASURES),
         # An odd number, so that the last checkpoint is cut where cutting is allowed.
         checkpoints={"spec": str(series), "steps": "10:30"},
     )
@@ -267,7 +267,7 @@ def test_a_killed_scorer_changes_no_result(scan_study, expected, tmp_path, serie
     for number in range(12):
         shutil.copytree(series / f"step{10 * (number % 4 + 1)}", folder / f"step{number}")
     study = scan_study(
-        checkpoints={"spec": str(folder)}, measures=ALL_MEASURES, num_actors=2, batch_size=1
+        checkpoints={"spec": str(folder)}, measures=tuple(MEASURES), num_actors=2, batch_size=1
     )
     recorder = Recorder()
     killed = []

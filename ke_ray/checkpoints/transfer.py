@@ -1,4 +1,4 @@
-"""Files over HTTP that arrive whole, or an error that says why.
+"""Transfers: how they are retried, and files over HTTP that arrive whole.
 
 A download goes to ``<name>.incomplete`` and is renamed when every byte is there. A connection
 that breaks, stalls or ends early is resumed where it stopped (if the file is still the same),
@@ -29,11 +29,9 @@ from typing import Any, TypeVar
 from ke_ray import secrets
 from ke_ray.errors import CheckpointError
 
-__all__ = ["HttpFile", "RetryPolicy", "call_within", "download", "is_disk_error", "probe", "redact"]
-
 _LOG = logging.getLogger(__name__)
 _CHUNK = 2**20
-_RETRIED = (408, 425, 429, 500, 502, 503, 504)
+RETRIED_STATUSES = (408, 425, 429, 500, 502, 503, 504)
 _ABSENT = (403, 404, 410)  # object stores answer 403 for a key that does not exist
 _DISK_ERRORS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
@@ -46,11 +44,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How patient a transfer is; times in seconds.
+    """The patience of a transfer; times in seconds.
 
     Pauses are ``backoff_s``, twice that, four times … at most ``max_pause_s``, each with up to a
     quarter more at random, so that many workers do not come back in step. A server's
-    ``Retry-After`` goes before, up to ``max_retry_after_s``.
+    ``Retry-After`` takes precedence, up to ``max_retry_after_s``.
     """
 
     attempts: int = 6
@@ -67,9 +65,36 @@ class RetryPolicy:
         return pause * (1 + random.random() / 4)
 
 
+class Retries:
+    """The failures in a row of one transfer, under a policy."""
+
+    def __init__(self, policy: RetryPolicy) -> None:
+        self.policy = policy
+        self.failures = 0
+
+    def wait(
+        self, retry_after_s: float | None = None, *, progressed: bool = False, final: bool = False
+    ) -> bool:
+        """Count a failure, then pause before the next attempt.
+
+        Args:
+            retry_after_s: what the server asks for.
+            progressed: whether the failed attempt brought something; it is then the first failure.
+            final: whether another attempt would fail in the same way.
+
+        Returns:
+            False, at once, where no attempt is left.
+        """
+        self.failures = 1 if progressed else self.failures + 1
+        if final or self.failures >= self.policy.attempts:
+            return False
+        time.sleep(self.policy.pause_s(self.failures, retry_after_s))
+        return True
+
+
 @dataclass(frozen=True)
 class HttpFile:
-    """What a server says of a file; ``size_bytes`` is None where it does not say."""
+    """A file on a server; ``size_bytes`` is None where the server does not tell."""
 
     size_bytes: int | None
 
@@ -85,7 +110,7 @@ class AbsentError(Exception):
     """The server has no such file."""
 
 
-def redact(url: str) -> str:
+def public_url(url: str) -> str:
     """``url`` without user name, password and query, fit for messages."""
     try:
         parts = urllib.parse.urlsplit(url)
@@ -163,7 +188,7 @@ def download(
     """
     policy = policy or RetryPolicy()
     partial = target.with_name(f"{target.name}.incomplete")
-    failures = 0
+    retries = Retries(policy)
     while True:
         before = partial.stat().st_size if partial.exists() else 0
         try:
@@ -172,15 +197,13 @@ def download(
             return False
         except _TransferError as error:
             after = partial.stat().st_size if partial.exists() else 0
-            failures = 1 if after > before else failures + 1
-            if error.final or failures >= policy.attempts:
+            _LOG.info("%s: %s", public_url(url), error)
+            if not retries.wait(error.after_s, progressed=after > before, final=error.final):
                 raise CheckpointError(
-                    f"Cannot fetch {redact(url)}: {error} (attempt {failures}, {after:,} bytes "
-                    "arrived). Check the address and the network, then run again: it resumes."
+                    f"Cannot fetch {public_url(url)}: {error} (attempt {retries.failures}; "
+                    f"{after:,} bytes have arrived). Check the address and the network, then run "
+                    "the same command again to resume."
                 ) from error
-            pause = policy.pause_s(failures, error.after_s)
-            _LOG.info("%s: %s; trying again in %.1f s", redact(url), error, pause)
-            time.sleep(pause)
         else:
             os.replace(partial, target)
             _tag(partial).unlink(missing_ok=True)
@@ -194,40 +217,40 @@ def _tag(partial: Path) -> Path:
 def _attempt(
     url: str, partial: Path, timeout_s: float, should_stop: Callable[[], bool] | None
 ) -> None:
-    have = partial.stat().st_size if partial.exists() else 0
+    num_present = partial.stat().st_size if partial.exists() else 0
     headers = {}
-    if have and _tag(partial).exists():
+    if num_present and _tag(partial).exists():
         # If-Range: the rest if the file is unchanged, else all of it anew.
-        headers = {"Range": f"bytes={have}-", "If-Range": _tag(partial).read_text()}
+        headers = {"Range": f"bytes={num_present}-", "If-Range": _tag(partial).read_text()}
     try:
         with _open(url, headers, timeout_s) as response:
             resumed = response.status == 206
             expected = _length(response)
             if expected is not None and resumed:
-                expected += have
+                expected += num_present
             etag = response.headers.get("ETag") or response.headers.get("Last-Modified")
             if etag and not etag.startswith("W/"):
                 _tag(partial).write_text(etag)
             else:
                 _tag(partial).unlink(missing_ok=True)
-            size = have if resumed else 0
+            size = num_present if resumed else 0
             with partial.open("ab" if resumed else "wb") as file:
                 while chunk := response.read1(_CHUNK):
                     file.write(chunk)
                     size += len(chunk)
                     if should_stop is not None and should_stop():
-                        raise _TransferError("it was asked to stop", final=True)
+                        raise _TransferError("the caller stopped it", final=True)
         if expected is not None and size != expected:
             raise _TransferError(f"the connection ended after {size:,} of {expected:,} bytes")
     except urllib.error.HTTPError as error:
         if error.code in _ABSENT:
             raise AbsentError from error
-        if error.code == 416:  # what we have is not part of this file
+        if error.code == 416:  # the partial file is not part of this one
             partial.unlink(missing_ok=True)
             raise _TransferError("the partial file did not fit; starting anew") from error
         raise _TransferError(
             f"HTTP {error.code} {error.reason}",
-            final=error.code not in _RETRIED,
+            final=error.code not in RETRIED_STATUSES,
             after_s=_retry_after(error.headers.get("Retry-After")),
         ) from error
     except TimeoutError as error:

@@ -1,0 +1,167 @@
+"""Checkpoints in folders, here and in object stores, and at a URL.
+
+A location is described by its name and by the files in it. A folder may be a checkpoint, hold
+several, or both (the output of transformers' Trainer).
+"""
+
+from __future__ import annotations
+
+import glob
+from dataclasses import replace
+from pathlib import Path
+
+import fsspec
+
+from ke_ray.checkpoints.find.csv_list import Row
+from ke_ray.checkpoints.find.names import parse_checkpoint_name
+from ke_ray.checkpoints.find.series import read_small_json
+from ke_ray.checkpoints.formats.foreign import explain_file, explain_foreign
+from ke_ray.checkpoints.formats.layout import layout_of
+from ke_ray.checkpoints.reference import CheckpointRef
+from ke_ray.checkpoints.transfer import public_url
+from ke_ray.errors import CheckpointSpecError
+from ke_ray.storage import is_local, join, list_dir, local_path, slug
+from ke_ray.storage.drivers import explain_driver_error
+
+_MAX_EXAMINED = 20  # folders inside one, which may show why it holds no checkpoint
+
+
+def from_location(location: str, row: Row | None = None, name: str | None = None) -> CheckpointRef:
+    """A reference to one folder or URL, described by its name and its files."""
+    parsed = parse_checkpoint_name(location)
+    last = name or shown(location).rstrip("/").rsplit("/", 1)[-1]
+    ref = CheckpointRef(
+        name=slug(last),
+        location=location,
+        format="native",
+        step=parsed.step,
+        pretraining_tokens=parsed.tokens,
+        stage=parsed.stage,
+        ingredient=parsed.ingredient,
+    )
+    if row is not None:
+        ref = replace(
+            ref,
+            step=row.step if row.step is not None else ref.step,
+            ingredient=row.ingredient if row.ingredient is not None else ref.ingredient,
+        )
+    if location.startswith("hf://"):
+        repo, _, revision = location.removeprefix("hf://").partition("@")
+        return replace(ref, location=f"hf://{repo}", format="hub", revision=revision or "main")
+    if location.startswith(("http://", "https://")):
+        return ref
+    names = _file_names(location)
+    if ref.step is None and "trainer_state.json" in names:
+        step = read_small_json(join(location, "trainer_state.json")).get("global_step")
+        ref = replace(ref, step=step if type(step) is int and 0 <= step < 10**15 else None)
+    layout = layout_of(names)
+    if layout is None:
+        return ref
+    size = None
+    if is_local(location):
+        folder = local_path(location)
+        sizes = [
+            (folder / file).stat().st_size for file in layout.files if (folder / file).exists()
+        ]
+        size = sum(sizes)
+    return replace(ref, format=layout.format, size_bytes=size)
+
+
+def from_locations(locations: list[str]) -> list[CheckpointRef]:
+    if not any(_is_whole(_file_names(location)) for location in locations):
+        _refuse_foreign(locations[0])
+    return [from_location(location) for location in locations]
+
+
+def shown(location: str) -> str:
+    """A location from which a name is made: a URL without user name, password and query."""
+    return public_url(location) if location.startswith(("http://", "https://")) else location
+
+
+def _file_names(location: str) -> list[str]:
+    try:
+        if is_local(location):
+            folder = local_path(location)
+            return [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+        return list_dir(location)
+    except OSError as error:
+        raise CheckpointSpecError(f"Cannot list '{public_url(location)}': {error}.") from error
+
+
+def _is_checkpoint(location: str) -> bool:
+    names = _file_names(location)
+    if layout_of(names) is None:
+        return False
+    # A folder with only half of the files is a broken checkpoint if its name says so.
+    return _is_whole(names) or parse_checkpoint_name(location).step is not None
+
+
+def _is_whole(names: list[str]) -> bool:
+    layout = layout_of(names)
+    return layout is not None and bool(layout.weights) and layout.config in names
+
+
+def _refuse_foreign(location: str) -> None:
+    """Raise CheckpointSpecError for a folder in a format of another program."""
+    names = _file_names(location)
+    foreign = None if _is_whole(names) else explain_foreign(names)
+    if foreign is not None:
+        raise CheckpointSpecError(
+            f"'{shown(location)}' is no checkpoint that can be read: {foreign}"
+        )
+
+
+def from_folder(spec: str) -> list[CheckpointRef]:
+    local = is_local(spec)
+    base = str(local_path(spec)) if local else spec.rstrip("/")
+    if local and Path(base).is_file():
+        raise CheckpointSpecError(f"'{spec}' is a file; {explain_file(Path(base).name)}")
+    if not local and glob.has_magic(base):
+        return _from_remote_glob(base)
+    names = _file_names(base)
+    layout = layout_of(names)
+    if layout is not None:
+        _refuse_foreign(base)
+        # A Trainer's output folder: final weights at the top, the series beside them.
+        inside = [join(base, n) for n in names if parse_checkpoint_name(n).step is not None]
+        refs = [from_location(location) for location in inside if _is_checkpoint(location)]
+        if layout.weights or not refs:
+            refs.append(from_location(base, name=Path(base).resolve().name if local else None))
+        return refs
+    for folder in (base, join(base, "checkpoints")):
+        inside = [join(folder, name) for name in _file_names(folder) if not name.startswith(".")]
+        checkpoints = [location for location in inside if _is_checkpoint(location)]
+        if checkpoints:
+            return from_locations(checkpoints)
+        for location in [folder, *inside[:_MAX_EXAMINED]]:
+            _refuse_foreign(location)
+    raise CheckpointSpecError(
+        f"'{spec if local else public_url(spec)}' holds no checkpoint: neither it nor a folder "
+        "in it has config.json (or OLMo's config.yaml) and weights."
+    )
+
+
+def from_glob(spec: str) -> list[CheckpointRef]:
+    folders = sorted({str(Path(path)) for path in glob.glob(spec, recursive=True)})
+    checkpoints = [path for path in folders if Path(path).is_dir() and _is_checkpoint(path)]
+    if not checkpoints:
+        for path in folders[:_MAX_EXAMINED]:
+            _refuse_foreign(path)
+        raise CheckpointSpecError(
+            f"'{spec}' matches {len(folders)} paths, none of them a checkpoint folder; quote the "
+            "glob and let it match the folders themselves."
+        )
+    return from_locations(checkpoints)
+
+
+def _from_remote_glob(spec: str) -> list[CheckpointRef]:
+    try:
+        fs, path = fsspec.core.url_to_fs(spec)
+        matches = [str(fs.unstrip_protocol(match)) for match in sorted(fs.glob(path))]
+    except Exception as error:  # each driver has its own errors
+        reason = explain_driver_error(error) or error
+        raise CheckpointSpecError(f"Cannot list '{public_url(spec)}': {reason}.") from error
+    checkpoints = [match for match in matches if _is_checkpoint(match)]
+    if not checkpoints:
+        raise CheckpointSpecError(f"'{public_url(spec)}' matches no checkpoint folder.")
+    return from_locations(checkpoints)
