@@ -20,7 +20,8 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install
 	$(BIN)/ke-ray demo
 
-test: lint test-fast test-ray test-slow test-browser
+test: lint
+	$(PYTEST)
 
 lint: install
 	$(BIN)/ruff check .
@@ -28,21 +29,22 @@ lint: install
 	$(BIN)/mypy
 
 # Two processes of one thread each: the models are tiny, and a start of Ray is waiting as much as
-# work. Tests of one file stay together, for what they share.
-PYTEST_BY_TWO = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+# work. tests/conftest.py says which tests stay together, for what they share, and which go first.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
+# Parts of `make test`, which runs them all at once, so that they start what they share once.
 # Tests that need a CUDA device run here where there is one, and skip saying so elsewhere.
 test-fast: install
-	$(PYTEST_BY_TWO) -m "not ray and not slow and not browser"
+	$(PYTEST) -m "not ray and not slow and not browser"
 
 test-ray: install
-	$(PYTEST_BY_TWO) -m "ray and not slow"
+	$(PYTEST) -m "ray and not slow"
 
 test-slow: install
-	$(PYTEST_BY_TWO) -m "slow"
+	$(PYTEST) -m "slow"
 
 test-browser: install
-	$(BIN)/python -m pytest -m "browser and not slow and not ray"
+	$(PYTEST) -m "browser and not slow and not ray"
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -46,9 +46,8 @@ from shape import OLMO_1B, SMALL
 from ke_ray.data.injection import InjectionPlan
 from ke_ray.engine.train.trainer import ProgressFile
 from ke_ray.studies.parts import TrackingSettings
-from ke_ray.studies.training import TrainingKeys
-from ke_ray.tracking.run import TrackedRun
-from ke_ray.tracking.tracker import Tracker
+from ke_ray.studies.training import TrainingSettings
+from ke_ray.tracking.tracker import TrackedRun, Tracker
 from ke_ray.training.loop import Hooks, Progress, StepRecord, train
 from ke_ray.training.parallel import Worker
 from ke_ray.training.tracking import SEND_EVERY_S, log_progress
@@ -76,9 +75,9 @@ class Rows:
         return np.arange(len(self))
 
 
-def make_keys(**changes: Any) -> TrainingKeys:
+def make_keys(**changes: Any) -> TrainingSettings:
     values = {"output": "unused", "sequence_length": SEQUENCE, "global_batch_size": BATCH}
-    return TrainingKeys.model_validate({**values, **changes})
+    return TrainingSettings.model_validate({**values, **changes})
 
 
 def plain(model: Any, rows: Rows, steps: int) -> None:

@@ -1,6 +1,6 @@
-"""Strict, frozen configuration read from YAML.
+"""Strict, frozen configuration from YAML.
 
-Every study file is checked against a schema (``ke_ray.studies``): an unknown key or a wrong type
+Every study file is validated against a schema (``ke_ray.studies``): an unknown key or a wrong type
 is one message that names the file, the key and the nearest valid one.
 """
 
@@ -21,25 +21,25 @@ StudyT = TypeVar("StudyT", bound=BaseModel)
 
 
 class Strict(BaseModel):
-    """Base of every schema: frozen, and no key that it does not know."""
+    """Base of every schema: frozen, without unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def Key(default: Any = ..., *, affects_result: bool = True, **options: Any) -> Any:  # noqa: N802
-    """A key of a study: pydantic's ``Field``, and whether the key can change a result.
+    """Declare a key of a study: pydantic's ``Field``, and whether it can change a result.
 
     Args:
         default: ``...`` makes the key required.
         affects_result: False for keys that say how, where or under which name a study runs. They
-            are no part of a study's identity and cannot be swept.
+            are not part of a study's identity and cannot be swept.
         options: as ``pydantic.Field`` takes them.
     """
     return Field(default, json_schema_extra={"affects_result": affects_result}, **options)
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """A safe loader that reads ``4e-4`` as a number (YAML 1.1 takes it for a word)."""
+    """A safe loader that reads ``4e-4`` as a number (in YAML 1.1 it is a text)."""
 
 
 _Loader.add_implicit_resolver(
@@ -74,8 +74,8 @@ _MAX_INT_CHARACTERS = 1000
 _MAX_YAML_DEPTH = 64  # a study has five levels; the C parser has no limit but its stack
 
 
-def parse_yaml(text: str, where: str, *, max_characters: int = _MAX_YAML_CHARACTERS) -> Any:
-    """Parse YAML text; ``where`` names it in the message.
+def parse_yaml(text: str, source: str, *, max_characters: int = _MAX_YAML_CHARACTERS) -> Any:
+    """Parse YAML text; ``source`` names it in messages.
 
     Raises:
         ConfigError: not YAML, aliases (a few bytes of which can stand for gigabytes), too big or
@@ -83,33 +83,33 @@ def parse_yaml(text: str, where: str, *, max_characters: int = _MAX_YAML_CHARACT
     """
     if len(text) > max_characters:
         raise ConfigError(
-            f"{where} has {len(text)} characters; at most {max_characters >> 20} MiB are read."
+            f"{source} has {len(text)} characters; at most {max_characters >> 20} MiB are read."
         )
     try:
         depth = 0
         for token in yaml.scan(text, Loader=_Loader):
             if isinstance(token, yaml.AliasToken):
-                raise ConfigError(f"{where} uses YAML aliases (*name); write the values out.")
+                raise ConfigError(f"{source} uses YAML aliases (*name); write the values out.")
             depth += isinstance(token, _OPENING) - isinstance(token, _CLOSING)
             if depth > _MAX_YAML_DEPTH:
-                raise ConfigError(f"{where} is nested deeper than {_MAX_YAML_DEPTH} levels.")
+                raise ConfigError(f"{source} is nested deeper than {_MAX_YAML_DEPTH} levels.")
         return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader, made above)
     except ConfigError:
         raise
     except Exception as error:  # PyYAML raises many kinds: `!!bool x` is a KeyError
-        place = getattr(error, "problem_mark", None)
-        line = f", line {place.line + 1}" if place else ""
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or f"{type(error).__name__}: {error}"
-        raise ConfigError(f"{where}{line} is not valid YAML: {problem:.200}.") from error
+        raise ConfigError(f"{source}{line} is not valid YAML: {problem:.200}.") from error
 
 
 def set_keys(
-    values: Mapping[str, Any], keys: Mapping[str, Any], where: str = "the study"
+    values: Mapping[str, Any], keys: Mapping[str, Any], source: str = "the study"
 ) -> dict[str, Any]:
-    """A copy of ``values`` with each dotted key set; groups that are absent or null are made.
+    """Copy ``values`` and set each dotted key; groups that are absent or null are created.
 
     Raises:
-        ConfigError: a key leads through something that is no group.
+        ConfigError: a parent of a key is not a group.
     """
     result: dict[str, Any] = dict(values)
     for key, value in keys.items():
@@ -119,7 +119,7 @@ def set_keys(
             child = group.get(parent)
             if child is not None and not isinstance(child, Mapping):
                 raise ConfigError(
-                    f"{where}: cannot set '{key}': '{parent}' is {child!r:.200}, not a group of "
+                    f"{source}: cannot set '{key}': '{parent}' is {child!r:.200}, not a group of "
                     "keys."
                 )
             group[parent] = dict(child or {})
@@ -129,7 +129,7 @@ def set_keys(
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    """Dotted key → value of ``a.b=c`` texts; ``c`` is read as YAML.
+    """Parse ``a.b=c`` texts into dotted key → value; ``c`` is read as YAML.
 
     Raises:
         ConfigError: an override without ``=``, or a value that is not YAML.
@@ -144,7 +144,7 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def _fields_at(model: type[BaseModel], path: Sequence[Any]) -> list[str]:
-    """The valid keys of the schema that stands at ``path``, where that can be told."""
+    """The valid keys of the schema at ``path``; empty where that is not a schema."""
     current: Any = model
     for part in path:
         if isinstance(part, int):
@@ -161,7 +161,7 @@ def _fields_at(model: type[BaseModel], path: Sequence[Any]) -> list[str]:
 
 
 def describe_problems(error: ValidationError, model: type[BaseModel]) -> str:
-    """The problems of a failed validation, one clause each, with the nearest valid key."""
+    """Describe up to five problems of a failed validation, with the nearest valid keys."""
     clauses = []
     for item in error.errors()[:5]:
         path = [part for part in item["loc"] if not str(part).startswith("function-")]
@@ -169,8 +169,8 @@ def describe_problems(error: ValidationError, model: type[BaseModel]) -> str:
         if item["type"] == "extra_forbidden":
             valid = _fields_at(model, path[:-1])
             hint = nearest(str(path[-1]), valid)
-            known = f" Valid keys: {', '.join(valid)}." if valid and not hint else ""
-            clauses.append(f"unknown key '{name}'.{hint}{known}")
+            listing = f" Valid keys: {', '.join(valid)}." if valid and not hint else ""
+            clauses.append(f"unknown key '{name}'.{hint}{listing}")
         elif item["type"] == "missing":
             clauses.append(f"'{name}' is missing")
         else:
@@ -182,63 +182,63 @@ def describe_problems(error: ValidationError, model: type[BaseModel]) -> str:
 
 
 def validate(
-    model: type[StudyT], values: Any, where: str, error_type: type[UserError] = ConfigError
+    model: type[StudyT], values: Any, source: str, error_type: type[UserError] = ConfigError
 ) -> StudyT:
-    """Check ``values`` against ``model``.
+    """Validate ``values`` against ``model``.
 
     Args:
-        where: names the file, or the part of it, in messages.
-        error_type: what is raised: ``DataError`` for files that are no studies.
+        source: names the file, or the part of it, in messages.
+        error_type: of the error: ``DataError`` for files that are not studies.
 
     Raises:
         UserError: of ``error_type``, with every problem (at most five) in one message.
     """
     if not isinstance(values, Mapping):
-        raise error_type(f"{where} holds {type(values).__name__}, expected a mapping of keys.")
+        raise error_type(f"{source} holds {type(values).__name__}, expected a mapping of keys.")
     try:
         return model.model_validate(dict(values))
     except ValidationError as error:
-        raise error_type(f"{where}: {describe_problems(error, model)}") from error
+        raise error_type(f"{source}: {describe_problems(error, model)}") from error
     except UnicodeEncodeError as error:
         raise error_type(
-            f"{where} holds half of a surrogate pair (such as \\ud83d alone): no character."
+            f"{source} holds half of a surrogate pair (such as \\ud83d alone): no character."
         ) from error
 
 
 def load_study(
     path: str | os.PathLike[str], model: type[StudyT], overrides: Sequence[str] = ()
 ) -> StudyT:
-    """Read a study file, apply overrides, and check it.
+    """Read a study file, apply overrides, and validate it.
 
     Args:
-        path: a path or URI of a YAML file.
-        model: its schema; a ``kind`` field, where the schema has one, must match the file's.
+        path: path or URI of a YAML file.
+        model: its schema; where it has a ``kind``, the file must have the same.
         overrides: ``a.b=c`` texts, as given by ``--set``.
 
     Raises:
         ConfigError: no such file, not YAML, another kind of study, unknown key, wrong type.
     """
-    where = os.fspath(path)
-    values = read_yaml(where, "a study file")
+    source = os.fspath(path)
+    values = read_yaml(source, "a study file")
     kind_field = model.model_fields.get("kind")
     if kind_field is not None:
         expected, given = kind_field.default, values.get("kind")
         if given != expected:
             raise ConfigError(
-                f"{where} has kind {given!r}; expected a study with 'kind: {expected}'."
+                f"{source} has kind {given!r}; expected a study with 'kind: {expected}'."
             )
-    return validate(model, set_keys(values, parse_overrides(overrides), where), where)
+    return validate(model, set_keys(values, parse_overrides(overrides), source), source)
 
 
 def read_yaml(path: str, what: str) -> dict[str, Any]:
-    """The mapping in a YAML file.
+    """Read the mapping in a YAML file.
 
     Args:
-        path: a path or URI.
+        path: path or URI.
         what: names the kind of file in messages, as "a study file".
 
     Raises:
-        ConfigError: no such file, not readable, not YAML, or no mapping.
+        ConfigError: no such file, not readable, not YAML, or not a mapping.
     """
     try:
         text = storage.read_text(path)

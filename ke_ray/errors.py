@@ -8,15 +8,15 @@
     │   ├── CheckpointSpecError       a checkpoint SPEC names nothing that exists
     │   ├── UnsupportedArchitectureError
     │   ├── DataError                 documents, token ids, facts, schedules
-    │   ├── ResultsError              a result folder that cannot be used as asked
+    │   ├── ResultsError              a result folder cannot be used for this request
     │   └── StorageError              no space, no permission, no such store
     ├── CheckpointError               one checkpoint cannot be fetched, loaded or scored
     ├── PlacementError                the cluster has no node that can hold the work
-    └── TrainingError                 a training run cannot go on
+    └── TrainingError                 a training run cannot continue
         └── NonFiniteLossError
 
-Each takes one message that says what was given, what was expected and what to do. They hold
-nothing else, so that they survive pickling on their way between processes.
+Each takes one message that says what was given, what was expected and what to do. They have no
+other state, so that they survive pickling between processes.
 """
 
 from __future__ import annotations
@@ -25,23 +25,6 @@ import difflib
 from collections.abc import Iterable
 
 from ke_ray.secrets import redact
-
-__all__ = [
-    "CheckpointError",
-    "CheckpointSpecError",
-    "ConfigError",
-    "DataError",
-    "KeRayError",
-    "NonFiniteLossError",
-    "PlacementError",
-    "ResultsError",
-    "StorageError",
-    "TrainingError",
-    "UnsupportedArchitectureError",
-    "UserError",
-    "nearest",
-]
-
 
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(9), *range(11, 32), *range(127, 160))}
 
@@ -52,8 +35,8 @@ class KeRayError(Exception):
     exit_code = 1
 
     def __init__(self, message: str = "") -> None:
-        # Messages go to terminals, logs and result files. A URL in them may carry a password, a
-        # name from outside what a terminal takes for a command.
+        # Messages go to terminals, logs and result files. A URL in them may hold a password, and a
+        # name from outside a terminal's control sequences.
         super().__init__(redact(str(message)).translate(_CONTROLS))
 
 
@@ -72,7 +55,7 @@ class CheckpointSpecError(UserError):
 
 
 class UnsupportedArchitectureError(UserError):
-    """The model's feed-forward layers are not known to ke_ray."""
+    """ke_ray does not support the architecture of the model."""
 
 
 class DataError(UserError):
@@ -84,11 +67,11 @@ class ResultsError(UserError):
 
 
 class StorageError(UserError):
-    """A place to write or read is full, forbidden or unknown."""
+    """A file or store cannot be read or written: full, forbidden or unknown."""
 
 
 class CheckpointError(KeRayError):
-    """One checkpoint cannot be fetched, loaded or scored; the others go on."""
+    """One checkpoint cannot be fetched, loaded or scored; the others continue."""
 
 
 class PlacementError(KeRayError):
@@ -96,7 +79,7 @@ class PlacementError(KeRayError):
 
 
 class TrainingError(KeRayError):
-    """A training run cannot go on."""
+    """A training run cannot continue."""
 
 
 class NonFiniteLossError(TrainingError):
@@ -115,7 +98,7 @@ def nearest(word: str, candidates: Iterable[str], cutoff: float = 0.5) -> str:
     Args:
         word: what was given.
         candidates: what would have been valid.
-        cutoff: likeness, from 0 to 1, below which nothing is offered.
+        cutoff: similarity, from 0 to 1, below which there is no hint.
     """
-    found = difflib.get_close_matches(word, sorted(candidates), n=1, cutoff=cutoff)
-    return f" Did you mean '{found[0]}'?" if found else ""
+    matches = difflib.get_close_matches(word, sorted(candidates), n=1, cutoff=cutoff)
+    return f" Did you mean '{matches[0]}'?" if matches else ""

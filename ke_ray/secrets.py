@@ -1,12 +1,10 @@
-"""What must not be written down: passwords in URLs, access tokens, variables named like one."""
+"""Secrets that are never written down: passwords in URLs, access tokens, secret variables."""
 
 from __future__ import annotations
 
 import logging
 import re
-from typing import Any
-
-__all__ = ["RedactingFormatter", "is_secret_name", "redact", "redacted"]
+from typing import Any, overload
 
 # To the last "@" before the path: a password may hold one itself. In hf://name@revision it is none.
 _CREDENTIALS = re.compile(r"(?<=://)(?<!hf://)[^/\s?#]*@")
@@ -21,19 +19,25 @@ _SECRET_WORDS = frozenset(
 _SECRET_PARTS = ("PASSWORD", "SECRET", "API_KEY", "ACCESS_KEY", "PRIVATE_KEY", "AUTH_KEY")
 
 
-def redact(text: str) -> str:
-    """``text`` without user names and passwords in URLs, and without access tokens."""
-    return _TOKENS.sub("<redacted>", _CREDENTIALS.sub("<redacted>@", text))
+@overload
+def redact(value: str) -> str: ...
+@overload
+def redact(value: Any) -> Any: ...
+def redact(value: Any) -> Any:
+    """Remove user names and passwords in URLs, and access tokens, from plain values.
 
+    Args:
+        value: a text, or dicts and lists of them to any depth; other values stay as they are.
 
-def redacted(value: Any) -> Any:
-    """Nested plain values with every text through :func:`redact`; tuples become lists."""
+    Returns:
+        the same with every text redacted; tuples become lists.
+    """
     if isinstance(value, str):
-        return redact(value)
+        return _TOKENS.sub("<redacted>", _CREDENTIALS.sub("<redacted>@", value))
     if isinstance(value, dict):
-        return {key: redacted(item) for key, item in value.items()}
+        return {key: redact(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [redacted(item) for item in value]
+        return [redact(item) for item in value]
     return value
 
 
@@ -56,5 +60,5 @@ class RedactingFormatter(logging.Formatter):
     """Log lines, tracebacks included, without secrets."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line."""
+        """Format a record as one line or traceback, redacted."""
         return redact(super().format(record))

@@ -6,9 +6,13 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from servers import Gate
 
 # Fixtures of several folders (tests/helpers).
 pytest_plugins = ("tiny_decoders", "tiny_scans")
@@ -40,10 +44,74 @@ def reference_data() -> Path:
     return root
 
 
-@pytest.fixture
-def mlflow_server(tmp_path: Path) -> Iterator[str]:
-    """The URI of a real tracking server on the loopback."""
+@pytest.fixture(scope="session")
+def mlflow_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the tests' MLflow server has its database, artifacts and log."""
+    return tmp_path_factory.mktemp("mlflow")
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(mlflow_folder: Path) -> Iterator[str]:
+    """The URI of a real tracking server on the loopback; each test takes its own experiment."""
     from servers import running_mlflow
 
-    with running_mlflow(tmp_path) as uri:
+    with running_mlflow(mlflow_folder) as uri:
         yield uri
+
+
+@pytest.fixture
+def mlflow_gate(mlflow_server: str) -> Iterator[Gate]:
+    """A way to that server which a test closes and opens; open."""
+    from servers import Gate
+
+    with Gate(int(mlflow_server.rsplit(":", 1)[1])) as gate:
+        yield gate
+
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny pretraining, which tests only read."""
+    from tiny_studies import tiny_pretrain
+
+    from ke_ray.training.pretrain import run_pretrain
+
+    folder = tmp_path_factory.mktemp("pretrained")
+    run_pretrain(tiny_pretrain(folder))
+    return folder
+
+
+#: What is dear to start, the dearest first. Tests that use the same of these run in one process,
+#: which starts it once; the others of a file stay together. What takes longest comes first, so
+#: that the processes end together.
+_SHARED = ("mlflow_server", "ray_cluster", "chromium")
+_LONGEST = "test_demo.py"
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Group and order the tests for ``--dist loadgroup``."""
+    ranks = {}
+    for item in items:
+        fixtures = getattr(item, "fixturenames", ())
+        shared = next((name for name in _SHARED if name in fixtures), None)
+        if shared:
+            item.add_marker(pytest.mark.xdist_group(shared))
+        if item.path.name == _LONGEST:
+            ranks[item] = 0
+        elif shared:
+            ranks[item] = 1 + _SHARED.index(shared)
+        else:
+            ranks[item] = 8 if item.get_closest_marker("slow") else 9
+    items.sort(key=ranks.__getitem__)
+
+
+@pytest.hookimpl(optionalhook=True)  # without xdist there is nothing to schedule
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Tests of no group go by file."""
+    from xdist.scheduler import LoadGroupScheduling
+
+    class ByGroupOrFile(LoadGroupScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return super()._split_scope(nodeid).split("::", 1)[0]
+
+    return ByGroupOrFile(config, log) if config.getoption("dist") == "loadgroup" else None

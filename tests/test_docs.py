@@ -71,3 +71,11 @@ def test_the_published_table_in_the_docs_is_the_one_that_reports_draw():
     drawn = [list(zip(*columns, strict=True)) for columns in TABLE_1.values()]
     assert printed == drawn
     assert all(f"{step // 1000}k |" in text for step in STEPS)
+
+
+def test_the_map_of_contributing_names_places_that_exist() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    table = text[text.index("## Map") : text.index("## House rules")]
+    paths = re.findall(r"`(ke_ray/[\w/.]+)`", table)
+    assert len(paths) >= 6
+    assert [path for path in paths if not (ROOT / path).exists()] == []

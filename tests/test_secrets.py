@@ -18,7 +18,7 @@ from ke_ray.checkpoints.find.catalog import list_checkpoints
 from ke_ray.checkpoints.reference import CheckpointRef
 from ke_ray.cli import main
 from ke_ray.errors import CheckpointError, ConfigError, KeRayError
-from ke_ray.secrets import RedactingFormatter, redact, redacted
+from ke_ray.secrets import RedactingFormatter, redact
 
 
 @pytest.mark.parametrize(
@@ -40,8 +40,8 @@ def test_what_is_taken_out_and_what_is_not(text: str, clean: str) -> None:
 
 def test_nested_values_and_malformed_addresses() -> None:
     given = {"a": ["https://u:pw@h/x", 3, None], "b": {"c": ("hf_abcdefgh12",)}}
-    assert "pw" not in str(redacted(given))
-    assert redacted(given)["a"][1:] == [3, None]
+    assert "pw" not in str(redact(given))
+    assert redact(given)["a"][1:] == [3, None]
     assert "pw" not in redact_url("http://u:pw@[")
 
 

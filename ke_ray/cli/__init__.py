@@ -1,6 +1,6 @@
-"""The command line: ``ke-ray COMMAND``, one module for each group of commands.
+"""Command line: ``ke-ray COMMAND``, one module per group of commands.
 
-Nothing heavy is imported before a command needs it: ``ke-ray --help`` must be quick.
+Commands import heavy packages when they run, which keeps ``ke-ray --help`` quick.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ for module in (demo, checkpoints, train, scan, resuscitate, sweep, submit, view)
 
 @app.callback()
 def _options(
-    verbose: bool = typer.Option(False, "--verbose", "-v", help="Say more, to standard error."),
+    verbose: bool = typer.Option(False, "--verbose", "-v", help="Log more, to standard error."),
 ) -> None:
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, stream=sys.stderr)
     for handler in logging.getLogger().handlers:
@@ -45,19 +45,19 @@ def _options(
 
 
 def _terminated(number: int, frame: FrameType | None) -> None:
-    # A job that is stopped gets SIGTERM: leave as on Ctrl-C, with truthful statuses.
+    # A job that is stopped gets SIGTERM: end as on Ctrl-C, with truthful statuses.
     raise KeyboardInterrupt
 
 
 def main() -> None:
     """Run a command and end the process with its exit code.
 
-    0: all done. 1: something failed, and the results say what. 2: the request is wrong.
-    130: interrupted; the same command goes on.
+    0: success. 1: something failed, and the results say what. 2: the request is wrong.
+    130: interrupted; the same command resumes.
     """
     signal.signal(signal.SIGTERM, _terminated)
-    # Read when torch is imported. Threads that spin while they wait make small-model work many
-    # times slower as soon as another process wants the core.
+    # torch reads it on import. Threads that spin while they wait make small models many times
+    # slower as soon as another process needs the core.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         code = app(standalone_mode=False)
@@ -69,13 +69,14 @@ def main() -> None:
         print(f"ke-ray: {error}", file=sys.stderr)
         code = error.exit_code
     except Exception as error:
-        # Click's own usage errors, found by what they offer, since typer vendors them.
+        # Click's usage errors, recognised by this method because typer vendors their classes.
         show = getattr(error, "show", None)
         if show is None:
             raise
         show()
         code = getattr(error, "exit_code", 2)
     if code == 130:  # typer turns an interrupt into this code by itself
-        print("Interrupted. Finished work is kept; the same command goes on.", file=sys.stderr)
+        message = "Interrupted. Finished work is saved. Run the same command again to resume."
+        print(message, file=sys.stderr)
     sys.stdout.flush()
     sys.exit(code if isinstance(code, int) else 0)

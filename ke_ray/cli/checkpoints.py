@@ -1,11 +1,14 @@
-"""``ke-ray checkpoints``: what a SPEC names."""
+"""``ke-ray checkpoints``: list the checkpoints that a SPEC names."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Annotated
 
 import typer
+
+from ke_ray.secrets import redact
 
 Spec = Annotated[
     str,
@@ -38,14 +41,9 @@ def checkpoints(
     listing = find_checkpoints(spec, revisions=revisions, steps=steps, every=every, limit=limit)
     refs = listing.checkpoints
     if as_json:
-        import dataclasses
-
         for note in listing.notes:
             typer.echo(f"note: {note}", err=True)
-
-        from ke_ray.secrets import redacted
-
-        print(json.dumps([redacted(dataclasses.asdict(ref)) for ref in refs], indent=2))
+        print(json.dumps([redact(dataclasses.asdict(ref)) for ref in refs], indent=2))
         return
     from rich.console import Console
     from rich.table import Table
@@ -58,7 +56,7 @@ def checkpoints(
     table = Table("checkpoint", "step", "tokens", "size", "format", "same weights as", *shown)
     for column in (1, 2, 3):
         table.columns[column].justify = "right"
-    for place, ref in enumerate(refs):
+    for number, ref in enumerate(refs):
         table.add_row(
             ref.name,
             "–" if ref.step is None else f"{ref.step:,}",
@@ -66,7 +64,7 @@ def checkpoints(
             "–" if ref.size_bytes is None else f"{ref.size_bytes / 1e6:,.1f} MB",
             ref.format,
             ref.duplicate_of or "",
-            *(cells[place] for cells in shown.values()),
+            *(cells[number] for cells in shown.values()),
         )
     console = Console()
     console.print(table)
@@ -74,7 +72,7 @@ def checkpoints(
     sizes = [ref.size_bytes for ref in refs if ref.size_bytes is not None]
     console.print(
         f"{len(refs)} checkpoints, "
-        + (f"{sum(sizes) / 1e9:,.2f} GB" if len(sizes) == len(refs) else "sizes not known")
+        + (f"{sum(sizes) / 1e9:,.2f} GB" if len(sizes) == len(refs) else "sizes unknown")
         + (f", {duplicates} with the weights of another" if duplicates else "")
     )
     for note in listing.notes:

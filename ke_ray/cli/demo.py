@@ -1,4 +1,4 @@
-"""``ke-ray demo``: the whole work on a small generated world, in a few minutes on two cores."""
+"""``ke-ray demo``: the whole workflow on a small generated world, in minutes on two cores."""
 
 from __future__ import annotations
 
@@ -11,11 +11,9 @@ import typer
 from ke_ray import storage
 from ke_ray.errors import ConfigError
 
-__all__ = ["demo"]
-
 
 class _Phases:
-    """Seconds of each phase, start-up apart from work, kept over reruns that skip it."""
+    """Seconds of each phase, start-up and work apart; reruns that skip a phase keep its seconds."""
 
     def __init__(self, earlier: dict[str, float]) -> None:
         self.seconds = dict(earlier)
@@ -27,9 +25,9 @@ class _Phases:
 
 
 def demo(
-    folder: Annotated[str, typer.Option(help="Where everything goes.")] = "runs/demo",
+    folder: Annotated[str, typer.Option(help="Folder for all results.")] = "runs/demo",
 ) -> None:
-    """Pretrain a small series, scan it, inject facts, sweep; show what came out."""
+    """Pretrain a small series, scan it, inject facts, run a sweep; report the results."""
     from ke_ray.storage.ownership import claimed
 
     with claimed(folder, "demo", evidence=("pretrain", "pretrain")):
@@ -37,7 +35,7 @@ def demo(
 
 
 def _demo(folder: str) -> int:
-    """All phases; the exit code."""
+    """Run all phases; return the exit code."""
     from ke_ray.cli.scan import execute_scan
     from ke_ray.cli.sweep import execute_sweep
     from ke_ray.cli.train import execute_continual, execute_pretrain
@@ -54,14 +52,14 @@ def _demo(folder: str) -> int:
     before = storage.read_json(summary_path) if storage.exists(summary_path) else {}
     phases = _Phases(before.get("phases_s", {}))
     summary: dict[str, Any] = {"phases_s": phases.seconds}
-    here = [
+    tracking = [
         f"mlflow.uri=sqlite:///{Path(folder).absolute()}/mlflow.db",
         "mlflow.experiment=ke_ray demo",
     ]
 
     _heading("1. Pretrain a small OLMo-architecture model on generated biographies")
     study = load_study(
-        study_path("demo_pretrain"), PretrainStudy, [f"output={folder}/pretrain", *here]
+        study_path("demo_pretrain"), PretrainStudy, [f"output={folder}/pretrain", *tracking]
     )
     started = time.monotonic()
     outcome = execute_pretrain(study)
@@ -77,7 +75,7 @@ def _demo(folder: str) -> int:
             f"checkpoints.spec={folder}/pretrain/checkpoints",
             f"data.biographies={world}/documents.jsonl.gz",
             f"output={folder}/scan",
-            *here,
+            *tracking,
         ],
     )
     scanned = execute_scan(scan_study)
@@ -87,8 +85,8 @@ def _demo(folder: str) -> int:
 
     storage.write_json(summary_path, summary)
 
-    _heading("3. Go on from an early, a middle and the last checkpoint with injected facts")
-    places = [
+    _heading("3. Train an early, a middle and the last checkpoint further, with injected facts")
+    inputs = [
         f"starts.spec={folder}/pretrain/checkpoints",
         f"corpus.source={world}/other_documents.jsonl.gz",
         f"injection.paraphrase={world}/facts_paraphrase.json",
@@ -99,7 +97,7 @@ def _demo(folder: str) -> int:
     continual_study = load_study(
         study_path("demo_continual"),
         ContinualStudy,
-        [*places, f"output={folder}/continual", *here],
+        [*inputs, f"output={folder}/continual", *tracking],
     )
     continued = execute_continual(continual_study)
     if len(continued.rows) > continued.num_skipped:
@@ -108,14 +106,14 @@ def _demo(folder: str) -> int:
     summary["continual"] = continual_summary(continued.rows)
     storage.write_json(summary_path, summary)
 
-    _heading("4. Wake up inactive memories of the last checkpoint: a small sweep")
+    _heading("4. Resuscitate inactive memories of the last checkpoint: a small sweep")
     sweep_study = load_sweep(
         study_path("demo"),
         [
-            *(f"base.{place}" for place in places),
+            *(f"base.{override}" for override in inputs),
             f"base.resuscitation.coefficients={folder}/scan",
             f"output={folder}/sweep",
-            *here,
+            *tracking,
         ],
     )
     swept = execute_sweep(sweep_study)
@@ -157,7 +155,7 @@ def scan_summary(folder: str) -> list[dict[str, Any]]:
 
 def continual_summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One entry per starting checkpoint, fractions and nats, null where it failed."""
-    keys = (
+    columns = (
         "step",
         "acquisition",
         "acquisition_low",
@@ -171,11 +169,11 @@ def continual_summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         "knowledge_entropy_after_nats",
         "status",
     )
-    return [{key: row.get(key) for key in keys} for row in rows]
+    return [{name: row.get(name) for name in columns} for row in rows]
 
 
 def study_path(name: str) -> str:
-    """A study that ships with the project, in ``sweeps/`` of the checkout.
+    """The path of a study in ``sweeps/`` of the checkout.
 
     Raises:
         ConfigError: ke_ray was installed without its checkout.

@@ -1,4 +1,4 @@
-"""Options that several commands take, and reading a study with their values."""
+"""Options of several commands, and studies read with their values."""
 
 from __future__ import annotations
 
@@ -12,25 +12,13 @@ from pydantic import BaseModel
 from ke_ray.config import load_study, parse_overrides, set_keys, validate
 from ke_ray.errors import ConfigError
 
-__all__ = [
-    "DryRun",
-    "MlflowUri",
-    "NoMlflow",
-    "Output",
-    "Resuscitate",
-    "Set",
-    "is_study_file",
-    "parse_resuscitate",
-    "read_study",
-]
-
 StudyT = TypeVar("StudyT", bound=BaseModel)
 
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key; repeatable.")
 ]
 Output = Annotated[str | None, typer.Option("--output", "-o", help="Folder or URI for results.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and do nothing.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")]
 MlflowUri = Annotated[
     str | None, typer.Option("--mlflow-uri", help="Default: MLFLOW_TRACKING_URI, else SQLite.")
 ]
@@ -50,7 +38,7 @@ def is_study_file(text: str) -> bool:
 
 
 def parse_resuscitate(text: str) -> dict[str, Any]:
-    """``ratio=0.5,factor=2`` as the keys of a study's ``resuscitate`` group.
+    """Parse ``ratio=0.5,factor=2`` into the keys of a study's ``resuscitation`` group.
 
     Raises:
         ConfigError: not KEY=VALUE pairs.
@@ -66,23 +54,23 @@ def parse_resuscitate(text: str) -> dict[str, Any]:
 def read_study(
     file: str | None,
     model: type[StudyT],
-    given: Mapping[str, Any],
+    options: Mapping[str, Any],
     overrides: list[str] | None,
-    where: str,
+    source: str,
 ) -> StudyT:
-    """A study from a file, or from options alone, with options and ``--set`` on top.
+    """Read a study from a file, or from options alone, with options and ``--set`` on top.
 
     Args:
         file: the study file, or None.
         model: its schema.
-        given: values of options by dotted key; None means not given.
-        overrides: the ``--set`` texts; they win.
-        where: names the source in messages where there is no file.
+        options: values of options by dotted key; None: not given.
+        overrides: the ``--set`` texts, which take precedence.
+        source: names the source in messages where there is no file.
 
     Raises:
         ConfigError: see ``ke_ray.config``.
     """
-    values = {key: value for key, value in given.items() if value is not None}
+    values = {key: value for key, value in options.items() if value is not None}
     if file is not None:
         loaded = load_study(file, model, overrides or [])
         if not values:
@@ -96,5 +84,5 @@ def read_study(
         if field.is_required() and name not in merged
     ]
     if missing:
-        raise ConfigError(f"{where}: {', '.join(missing)} must be given. See --help.")
-    return validate(model, merged, where)
+        raise ConfigError(f"{source}: {', '.join(missing)} must be given. See --help.")
+    return validate(model, merged, source)

@@ -1,4 +1,4 @@
-"""What a command leaves beside its results for people: picture, report, MLflow artifacts."""
+"""Picture, report and MLflow artifacts, made from the results of a command."""
 
 from __future__ import annotations
 
@@ -14,15 +14,13 @@ if TYPE_CHECKING:
     from ke_ray.studies.parts import TrackingSettings
     from ke_ray.tracking.run import TrackedRun
 
-__all__ = ["publish_report", "publish_scan"]
-
 log = logging.getLogger(__name__)
 
 
 def publish_scan(output: str, run: TrackedRun) -> None:
-    """Leave ``entropy.png`` and ``report.html``; log them, the table and the manifest to MLflow.
+    """Write ``entropy.png`` and ``report.html``; log them, the table and the manifest to MLflow.
 
-    A scan whose checkpoints all failed has nothing to draw; that is no error here.
+    A scan whose checkpoints all failed has no picture, which is not an error.
     """
     from ke_ray.report.picture import picture
     from ke_ray.report.terminal import headline_rows, rows_as_csv
@@ -36,7 +34,7 @@ def publish_scan(output: str, run: TrackedRun) -> None:
         names.append("entropy.png")
     except KeRayError as error:
         log.info("no picture: %s", error)
-    except Exception:  # the results are whole; a drawing must not take the command down
+    except Exception:  # the results are complete; a picture must not fail the command
         log.exception("The picture could not be drawn")
     names.append(_write_report(output))
     if storage.is_local(output):
@@ -46,15 +44,15 @@ def publish_scan(output: str, run: TrackedRun) -> None:
 
 
 def publish_report(output: str, settings: TrackingSettings, run_ids: Iterable[str | None]) -> None:
-    """Leave ``report.html`` in a result folder and log it to MLflow runs."""
+    """Write ``report.html`` into a result folder and log it to MLflow runs."""
     from ke_ray.tracking.tracker import open_tracker
 
     name = _write_report(output)
-    known = sorted({run_id for run_id in run_ids if run_id})
-    if not (known and settings.enabled and storage.is_local(output)):
+    ids = sorted({run_id for run_id in run_ids if run_id})
+    if not (ids and settings.enabled and storage.is_local(output)):
         return
     with open_tracker(settings, deferred=True) as tracker:
-        for run_id in known:
+        for run_id in ids:
             tracker.run(run_id).log_artifact(Path(storage.local_path(output), name))
 
 

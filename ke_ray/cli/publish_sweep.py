@@ -1,4 +1,4 @@
-"""What a sweep leaves on its MLflow run for people: figures, the report, the trial table."""
+"""Figures, report and tables on the MLflow run of a sweep."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from ke_ray.errors import KeRayError
 if TYPE_CHECKING:
     from ke_ray.tracking.tracker import Tracker
 
-__all__ = ["describe_sweep", "publish_sweep", "settings_cells"]
-
 log = logging.getLogger(__name__)
 
 
@@ -26,10 +24,10 @@ _MAX_SETTINGS = 20
 
 
 def publish_sweep(output: str, tracker: Tracker, run_id: str | None) -> None:
-    """Log the tables, each figure as a page of its own, and the report of the folder.
+    """Log the tables, each figure as its own page, and the report of the folder.
 
     The description of the run has the best settings and a link to the comparison of its trials.
-    Nothing here can fail a sweep: what cannot be drawn is left out.
+    Figures that cannot be drawn are left out; they do not fail the sweep.
     """
     if run_id is None:
         return
@@ -55,11 +53,11 @@ def publish_sweep(output: str, tracker: Tracker, run_id: str | None) -> None:
 
 
 def settings_cells(output: str) -> list[list[str]] | None:
-    """The settings of a sweep as cells, repeats aggregated: best first in the first objective.
+    """The settings of a sweep as rows of cells, repeats aggregated, best first objective first.
 
     The first row names the columns; None where no trial has ended. Values are in the units of the
-    table (A and F as fractions), with 95 % intervals where there are; a star marks the best, or
-    the Pareto front.
+    table (A and F as fractions), with 95 % intervals where there are any; a star marks the best
+    setting, or the Pareto front.
     """
     path = storage.join(output, "settings.parquet")
     rows = storage.read_table(path).to_pylist() if storage.exists(path) else []
@@ -99,15 +97,15 @@ def _cell(row: Mapping[str, Any]) -> str:
 
 
 def describe_sweep(output: str, tracker: Tracker) -> str:
-    """Markdown: how many trials, where they are compared, and the best settings."""
+    """Markdown with the number of trials, a link to compare them, and the best settings."""
     from ke_ray.results.sweep_folder import read_trials
 
     rows = read_trials(output)
-    known = [row["mlflow_run_id"] for row in rows if row["mlflow_run_id"]]
+    run_ids = [row["mlflow_run_id"] for row in rows if row["mlflow_run_id"]]
     count = f"{len(rows)} trials in `{output}`."
-    # The link comes first: the page lays a veil over the end of what is long.
-    if 1 < len(known) <= _MAX_COMPARED:
-        text = [f"[Compare the trials]({tracker.compare_page(known)}): {count}"]
+    # The link comes first because MLflow hides the end of a long description.
+    if 1 < len(run_ids) <= _MAX_COMPARED:
+        text = [f"[Compare the trials]({tracker.compare_page(run_ids)}): {count}"]
     else:
         text = [f"{count} Select up to {_MAX_COMPARED} in the table of runs to compare them."]
     table = settings_cells(output)
@@ -122,13 +120,13 @@ def describe_sweep(output: str, tracker: Tracker) -> str:
 
 
 def _figures(output: str, folder: Path) -> list[Path]:
-    """One HTML file a figure, and ``report.html`` with all of them."""
+    """Write one HTML file per figure, and ``report.html`` with all of them."""
     from ke_ray.report.build import build_report
     from ke_ray.report.charts.sweep import sweep_figures
     from ke_ray.report.page import Section, page
     from ke_ray.report.sources import read_result
 
-    made = [Path(build_report([output], folder / "report.html"))]
+    pages = [Path(build_report([output], folder / "report.html"))]
     result = read_result(output, "sweep")
     figures, missing = sweep_figures(result, "sweep")
     for text in missing:
@@ -138,5 +136,5 @@ def _figures(output: str, folder: Path) -> list[Path]:
         section = Section(figure.id, str(title), figures=[figure])
         path = folder / f"{storage.slug(figure.id)}.html"
         path.write_text(page(str(title), output, [], [section]), "utf-8")
-        made.append(path)
-    return made
+        pages.append(path)
+    return pages

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -10,7 +10,7 @@ from ke_ray.cli.checkpoints import Revisions
 from ke_ray.errors import ConfigError
 
 if TYPE_CHECKING:
-    from ke_ray.resuscitation.export import Resuscitated
+    from ke_ray.resuscitation.export import ResuscitatedCheckpoint, WeightsLayout
 
 
 def resuscitate(
@@ -25,10 +25,10 @@ def resuscitate(
     control: Annotated[
         str | None, typer.Option(help="random, matched_norm or attention_temperature.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Which rows the random control takes.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the random control.")] = 0,
     layout: Annotated[str, typer.Option(help="hf, or native (OLMo's own).")] = "hf",
     allow_mismatch: Annotated[
-        bool, typer.Option("--allow-mismatch", help="Take coefficients of other weights.")
+        bool, typer.Option("--allow-mismatch", help="Accept coefficients of other weights.")
     ] = False,
     measure: Annotated[
         str | None,
@@ -40,23 +40,16 @@ def resuscitate(
     ] = None,
     tokenizer: Annotated[str | None, typer.Option(help="Default: the checkpoint's.")] = None,
     revisions: Revisions = None,
-    cache_dir: Annotated[str | None, typer.Option(help="Where fetched checkpoints lie.")] = None,
+    cache_dir: Annotated[str | None, typer.Option(help="Folder for fetched checkpoints.")] = None,
 ) -> None:
     """Scale the weights of the least used memories (Algorithm 1), or a control of it."""
-    from ke_ray.resuscitation.export import (
-        Measurement,
-        check_request,
-        one_checkpoint,
-        write_resuscitated,
-    )
+    from ke_ray.data.corpus import parse_data_option
+    from ke_ray.resuscitation.export import check_request, single_checkpoint, write_resuscitated
+    from ke_ray.studies.parts import EvaluationText
 
     if layout not in ("hf", "native"):
         raise ConfigError(f"--layout is {layout!r}; expected 'hf' or 'native'.")
-    check_request(
-        ratio=ratio, factor=factor, control=control, coefficients=coefficients, output=output
-    )
-    done = write_resuscitated(
-        one_checkpoint(checkpoint, revisions),
+    settings = check_request(
         output,
         ratio=ratio,
         factor=factor,
@@ -64,59 +57,72 @@ def resuscitate(
         seed=seed,
         coefficients=coefficients,
         allow_mismatch=allow_mismatch,
-        layout=cast('Literal["hf", "native"]', layout),
-        measure=None
-        if measure is None
-        else Measurement(measure, num_instances, sequence_length, tokenizer),
+    )
+    text = None
+    if measure is not None:
+        name, source = parse_data_option(measure)
+        text = EvaluationText(
+            name=name,
+            source=source,
+            num_instances=num_instances,
+            sequence_length=sequence_length,
+        )
+    result = write_resuscitated(
+        single_checkpoint(checkpoint, revisions),
+        output,
+        settings,
+        layout=cast("WeightsLayout", layout),
+        measure=text,
+        tokenizer=tokenizer,
         cache_dir=cache_dir,
     )
-    for line in describe(done):
+    for line in describe(result):
         typer.echo(line)
 
 
-def describe(done: Resuscitated) -> list[str]:
-    """What was done, for the terminal; entropies in nats."""
-    if done.control == "attention_temperature":
-        lines = [f"Attention scores divided by {done.factor:g} in every layer; no memory scaled."]
+def describe(result: ResuscitatedCheckpoint) -> list[str]:
+    """Lines for the terminal; entropies in nats."""
+    if result.control == "attention_temperature":
+        lines = [f"Attention scores divided by {result.factor:g} in every layer; no memory scaled."]
     else:
-        what = f"ratio {done.ratio:g}, factor {done.factor:g}"
+        what = f"ratio {result.ratio:g}, factor {result.factor:g}"
         lines = [
-            f"Resuscitated with {what}" + (f", control {done.control}" if done.control else "")
+            f"Resuscitated with {what}" + (f", control {result.control}" if result.control else "")
         ]
         lines.append("layer  rows selected  zero rows  knowledge entropy  predicted")
         for layer, numbers in enumerate(
             zip(
-                done.selected_rows,
-                done.dead_rows,
-                done.entropy_nats,
-                done.predicted_entropy_nats,
+                result.selected_rows,
+                result.dead_rows,
+                result.entropy_nats,
+                result.predicted_entropy_nats,
                 strict=True,
             )
         ):
             selected, dead, before, after = numbers
             lines.append(f"{layer:5d}  {selected:13d}  {dead:9d}  {before:17.4f}  {after:9.4f}")
         lines.append(
-            f"total  {sum(done.selected_rows):13d}  {sum(done.dead_rows):9d}  "
-            f"{sum(done.entropy_nats):17.4f}  {sum(done.predicted_entropy_nats):9.4f}   nats; "
+            f"total  {sum(result.selected_rows):13d}  {sum(result.dead_rows):9d}  "
+            f"{sum(result.entropy_nats):17.4f}  {sum(result.predicted_entropy_nats):9.4f}   nats; "
             "predicted with layer inputs held fixed"
         )
-    if done.coefficients_verified is False:
+    if result.coefficients_verified is False:
         lines.append(
-            f"Coefficients are not known to be of these weights ({done.coefficients}); recorded."
+            f"Coefficients are not known to be of these weights ({result.coefficients}); recorded."
         )
-    if done.measured_after_nats is not None and done.measured_before_nats is not None:
+    if result.measured_after_nats is not None and result.measured_before_nats is not None:
         lines.append(
-            f"measured on {done.measured_on}: {done.measured_before_nats:.4f} → "
-            f"{done.measured_after_nats:.4f} nats"
+            f"measured on {result.measured_on}: {result.measured_before_nats:.4f} → "
+            f"{result.measured_after_nats:.4f} nats"
         )
     else:
         lines.append(
-            f"To measure it: ke-ray scan {done.output} --data DATA --output SCAN, with the data of "
-            "the first scan (or --measure DATA here)."
+            f"To measure it: ke-ray scan {result.output} --data DATA --output SCAN, with the data "
+            "of the first scan (or --measure DATA here)."
         )
     lines.append(
-        f"weights sha256 {done.weights_sha256_before[:12]}… → "
-        f"{done.weights_sha256_after[:12]}…, {done.layout} layout: {done.output}"
+        f"weights sha256 {result.weights_sha256_before[:12]}… → "
+        f"{result.weights_sha256_after[:12]}…, {result.layout} layout: {result.output}"
     )
     return lines
 

@@ -1,4 +1,4 @@
-"""``ke-ray submit``: a command as a job on a cluster."""
+"""``ke-ray submit``: run a command as a job on a cluster."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from ke_ray.errors import KeRayError
 
 if TYPE_CHECKING:
     from ke_ray.engine.cluster.submit import JobServer
-
-__all__ = ["register", "submit"]
 
 _INTERRUPTED = 130
 
@@ -52,21 +50,21 @@ def submit(
         print(submission_id)
         _say(_how_to(submission_id, server.address))
         if loaded.timeout_s or loaded.retries:
-            _say("timeout_s and retries are the follower's work: without it they do nothing.")
+            _say("timeout_s and retries have no effect with --no-wait.")
         return
 
-    current: list[str] = []
+    submitted: list[str] = []
 
-    def show_attempt(submission_id: str, attempt: int) -> None:
-        current[:] = [submission_id]
+    def on_submitted(submission_id: str, attempt: int) -> None:
+        submitted.append(submission_id)
         again = f", attempt {attempt} of {loaded.retries + 1}" if attempt > 1 else ""
         _say(f"Job {submission_id} on {server.address}{again}: {loaded.entrypoint}")
 
     try:
-        result = run_job(server, loaded, runtime_env, write=_write, on_attempt=show_attempt)
+        result = run_job(server, loaded, runtime_env, write=_write, on_attempt=on_submitted)
     except KeyboardInterrupt:
-        if current:
-            _interrupted(server, current[0])
+        if submitted:
+            _interrupted(server, submitted[-1])
         raise typer.Exit(_INTERRUPTED) from None
     _say(f"Job {result.submission_id} {result.status.lower()}, exit code {result.exit_code}.")
     if result.exit_code and result.message:
@@ -84,14 +82,14 @@ def _interrupted(server: JobServer, submission_id: str) -> None:
         except (EOFError, KeyboardInterrupt):
             print(file=sys.stderr)
     if not stop:
-        _say(f"Detached; the job goes on. {_how_to(submission_id, server.address)}")
+        _say(f"Detached; the job keeps running. {_how_to(submission_id, server.address)}")
         return
     try:
         server.stop(submission_id)
     except KeRayError as error:
         _say(str(error))
     else:
-        _say(f"Job {submission_id} is being stopped. What it finished is kept.")
+        _say(f"Job {submission_id} is being stopped. Finished work is saved.")
 
 
 def _how_to(submission_id: str, address: str) -> str:

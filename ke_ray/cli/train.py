@@ -21,7 +21,7 @@ from ke_ray.cli.options import (
 from ke_ray.cli.progress import TerminalDisplay, print_outcome
 from ke_ray.cli.publish import publish_report
 from ke_ray.cli.scan import print_results
-from ke_ray.secrets import redacted
+from ke_ray.secrets import redact
 from ke_ray.storage.ownership import claimed
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def given(output: str | None, mlflow_uri: str | None, no_mlflow: bool) -> dict[s
 def plan_text(study: BaseModel) -> str:
     """A resolved study as YAML, without secrets."""
     values = json.loads(study.model_dump_json(exclude_none=True))
-    return yaml.safe_dump(redacted(values), sort_keys=False)
+    return yaml.safe_dump(redact(values), sort_keys=False)
 
 
 def register(app: typer.Typer) -> None:

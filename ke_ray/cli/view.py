@@ -1,4 +1,4 @@
-"""``ke-ray report`` and ``ke-ray dashboard``: results to look at."""
+"""``ke-ray report`` and ``ke-ray dashboard``: views of results."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def dashboard(
     ] = None,
     demo: Annotated[bool, typer.Option("--demo", help=f"Show {_DEMO}.")] = False,
     host: Annotated[
-        str, typer.Option(help="Anything but loopback shows the results to others.")
+        str, typer.Option(help="Any but loopback shows the results to others.")
     ] = "127.0.0.1",
     port: Annotated[int | None, typer.Option(help="Default: 8501, or a free one.")] = None,
     mlflow_uri: Annotated[str | None, typer.Option(help="A running server, or SQLite.")] = None,
     mlflow_port: Annotated[int | None, typer.Option(help="Default: 5000, or free.")] = None,
-    log: Annotated[str | None, typer.Option(help="File for what the servers say.")] = None,
+    log: Annotated[str | None, typer.Option(help="File for the servers' output.")] = None,
 ) -> None:
     """Explore results in a browser, with MLflow's UI beside it, until Ctrl-C."""
-    from ke_ray.dashboard import start_dashboard
+    from ke_ray.report.dashboard import start_dashboard
 
     paths = [_DEMO] if demo else (results or ["runs"])
     with start_dashboard(

@@ -33,7 +33,7 @@ from ke_ray.models.configuration import read_outline
 from ke_ray.planning.scan_items import CheckpointWork, CorpusWork
 from ke_ray.results import ScanFolder, new_manifest, read_manifest
 from ke_ray.results.scan_folder import check_identity, merge_identities
-from ke_ray.secrets import redact, redacted
+from ke_ray.secrets import redact
 from ke_ray.storage.ownership import check_claim
 from ke_ray.studies.parts import CheckpointSelection
 from ke_ray.studies.scan import ScanStudy
@@ -175,7 +175,7 @@ def _resuscitation(study: ScanStudy, corpora: dict[str, Corpus]) -> dict[str, An
     settings = study.resuscitation
     if settings is None:
         return None
-    values: dict[str, Any] = redacted(settings.model_dump())
+    values: dict[str, Any] = redact(settings.model_dump())
     if settings.coefficients is None and settings.control != "attention_temperature":
         values["coefficients"] = f"measured on {next(iter(corpora.values())).sha256}"
     return values

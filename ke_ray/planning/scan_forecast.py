@@ -23,7 +23,7 @@ from ke_ray.planning.scan_items import (
     plan_items,
 )
 from ke_ray.planning.speed import H100_FLOPS_PER_S, measured_speed
-from ke_ray.secrets import redacted
+from ke_ray.secrets import redact
 from ke_ray.studies.scan import ScanStudy
 
 #: GPUs to plan for, beside this machine.
@@ -116,7 +116,7 @@ def forecast(study: ScanStudy) -> str:
     num_tokens = study.num_instances * study.sequence_length * len(study.data) * len(refs)
     lines = [
         yaml.safe_dump(
-            redacted(json.loads(study.model_dump_json(exclude_none=True))), sort_keys=False
+            redact(json.loads(study.model_dump_json(exclude_none=True))), sort_keys=False
         ),
         f"checkpoints: {len(refs)} ({sum(r.duplicate_of is not None for r in refs)} duplicates)",
         f"tokens to score: {num_tokens:,} ({len(study.data)} corpora)",

@@ -42,7 +42,7 @@ OUTPUT_SCHEMA = pa.schema(
         ("replicates", pa.large_binary()),
         ("coefficients", pa.large_binary()),
         # JSON of what resuscitation was predicted to do; on an item's first row.
-        ("revived", pa.string()),
+        ("resuscitation", pa.string()),
         ("fetch_s", pa.float64()),
         ("load_s", pa.float64()),
         ("score_s", pa.float64()),

@@ -38,8 +38,8 @@ def take(results: Sequence[str], output: Path, *, everything: bool = False) -> l
         UserError: no Chromium, no playwright, or a path that does not exist.
         KeRayError: the page does not come up.
     """
-    from ke_ray.dashboard import start_dashboard
     from ke_ray.report.build import build_report
+    from ke_ray.report.dashboard import start_dashboard
 
     try:
         from playwright.sync_api import sync_playwright

@@ -1,4 +1,4 @@
-"""Result folders: what they hold, how they are written, read and joined.
+"""Result folders: their contents, and how they are written, read and merged.
 
 A folder is readable without ke_ray: Parquet, safetensors and JSON. See ``docs/results.md``.
 """

@@ -1,6 +1,6 @@
-"""The tables of ``docs/results.md``, from the declared columns.
+"""Tables of ``docs/results.md``, generated from the declared columns.
 
-``python -m ke_ray.results.column_docs`` writes them anew; a test compares.
+``python -m ke_ray.results.column_docs`` rewrites them; a test compares.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ _BLOCK = re.compile(r"(<!-- columns: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def fill_in(text: str) -> str:
-    """Markdown with the table after each ``<!-- columns: NAME -->`` written anew."""
-    return _BLOCK.sub(lambda found: f"{found[1]}\n{markdown(found[2])}\n\n{found[3]}", text)
+    """Markdown with the table after each ``<!-- columns: NAME -->`` replaced."""
+    return _BLOCK.sub(lambda match: f"{match[1]}\n{markdown(match[2])}\n\n{match[3]}", text)
 
 
 if __name__ == "__main__":

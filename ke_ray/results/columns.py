@@ -1,8 +1,8 @@
-"""Every column of every result table, declared once.
+"""Columns of all result tables, declared once.
 
 Parquet schemas, sweep objectives, MLflow's metric names, titles in tables and figures, and the
-tables of ``docs/results.md`` derive from here. Importing this module costs nothing: pyarrow is
-imported when a schema is asked for.
+tables of ``docs/results.md`` derive from here. pyarrow is imported only for schemas, as studies,
+which are read by light commands, need the names alone.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class Column:
     Attributes:
         name: in the file.
         type: pyarrow's name of the type.
-        doc: what it holds, for ``docs/results.md``.
-        unit: of its values; a ``fraction`` is shown to people in per cent.
-        title: in tables and on axes; empty where people are shown the name.
-        direction: which way is better; None where neither is.
+        doc: its meaning, for ``docs/results.md``.
+        unit: of its values; a ``fraction`` is displayed in per cent.
+        title: in tables and on axes; empty where the name is displayed.
+        direction: whether more or less is better; None: neither.
         needs: the group of a continual study without which the column is empty. A column with a
             direction and a group is an objective of sweeps.
     """
@@ -42,12 +42,12 @@ class Column:
 
     @property
     def factor(self) -> float:
-        """From the stored value to the one that people are shown."""
+        """Factor from the stored to the displayed value."""
         return 100.0 if self.unit == "fraction" else 1.0
 
     @property
     def shown_unit(self) -> str:
-        """The unit of the value that people are shown."""
+        """The unit of the displayed value."""
         return "%" if self.unit == "fraction" else self.unit
 
 
@@ -272,7 +272,6 @@ _CHANGE = Column(
 )
 
 #: The columns of ``trials.parquet`` before and after one column per swept key.
-#: The columns of ``trials.parquet`` before and after one column per swept key.
 TRIAL_KEYS = (
     Column("trial_id", "string"),
     Column("point", "int64", "number of the setting"),
@@ -381,7 +380,7 @@ TABLES: Mapping[str, tuple[Column, ...]] = {
 #: Tables of a training run, which all have a column ``run``.
 RUN_TABLES = tuple(name for name, columns in TABLES.items() if columns[0] is _RUN)
 
-#: What a sweep may compare: name → column.
+#: Objectives of sweeps: name → column.
 OBJECTIVES: Mapping[str, Column] = {
     column.name: column for column in (*_RUNS, _CHANGE) if column.direction and column.needs
 }
@@ -418,10 +417,8 @@ def to_table(name: str, rows: Iterable[Mapping[str, Any]]) -> pyarrow.Table:
     """
     import pyarrow
 
-    known = set(names(name))
-    kept = [dict(row) for row in rows]
-    for row in kept:
-        for key in row:
-            if key not in known:
-                raise KeyError(f"table '{name}' has no column '{key}'")
-    return pyarrow.Table.from_pylist(kept, schema=schema(name))
+    rows = [dict(row) for row in rows]
+    unknown = {key for row in rows for key in row}.difference(names(name))
+    if unknown:
+        raise KeyError(f"table '{name}' has no column '{min(unknown)}'")
+    return pyarrow.Table.from_pylist(rows, schema=schema(name))

@@ -1,4 +1,4 @@
-"""``manifest.json``: what made a result folder, and with what."""
+"""``manifest.json``: the command, settings and versions behind a result folder."""
 
 from __future__ import annotations
 
@@ -7,21 +7,12 @@ import importlib.metadata
 import platform
 import shlex
 import sys
+from contextlib import suppress
 from typing import Any
 
 from ke_ray import __version__, storage
 from ke_ray.errors import ResultsError
-from ke_ray.secrets import redact, redacted
-
-__all__ = [
-    "SCHEMA_VERSION",
-    "command_line",
-    "new_manifest",
-    "now",
-    "read_manifest",
-    "versions",
-    "write_manifest",
-]
+from ke_ray.secrets import redact
 
 #: Raised when a column changes its meaning; readers know every version up to this one.
 SCHEMA_VERSION = 1
@@ -36,24 +27,22 @@ def now() -> str:
 
 def versions() -> dict[str, str]:
     """Versions of ke_ray, Python and the packages that a result depends on."""
-    found = {"ke_ray": __version__, "python": platform.python_version()}
+    installed = {"ke_ray": __version__, "python": platform.python_version()}
     for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+        with suppress(importlib.metadata.PackageNotFoundError):
+            installed[package] = importlib.metadata.version(package)
+    return installed
 
 
 def command_line() -> str:
-    """The command that runs, as typed, without secrets."""
+    """The running command as typed, without secrets."""
     program = sys.argv[0].rsplit("/", 1)[-1]
     words = ["python -m ke_ray" if program == "__main__.py" else program, *sys.argv[1:]]
     return redact(" ".join([words[0], *(shlex.quote(word) for word in words[1:])]))
 
 
 def new_manifest(kind: str, config: dict[str, Any]) -> dict[str, Any]:
-    """The fields that every kind of result has; ``status`` is ``running`` until it is done."""
+    """The fields that every kind of result has, with ``status: running``."""
     return {
         "schema_version": SCHEMA_VERSION,
         "kind": kind,
@@ -68,15 +57,15 @@ def new_manifest(kind: str, config: dict[str, Any]) -> dict[str, Any]:
 
 def write_manifest(folder: str, manifest: dict[str, Any]) -> None:
     """Write ``manifest.json``, stamped with the time, without secrets."""
-    told = redacted({**manifest, "updated_at": now()})
-    storage.write_json(storage.join(folder, "manifest.json"), told)
+    values = redact({**manifest, "updated_at": now()})
+    storage.write_json(storage.join(folder, "manifest.json"), values)
 
 
 def read_manifest(folder: str, kind: str | None = None) -> dict[str, Any]:
     """Read and check ``manifest.json``.
 
     Raises:
-        ResultsError: none there, another kind than asked, or written by a newer ke_ray.
+        ResultsError: there is none, it is of another kind, or a newer ke_ray wrote it.
     """
     path = storage.join(folder, "manifest.json")
     if not storage.exists(path):
@@ -86,7 +75,7 @@ def read_manifest(folder: str, kind: str | None = None) -> dict[str, Any]:
         )
     manifest = storage.read_json(path)
     if not isinstance(manifest, dict) or "kind" not in manifest:
-        raise ResultsError(f"'{path}' is no manifest of ke_ray: it has no 'kind'.")
+        raise ResultsError(f"'{path}' is not a manifest of ke_ray: it has no 'kind'.")
     version = manifest.get("schema_version", 0)
     if not isinstance(version, int) or version > SCHEMA_VERSION:
         raise ResultsError(

@@ -1,4 +1,4 @@
-"""Joining the results of several scans."""
+"""Merging of several scans' results."""
 
 from __future__ import annotations
 
@@ -14,22 +14,20 @@ from ke_ray.errors import ResultsError
 from ke_ray.results.scan_folder import ScanFolder, check_identity, merge_identities
 from ke_ray.storage.ownership import claimed
 
-__all__ = ["merge_scans"]
-
 Row = dict[str, Any]
 
 
 def merge_scans(uris: Sequence[str], output: str) -> ScanFolder:
     """Join compatible scan folders into a new one.
 
-    What several folders hold is taken from the first. A failure stays only where no folder has
-    the values that its folder was asked for.
+    Where several folders have the same results, those of the first are taken. A failure is kept
+    only where no folder has the values that failed.
 
     Raises:
-        ResultsError: an identity differs, one name stands for different weights, or ``output``
-            already holds results or is somebody else's. Nothing is written then.
+        ResultsError: an identity differs, one name has different weights, or ``output`` has
+            results already or is not ke_ray's. Nothing is written then.
     """
-    # Not a scan's kind: results that are there already are not merged into.
+    # Another kind than a scan's: existing results are never merged into.
     with claimed(output, "merged scan"):
         return _merge(uris, output)
 
@@ -80,22 +78,22 @@ def _merge(uris: Sequence[str], output: str) -> ScanFolder:
 def _same_checkpoints(
     folders: Sequence[ScanFolder], tables: Sequence[Sequence[Row]]
 ) -> dict[str, Row]:
-    """Manifest entries by name; one name must mean the same weights in all folders."""
+    """Manifest entries by name; a name must have the same weights in all folders."""
     entries: dict[str, Row] = {}
     weights: dict[str, str] = {}
     for folder, rows in zip(folders, tables, strict=True):
         own = {row["checkpoint"]: row["weights_sha256"] for row in rows if row["weights_sha256"]}
         for entry in folder.manifest.get("checkpoints", []):
             name = entry["name"]
-            known = entries.setdefault(name, entry)
+            earlier = entries.setdefault(name, entry)
             if name in own and name in weights:
                 same, what = own[name] == weights[name], "weights_sha256 differs"
             else:
-                same = (known["location"], known["revision"]) == (
+                same = (earlier["location"], earlier["revision"]) == (
                     entry["location"],
                     entry["revision"],
                 )
-                what = f"from {entry['location']} and {known['location']}"
+                what = f"from {entry['location']} and {earlier['location']}"
             if not same:
                 raise ResultsError(
                     f"'{folder.uri}' and an earlier folder both have a checkpoint '{name}' "
@@ -113,7 +111,7 @@ def _by_checkpoint(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def _choose(folders: Sequence[ScanFolder], tables: Sequence[Sequence[Row]]) -> list[list[Row]]:
-    """The rows of one checkpoint to take from each folder; no measure from two of them."""
+    """The rows of one checkpoint to take from each folder, every measure from one folder only."""
     taken: set[tuple[str, str]] = set()
     chosen: list[list[Row]] = []
     for rows in tables:
@@ -146,10 +144,10 @@ def _of_rows(replicates: pa.Table, name: str, rows: Sequence[Mapping[str, Any]])
 def _coefficients(
     name: str, folders: Sequence[ScanFolder], chosen: Sequence[Sequence[Row]]
 ) -> dict[str, np.ndarray]:
-    found: dict[str, np.ndarray] = {}
+    by_corpus: dict[str, np.ndarray] = {}
     for folder, rows in zip(folders, chosen, strict=True):
-        there = set(folder.list_coefficients())
+        files = set(folder.list_coefficients())
         for corpus in sorted({row["corpus"] for row in rows if row["status"] == "ok"}):
-            if corpus not in found and folder.coefficients_name(name, corpus) in there:
-                found[corpus] = folder.mean_coefficients(name, corpus)
-    return found
+            if corpus not in by_corpus and folder.coefficients_name(name, corpus) in files:
+                by_corpus[corpus] = folder.mean_coefficients(name, corpus)
+    return by_corpus

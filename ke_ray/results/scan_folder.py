@@ -6,11 +6,11 @@
     entropy.parquet           one row per checkpoint, corpus, layer and measure
     replicates.parquet        leave-one-group-out values of the same
     coefficients/X.safetensors   mean_abs_coefficients [n_layers, d_mlp] float32
-    parts/                    what has finished since the tables were last written
+    parts/                    checkpoints finished since the tables were last written
 
-Each finished checkpoint is first a file of its own in ``parts/`` and later folded into the tables,
-so that n checkpoints cost n small writes, a kill loses nothing that was finished, and a reader
-meets whole files only. Reading joins the tables and the parts; a later row replaces an earlier one
+Each finished checkpoint is first written to ``parts/`` and later merged into the tables, so that n
+checkpoints cost n small writes, a kill loses no finished checkpoint, and readers find whole files
+only. Reading joins the tables and the parts; a later row replaces an earlier one
 of the same key, and a row with a value replaces a failure.
 """
 
@@ -24,6 +24,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
 from ke_ray import storage
 from ke_ray.errors import ResultsError
@@ -33,45 +35,45 @@ from ke_ray.results.manifest import read_manifest, write_manifest
 ENTROPY_SCHEMA = schema("entropy")
 REPLICATES_SCHEMA = schema("replicates")
 _KEY = ("checkpoint", "corpus", "layer", "measure")
-_PLACE = ("checkpoint", "step", "stage", "ingredient")
+_POSITION = ("checkpoint", "step", "stage", "ingredient")
 _BY_CORPUS = ("corpora", "sampling", "groups")
 
 
-def check_identity(folder: str, stored: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    """Refuse to mix results that are not comparable.
+def check_identity(folder: str, stored: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Refuse to mix results that cannot be compared.
 
     Identities hold what changes a result (dtype, measure version, settings of measures) and, under
     ``corpora``, ``sampling`` and ``groups``, the data hash of each corpus, how its instances were
     drawn and how they form jackknife groups. New corpora may be added; nothing may differ. A folder
-    that says nothing of the latter two has the first instances of its sources, in equal groups.
+    without the latter two has the first instances of its sources, in equal groups.
 
     Raises:
         ResultsError: names the first difference.
     """
-    for key in sorted({*stored, *asked} - set(_BY_CORPUS)):
-        if stored.get(key) != asked.get(key):
+    for key in sorted({*stored, *current} - set(_BY_CORPUS)):
+        if stored.get(key) != current.get(key):
             raise ResultsError(
                 f"'{folder}' holds results with {key} = {stored.get(key)!r}, this run has "
-                f"{asked.get(key)!r}: they cannot be mixed. Choose another output folder, or "
+                f"{current.get(key)!r}: they cannot be mixed. Choose another output folder, or "
                 "repeat the earlier settings."
             )
-    for name, sha256 in asked["corpora"].items():
+    for name, sha256 in current["corpora"].items():
         if name not in stored["corpora"]:
             continue
         before = stored["corpora"][name]
-        drawn, drawing = (of.get("sampling", {}).get(name, "first") for of in (stored, asked))
-        if drawing == "spread" and drawn != "spread":
+        old, new = (keys.get("sampling", {}).get(name, "first") for keys in (stored, current))
+        if new == "spread" and old != "spread":
             raise ResultsError(
                 f"'{folder}' holds results of the first instances of corpus '{name}', this run "
                 "draws instances spread over the whole source, which have smaller and truer "
-                "errors: they cannot be mixed. Choose another output folder, or go on as before "
-                "with 'sampling: first' (--sampling first)."
+                "errors: they cannot be mixed. Choose another output folder, or continue with "
+                "'sampling: first' (--sampling first)."
             )
-        grouped, grouping = (of.get("groups", {}).get(name, "equal") for of in (stored, asked))
-        if before == sha256 and grouped != grouping:
+        old, new = (keys.get("groups", {}).get(name, "equal") for keys in (stored, current))
+        if before == sha256 and old != new:
             raise ResultsError(
-                f"'{folder}' holds results of corpus '{name}' with groups that are {grouped}, this "
-                f"run's are {grouping}: their errors cannot be paired. Choose another output "
+                f"'{folder}' holds results of corpus '{name}' with groups that are {old}, this "
+                f"run's are {new}: their errors cannot be paired. Choose another output "
                 "folder."
             )
         if before != sha256:
@@ -84,7 +86,7 @@ def check_identity(folder: str, stored: Mapping[str, Any], asked: Mapping[str, A
 
 
 def merge_identities(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """The identity of a folder that holds the corpora of both; the rest is the same."""
+    """The identity of a folder with the corpora of both; the rest is the same."""
     merged = {**one, **other}
     for key in _BY_CORPUS:
         merged[key] = {**one.get(key, {}), **other.get(key, {})}
@@ -96,7 +98,7 @@ class ScanFolder:
 
     Args:
         uri: the folder, a path or any fsspec URI.
-        manifest: its manifest, as it is or as it is going to be written.
+        manifest: its manifest, written or not.
     """
 
     def __init__(self, uri: str, manifest: dict[str, Any]) -> None:
@@ -108,7 +110,7 @@ class ScanFolder:
         """An existing folder.
 
         Raises:
-            ResultsError: it holds no scan.
+            ResultsError: it is not a scan's.
         """
         return cls(uri, read_manifest(uri, "scan"))
 
@@ -122,8 +124,8 @@ class ScanFolder:
     def _entropy(self, without: Collection[str] = ()) -> Iterator[pa.Table]:
         """The same, a table for each checkpoint."""
         first: dict[str, str] = {}
-        for found in self._by_checkpoint("entropy", ENTROPY_SCHEMA, without):
-            rows = _join_rows(found)
+        for tables in self._by_checkpoint("entropy", ENTROPY_SCHEMA, without):
+            rows = _join_rows(tables)
             _flag_duplicates(rows, first)
             yield pa.Table.from_pylist(rows, ENTROPY_SCHEMA)
 
@@ -134,9 +136,9 @@ class ScanFolder:
 
     def _replicates(self, without: Collection[str] = ()) -> Iterator[pa.Table]:
         """The same, a table for each checkpoint: there are 64 rows for each of entropy()."""
-        for found in self._by_checkpoint("replicates", REPLICATES_SCHEMA, without):
-            table = pa.concat_tables(found)
-            if len(found) > 1:  # the last value of a key wins, as in entropy()
+        for tables in self._by_checkpoint("replicates", REPLICATES_SCHEMA, without):
+            table = pa.concat_tables(tables)
+            if len(tables) > 1:  # the last value of a key wins, as in entropy()
                 frame = table.to_pandas().drop_duplicates([*_KEY, "group"], keep="last")
                 table = pa.Table.from_pandas(frame, REPLICATES_SCHEMA, preserve_index=False)
             order = [(key, "ascending") for key in ("corpus", "measure", "layer", "group")]
@@ -145,26 +147,26 @@ class ScanFolder:
     def _by_checkpoint(
         self, stem: str, columns: pa.Schema, without: Collection[str] = ()
     ) -> Iterator[list[pa.Table]]:
-        """What table and parts have of one checkpoint, oldest first; checkpoints in order."""
+        """The tables with rows of one checkpoint, oldest first; checkpoints in order."""
 
         @functools.lru_cache(2)
         def read(file: Any, number: int) -> pa.Table:
             return _conform(file.read_row_group(number), columns)
 
         sources: dict[str, list[tuple[Any, int]]] = {}
-        places: dict[str, tuple[Any, ...]] = {}
+        positions: dict[str, tuple[Any, ...]] = {}
         for uri in self._uris(stem):
             file = storage.open_table(uri)
             for number in range(file.num_row_groups):
-                keys = [name for name in _PLACE if name in file.schema_arrow.names]
-                known = file.read_row_group(number, columns=keys)
-                for row in known.group_by(keys).aggregate([]).to_pylist():
-                    places[row["checkpoint"]] = _place(row)
+                keys = [name for name in _POSITION if name in file.schema_arrow.names]
+                table = file.read_row_group(number, columns=keys)
+                for row in table.group_by(keys).aggregate([]).to_pylist():
+                    positions[row["checkpoint"]] = _position(row)
                     sources.setdefault(row["checkpoint"], []).append((file, number))
-        for name in sorted(sources, key=places.__getitem__):
+        for name in sorted(sources, key=positions.__getitem__):
             if name not in without:
-                found = (read(*source) for source in dict.fromkeys(sources[name]))
-                yield [table.filter(pc.equal(table["checkpoint"], name)) for table in found]
+                tables = (read(*source) for source in dict.fromkeys(sources[name]))
+                yield [table.filter(pc.equal(table["checkpoint"], name)) for table in tables]
 
     def mean_coefficients(self, checkpoint: str, corpus: str | None = None) -> np.ndarray:
         """C̄ of one checkpoint, float32 [n_layers, d_mlp].
@@ -174,24 +176,21 @@ class ScanFolder:
             corpus: default: the first corpus of the scan.
 
         Raises:
-            ResultsError: not in the folder; the message lists what is.
+            ResultsError: they are not in the folder; the message lists those that are.
         """
-        from safetensors import SafetensorError
-        from safetensors.numpy import load
-
         name = self.coefficients_name(checkpoint, corpus)
         path = storage.join(self.uri, "coefficients", name)
         if not storage.exists(path):
-            there = [n.removesuffix(".safetensors") for n in self.list_coefficients()]
+            available = [n.removesuffix(".safetensors") for n in self.list_coefficients()]
             on = f" on corpus '{corpus}'" if corpus else ""
             raise ResultsError(
                 f"'{self.uri}' has no coefficients of checkpoint '{checkpoint}'{on}; "
-                f"it has: {', '.join(there) or 'none'}."
+                f"it has: {', '.join(available) or 'none'}."
             )
         try:
             return load(storage.read_bytes(path))["mean_abs_coefficients"]
         except (SafetensorError, KeyError, ValueError, TypeError) as error:
-            raise ResultsError(f"'{path}' holds no mean coefficients: {error}.") from error
+            raise ResultsError(f"'{path}' has no mean coefficients: {error}.") from error
 
     def list_coefficients(self) -> list[str]:
         """The file names in ``coefficients/``."""
@@ -204,7 +203,7 @@ class ScanFolder:
         return f"{storage.slug(checkpoint)}{suffix}.safetensors"
 
     def finished(self) -> dict[tuple[str, str], set[str]]:
-        """(checkpoint, corpus) → measures whose rows are there with a value."""
+        """(checkpoint, corpus) → measures that have values."""
         table = self.entropy().select(["checkpoint", "corpus", "measure", "status"])
         done: dict[tuple[str, str], set[str]] = {}
         for checkpoint, corpus, measure, status in zip(
@@ -215,7 +214,7 @@ class ScanFolder:
         return done
 
     def _uris(self, stem: str) -> list[str]:
-        """The table and the parts of that kind, which are later."""
+        """The table and, after it, the parts of that kind."""
         uris = []
         whole = storage.join(self.uri, f"{stem}.parquet")
         if storage.exists(whole):
@@ -237,15 +236,13 @@ class ScanFolder:
         replicates: pa.Table | None = None,
         coefficients: Mapping[str, np.ndarray] | None = None,
     ) -> None:
-        """Write what finished of one checkpoint: rows last, since they say that it is there.
+        """Write finished results of one checkpoint; the rows are written last and make them valid.
 
         Args:
             rows: entropy rows of this checkpoint.
             replicates: their leave-one-out values.
             coefficients: corpus → C̄ float32 [n_layers, d_mlp].
         """
-        from safetensors.numpy import save
-
         for corpus, array in (coefficients or {}).items():
             payload = save(
                 {"mean_abs_coefficients": np.ascontiguousarray(array, dtype=np.float32)},
@@ -259,24 +256,24 @@ class ScanFolder:
         storage.write_table(f"{stem}.entropy.parquet", _to_table(rows))
 
     def consolidate(self, *, final: bool = False, without: Collection[str] = ()) -> None:
-        """Fold the parts into the tables and remove them; ``final`` also closes the manifest.
+        """Merge the parts into the tables and remove them; ``final`` also closes the manifest.
 
-        Killed between the two, the parts are folded once more, which changes nothing.
+        After a kill between the two, the parts are merged once more, which changes nothing.
 
         Args:
             final: the scan is over.
             without: checkpoints whose results of all corpora and measures are dropped, because
-                their weights are others now. The manifest, which says so, is written last.
+                their weights have changed. The manifest, which says so, is written last.
         """
         parts = storage.join(self.uri, "parts")
-        folded = storage.list_dir(parts)
-        if folded or without or not storage.exists(storage.join(self.uri, "entropy.parquet")):
+        names = storage.list_dir(parts)
+        if names or without or not storage.exists(storage.join(self.uri, "entropy.parquet")):
             for stem, columns, tables in (
                 ("replicates", REPLICATES_SCHEMA, self._replicates(without)),
                 ("entropy", ENTROPY_SCHEMA, self._entropy(without)),
             ):
                 storage.write_tables(storage.join(self.uri, f"{stem}.parquet"), columns, tables)
-            for name in folded:
+            for name in names:
                 storage.remove(storage.join(parts, name))
         for checkpoint in without:
             for corpus in self.manifest["identity"]["corpora"]:
@@ -288,7 +285,7 @@ class ScanFolder:
         self.write_manifest()
 
     def write_manifest(self) -> None:
-        """Write the manifest as it is now."""
+        """Write the manifest."""
         write_manifest(self.uri, self.manifest)
 
 
@@ -304,7 +301,7 @@ def _to_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
 
 
 def _conform(table: pa.Table, columns: pa.Schema) -> pa.Table:
-    """Columns that an older version lacked become null; unknown ones are left out."""
+    """Columns that an older version lacked become null; unknown ones are dropped."""
     arrays = [
         table[field.name].cast(field.type)
         if field.name in table.column_names
@@ -315,7 +312,7 @@ def _conform(table: pa.Table, columns: pa.Schema) -> pa.Table:
 
 
 def _join_rows(tables: Iterable[pa.Table]) -> list[dict[str, Any]]:
-    """Rows of all tables, oldest table first; values end the failures of earlier tables."""
+    """Rows of all tables, oldest table first; values replace failures of earlier tables."""
     joined: dict[tuple[Any, ...], dict[str, Any]] = {}
     for table in tables:
         rows = table.to_pylist()
@@ -328,7 +325,7 @@ def _join_rows(tables: Iterable[pa.Table]) -> list[dict[str, Any]]:
     return sorted(joined.values(), key=_order)
 
 
-def _place(row: Mapping[str, Any]) -> tuple[Any, ...]:
+def _position(row: Mapping[str, Any]) -> tuple[Any, ...]:
     """Sort key of a checkpoint in training order, as ``ke_ray.checkpoints.reference.order_key``."""
     step, stage, ingredient = (row.get(name) for name in ("step", "stage", "ingredient"))
     return step is None, stage or 0, ingredient or 0, step or 0, row["checkpoint"]
@@ -337,7 +334,7 @@ def _place(row: Mapping[str, Any]) -> tuple[Any, ...]:
 def _order(row: Mapping[str, Any]) -> tuple[Any, ...]:
     layer = row["layer"]
     return (
-        *_place(row),
+        *_position(row),
         row["corpus"] or "",
         row["measure"] or "",
         layer is None,

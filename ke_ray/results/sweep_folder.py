@@ -1,9 +1,9 @@
-"""A sweep's tables: its trials, and its settings (points) with repeats aggregated.
+"""Tables of a sweep: its trials, and its settings (points) with repeats aggregated.
 
-``trials.parquet`` has one row a trial: ``trial_id``, ``point``, ``status``, ``error``, the swept
+``trials.parquet`` has one row per trial: ``trial_id``, ``point``, ``status``, ``error``, the swept
 keys under their dotted names, and the columns of ``runs.parquet``. ``settings.parquet`` has one row
-a point and objective. Status is ``ok``, ``failed``, or ``stopped`` for a trial that a scheduler
-ended early (it has no A or F, only what its probes showed when it stopped).
+per point and objective. Status is ``ok``, ``failed``, or ``stopped`` for a trial that a scheduler
+ended early (it has no A or F, only the acquisition of its probes when it stopped).
 """
 
 from __future__ import annotations
@@ -11,20 +11,19 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pyarrow
 
 from ke_ray import storage
 from ke_ray.results.columns import TRIAL_KEYS, TRIAL_RESULTS, names, schema
 from ke_ray.results.manifest import read_manifest
 
-if TYPE_CHECKING:
-    import pyarrow
-
 
 def objective_value(row: Mapping[str, Any], metric: str) -> float | None:
-    """A metric of a trial's row; None where the trial did not report it.
+    """An objective of a trial's row; None where the trial did not report it.
 
-    ``…_vs_original`` of a start that was not resuscitated is the plain value: it is its own
+    ``…_vs_original`` of a start that was not resuscitated is the plain value, as it is its own
     original. ``knowledge_entropy_change_nats`` is after − before.
     """
     if metric == "knowledge_entropy_change_nats":
@@ -46,8 +45,6 @@ def trials_table(rows: Sequence[Mapping[str, Any]], params: Sequence[str]) -> py
         rows: ``trial_id``, ``point``, ``params`` (dotted key → value) and the row of the run.
         params: the swept keys, in order.
     """
-    import pyarrow
-
     swept = [key for key in params if key not in names("runs")]
     types = {key: _type([row["params"].get(key) for row in rows]) for key in swept}
     table = []
@@ -66,13 +63,11 @@ def trials_table(rows: Sequence[Mapping[str, Any]], params: Sequence[str]) -> py
 
 
 def _type(values: Sequence[Any]) -> Any:
-    import pyarrow
-
-    known = [value for value in values if value is not None]
-    if known and all(isinstance(value, bool) for value in known):
+    values = [value for value in values if value is not None]
+    if values and all(isinstance(value, bool) for value in values):
         return pyarrow.bool_()
-    if known and all(isinstance(v, int | float) and not isinstance(v, bool) for v in known):
-        whole = all(isinstance(value, int) for value in known)
+    if values and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
+        whole = all(isinstance(value, int) for value in values)
         return pyarrow.int64() if whole else pyarrow.float64()
     return pyarrow.string()
 
@@ -84,10 +79,10 @@ def _text(value: Any) -> str | None:
 def settings_rows(
     rows: Sequence[Mapping[str, Any]], objectives: Sequence[tuple[str, str]]
 ) -> list[dict[str, Any]]:
-    """Every point's objectives: mean and interval over its finished trials (seeds).
+    """Mean and interval of every point's objectives over its finished trials (seeds).
 
-    The interval: the 95 % Student interval of the mean over seeds, which holds what differs
-    between them; with a single seed that trial's own bootstrap interval, where it has one.
+    The interval is the 95 % Student interval of the mean over seeds; with a single seed, it is
+    that trial's own bootstrap interval, where it has one.
 
     Args:
         rows: as for :func:`trials_table`.
@@ -99,14 +94,14 @@ def settings_rows(
     points: dict[int, list[Mapping[str, Any]]] = {}
     for row in rows:
         points.setdefault(row["point"], []).append(row)
-    found = []
+    settings = []
     for number, trials in points.items():
         for metric, direction in objectives:
             ok = [trial for trial in trials if trial["status"] == "ok"]
-            known = [(objective_value(t, metric), t) for t in ok]
-            values = [value for value, _ in known if value is not None]
-            low, high = _interval(values, [t for v, t in known if v is not None], metric)
-            found.append(
+            scored = [(v, t) for t in ok if (v := objective_value(t, metric)) is not None]
+            values = [value for value, _ in scored]
+            low, high = _interval(values, [trial for _, trial in scored], metric)
+            settings.append(
                 {
                     "point": number,
                     "params": _without_seed(trials[0]["params"]),
@@ -119,8 +114,8 @@ def settings_rows(
                     "num_failed": sum(trial["status"] == "failed" for trial in trials),
                 }
             )
-    front = pareto_points(found)
-    return [{**row, "on_front": row["point"] in front} for row in found]
+    front = pareto_points(settings)
+    return [{**row, "on_front": row["point"] in front} for row in settings]
 
 
 def _without_seed(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -175,8 +170,6 @@ def pareto_points(settings: Sequence[Mapping[str, Any]]) -> set[int]:
 
 def settings_table(rows: Sequence[Mapping[str, Any]]) -> pyarrow.Table:
     """The table of ``settings.parquet``; ``params`` as JSON."""
-    import pyarrow
-
     json_rows = [{**row, "params": json.dumps(row["params"])} for row in rows]
     return pyarrow.Table.from_pylist(json_rows, schema=schema("settings"))
 
@@ -185,7 +178,7 @@ def read_trials(folder: str) -> list[dict[str, Any]]:
     """The rows of ``trials.parquet``.
 
     Raises:
-        ResultsError: no sweep there.
+        ResultsError: the folder is not a sweep's.
     """
     read_manifest(folder, "sweep")
     path = storage.join(folder, "trials.parquet")
@@ -193,14 +186,14 @@ def read_trials(folder: str) -> list[dict[str, Any]]:
 
 
 def sweep_summary(folder: str) -> list[dict[str, Any]]:
-    """The ``sweep`` list of ``summary.json``: one entry a trial.
+    """The ``sweep`` list of ``summary.json``: one entry per trial.
 
     Returns:
         [trial_id, parameters, seed, status, acquisition, forgetting, mlflow_run_id, error];
         parameters are the swept keys, A and F fractions, None where a trial has none.
 
     Raises:
-        ResultsError: no sweep there.
+        ResultsError: the folder is not a sweep's.
     """
     keys = read_manifest(folder, "sweep").get("parameters", [])
     return [

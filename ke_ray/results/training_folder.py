@@ -1,4 +1,4 @@
-"""Tables of pretraining and continual-learning folders, and how they are written.
+"""Tables of pretraining and continual-learning folders.
 
 Losses in nats per token, probe log probabilities in nats, times in seconds, accuracies as
 fractions. ``run`` names one training run; ``step`` counts its updates, except in ``runs`` where it

@@ -30,19 +30,80 @@ embedding is linear and commutes with it. Gemma-2 soft-caps its scores afterward
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ke_ray.core import resuscitation
+from ke_ray.core.entropy import entropy_nats
+from ke_ray.core.resuscitation import dead_rows, multipliers, predicted_entropy_nats, select_rows
 from ke_ray.errors import UnsupportedArchitectureError, UserError
 from ke_ray.models.architectures import Architecture, check_config, describe
+from ke_ray.resuscitation.coefficients import Coefficients
+from ke_ray.secrets import redact
+from ke_ray.studies.parts import Resuscitation
 
-__all__ = ["apply_attention_temperature", "apply_multipliers", "resuscitate", "up_row_norms"]
+
+@dataclass(frozen=True)
+class ResuscitationRecord:
+    """Source of a resuscitated model's multipliers, and what they predict of its entropy.
+
+    None and empty for the attention control, which scales no memory.
+
+    Attributes:
+        coefficients: source of C̄.
+        coefficients_verified: whether C̄ was measured on these very weights.
+        selected_rows: per layer, rows of the up projection at or below the quantile.
+        dead_rows: per layer, those of them whose coefficient is zero; their multiplier is 1.
+        entropy_nats: H of C̄ per layer.
+        predicted_entropy_nats: H of u · C̄ per layer, with the inputs of every layer held fixed.
+    """
+
+    coefficients: str | None = None
+    coefficients_verified: bool | None = None
+    selected_rows: list[int] = field(default_factory=list)
+    dead_rows: list[int] = field(default_factory=list)
+    entropy_nats: list[float] = field(default_factory=list)
+    predicted_entropy_nats: list[float] = field(default_factory=list)
 
 
 def resuscitate(
+    model: nn.Module, settings: Resuscitation, coefficients: Coefficients | None
+) -> ResuscitationRecord:
+    """Change a model in place as the settings of a study say.
+
+    Args:
+        coefficients: of this model, from ``coefficients_of``; None for the attention control.
+
+    Raises:
+        UserError: ratio, factor or control are not valid for this model, or the coefficients are
+            those of another shape.
+        UnsupportedArchitectureError: the model is not in the table of architectures.
+    """
+    if coefficients is None:
+        apply_attention_temperature(model, settings.factor)
+        return ResuscitationRecord()
+    mean = torch.from_numpy(coefficients.values)
+    rows = scale_memories(
+        model,
+        mean,
+        ratio=settings.ratio,
+        factor=settings.factor,
+        control=settings.control,
+        seed=settings.seed,
+    )
+    return ResuscitationRecord(
+        coefficients=redact(coefficients.source),
+        coefficients_verified=coefficients.verified,
+        selected_rows=select_rows(mean, settings.ratio).sum(dim=-1).tolist(),
+        dead_rows=dead_rows(mean).sum(dim=-1).tolist(),
+        entropy_nats=entropy_nats(mean.double()).tolist(),
+        predicted_entropy_nats=predicted_entropy_nats(mean, rows).tolist(),
+    )
+
+
+def scale_memories(
     model: nn.Module,
     mean_coefficients: Tensor,
     *,
@@ -51,7 +112,7 @@ def resuscitate(
     control: str | None = None,
     seed: int = 0,
 ) -> Tensor:
-    """Algorithm 1, or a control of it, on a model in memory.
+    """Apply Algorithm 1, or a control that scales memories, to a model in memory.
 
     Args:
         model: changed in place.
@@ -72,7 +133,7 @@ def resuscitate(
             f"{norms.shape[0]} layers of {norms.shape[1]} memories; give the coefficients that a "
             "scan of this model wrote"
         )
-    rows = resuscitation.multipliers(
+    rows = multipliers(
         mean_coefficients, ratio, factor, control=control, seed=seed, up_row_norms=norms
     )
     apply_multipliers(model, rows)
@@ -90,25 +151,25 @@ def up_row_norms(model: nn.Module) -> Tensor:
 
 
 @torch.no_grad()
-def apply_multipliers(model: nn.Module, multipliers: Tensor) -> None:
+def apply_multipliers(model: nn.Module, row_multipliers: Tensor) -> None:
     """Scale every layer's memory keys in place (module docstring).
 
     Args:
         model: changed in place; its dtype and device stay.
-        multipliers: [n_layers, d_mlp], finite.
+        row_multipliers: [n_layers, d_mlp], finite.
 
     Raises:
         UserError: the shape is not the model's, or a multiplier is not finite.
     """
     layouts = describe(model)
     expected = (len(layouts), layouts[0].d_mlp)
-    if tuple(multipliers.shape) != expected:
+    if tuple(row_multipliers.shape) != expected:
         raise UserError(
-            f"multipliers have shape {tuple(multipliers.shape)}; this model needs {expected}"
+            f"multipliers have shape {tuple(row_multipliers.shape)}; this model needs {expected}"
         )
-    if not bool(torch.isfinite(multipliers).all()):
+    if not bool(torch.isfinite(row_multipliers).all()):
         raise UserError("multipliers hold infinite or NaN values; nothing was changed")
-    for layout, rows in zip(layouts, multipliers, strict=True):
+    for layout, rows in zip(layouts, row_multipliers, strict=True):
         weight, bias = layout.up_weight(), layout.up_bias()
         _scale(weight, rows.to(weight.device)[:, None])
         if bias is not None:

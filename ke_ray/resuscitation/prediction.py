@@ -1,4 +1,4 @@
-"""What knowledge entropy became by resuscitation: predicted and measured, beside each other.
+"""Knowledge entropy after resuscitation: the predicted beside the measured.
 
     before      H of C̄, the mean coefficients that the multipliers came from
     predicted   H of u · C̄, with the inputs of every layer held fixed
@@ -7,38 +7,32 @@
 A scan of resuscitated checkpoints (``--resuscitate``, or folders that ``ke-ray resuscitate`` wrote)
 gets ``resuscitation.parquet``: one row per checkpoint, corpus and layer, null for the total over
 layers. ``before`` and ``predicted`` are on the corpus of C̄, which is the scan's where both were
-made with the same data; only then the first layer's prediction is exact (gated FFN). What a scorer
-knows of it is kept in ``resuscitated/``, so a scan that was resumed has the same table.
+made with the same data; only then the first layer's prediction is exact (gated FFN). The records of
+checkpoints that were resuscitated in memory are kept in ``resuscitated/``, so that a resumed scan
+has the same table.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
 from typing import Any
 
 from ke_ray import storage
 from ke_ray.results.columns import to_table
 from ke_ray.results.scan_folder import ScanFolder
-from ke_ray.resuscitation.export import PROVENANCE
-from ke_ray.secrets import redact
-
-__all__ = [
-    "TABLE",
-    "prediction_lines",
-    "read_predictions",
-    "write_predictions",
-    "write_revived",
-]
 
 TABLE = "resuscitation.parquet"
+RECORD_NAME = "resuscitation.json"
 _MEASURE = "knowledge_entropy"
+_SETTINGS = ("ratio", "factor", "control")
+_COPIED = (*_SETTINGS, "coefficients", "coefficients_verified")
 
 
 def write_predictions(output: str) -> list[dict[str, Any]]:
     """Write ``resuscitation.parquet`` of a scan folder where it holds resuscitated checkpoints.
 
     Returns:
-        its rows; none where nothing in the folder was resuscitated or measured.
+        its rows; none where no checkpoint in the folder was resuscitated and measured.
     """
     rows = _rows(ScanFolder.open(output))
     if rows:
@@ -76,79 +70,72 @@ def _cell(value: float | None) -> str:
 
 
 def _rows(folder: ScanFolder) -> list[dict[str, Any]]:
-    keys = folder.manifest["identity"].get("resuscitation")
-    places = {entry["name"]: entry["location"] for entry in folder.manifest.get("checkpoints", [])}
-    told: dict[str, dict[str, Any] | None] = {}
+    settings = folder.manifest["identity"].get("resuscitation")
+    locations = {
+        entry["name"]: entry["location"] for entry in folder.manifest.get("checkpoints", [])
+    }
+
+    @functools.cache
+    def record_of(name: str) -> dict[str, Any] | None:
+        if settings is None:
+            return _record_beside(locations.get(name))
+        return {**_record_in_scan(folder.uri, name), **{key: settings[key] for key in _SETTINGS}}
+
     rows = []
     for row in folder.entropy().to_pylist():
         if row["measure"] != _MEASURE or row["status"] != "ok":
             continue
-        name = row["checkpoint"]
-        if name not in told:
-            if keys is not None:
-                told[name] = _in_memory(folder.uri, keys, name)
-            else:
-                told[name] = _written(places.get(name))
-        known = told[name]
-        if known is None:
+        record = record_of(row["checkpoint"])
+        if record is None:
             continue
         layer = row["layer"]
         rows.append(
             {
                 **{key: row[key] for key in ("checkpoint", "corpus", "step", "layer")},
                 "measured_nats": row["value"],
-                "before_nats": _at(known["before"], layer),
-                "predicted_nats": _at(known["predicted"], layer),
-                **known["about"],
+                "before_nats": _at(record.get("entropy_nats"), layer),
+                "predicted_nats": _at(record.get("predicted_entropy_nats"), layer),
+                **{key: record.get(key) for key in _COPIED},
             }
         )
     return rows
 
 
-def _at(values: list[float], layer: int | None) -> float | None:
+def _at(values: list[float] | None, layer: int | None) -> float | None:
     if not values:
         return None
     return sum(values) if layer is None else values[layer]
 
 
-def _in_memory(output: str, keys: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """For a scan that resuscitated after load: what its scorer told."""
-    path = _revived_path(output, name)
-    known = storage.read_json(path) if storage.exists(path) else {}
-    notes = known.get("notes", {})
-    about = {
-        **{key: keys[key] for key in ("ratio", "factor", "control")},
-        "coefficients": notes.get("coefficients"),
-        # What was measured on the model itself is of its weights.
-        "coefficients_verified": notes.get("coefficients_verified") != "False" if notes else None,
-    }
-    before, predicted = (known.get(key, []) for key in ("before_nats", "predicted_nats"))
-    return {"before": before, "predicted": predicted, "about": about}
+def write_record(output: str, checkpoint: str, record: str) -> None:
+    """Keep the record (JSON) of a checkpoint that a scorer resuscitated in memory."""
+    storage.write_atomic(_record_path(output, checkpoint), record)
 
 
-def write_revived(output: str, name: str, told: str) -> None:
-    """Keep what a scorer told of a checkpoint (JSON) until the table is written."""
-    storage.write_atomic(_revived_path(output, name), redact(told))
+def _record_path(output: str, checkpoint: str) -> str:
+    return storage.join(output, "resuscitated", f"{storage.slug(checkpoint)}.json")
 
 
-def _revived_path(output: str, name: str) -> str:
-    return storage.join(output, "resuscitated", f"{storage.slug(name)}.json")
+def _record_in_scan(output: str, checkpoint: str) -> dict[str, Any]:
+    """The record of a checkpoint that was resuscitated in memory."""
+    path = _record_path(output, checkpoint)
+    record = storage.read_json(path) if storage.exists(path) else {}
+    if "notes" in record:  # written by an earlier version
+        notes = record["notes"]
+        return {
+            "entropy_nats": record["before_nats"],
+            "predicted_entropy_nats": record["predicted_nats"],
+            "coefficients": notes.get("coefficients"),
+            "coefficients_verified": notes.get("coefficients_verified") != "False"
+            if notes
+            else None,
+        }
+    return record
 
 
-def _written(location: str | None) -> dict[str, Any] | None:
-    """For a folder that ``ke-ray resuscitate`` wrote: what its record says."""
+def _record_beside(location: str | None) -> dict[str, Any] | None:
+    """The record in a folder that ``ke-ray resuscitate`` wrote; None for any other."""
     if location is None or "://" in location:
         return None
-    path = storage.join(location, PROVENANCE)
-    if not storage.exists(path):
-        return None
-    record = storage.read_json(path)
-    about = {
-        key: record.get(key)
-        for key in ("ratio", "factor", "control", "coefficients", "coefficients_verified")
-    }
-    return {
-        "before": record.get("entropy_nats") or [],
-        "predicted": record.get("predicted_entropy_nats") or [],
-        "about": about,
-    }
+    path = storage.join(location, RECORD_NAME)
+    return storage.read_json(path) if storage.exists(path) else None

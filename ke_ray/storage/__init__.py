@@ -1,7 +1,7 @@
-"""Files of every kind under any fsspec URI: whole, by one writer, in folders that are our own.
+"""Files under any fsspec URI, written whole, by one command at a time, in ke_ray's own folders.
 
-``uris`` names them, ``files`` and ``tables`` read and write them, ``temporary`` holds what is not
-whole yet, ``ownership`` says whose folder it is, ``sole_writer`` who may write it now.
+``uris`` names them, ``files`` and ``tables`` read and write them, ``temporary`` names files that
+are being written, ``ownership`` decides whether a folder is ke_ray's, ``sole_writer`` locks it.
 """
 
 from __future__ import annotations

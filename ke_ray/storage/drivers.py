@@ -1,4 +1,4 @@
-"""Errors of fsspec's drivers and their clients, in words that say what to do."""
+"""Errors of fsspec's drivers and their clients, translated for users."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from contextlib import contextmanager
 
 from ke_ray.errors import StorageError
 from ke_ray.secrets import redact
-
-__all__ = ["driver_errors", "explain_driver_error"]
 
 _MODULES = ("aiohttp", "azure", "botocore", "gcsfs", "google", "httpx", "requests", "s3fs")
 _NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")

@@ -1,9 +1,9 @@
 """Files under any URI, written whole or not at all.
 
-A write goes to a temporary name beside its target and is then renamed, so that a reader, or a run
-that is killed, never meets half a file; the next write of the same file removes what a killed one
-left. Temporary names are ``.ke-ray-<16 hex digits>-<target>``, which no other program uses. (Object
-stores have no rename; there a put is atomic itself.)
+A write goes to a temporary name beside its target and is then renamed, so that no reader
+finds and no killed run leaves half a file; the next write of the same file removes the leftovers of
+a killed one. Temporary names are ``.ke-ray-<16 hex digits>-<target>``, which no other program uses.
+(Object stores have no rename; there a put is atomic itself.)
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from ke_ray.storage.uris import explained, filesystem, is_local, join, local_pat
 
 
 def exists(uri: str | os.PathLike[str]) -> bool:
-    """Whether a file or folder is there."""
+    """Whether a file or folder exists."""
     fs, path = filesystem(uri)
     with driver_errors(os.fspath(uri)):
         return bool(fs.exists(path))
 
 
 def make_dirs(uri: str | os.PathLike[str]) -> None:
-    """Create a folder and its parents; nothing happens where it exists."""
+    """Create a folder and its parents, unless they exist."""
     fs, path = filesystem(uri)
     with explained(os.fspath(uri), "create the folder"):
         fs.makedirs(path, exist_ok=True)
@@ -46,28 +46,28 @@ def list_dir(uri: str | os.PathLike[str]) -> list[str]:
 
 
 def remove(uri: str | os.PathLike[str]) -> None:
-    """Remove a file or a folder with all it holds; nothing happens where there is none."""
+    """Remove a file, or a folder with its contents, if it exists."""
     fs, path = filesystem(uri)
     with driver_errors(os.fspath(uri)), suppress(FileNotFoundError):
         fs.rm(path, recursive=True)
 
 
 def open_read(uri: str | os.PathLike[str]) -> BinaryIO:
-    """A binary handle for reading."""
+    """Open a file for reading bytes."""
     fs, path = filesystem(uri)
     with driver_errors(os.fspath(uri)):
         return fs.open(path, "rb")
 
 
 def read_bytes(uri: str | os.PathLike[str]) -> bytes:
-    """The whole file."""
+    """Read a whole file."""
     fs, path = filesystem(uri)
     with driver_errors(os.fspath(uri)):
         return bytes(fs.cat_file(path))
 
 
 def read_text(uri: str | os.PathLike[str]) -> str:
-    """The whole file as UTF-8."""
+    """Read a whole file as UTF-8."""
     return read_bytes(uri).decode("utf-8")
 
 
@@ -103,7 +103,7 @@ def write_atomic(uri: str | os.PathLike[str], data: bytes | str) -> None:
 
 
 def create(uri: str | os.PathLike[str], data: bytes) -> bool:
-    """Write a file where there is none yet; False where there is one, which stays as it is.
+    """Write a new file; return False, and change nothing, where it exists.
 
     Of two writers at once one succeeds where the store has conditional writes (S3, Google Cloud
     Storage); on others both may, and the later one's bytes stay.

@@ -1,11 +1,11 @@
-"""Whose a folder is: a command writes and removes only what ke_ray itself has made.
+"""Ownership of folders: a command writes and removes only what ke_ray itself has made.
 
 A command *claims* its output folder before it reads or writes anything there. The folder has to be
 new, or empty, or its own: with a ``manifest.json`` of the same kind of results, or with the marker
-``.ke-ray.json`` that a claim leaves before anything else is written, so that the folder of a
-command that was killed before its manifest is known again. In a claimed folder the names that this
-kind of results has (docs/results.md lists them) belong to ke_ray; whatever else somebody puts there
-stays as it is. Single files (a report, a picture) carry their marker in themselves.
+``.ke-ray.json``, which a claim writes before anything else, so that the folder of a command that
+was killed before its manifest is recognised. In a claimed folder the names that this kind of
+results has (docs/results.md lists them) belong to ke_ray; other files stay as they are. Single
+files (a report, a picture) contain a marker.
 """
 
 from __future__ import annotations
@@ -20,34 +20,24 @@ from ke_ray import storage
 from ke_ray.errors import ResultsError, StorageError
 from ke_ray.storage.sole_writer import is_held, sole_writer
 
-__all__ = [
-    "LOCK",
-    "MARK",
-    "check_claim",
-    "check_replaceable",
-    "claimed",
-    "lock_beside",
-    "mark_cache",
-]
-
 MARK, LOCK = ".ke-ray.json", ".ke-ray.lock"
 _SHOWN = 4
 
 
 @contextmanager
 def claimed(folder: str, kind: str, *, evidence: tuple[str, str] | None = None) -> Iterator[None]:
-    """Have an output folder to oneself for the block; claims of one command may be nested.
+    """Own an output folder for the block; claims of one command may be nested.
 
-    A folder that holds nothing in the end (the request was wrong) is as it was before.
+    A folder that is empty in the end (the request was wrong) is as it was before.
 
     Args:
         folder: path or URI.
         kind: of results: a manifest's ``kind``, or another word for folders that have none.
-        evidence: (a folder inside, the kind of its manifest) that also show that it is a command's
-            own: what earlier versions left where they wrote no manifest.
+        evidence: (a folder inside, the kind of its manifest) that also prove ownership, for
+            folders of earlier versions that had no manifest.
 
     Raises:
-        ResultsError: it is somebody else's, holds results of another kind, or another command is
+        ResultsError: it is not ke_ray's, holds results of another kind, or another command is
             writing it. Nothing was written.
         StorageError: it cannot be written.
     """
@@ -59,14 +49,14 @@ def claimed(folder: str, kind: str, *, evidence: tuple[str, str] | None = None) 
     new_folders = _missing_folders(folder)
     try:
         with sole_writer(lock, folder):
-            # It may have become another's until the lock was ours.
+            # Another program may have filled it before the lock was taken.
             if not check_claim(folder, kind, evidence):
                 storage.write_json(storage.join(folder, MARK), {"ke_ray": "output", "kind": kind})
             try:
                 yield
             finally:
                 if not _foreign_names(folder) or _kind(folder, "manifest.json"):
-                    storage.remove(storage.join(folder, MARK))  # nothing to mark, or no need
+                    storage.remove(storage.join(folder, MARK))  # empty, or marked by its manifest
     finally:
         with suppress(OSError):  # not empty
             for path in new_folders:
@@ -74,13 +64,13 @@ def claimed(folder: str, kind: str, *, evidence: tuple[str, str] | None = None) 
 
 
 def check_claim(folder: str, kind: str, evidence: tuple[str, str] | None = None) -> bool:
-    """Find out whether :func:`claimed` could have the folder; nothing is written.
+    """Check whether :func:`claimed` could claim the folder; nothing is written.
 
     Returns:
-        whether something in it says so; False for one that is new or empty.
+        True where its contents prove it; False where it is new or empty.
 
     Raises:
-        ResultsError: it is somebody else's, or holds results of another kind.
+        ResultsError: it is not ke_ray's, or holds results of another kind.
         StorageError: it is a file.
     """
     names = _foreign_names(folder)
@@ -101,13 +91,13 @@ def check_claim(folder: str, kind: str, evidence: tuple[str, str] | None = None)
     shown = ", ".join(f"'{name}'" for name in names[:_SHOWN])
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     raise ResultsError(
-        f"'{folder}' holds {shown}{more}, and nothing says that ke-ray made this folder; it was "
-        "left as it is. Give an output folder that is new or empty."
+        f"'{folder}' holds {shown}{more}, but no manifest or marker of ke-ray; nothing was "
+        "changed. Give an output folder that is new or empty."
     )
 
 
 def lock_beside(target: str) -> str:
-    """The lock of a file or folder that appears by a rename, and cannot hold one itself."""
+    """The lock of a file or folder that is made by a rename, and cannot contain one."""
     parent, _, name = storage.absolute(target).rstrip("/").rpartition("/")
     return storage.join(parent, f".ke-ray-{name}.lock")
 
@@ -118,10 +108,10 @@ def check_replaceable(target: str, mark: bytes, name: str) -> None:
     Args:
         target: path or URI of a file that is about to be written.
         mark: what ke_ray writes into the first KiB of such files.
-        name: how such a file is called in a result folder, which owns it without a mark.
+        name: of such a file in a result folder, which owns it without a mark.
 
     Raises:
-        StorageError: another file, or a folder, stands there.
+        StorageError: there is another file, or a folder.
     """
     if not storage.exists(target):
         return
@@ -132,8 +122,8 @@ def check_replaceable(target: str, mark: bytes, name: str) -> None:
         if mark in file.read(1024):
             return
     raise StorageError(
-        f"'{target}' exists, and nothing says that ke-ray made it; it was left as it is. Move it, "
-        "or give another name."
+        f"'{target}' exists and has no marker of ke-ray; nothing was changed. Move it, or give "
+        "another name."
     )
 
 
@@ -144,27 +134,26 @@ def mark_cache(folder: str | os.PathLike[str], kind: str, names: Collection[str]
     is the cache of an earlier version.
 
     Raises:
-        StorageError: some of the names are somebody else's.
+        StorageError: some of the names exist, and are not ke_ray's.
     """
     root = os.fspath(folder)
     if _kind(root, MARK) == kind:
         return
     present = set(storage.list_dir(root)) & set(names)
-    if present and present != set(names) and _kind(root, MARK) != kind:  # marked meanwhile?
+    if present and present != set(names) and _kind(root, MARK) != kind:  # still unmarked
         shown = ", ".join(f"'{name}'" for name in sorted(present))
         raise StorageError(
-            f"'{root}' cannot be a {kind}: it holds {shown}, and nothing says that ke-ray made "
-            "that. Give a new or an empty folder."
+            f"'{root}' cannot be a {kind}: it holds {shown}, but no marker of ke-ray. Give a new "
+            "or an empty folder."
         )
     storage.write_json(storage.join(root, MARK), {"ke_ray": "cache", "kind": kind})
 
 
 def _foreign_names(folder: str) -> list[str]:
-    """What stands in a folder beside marker, lock and half-written files of ke_ray."""
+    """Names in a folder, without marker, lock and temporary files of ke_ray."""
     if storage.is_local(folder) and storage.local_path(folder).is_file():
         raise StorageError(
-            f"Cannot write '{folder}': a file stands where a folder is needed; choose another "
-            "folder."
+            f"Cannot write '{folder}': it is a file, and a folder is needed; choose another folder."
         )
     with storage.explained(folder, "read"):
         names = storage.list_dir(folder)
@@ -175,15 +164,15 @@ def _foreign_names(folder: str) -> list[str]:
 
 
 def _kind(folder: str, file: str) -> str | None:
-    """The kind of results that a manifest or a marker names; None where there is none of ours."""
+    """The kind of results that a manifest or a marker names; None where there is none."""
     path = storage.join(folder, file)
     try:
-        found: Any = storage.read_json(path)
+        values: Any = storage.read_json(path)
     except (OSError, StorageError):
         return None
-    if not isinstance(found, dict) or not ({"schema_version", "ke_ray"} & set(found)):
+    if not isinstance(values, dict) or not ({"schema_version", "ke_ray"} & set(values)):
         return None
-    kind = found.get("kind")
+    kind = values.get("kind")
     return kind if isinstance(kind, str) else None
 
 
@@ -192,4 +181,4 @@ def _missing_folders(folder: str) -> list[Path]:
     if not storage.is_local(folder):
         return []
     path = storage.local_path(folder).absolute()
-    return [place for place in (path, *path.parents) if not place.exists()]
+    return [parent for parent in (path, *path.parents) if not parent.exists()]

@@ -1,11 +1,10 @@
-"""One command at a time: a lock on a name, on any storage.
+"""Locks that let one command at a time write a folder, on any storage.
 
-On this machine's disks, and on network file systems that pass locks on (NFS does), the kernel's
-lock on a file says who writes; it goes with the process that holds it, however that ends. On
-object stores, and on file systems without locks, the same name is a *lease*: made with a
-conditional write, renewed every ``HEARTBEAT_S`` seconds, and void ``EXPIRES_S`` seconds after its
-command's last sign of life. Both say which process on which host writes, and since when; both are
-removed when the command ends.
+On this machine's disks, and on network file systems that support locks (NFS does), it is the
+kernel's lock on a file, which ends with the process that holds it. On object stores, and on file
+systems without locks, the same file is a *lease*: made with a conditional write, renewed every
+``HEARTBEAT_S`` seconds, and void ``EXPIRES_S`` seconds after the last renewal. Both name the
+process and host that write, and since when; both are removed when the command ends.
 """
 
 from __future__ import annotations
@@ -28,8 +27,6 @@ from typing import Any
 from ke_ray import storage
 from ke_ray.errors import ResultsError
 
-__all__ = ["EXPIRES_S", "HEARTBEAT_S", "is_held", "sole_writer"]
-
 HEARTBEAT_S, EXPIRES_S = 15.0, 60.0
 # Stores without conditional writes let two commands write a lease at once: the later one stays.
 _SETTLE_S = 1.0
@@ -39,13 +36,13 @@ _held: ContextVar[frozenset[str]] = ContextVar("locks that this command holds", 
 
 
 def is_held(lock: str) -> bool:
-    """Whether this command (this thread of control) is within ``sole_writer(lock, …)``."""
+    """Whether this command (this thread of control) holds ``sole_writer(lock, …)``."""
     return storage.absolute(lock) in _held.get()
 
 
 @contextmanager
 def sole_writer(lock: str, target: str) -> Iterator[None]:
-    """Hold a lock for the block; within it, the same lock may be taken again.
+    """Hold a lock for the block; the lock is re-entrant.
 
     A lease that another command took over, which can happen to one that was suspended for longer
     than ``EXPIRES_S``, interrupts this command as Ctrl-C does.
@@ -55,7 +52,7 @@ def sole_writer(lock: str, target: str) -> Iterator[None]:
         target: what is written, for the message.
 
     Raises:
-        ResultsError: another command holds it, or something else stands at ``lock``.
+        ResultsError: another command holds it, or ``lock`` is another file.
         StorageError: the folder cannot be written.
     """
     if is_held(lock):
@@ -85,7 +82,7 @@ def _lock_file(lock: str, target: str) -> int | None:
             with storage.explained(lock, "lock"):
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except FileNotFoundError:
-            continue  # whoever made the folder has just removed it
+            continue  # another command has just removed the folder
         try:
             locked = _flock(descriptor)
             before = os.pread(descriptor, 4096, 0)
@@ -94,7 +91,7 @@ def _lock_file(lock: str, target: str) -> int | None:
             if locked is False:
                 raise _refusal(target, _parsed(before) or {})
             if locked is None:
-                if not before:  # else it is somebody's lease
+                if not before:  # else it is a lease
                     path.unlink(missing_ok=True)
                 os.close(descriptor)
                 return None
@@ -156,7 +153,7 @@ def _take_lease(lock: str, target: str, mine: dict[str, Any]) -> None:
     if before is not None:
         if _silent_s(before) < EXPIRES_S:
             raise _refusal(target, before)
-        # Its clock may be another than ours: see whether it still gives a sign of life.
+        # Clocks may differ: see whether the lease is still renewed.
         time.sleep(1.5 * HEARTBEAT_S)
         now = _read(lock)
         if now is not None and now != before:
@@ -194,43 +191,43 @@ def _silent_s(owner: dict[str, Any]) -> float:
 
 def _read(lock: str) -> dict[str, Any] | None:
     try:
-        found = _parsed(storage.read_bytes(lock))
+        owner = _parsed(storage.read_bytes(lock))
     except FileNotFoundError:
         return None
-    if found is None:
+    if owner is None:
         raise _not_a_lock(lock)
-    return found
+    return owner
 
 
 def _parsed(text: bytes) -> dict[str, Any] | None:
-    """What a lock file says; None where it is none of ke_ray's."""
+    """The contents of a lock file; None where it is not ke_ray's."""
     try:
-        found = json.loads(text)
+        owner = json.loads(text)
     except ValueError:
         return None
-    return found if isinstance(found, dict) and found.get("ke_ray") == "lock" else None
+    return owner if isinstance(owner, dict) and owner.get("ke_ray") == "lock" else None
 
 
 def _not_a_lock(lock: str) -> ResultsError:
     return ResultsError(
-        f"'{lock}' is not a lock file of ke-ray, and a lock has to stand there; move it, or give "
-        "another output folder."
+        f"'{lock}' is not a lock file of ke-ray, but ke-ray needs that name for its lock; move it, "
+        "or give another output folder."
     )
 
 
 def _refusal(target: str, owner: dict[str, Any]) -> ResultsError:
-    known = (
+    description = (
         f"process {owner['pid']} on {owner['host']}, since {owner['since']}"
         if {"pid", "host", "since"} <= set(owner)
         else "it has just started"
     )
-    lapses = ""
+    expiry = ""
     if "renewed_at" in owner:
-        lapses = (
-            f" Its last sign of life is {max(0.0, _silent_s(owner)):.0f} s old; if it was killed, "
-            f"its lease lapses after {EXPIRES_S:.0f} s."
+        expiry = (
+            f" It renewed its lease {max(0.0, _silent_s(owner)):.0f} s ago; if it was killed, the "
+            f"lease expires after {EXPIRES_S:.0f} s."
         )
     return ResultsError(
-        f"Another ke-ray command is writing '{target}' ({known}); wait for it, or give another "
-        f"output.{lapses}"
+        f"Another ke-ray command is writing '{target}' ({description}); wait for it, or give "
+        f"another output.{expiry}"
     )

@@ -14,7 +14,7 @@ from ke_ray.storage.files import read_bytes, write_atomic
 if TYPE_CHECKING:
     import pyarrow
 
-_ROWS_OF_A_GROUP = 10_000
+_ROWS_PER_GROUP = 10_000
 
 
 def write_table(uri: str | os.PathLike[str], table: pyarrow.Table) -> None:
@@ -29,7 +29,7 @@ def write_table(uri: str | os.PathLike[str], table: pyarrow.Table) -> None:
 def write_tables(
     uri: str | os.PathLike[str], schema: pyarrow.Schema, tables: Iterable[pyarrow.Table]
 ) -> None:
-    """Write a Parquet file (zstd), whole or not at all, from tables that come one by one.
+    """Write a Parquet file (zstd), whole or not at all, from a stream of tables.
 
     Row groups have ten thousand rows or a few more, so that reading one takes little memory.
     """
@@ -41,7 +41,7 @@ def write_tables(
         group: list[pyarrow.Table] = []
         for table in tables:
             group.append(table)
-            if sum(part.num_rows for part in group) >= _ROWS_OF_A_GROUP:
+            if sum(part.num_rows for part in group) >= _ROWS_PER_GROUP:
                 writer.write_table(pa.concat_tables(group))
                 group = []
         if group:
@@ -60,7 +60,7 @@ def read_table(uri: str | os.PathLike[str]) -> pyarrow.Table:
 
 
 def open_table(uri: str | os.PathLike[str]) -> pyarrow.parquet.ParquetFile:
-    """A Parquet file to be read by row groups; its compressed bytes are in memory.
+    """Open a Parquet file for reading by row groups; its compressed bytes are in memory.
 
     Raises:
         StorageError: the file is not Parquet.

@@ -1,8 +1,8 @@
-"""Temporary files and folders: names that are certain to be ke_ray's, and whose writers are dead.
+"""Temporary files and folders, and removing those whose writers were killed.
 
-What is going to be ``<target>`` is written as ``.ke-ray-<16 hex digits>-<target>`` beside it,
+The future ``<target>`` is written as ``.ke-ray-<16 hex digits>-<target>`` beside it,
 locked while its writer lives, and renamed in the end. The next write of the same target removes
-what killed writers left.
+the leftovers of killed writers.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["hold", "is_temporary", "remove_leftovers", "temporary_path"]
-
 _PREFIX = ".ke-ray-"
 _NAME = re.compile(re.escape(_PREFIX) + "[0-9a-f]{16}-")
 # Between its creation and its lock a temporary file looks like one whose writer is dead.
@@ -27,18 +25,18 @@ _large_folders: dict[Path, tuple[float, list[str]]] = {}
 
 
 def hold(descriptor: int) -> None:
-    """Lock an open temporary file or folder, so that others see that its writer lives."""
+    """Lock an open temporary file or folder, which shows others that its writer lives."""
     with suppress(OSError):  # a file system without locks
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def temporary_path(target: Path) -> Path:
-    """A name beside ``target`` for what is to become it; :func:`hold` it while it is written."""
+    """A temporary name beside ``target``; :func:`hold` the file while it is written."""
     return target.with_name(f"{_PREFIX}{secrets.token_hex(8)}-{target.name}")
 
 
 def is_temporary(name: str) -> bool:
-    """Whether a file or folder has a name of :func:`temporary_path`."""
+    """Whether ``name`` was made by :func:`temporary_path`."""
     return _NAME.match(name) is not None
 
 
@@ -49,7 +47,7 @@ def remove_leftovers(target: Path) -> None:
         if match is None or name[match.end() :] != target.name:
             continue
         path = target.with_name(name)
-        with suppress(OSError):  # somebody works on it, or has just removed or renamed it
+        with suppress(OSError):  # another process writes it, or has just removed or renamed it
             if time.time() - path.lstat().st_mtime < _LEFTOVER_AGE_S:
                 continue
             descriptor = os.open(path, os.O_RDONLY)
@@ -64,12 +62,12 @@ def remove_leftovers(target: Path) -> None:
 
 
 def _temporary_names(folder: Path) -> list[str]:
-    """Names of temporary files; of a large folder as they were up to half a minute ago.
+    """Names of temporary files; those of a large folder may be half a minute old.
 
-    Each file that is written asks: looking through all of them every time, n files would take n².
+    Every write asks for them: listing a folder of n files for each would take n² steps.
     """
-    looked_at, names = _large_folders.get(folder, (0.0, []))
-    if looked_at and time.monotonic() - looked_at < _LARGE_FOLDER_S:
+    listed_at, names = _large_folders.get(folder, (0.0, []))
+    if listed_at and time.monotonic() - listed_at < _LARGE_FOLDER_S:
         return names
     with os.scandir(folder) as entries:
         every = [entry.name for entry in entries]

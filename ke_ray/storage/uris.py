@@ -1,4 +1,4 @@
-"""URIs: plain paths and anything that fsspec knows (``s3://``, ``gs://``, ``memory://``, …)."""
+"""URIs: plain paths and all that fsspec supports (``s3://``, ``gs://``, ``memory://``, …)."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def join(base: str | os.PathLike[str], *parts: str) -> str:
 
 
 def absolute(uri: str | os.PathLike[str]) -> str:
-    """A URI that means the same in every process of this node: local paths made absolute."""
+    """A URI that is valid in every process of this node: local paths become absolute."""
     return os.fspath(local_path(uri).absolute()) if is_local(uri) else os.fspath(uri)
 
 

@@ -11,8 +11,6 @@ from pydantic import Field, model_validator
 
 from ke_ray.config import Strict
 
-__all__ = ["Axis", "check_optuna"]
-
 _MAX_GRID_INTEGERS = 1000
 _MAX_INTEGER = 2**62
 
@@ -22,7 +20,7 @@ def _is_scalar(value: Any) -> bool:
 
 
 class Axis(Strict):
-    """The values of one key: exactly one of the four; a plain list is a ``choice``."""
+    """The values of one key, by exactly one of the four kinds; a plain list is a ``choice``."""
 
     choice: tuple[Any, ...] | None = None
     uniform: tuple[float, float] | None = Field(None, description="[low, high]")
@@ -38,18 +36,19 @@ class Axis(Strict):
 
     @model_validator(mode="after")
     def _one_kind(self) -> Axis:
-        kinds = [name for name in ("choice", "uniform", "loguniform", "integer") if self._get(name)]
+        names = ("choice", "uniform", "loguniform", "integer")
+        kinds = [name for name in names if getattr(self, name)]
         if self.choice is not None and not self.choice:
             raise ValueError("choice has no values")
         if len(kinds) != 1:
             raise ValueError("give exactly one of choice, uniform, loguniform and int")
         if self.choice is not None:
             # 1, 1.0 and true are one value, to Optuna as to Python.
-            known = {v if _is_scalar(v) else json.dumps(v, sort_keys=True) for v in self.choice}
-            if len(known) < len(self.choice):
+            distinct = {v if _is_scalar(v) else json.dumps(v, sort_keys=True) for v in self.choice}
+            if len(distinct) < len(self.choice):
                 raise ValueError(f"choice {list(self.choice)} holds a value twice")
             return self
-        low, high = self._get(kinds[0])
+        low, high = getattr(self, kinds[0])
         if not low < high:
             raise ValueError(f"{kinds[0]} [{low}, {high}] is empty; the low end comes first")
         if self.integer is not None and max(-low, high) >= _MAX_INTEGER:
@@ -57,9 +56,6 @@ class Axis(Strict):
         if self.loguniform is not None and low <= 0:
             raise ValueError(f"loguniform [{low}, {high}] needs a low end above 0")
         return self
-
-    def _get(self, name: str) -> Any:
-        return getattr(self, name)
 
     def grid(self) -> tuple[Any, ...]:
         """All values.
@@ -77,9 +73,9 @@ class Axis(Strict):
         raise ValueError("a grid needs choice or int; uniform and loguniform go with random or tpe")
 
     def samples(self) -> tuple[Any, ...]:
-        """Values that show whether the whole axis is valid: all choices, else both ends.
+        """Values whose validity implies that of the whole axis: all choices, else both ends.
 
-        A continuous axis adds one between them, which is no whole number.
+        A continuous axis adds one between them, which is not an integer.
         """
         if self.choice is not None:
             return self.choice
@@ -89,14 +85,14 @@ class Axis(Strict):
         return low, high, low + (high - low) / 2**0.5
 
     def size(self) -> int | None:
-        """How many values there are; None for a continuous axis."""
+        """The number of values; None for a continuous axis."""
         if self.choice is not None:
             return len(self.choice)
         return self.integer[1] - self.integer[0] + 1 if self.integer is not None else None
 
 
 def check_optuna(space: Mapping[str, Axis], num_trials: int | None) -> None:
-    """Whether Optuna can draw that many points.
+    """Check that Optuna can draw that many points.
 
     Raises:
         ValueError: a choice that it cannot take, or too few points.
@@ -109,9 +105,9 @@ def check_optuna(space: Mapping[str, Axis], num_trials: int | None) -> None:
                     f"not {value!r}; sweep the keys of the group one by one, or put it under points"
                 )
     sizes = [axis.size() for axis in space.values()]
-    most = math.prod(size for size in sizes if size is not None)
-    if None not in sizes and num_trials is not None and most < num_trials:
+    num_points = math.prod(size for size in sizes if size is not None)
+    if None not in sizes and num_trials is not None and num_points < num_trials:
         raise ValueError(
-            f"the space has only {most} different points, num_trials asks for {num_trials}; ask "
-            "for fewer, or use search: grid"
+            f"the space has only {num_points} different points, but num_trials is {num_trials}; "
+            "lower it, or use search: grid"
         )

@@ -1,4 +1,4 @@
-"""A continual-learning study: starts, corpus, what is injected, what is asked before and after.
+"""Continual-learning studies: starts, corpus, injected facts, evaluation before and after.
 
 Step arithmetic (the paper's in brackets): N instances [204,800] of T tokens [1,024] and a global
 batch of B rows [128] give N // B steps an epoch [1,600]; k injections [10] then fall every
@@ -13,61 +13,76 @@ from pydantic import Field, field_validator, model_validator
 
 from ke_ray.config import Key, Strict
 from ke_ray.errors import nearest
-from ke_ray.studies.parts import CheckpointSelection, Resuscitation
-from ke_ray.studies.training import TrainingKeys
-
-__all__ = [
-    "ALL_TASKS",
-    "ContinualStudy",
-    "DownstreamKeys",
-    "EntropyKeys",
-    "HeldOutKeys",
-    "InjectionKeys",
-    "ProbeKeys",
-    "Starts",
-    "TrainingCorpus",
-]
+from ke_ray.studies.parts import (
+    CheckpointSelection,
+    EvaluationText,
+    Resuscitation,
+    Sampling,
+    TextName,
+)
+from ke_ray.studies.training import TrainingSettings
 
 #: The names of ``ke_ray.evaluation.downstream.TASK_METRICS``, here without lm-eval.
 ALL_TASKS = ("sciq", "winogrande", "arc_easy", "piqa", "hellaswag", "openbookqa")
 
 
 class Starts(CheckpointSelection):
-    """Starting checkpoints: a selection, and of it a few from early to last."""
+    """Starting checkpoints: a selection, thinned to a few from early to last."""
 
     nearest: tuple[int, ...] = Field(
-        (), description="of what is left the checkpoints nearest to these pretraining steps"
+        (), description="keep the remaining checkpoints nearest to these pretraining steps"
     )
     spread: int | None = Field(
-        None, ge=1, description="of what is left so many at even places, first and last included"
+        None,
+        ge=1,
+        description="keep this many of the remaining checkpoints, evenly spaced, including the "
+        "first and the last",
     )
 
 
 class TrainingCorpus(Strict):
-    """What is trained on."""
+    """The corpus to train on."""
 
-    name: str = Field("corpus", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: TextName = "corpus"
     source: str = Field(description="any source that a scan reads")
     num_instances: int | None = Field(
-        None, ge=1, description="rows drawn by seed, an epoch; null: all there are"
+        None, ge=1, description="rows per epoch, drawn by seed; null: all rows of the corpus"
     )
-    max_instances: int | None = Field(None, ge=1, description="tokenise no more than the first")
+    max_instances: int | None = Field(
+        None, ge=1, description="tokenise at most this many rows, from the start of the source"
+    )
 
 
-class InjectionKeys(Strict):
+class InjectionSettings(Strict):
     """Facts and when they enter: by rule from two facts files, or from a schedule file."""
 
-    paraphrase: str | None = Field(None, description="facts JSON: another version each injection")
-    once: str | None = Field(None, description="facts JSON: each in one injection only")
-    limit_paraphrase: int | None = Field(None, ge=1, description="the first so many facts only")
-    limit_once: int | None = Field(None, ge=1)
-    schedule: str | None = Field(None, description="JSON, YAML or Parquet in place of the rule")
-    count: int | None = Field(None, ge=1, description="injections; null: versions of a paraphrase")
-    every: int | None = Field(None, ge=1, description="steps between injections; null: even")
-    spread: bool | None = Field(None, description="texts over all rows; null: below batch 128")
+    paraphrase: str | None = Field(
+        None, description="facts JSON; every injection shows each fact in another version"
+    )
+    once: str | None = Field(None, description="facts JSON; each fact is in one injection only")
+    limit_paraphrase: int | None = Field(
+        None, ge=1, description="inject only this many paraphrase facts, from the first"
+    )
+    limit_once: int | None = Field(
+        None, ge=1, description="inject only this many once facts, from the first"
+    )
+    schedule: str | None = Field(
+        None, description="JSON, YAML or Parquet schedule in place of the rule"
+    )
+    count: int | None = Field(
+        None, ge=1, description="number of injections; null: the versions of a paraphrase fact"
+    )
+    every: int | None = Field(
+        None, ge=1, description="steps between injections; null: evenly over the run"
+    )
+    spread: bool | None = Field(
+        None,
+        description="spread the texts over all rows of a step; null: where global_batch_size is "
+        "below 128",
+    )
 
     @model_validator(mode="after")
-    def _something(self) -> InjectionKeys:
+    def _something(self) -> InjectionSettings:
         if not (self.paraphrase or self.once):
             raise ValueError(
                 "give injection.paraphrase, injection.once or both: the facts are also what is "
@@ -78,28 +93,32 @@ class InjectionKeys(Strict):
         return self
 
 
-class ProbeKeys(Strict):
-    """When facts are asked, in completed steps; both ends always."""
+class ProbeSettings(Strict):
+    """Steps after which the facts are probed, besides the first and the last."""
 
-    every: int | None = Field(None, ge=1, description="also every so many steps")
-    steps: tuple[int, ...] = Field((), description="also after these steps")
+    every: int | None = Field(None, ge=1, description="probe after every n-th step")
+    steps: tuple[int, ...] = Field((), description="probe after these steps")
     around_injections: bool = Field(
-        True, description="also just before and just after each injecting step"
+        True, description="probe just before and just after each injection"
     )
     batch_tokens: int | None = Key(
         None, affects_result=False, ge=1, description="tokens of one forward pass"
     )
 
 
-class DownstreamKeys(Strict):
+class DownstreamSettings(Strict):
     """P: zero-shot accuracy by lm-eval, before and after."""
 
-    tasks: tuple[str, ...] = ALL_TASKS
+    tasks: tuple[str, ...] = Field(ALL_TASKS, description="lm-eval tasks")
     own_tasks: dict[str, str] = Field(
-        default_factory=dict, description="name → JSON lines with context, choices, gold"
+        default_factory=dict, description="task name → JSON lines with context, choices, gold"
     )
-    data: str | None = Field(None, description="folder with <task>/validation.jsonl; null: Hub")
-    limit: int | None = Field(None, ge=1, description="the first so many items of a task")
+    data: str | None = Field(
+        None, description="folder with <task>/validation.jsonl; null: the Hugging Face Hub"
+    )
+    limit: int | None = Field(
+        None, ge=1, description="use only this many items of each task, from the first"
+    )
     batch_tokens: int | None = Key(
         None, affects_result=False, ge=1, description="tokens of one forward pass"
     )
@@ -116,36 +135,20 @@ class DownstreamKeys(Strict):
         return tasks
 
     @model_validator(mode="after")
-    def _some(self) -> DownstreamKeys:
+    def _some(self) -> DownstreamSettings:
         if not self.tasks and not self.own_tasks:
             raise ValueError("name at least one task, or leave the downstream group out")
         return self
 
 
-class HeldOutKeys(Strict):
-    """Perplexity of held-out text of the old corpus, before and after."""
+class HeldOutText(EvaluationText):
+    """Held-out text of the old corpus, for perplexity: the beginning of its source."""
 
-    name: str = Field("held_out", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    source: str
-    num_instances: int = Field(64, ge=1)
-    sequence_length: int | None = Field(None, ge=2, description="null: that of the study")
-    batch_size: int = Key(8, affects_result=False, ge=1, description="instances per forward pass")
+    name: TextName = "held_out"
+    sampling: Sampling = "first"
 
 
-class EntropyKeys(Strict):
-    """Knowledge entropy of the start and of the trained model, on the same instances."""
-
-    name: str = Field("entropy", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    source: str
-    num_instances: int = Field(64, ge=1)
-    sequence_length: int | None = Field(None, ge=2, description="null: that of the study")
-    sampling: Literal["spread", "first"] = Field(
-        "spread", description="instances spread over a source of documents, or its first ones"
-    )
-    batch_size: int = Key(4, affects_result=False, ge=1, description="instances per forward pass")
-
-
-class ContinualStudy(TrainingKeys):
+class ContinualStudy(TrainingSettings):
     """``ke-ray continual``: one training run for each starting checkpoint and seed."""
 
     kind: Literal["continual"] = "continual"
@@ -154,11 +157,15 @@ class ContinualStudy(TrainingKeys):
     eos_token_id: int | None = Field(None, ge=0, description="null: the model config's")
     corpus: TrainingCorpus
     epochs: int = Field(1, ge=1)
-    injection: InjectionKeys | None = None
-    probes: ProbeKeys = ProbeKeys()
-    downstream: DownstreamKeys | None = None
-    held_out: HeldOutKeys | None = None
-    entropy: EntropyKeys | None = None
+    injection: InjectionSettings | None = None
+    probes: ProbeSettings = ProbeSettings()
+    downstream: DownstreamSettings | None = None
+    held_out: HeldOutText | None = Field(
+        None, description="text for perplexity before and after; null: none"
+    )
+    entropy: EvaluationText | None = Field(
+        None, description="text for knowledge entropy before and after; null: none"
+    )
     resuscitation: Resuscitation | None = None
     seeds: tuple[int, ...] = Field(
         (0,), min_length=1, description="of the rows drawn and their order"

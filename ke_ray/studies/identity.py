@@ -1,8 +1,8 @@
-"""What makes two studies the same: the keys that change a result, and nothing else.
+"""Identity of a study: the keys that can change its result, and no others.
 
-Every key says for itself whether it affects a result (``ke_ray.config.Key``). A key at its default
-is left out, so that a key that is added later, with a default that means what was done before,
-changes no identity. Whoever changes a default raises ``IDENTITY_VERSION``.
+Every key declares whether it affects a result (``ke_ray.config.Key``). A key at its default is left
+out, so that a new key whose default keeps the previous behaviour changes no identity. Changing a
+default requires a new ``IDENTITY_VERSION``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from ke_ray.errors import ResultsError
-from ke_ray.secrets import redacted
+from ke_ray.secrets import redact
 
 IDENTITY_VERSION = 2
 
@@ -37,17 +37,17 @@ def identity_keys(study: BaseModel, *, without: Collection[str] = ()) -> dict[st
     Returns:
         Plain JSON values, nested as the study is.
     """
-    keys: dict[str, Any] = redacted(_plain(study))
+    keys: dict[str, Any] = redact(_plain(study))
     return {name: value for name, value in keys.items() if name not in without}
 
 
 def identity(keys: Any) -> str:
-    """Hex sha256 of JSON values, whatever the order of their keys."""
+    """Hex sha256 of JSON values, independent of the order of keys."""
     return hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()
 
 
 def identity_fields(keys: Mapping[str, Any]) -> dict[str, Any]:
-    """What a manifest says of the identity of its study."""
+    """The fields of a manifest that hold the identity of its study."""
     return {
         "identity": identity(keys),
         "identity_version": IDENTITY_VERSION,
@@ -60,26 +60,26 @@ def check_same_study(output: str, manifest: Mapping[str, Any], keys: Mapping[str
 
     Args:
         output: the folder, for the message.
-        manifest: what the folder says of itself.
+        manifest: of the folder.
         keys: ``identity_keys`` of the study that is to run.
 
     Raises:
         ResultsError: the folder holds another study, or was written by a version of ke_ray that
-            told studies apart in another way.
+            defined identity differently.
     """
     if manifest.get("identity_version") != IDENTITY_VERSION:
         version = (manifest.get("versions") or {}).get("ke_ray", "unknown")
         raise ResultsError(
-            f"'{output}' was written by another version of ke_ray ({version}), which told studies "
-            "apart in another way, so this one cannot tell whether they are the same. Its results "
-            "stay readable (ke-ray results, ke-ray report); give another output folder to run the "
-            "study, or finish it with the version that started it."
+            f"'{output}' was written by another version of ke_ray ({version}), which compared "
+            "studies by other rules, so this version cannot check that the study is the same. Its "
+            "results stay readable (ke-ray results, ke-ray report); give another output folder to "
+            "run the study, or finish it with the version that started it."
         )
     stored = manifest.get("identity_keys") or {}
     if identity(stored) != identity(keys):
         raise ResultsError(
             f"'{output}' holds another study: {_changes(stored, keys)}. Give another output "
-            "folder, or put the study back as it was."
+            "folder, or restore the study."
         )
 
 

@@ -1,8 +1,8 @@
-"""A job file: one command line as a Ray job, and what travels with it to the cluster.
+"""Job files: a command line as a Ray job, with its environment and working folder.
 
-Paths in the file are relative to the file. Secrets never travel: a submission is stored by the
-cluster and shown by its dashboard, so a file that holds one is refused. Nodes get ``HF_TOKEN`` and
-the like from their own environment (``docs/cluster.md``).
+Paths in the file are relative to the file. Secrets are never submitted: a submission is stored by
+the cluster and shown by its dashboard, so a file that holds one is refused. Nodes get ``HF_TOKEN``
+and the like from their own environment (``docs/cluster.md``).
 """
 
 from __future__ import annotations
@@ -20,14 +20,6 @@ from ke_ray.errors import ConfigError
 from ke_ray.secrets import is_secret_name
 from ke_ray.studies.parts import is_loopback
 
-__all__ = [
-    "JobStudy",
-    "load_job",
-    "refuse_loopback_tracking",
-    "refuse_secrets",
-    "runtime_env_of",
-]
-
 _URL_WITH_USER = re.compile(r"://(?!git@)[^/\s@'\"]+@")
 _ASSIGNMENT = re.compile(
     r"""(?:--([A-Za-z][\w-]*)[=\s]\s*|(?<![\w.-])([A-Za-z_]\w*)=)['"]?([^\s'"]+)"""
@@ -37,19 +29,20 @@ _SHORTEST_SECRET = 6
 
 
 class JobStudy(Strict):
-    """``ke-ray submit``: a command line, its resources, and what to do when it fails."""
+    """A command line, its resources, timeout and retries, for ``ke-ray submit``."""
 
     kind: Literal["job"] = "job"
     name: str = Field("ke-ray", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,60}$")
     entrypoint: str = Field(min_length=1, description="shell command, run in the working folder")
-    entrypoint_num_cpus: float = Field(0, ge=0, description="cores of the command itself")
-    entrypoint_num_gpus: float = Field(0, ge=0, description="GPUs of the command itself")
+    entrypoint_num_cpus: float = Field(0, ge=0, description="CPU cores for the command itself")
+    entrypoint_num_gpus: float = Field(0, ge=0, description="GPUs for the command itself")
     env: dict[str, str | None] = Field(
-        default_factory=dict, description="never a secret; null: from the submitter's environment"
+        default_factory=dict,
+        description="no secrets; null: from the submitter's environment",
     )
-    working_dir: str | None = Field(None, description="folder that is uploaded, or a URI of a zip")
+    working_dir: str | None = Field(None, description="folder to upload, or URI of a zip")
     runtime_env: str | None = Field(None, description="YAML file of a Ray runtime environment")
-    timeout_s: float | None = Field(None, gt=0, description="per attempt, from its submission on")
+    timeout_s: float | None = Field(None, gt=0, description="per attempt, from its submission")
     retries: int = Field(0, ge=0, le=100, description="attempts after the first")
     metadata: dict[str, str] = Field(default_factory=dict, description="shown by the dashboard")
 
@@ -74,8 +67,8 @@ def load_job(path: str, overrides: list[str], environ: Mapping[str, str]) -> Job
         environ: the submitter's environment; the values of its secrets must not be in the job.
 
     Returns:
-        The job; its ``working_dir`` and ``runtime_env`` no longer depend on where the file lies,
-        and no variable in ``env`` is null.
+        The job, its ``working_dir`` and ``runtime_env`` resolved against the file's folder, and
+        without null variables in ``env``.
 
     Raises:
         ConfigError: not a valid job, one that holds a secret, or one that takes a variable from an
@@ -97,7 +90,7 @@ def load_job(path: str, overrides: list[str], environ: Mapping[str, str]) -> Job
 def _with_own(
     env: Mapping[str, str | None], path: str, environ: Mapping[str, str]
 ) -> dict[str, str]:
-    """``env`` with what stands as null there taken from the submitter's environment."""
+    """``env`` with its null values taken from the submitter's environment."""
     result = {}
     for name, value in env.items():
         value = environ.get(name) if value is None else value
@@ -134,7 +127,7 @@ def runtime_env_of(job: JobStudy, environ: Mapping[str, str]) -> dict[str, Any]:
     """
     result: dict[str, Any] = {}
     if job.runtime_env is not None:
-        result = read_yaml(job.runtime_env, "the job's runtime_env (seen from the job file)")
+        result = read_yaml(job.runtime_env, "the job's runtime_env, relative to the file")
         env_vars = result.get("env_vars") or {}
         if not isinstance(env_vars, Mapping):
             raise ConfigError(f"{job.runtime_env}: 'env_vars' must be a mapping of texts.")
@@ -154,12 +147,12 @@ def runtime_env_of(job: JobStudy, environ: Mapping[str, str]) -> dict[str, Any]:
     return result
 
 
-def refuse_secrets(values: Mapping[str, Any], where: str, environ: Mapping[str, str]) -> None:
-    """Refuse anything that would carry a secret to the cluster. The message never shows it.
+def refuse_secrets(values: Mapping[str, Any], source: str, environ: Mapping[str, str]) -> None:
+    """Refuse values that hold a secret; the message never shows it.
 
     Args:
         values: keys of a job or of a runtime environment.
-        where: the file, for the message.
+        source: the file, for the message.
         environ: the submitter's environment; none of its secrets' values may occur.
 
     Raises:
@@ -172,17 +165,17 @@ def refuse_secrets(values: Mapping[str, Any], where: str, environ: Mapping[str, 
     )
     for key, value in _leaves(values):
         if value and is_secret_name(key):
-            raise ConfigError(f"{where}: '{key}' looks like a secret. {advice}")
+            raise ConfigError(f"{source}: '{key}' looks like a secret. {advice}")
         for option, variable, given in _ASSIGNMENT.findall(value):
             name = option or variable
             if is_secret_name(name) and not given.startswith("$"):
-                raise ConfigError(f"{where}: the text of '{key}' sets '{name}'. {advice}")
+                raise ConfigError(f"{source}: the text of '{key}' sets '{name}'. {advice}")
         if _URL_WITH_USER.search(value):
-            raise ConfigError(f"{where}: '{key}' holds a URL with a user name in it. {advice}")
+            raise ConfigError(f"{source}: '{key}' holds a URL with a user name in it. {advice}")
     text = json.dumps(values, ensure_ascii=False, default=str)
     for name, secret in environ.items():
         if is_secret_name(name) and len(secret) >= _SHORTEST_SECRET and secret in text:
-            raise ConfigError(f"{where} holds the value of your variable {name}. {advice}")
+            raise ConfigError(f"{source} holds the value of your variable {name}. {advice}")
 
 
 def refuse_loopback_tracking(
@@ -192,10 +185,10 @@ def refuse_loopback_tracking(
 
     Args:
         runtime_env: of the job.
-        num_machines: of the cluster; None where it is not known.
+        num_machines: of the cluster; None: unknown.
 
     Raises:
-        ConfigError: on the other machines that address is nobody's.
+        ConfigError: the other machines cannot reach that address.
     """
     env_vars = runtime_env.get("env_vars") or {}
     given = [("MLFLOW_TRACKING_URI", str(env_vars.get("MLFLOW_TRACKING_URI", "")))]

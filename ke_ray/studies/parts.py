@@ -3,48 +3,84 @@
 from __future__ import annotations
 
 from ipaddress import ip_address
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
-from ke_ray.config import Strict
+from ke_ray.config import Key, Strict
 
-__all__ = ["CheckpointSelection", "Resuscitation", "TrackingSettings", "is_loopback"]
+TextName = Annotated[
+    str,
+    Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the text in results"),
+]
+Control = Literal["random", "matched_norm", "attention_temperature"]
+CONTROLS: tuple[str, ...] = get_args(Control)
+Sampling = Annotated[
+    Literal["spread", "first"],
+    Field(description="instances spread over a source of documents, or its first ones"),
+]
 
 
 class CheckpointSelection(Strict):
-    """Which checkpoints: a SPEC and, of what it names, a selection."""
+    """Checkpoints: a SPEC, and which of the checkpoints that it names."""
 
     spec: str = Field(description="folder, glob, Hugging Face repo, native OLMo folder/URL, or CSV")
     revisions: str | None = Field(None, description="glob over revision or checkpoint names")
     steps: str | None = Field(None, description="'a:b', both ends included, either may be empty")
-    every: int | None = Field(None, ge=1, description="keep every n-th of what is left")
-    limit: int | None = Field(None, ge=1, description="keep at most this many, evenly spaced")
+    every: int | None = Field(
+        None, ge=1, description="keep every n-th of the remaining checkpoints"
+    )
+    limit: int | None = Field(
+        None, ge=1, description="keep at most this many of the remaining checkpoints, evenly spaced"
+    )
+
+
+class EvaluationText(Strict):
+    """Text on which a model is evaluated before and after training or resuscitation."""
+
+    name: TextName = "entropy"
+    source: str = Field(description="any source that a scan reads")
+    num_instances: int = Field(64, ge=1, description="instances read from the source")
+    sequence_length: int | None = Field(
+        None, ge=2, description="tokens per instance; null: sequence_length of the study"
+    )
+    sampling: Sampling = "spread"
+    batch_size: int = Key(4, affects_result=False, ge=1, description="instances per forward pass")
 
 
 class Resuscitation(Strict):
     """Algorithm 1 applied in memory after load (``ke_ray.core.resuscitation``)."""
 
-    ratio: float = Field(gt=0, le=1, description="resuscitation ratio: share of rows scaled")
-    factor: float = Field(gt=0, description="amplifying factor")
-    control: Literal["random", "matched_norm", "attention_temperature"] | None = None
-    seed: int = Field(0, ge=0, description="which random rows the control takes")
-    coefficients: str | None = Field(
-        None, description="scan folder, or mlp_average_coefficients.pt, with mean coefficients"
+    ratio: float = Field(gt=0, le=1, description="share of memories per layer to scale")
+    factor: float = Field(
+        gt=0, description="amplifying factor; temperature of the attention control"
     )
-    allow_mismatch: bool = Field(False, description="take coefficients of other weights")
+    control: Control | None = Field(
+        None, description="a control in place of Algorithm 1; null: Algorithm 1"
+    )
+    seed: int = Field(0, ge=0, description="seed of the rows that control 'random' scales")
+    coefficients: str | None = Field(
+        None,
+        description="scan folder, or mlp_average_coefficients.pt, with mean coefficients; null: "
+        "they are measured first",
+    )
+    allow_mismatch: bool = Key(
+        False,
+        affects_result=False,  # without it, a run whose weights differ has no result
+        description="accept mean coefficients that were measured on other weights",
+    )
 
 
 class TrackingSettings(Strict):
     """Where runs are logged with MLflow."""
 
-    enabled: bool = True
+    enabled: bool = Field(True, description="log runs to MLflow")
     uri: str | None = Field(
         None, description="default: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db"
     )
     experiment: str | None = Field(None, description="default: MLFLOW_EXPERIMENT_NAME, else ke_ray")
-    tags: dict[str, str] = Field(default_factory=dict)
+    tags: dict[str, str] = Field(default_factory=dict, description="MLflow tags of every run")
 
     @model_validator(mode="after")
     def _no_password(self) -> TrackingSettings:

@@ -8,9 +8,7 @@ from pydantic import Field, field_validator
 
 from ke_ray.config import Key, Strict
 from ke_ray.errors import nearest
-from ke_ray.studies.parts import CheckpointSelection, Resuscitation, TrackingSettings
-
-__all__ = ["ALL_MEASURES", "DEFAULT_MEASURES", "ScanStudy"]
+from ke_ray.studies.parts import CheckpointSelection, Resuscitation, Sampling, TrackingSettings
 
 #: The names of ``ke_ray.core.measures.MEASURES``, here without torch (a test compares the two).
 ALL_MEASURES = (
@@ -36,29 +34,37 @@ class ScanStudy(Strict):
     )
     checkpoints: CheckpointSelection
     data: dict[str, str] = Field(min_length=1, description="corpus name → source")
-    num_instances: int = Field(2048, ge=1)
+    num_instances: int = Field(2048, ge=1, description="N, instances per corpus")
     sequence_length: int = Field(2048, ge=2, description="T, tokens per instance")
-    sampling: Literal["spread", "first"] = Field(
-        "spread", description="instances spread over each source of documents, or its first ones"
-    )
+    sampling: Sampling = "spread"
     tokenizer: str | None = Field(None, description="tokenizer.json, folder or repo")
     eos_token_id: int | None = Field(None, ge=0, description="default: the model config's")
-    measures: tuple[str, ...] = DEFAULT_MEASURES
-    top_k_fraction: float = Field(0.01, gt=0, le=1)
-    dormant_threshold: float = Field(0.1, ge=0)
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    measures: tuple[str, ...] = Field(DEFAULT_MEASURES, description="measures to compute")
+    top_k_fraction: float = Field(
+        0.01, gt=0, le=1, description="of top_k_mass: share of memories counted"
+    )
+    dormant_threshold: float = Field(
+        0.1, ge=0, description="of dormant_share: fraction of the mean below which memories count"
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="of the weights while they are scored"
+    )
     batch_size: int = Key(4, affects_result=False, ge=1, description="instances per forward pass")
     num_actors: int | None = Key(
-        None, affects_result=False, ge=1, description="default: one per GPU, else per CPU"
+        None, affects_result=False, ge=1, description="scorers; null: one per GPU, else one per CPU"
     )
     cache_dir: str | None = Key(
-        None, affects_result=False, description="where fetched checkpoints lie while in use"
+        None,
+        affects_result=False,
+        description="folder for fetched checkpoints while they are in use",
     )
     cache_bytes: int | None = Key(
         None, affects_result=False, ge=1, description="disk budget of the cache per node"
     )
     resuscitation: Resuscitation | None = Field(
-        None, description="without coefficients they are measured first, on the first corpus"
+        None,
+        description="scale memories after load; without coefficients, they are measured first, on "
+        "the first corpus",
     )
     output: str = Key(affects_result=False, description="folder or URI for the results")
     mlflow: TrackingSettings = Key(TrackingSettings(), affects_result=False)

@@ -1,4 +1,4 @@
-"""A sweep study: one continual study, varied.
+"""Sweep studies: variations of one continual study.
 
 A *point* is one choice of the swept keys, a *trial* a point with one seed. Points come from the
 list ``points`` (each replaces the named keys of the base study and is tried first) and from the
@@ -33,7 +33,7 @@ _NOT_SWEPT = ("kind", "seeds")
 
 
 class Objective(Strict):
-    """What is compared; the text alone stands for the metric with its usual direction."""
+    """A metric to compare trials by; a plain text is the metric with its usual direction."""
 
     metric: str
     direction: Direction
@@ -60,8 +60,8 @@ class Asha(Strict):
     """
 
     name: Literal["asha"] = "asha"
-    grace: float = Field(0.25, gt=0, lt=1, description="share of a trial before it may be stopped")
-    reduction_factor: float = Field(2, gt=1, description="one of so many goes on at each rung")
+    grace: float = Field(0.25, gt=0, lt=1, description="share of steps before a trial may stop")
+    reduction_factor: float = Field(2, gt=1, description="one of this many continues per rung")
 
 
 class SweepStudy(Strict):
@@ -75,25 +75,25 @@ class SweepStudy(Strict):
     base: ContinualStudy = Field(description="the continual study: inline, or the path of its file")
     checkpoint: str | int | None = Field(
         None,
-        description="of the base's starts: name, step (the nearest), first or last; null: the one",
+        description="start of the base: name, nearest step, first or last; null: the only one",
     )
     seeds: tuple[int, ...] | None = Field(
         None, min_length=1, description="repeats of every point; null: the base's"
     )
-    space: dict[str, Axis] = Field(default_factory=dict)
+    space: dict[str, Axis] = Field(default_factory=dict, description="swept key → its values")
     points: tuple[dict[str, Any], ...] = Field(
-        (), description="beside the search, tried first: key → value, on top of the base"
+        (), description="points (key → value) to try before those of the search"
     )
     search: Literal["grid", "random", "tpe"] = "grid"
-    num_trials: int | None = Field(None, ge=1, description="points that random or tpe draw")
-    search_seed: int = Field(0, ge=0)
-    startup_trials: int = Field(10, ge=1, description="of tpe, drawn at random first")
+    num_trials: int | None = Field(None, ge=1, description="points to draw, for random and tpe")
+    search_seed: int = Field(0, ge=0, description="seed of random and tpe")
+    startup_trials: int = Field(10, ge=1, description="random points before tpe starts")
     objectives: tuple[Objective, ...] = Field(
         (Objective(metric="acquisition", direction="maximize"),), min_length=1
     )
     scheduler: Asha | None = None
     max_concurrent: int | None = Key(
-        None, affects_result=False, ge=1, description="null: what the cluster holds"
+        None, affects_result=False, ge=1, description="trials at once; null: what the cluster holds"
     )
     cpus_per_trial: int | None = Key(
         None, affects_result=False, ge=1, description="null: an even share of all CPUs"
@@ -148,7 +148,7 @@ class SweepStudy(Strict):
             check_optuna(self.space, self.num_trials)
         metrics = [objective.metric for objective in self.objectives]
         if len(set(metrics)) < len(metrics):
-            raise ValueError(f"objectives {', '.join(metrics)}: one stands there twice")
+            raise ValueError(f"objectives {', '.join(metrics)}: one is named twice")
         for metric in metrics:
             group = str(OBJECTIVES[metric].needs)
             if not self._has(group):
@@ -186,13 +186,13 @@ class SweepStudy(Strict):
 
     @property
     def swept_keys(self) -> tuple[str, ...]:
-        """All keys that trials differ in, in the order of the file."""
+        """All keys in which trials differ, in the order of the file."""
         keys = [*self.space, *itertools.chain.from_iterable(self.points)]
         return tuple(dict.fromkeys(keys))
 
     @property
     def shown_keys(self) -> tuple[str, ...]:
-        """The swept keys that tell trials apart: no group with swept keys below it."""
+        """The swept keys that distinguish trials: no group with swept keys below it."""
         keys = self.swept_keys
         return tuple(key for key in keys if not any(k.startswith(f"{key}.") for k in keys))
 
@@ -233,34 +233,34 @@ def _keys_below(model: type[BaseModel], name: str, prefix: str, without_effect: 
 def load_sweep(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> SweepStudy:
     """Read a sweep file.
 
-    ``base`` may be the path of a continual study, seen from the file's folder. ``changes`` (dotted
-    key → value) are set in the base, then ``overrides`` anywhere. Without a group ``mlflow`` the
-    base's holds.
+    ``base`` may be the path of a continual study, relative to the file. ``changes`` (dotted
+    key → value) are set in the base, then ``overrides`` anywhere. Without a group ``mlflow``,
+    the base's is used.
 
     Raises:
         ConfigError: no such file, not YAML, unknown key, a space that the search cannot take, …
     """
-    where = os.fspath(path)
-    values = _read_kind(where, "sweep")
+    file = os.fspath(path)
+    values = _read_kind(file, "sweep")
     base = values.get("base")
     if isinstance(base, str):
-        folder = where.rsplit("/", 1)[0] if "/" in where else "."
-        path = base if base.startswith("/") or "://" in base else storage.join(folder, base)
-        base = _read_kind(path, "continual")
+        folder = file.rsplit("/", 1)[0] if "/" in file else "."
+        absolute = base.startswith("/") or "://" in base
+        base = _read_kind(base if absolute else storage.join(folder, base), "continual")
     if not isinstance(base, Mapping):
         raise ConfigError(
-            f"{where}: 'base' must be a continual study: its keys, or the path of its file."
+            f"{file}: 'base' must be a continual study: its keys, or the path of its file."
         )
     changes = values.pop("changes", None) or {}
     if not isinstance(changes, Mapping):
-        raise ConfigError(f"{where}: 'changes' holds {type(changes).__name__}, expected keys.")
-    values["base"] = set_keys(base, changes, f"{where}, changes")
+        raise ConfigError(f"{file}: 'changes' holds {type(changes).__name__}, expected keys.")
+    values["base"] = set_keys(base, changes, f"{file}, changes")
     if "mlflow" not in values and "mlflow" in base:
         values["mlflow"] = base["mlflow"]
-    values = set_keys(values, parse_overrides(overrides), where)
-    if isinstance(values["base"], Mapping):  # results lie in the sweep's own folder
+    values = set_keys(values, parse_overrides(overrides), file)
+    if isinstance(values["base"], Mapping):  # trials write into the sweep's own folder
         values["base"] = {**values["base"], "output": str(values.get("output"))}
-    return validate(SweepStudy, values, where)
+    return validate(SweepStudy, values, file)
 
 
 def _read_kind(path: str, kind: str) -> dict[str, Any]:

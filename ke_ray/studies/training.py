@@ -1,6 +1,6 @@
 """Training studies: pretraining a checkpoint series, and continual learning from checkpoints.
 
-What both share stands in :class:`TrainingKeys`. Derived numbers (warm-up steps, steps of the
+:class:`TrainingSettings` holds what both share. Derived numbers (warm-up steps, steps of the
 checkpoints, rows of a worker) are computed here and nowhere else, so that a dry run prints what a
 run does.
 """
@@ -15,35 +15,24 @@ from pydantic import Field, model_validator
 from ke_ray.config import Key, Strict
 from ke_ray.studies.parts import TrackingSettings
 
-__all__ = [
-    "Architecture",
-    "Biographies",
-    "CheckpointSteps",
-    "OptimizerKeys",
-    "PretrainData",
-    "PretrainStudy",
-    "ScheduleKeys",
-    "TrainingKeys",
-]
 
-
-class OptimizerKeys(Strict):
+class OptimizerSettings(Strict):
     """AdamW. Embeddings, norms and biases are never decayed (docs/science.md#training-recipe)."""
 
-    learning_rate: float = Field(4e-4, gt=0, description="peak")
+    learning_rate: float = Field(4e-4, gt=0, description="peak learning rate")
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(1e-5, gt=0)
     weight_decay: float = Field(0.1, ge=0)
     max_grad_norm: float | None = Field(1.0, gt=0, description="global L2 norm; null: no clipping")
 
     @model_validator(mode="after")
-    def _betas(self) -> OptimizerKeys:
+    def _betas(self) -> OptimizerSettings:
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas {self.betas} must lie in [0, 1)")
         return self
 
 
-class ScheduleKeys(Strict):
+class ScheduleSettings(Strict):
     """Learning rate over steps, as factors of the peak; step s is the s-th update, from 1."""
 
     name: Literal["cosine", "linear", "constant", "inverse_sqrt"] = "cosine"
@@ -59,44 +48,48 @@ class ScheduleKeys(Strict):
         return round(self.warmup_fraction * num_steps)
 
 
-class TrainingKeys(Strict):
-    """Keys that every training study has."""
+class TrainingSettings(Strict):
+    """Settings that every training study has."""
 
     name: str | None = Key(
         None, affects_result=False, description="MLflow run name; default: the output folder's name"
     )
     output: str = Key(affects_result=False, description="folder or URI for the results")
     sequence_length: int = Field(1024, ge=2, description="T, tokens per row")
-    global_batch_size: int = Field(128, ge=1, description="rows of one step, over all workers")
+    global_batch_size: int = Field(128, ge=1, description="B, rows per step over all workers")
     micro_batch_size: int | None = Key(
         None,
         affects_result=False,
         ge=1,
-        description="rows of one forward pass; null: all rows of a worker",
+        description="rows per forward pass; null: all rows of a worker",
     )
-    optimizer: OptimizerKeys = OptimizerKeys()
-    schedule: ScheduleKeys = ScheduleKeys()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    schedule: ScheduleSettings = ScheduleSettings()
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="bfloat16: autocast; weights and optimizer stay float32"
     )
-    activation_checkpointing: bool = Key(False, affects_result=False)
+    activation_checkpointing: bool = Key(
+        False, affects_result=False, description="recompute activations backwards to save memory"
+    )
     compile: bool = Key(
         False, affects_result=False, description="torch.compile, one decoder layer at a time"
     )
     num_workers: int = Key(
-        1, affects_result=False, ge=1, description="no effect on results beyond rounding"
+        1, affects_result=False, ge=1, description="processes that share each step's rows"
     )
     strategy: Literal["ddp", "fsdp"] = Field(
-        "ddp", description="under bfloat16 the two round differently"
+        "ddp",
+        description="workers replicate (ddp) or shard (fsdp) the model; under bfloat16 the two "
+        "round differently",
     )
     use_gpu: bool | None = Key(
-        None, affects_result=False, description="null: where torch can use one"
+        None, affects_result=False, description="one GPU per worker; null: where there is one"
     )
     cpus_per_worker: int | None = Key(
-        None, affects_result=False, ge=1, description="null: the most that lets all run at once"
+        None, affects_result=False, ge=1, description="null: an even share of the CPUs"
     )
     max_failures: int = Key(
-        3, affects_result=False, ge=0, description="worker failures a Ray Train run survives"
+        3, affects_result=False, ge=0, description="how many worker failures to recover from"
     )
     save_every: int | None = Key(
         None,
@@ -105,18 +98,18 @@ class TrainingKeys(Strict):
         description="steps between training states; null: a tenth of the steps",
     )
     keep_state: bool = Key(
-        False, affects_result=False, description="keep the last training state when finished"
+        False, affects_result=False, description="keep the last training state after the run"
     )
     log_every: int | None = Key(
         None,
         affects_result=False,
         ge=1,
-        description="steps between looks at the loss; null: 1 on CPU, 10 on GPU",
+        description="steps between readings of the loss; null: 1 on CPU, 10 on GPU",
     )
     mlflow: TrackingSettings = Key(TrackingSettings(), affects_result=False)
 
     @model_validator(mode="after")
-    def _divisible(self) -> TrainingKeys:
+    def _divisible(self) -> TrainingSettings:
         if self.global_batch_size % self.num_workers:
             raise ValueError(
                 f"global_batch_size {self.global_batch_size} is not divisible by num_workers "
@@ -141,20 +134,22 @@ class TrainingKeys(Strict):
         return self.save_every or max(1, math.ceil(num_steps / 10))
 
 
-class Architecture(Strict):
-    """A decoder made from nothing; ``extra`` goes to the transformers config as it is."""
+class ModelShape(Strict):
+    """Architecture and sizes of a decoder with fresh weights."""
 
-    model_type: str = "olmo"
+    model_type: str = Field("olmo", description="transformers' name of the architecture")
     n_layers: int = Field(ge=1)
     d_model: int = Field(ge=1)
-    d_mlp: int = Field(ge=1)
+    d_mlp: int = Field(ge=1, description="memories per layer")
     n_heads: int = Field(ge=1)
-    tie_embeddings: bool = True
+    tie_embeddings: bool = Field(True, description="use the embedding as the output head")
     max_positions: int | None = Field(None, ge=2, description="null: sequence_length")
-    extra: dict[str, Any] = Field(default_factory=dict)
+    extra: dict[str, Any] = Field(
+        default_factory=dict, description="further keys of the transformers config"
+    )
 
     @model_validator(mode="after")
-    def _heads(self) -> Architecture:
+    def _heads(self) -> ModelShape:
         if self.d_model % self.n_heads:
             raise ValueError(f"d_model {self.d_model} is not divisible by n_heads {self.n_heads}")
         return self
@@ -168,10 +163,14 @@ class Biographies(Strict):
 
     num_people: int = Field(64, ge=4)
     documents_per_person: int = Field(48, ge=1)
-    num_new_people: int = Field(16, ge=2, description="facts to inject; none is in the corpus")
-    num_once: int | None = Field(None, ge=0, description="of the new people; null: 6 of 13")
+    num_new_people: int = Field(16, ge=2, description="people to inject; none is in the corpus")
+    num_once: int | None = Field(
+        None, ge=0, description="new people injected only once; null: 6 of 13"
+    )
     num_other_people: int = Field(
-        32, ge=1, description="in other_documents.jsonl.gz alone: a corpus to go on with"
+        32,
+        ge=1,
+        description="people in other_documents.jsonl.gz alone, for continual learning",
     )
     num_questions: int = Field(200, ge=4)
     seed: int = Field(0, ge=0)
@@ -185,7 +184,7 @@ class PretrainData(Strict):
     tokenizer: str | None = Field(None, description="tokenizer.json, folder or repo")
     vocab_size: int | None = Field(None, ge=260, description="train a BPE of this size instead")
     eos_token_id: int | None = Field(None, ge=0, description="default: the tokenizer's")
-    num_instances: int | None = Field(None, ge=1, description="null: all that the documents give")
+    num_instances: int | None = Field(None, ge=1, description="rows; null: all of them")
 
     @model_validator(mode="after")
     def _one_of_each(self) -> PretrainData:
@@ -197,13 +196,13 @@ class PretrainData(Strict):
 
 
 class CheckpointSteps(Strict):
-    """Which steps are kept as Hugging Face folders: a list, or a number with a spacing."""
+    """Steps whose weights are kept as Hugging Face folders: a list, or a number with a spacing."""
 
     steps: tuple[int, ...] | None = Field(None, description="explicit steps; 0 is allowed")
-    number: int | None = Field(None, ge=1, description="how many, the last step included")
+    number: int | None = Field(None, ge=1, description="how many steps, including the last")
     spacing: Literal["log", "linear"] = "log"
     first: int | None = Field(None, ge=1, description="first step of the log spacing")
-    include_start: bool = Field(False, description="also step 0, beside 'number'")
+    include_start: bool = Field(False, description="also keep step 0, in addition to number")
 
     @model_validator(mode="after")
     def _one(self) -> CheckpointSteps:
@@ -226,27 +225,27 @@ class CheckpointSteps(Strict):
         if number > num_steps:
             raise ValueError(f"{number} checkpoints need at least as many steps, not {num_steps}")
         if self.spacing == "linear":
-            found = [round(num_steps * (i + 1) / number) for i in range(number)]
+            steps = [round(num_steps * (i + 1) / number) for i in range(number)]
         else:
             first = min(self.first or max(1, num_steps // 32), num_steps)
             ratio = (num_steps / first) ** (1 / max(1, number - 1))
-            found = [round(first * ratio**i) for i in range(number)]
-            found[-1] = num_steps
+            steps = [round(first * ratio**i) for i in range(number)]
+            steps[-1] = num_steps
         for i in range(1, number):  # close steps round to the same one: push them apart
-            found[i] = max(found[i], found[i - 1] + 1)
+            steps[i] = max(steps[i], steps[i - 1] + 1)
         for i in range(number - 1, -1, -1):
-            found[i] = min(found[i], num_steps - (number - 1 - i))
-        return (0, *found) if self.include_start else tuple(found)
+            steps[i] = min(steps[i], num_steps - (number - 1 - i))
+        return (0, *steps) if self.include_start else tuple(steps)
 
 
-class PretrainStudy(TrainingKeys):
+class PretrainStudy(TrainingSettings):
     """``ke-ray pretrain``: a model from scratch, kept at many steps."""
 
     kind: Literal["pretrain"] = "pretrain"
-    model: Architecture
+    model: ModelShape
     data: PretrainData
-    num_steps: int = Field(ge=1)
-    seed: int = Field(0, ge=0, description="of the initial weights and of the order of rows")
+    num_steps: int = Field(ge=1, description="updates")
+    seed: int = Field(0, ge=0, description="seed of the initial weights and of the order of rows")
     checkpoints: CheckpointSteps = CheckpointSteps(number=10)
 
     @model_validator(mode="after")

@@ -1,7 +1,7 @@
-"""Which text is in which row of which step.
+"""Order of the corpus over the rows and steps of a run.
 
-With N instances and a global batch of B rows there are N // B steps in an epoch (what is left of
-a permutation is passed over), and row r of step s (from 1) in epoch e is the data set's instance ::
+With N instances and a global batch of B rows there are N // B steps in an epoch (the rest of a
+permutation is skipped), and row r of step s (from 1) in epoch e is the data set's instance ::
 
     order(e)[(s − 1 − e · (N // B)) · B + r]
 
@@ -15,8 +15,6 @@ from typing import Protocol
 import numpy as np
 
 from ke_ray.errors import DataError
-
-__all__ = ["BatchPlan", "TokenRows"]
 
 
 class TokenRows(Protocol):

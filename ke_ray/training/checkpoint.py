@@ -1,4 +1,4 @@
-"""Training states: what a killed run needs to go on as if nothing had happened.
+"""Training states, from which a killed run resumes as if it had not been killed.
 
 A state is a folder ``step<NNNNNNNN>`` under any storage URI::
 
@@ -8,9 +8,9 @@ A state is a folder ``step<NNNNNNNN>`` under any storage URI::
     records.json             rows recorded so far (losses, probes, …)
     state.json               step, data position, identity, sizes of the files above; written last
 
-``state.json`` makes a state valid: a folder without it, or whose files have other sizes, is what
-a kill left behind and is passed over. On one CPU worker a resumed run is bitwise the undisturbed
-one. No pickle is read or written.
+``state.json`` makes a state valid: a folder without it, or whose files have other sizes, was left
+incomplete by a kill and is skipped. On one CPU worker a resumed run equals the undisturbed one bit
+by bit. No pickle is read or written.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import nn
+from torch.distributed.tensor import distribute_tensor
 
 from ke_ray import storage
 from ke_ray.errors import TrainingError
@@ -36,22 +37,13 @@ from ke_ray.training.parallel import (
     unwrap,
 )
 
-__all__ = [
-    "TrainingState",
-    "full_tensors",
-    "latest_step",
-    "load_state",
-    "remove_states",
-    "save_state",
-]
-
 STATE_VERSION = 1
 _log = logging.getLogger(__name__)
 
 
 @dataclass
 class TrainingState:
-    """Where a run stands, apart from its tensors."""
+    """Progress and records of a run, apart from its tensors."""
 
     step: int = 0
     num_tokens: int = 0
@@ -60,7 +52,7 @@ class TrainingState:
     records: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     def record(self, table: str, row: dict[str, Any]) -> None:
-        """Append a row, to be kept with the next saved state."""
+        """Append a row, which is saved with the next state."""
         self.records.setdefault(table, []).append(row)
 
 
@@ -105,7 +97,7 @@ def save_state(
 
     Args:
         identity: fingerprint of the run, compared on load.
-        keep: how many states to leave; older ones are removed after this one is complete.
+        keep: how many states to keep; older ones are removed after this one is complete.
     """
     tensors = full_tensors(model)
     moments: dict[str, torch.Tensor] = {}
@@ -166,10 +158,10 @@ def load_state(
     *,
     identity: str,
 ) -> TrainingState | None:
-    """Put the newest usable state into ``model`` and ``optimizer``; None where there is none.
+    """Load the newest usable state into ``model`` and ``optimizer``; None where there is none.
 
     Raises:
-        TrainingError: the state is of another run (``identity`` differs).
+        TrainingError: the state belongs to another run (``identity`` differs).
     """
     for step in reversed(_steps(uri)):
         folder = storage.join(uri, _folder(step))
@@ -178,13 +170,15 @@ def load_state(
             continue
         if meta.get("identity") != identity or meta.get("state_version") != STATE_VERSION:
             raise TrainingError(
-                f"The training state in '{folder}' is of another study or version; give another "
-                "output folder, or remove that one."
+                f"The training state in '{folder}' belongs to another study or version; give "
+                "another output folder, or remove that one."
             )
         try:
             saved = _read_files(folder, meta)
         except (OSError, ValueError, LookupError, RecursionError, SafetensorError) as error:
-            _log.warning("the training state in %s is damaged (%s); taking an older", folder, error)
+            _log.warning(
+                "the training state in %s is damaged (%s); using an older one", folder, error
+            )
             continue
         _restore(model, optimizer, saved["model"], saved["optimizer"])
         _restore_rng(saved["rng"], worker)
@@ -198,20 +192,20 @@ def load_state(
 
 
 def _read_files(folder: str, meta: dict[str, Any]) -> dict[str, Any]:
-    """What the files of a state hold, by their names without ending.
+    """Contents of a state's files, by their names without ending.
 
     Raises:
         OSError, ValueError, LookupError, RecursionError, SafetensorError: a file is missing, has
-            another size than it was written with, or does not hold what it should.
+            another size than it was written with, or is malformed.
     """
-    found: dict[str, Any] = {}
+    contents: dict[str, Any] = {}
     for name, size in meta["sizes"].items():
         payload = storage.read_bytes(storage.join(folder, name))
         if len(payload) != size:
             raise ValueError(f"{name} has {len(payload)} bytes, not {size}")
         stem, _, kind = name.rpartition(".")
-        found[stem] = json.loads(payload) if kind == "json" else load_safetensors(payload)
-    return {name: found[name] for name in ("model", "optimizer", "rng", "records")}
+        contents[stem] = json.loads(payload) if kind == "json" else load_safetensors(payload)
+    return {name: contents[name] for name in ("model", "optimizer", "rng", "records")}
 
 
 def _restore(
@@ -222,8 +216,8 @@ def _restore(
 ) -> None:
     targets = _named_tensors(model)
     if set(saved) != set(targets):
-        odd = sorted(set(saved) ^ set(targets))[:3]
-        raise TrainingError(f"The training state has other tensors than the model: {odd}.")
+        different = sorted(set(saved) ^ set(targets))[:3]
+        raise TrainingError(f"The training state has other tensors than the model: {different}.")
     with torch.no_grad():
         for name, target in targets.items():
             target.copy_(_like(saved[name], target))
@@ -249,9 +243,7 @@ def _like(value: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     mesh = getattr(target, "device_mesh", None)
     if mesh is None or value.ndim == 0:
         return value.to(target.device, copy=True)
-    from torch.distributed.tensor import distribute_tensor
-
-    # Every worker has read the whole tensor and keeps its own part: nothing is sent.
+    # Every worker has read the whole tensor and keeps its own part; nothing is sent.
     placements = target.placements  # type: ignore[attr-defined]
     whole = value.to(target.device)
     return distribute_tensor(whole, mesh, placements, src_data_rank=None).clone()

@@ -1,10 +1,10 @@
-"""One continual-learning run: a start, a corpus, injected facts, and what became of both.
+"""One continual-learning run: a start trained on a corpus with injected facts, and evaluated.
 
 load → [resuscitate] → snapshot → train with injections, probes at chosen steps → snapshot. No Ray:
 ``ke_ray.engine.train.continual`` runs it on Ray Train, sweep trials in their own actors.
 
-A run keeps everything in ``<output>/runs/<run>/``: ``before.json`` (so that a resumed run still
-knows its start), ``state/`` while it trains, its part of each table, ``final/`` (the trained model)
+A run keeps everything in ``<output>/runs/<run>/``: ``before.json`` (the start's snapshots, for a
+resumed run), ``state/`` while it trains, its part of each table, ``final/`` (the trained model)
 and, last of all, ``run.json``, which makes it finished.
 """
 
@@ -13,11 +13,20 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import nn
 
 from ke_ray import storage
+from ke_ray.checkpoints.fetch.cache import Store
+from ke_ray.checkpoints.formats.fingerprint import weights_sha256
+from ke_ray.data.injection import injection_records
+from ke_ray.data.tokenizer import save_tokenizer
+from ke_ray.models.loading import load_model, require_head
 from ke_ray.results.training_folder import write_tables
+from ke_ray.resuscitation.apply import resuscitate
+from ke_ray.resuscitation.coefficients import coefficients_of
 from ke_ray.studies.continual import ContinualStudy
 from ke_ray.training.checkpoint import TrainingState, remove_states
 from ke_ray.training.dynamics import dynamics_tables
@@ -43,22 +52,36 @@ from ke_ray.training.snapshot import (
 )
 from ke_ray.training.tracking import log_progress, run_params, tracked_run
 
-if TYPE_CHECKING:
-    from torch import nn
-
-__all__ = ["run_continual"]
-
 ProgressCallback = Callable[..., None]
 
 
 @dataclass(frozen=True)
-class _Start:
-    """The model as loaded and, where it was resuscitated, what was known of it before."""
+class _Before:
+    """Snapshots of the start, which outlive a killed attempt in ``before.json``.
 
-    model: Any
+    Attributes:
+        start: of the model that is trained.
+        original: of the start before its resuscitation; None where it was not resuscitated.
+        predicted_entropy_nats: of the resuscitated start, the sum over layers.
+        notes: tags about the coefficients.
+    """
+
+    start: Snapshot
     original: Snapshot | None = None
     predicted_entropy_nats: float | None = None
     notes: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> _Before:
+        snapshots = {
+            name: Snapshot.from_json(values[name]) if values[name] else None
+            for name in ("start", "original")
+        }
+        return cls(
+            **snapshots,  # type: ignore[arg-type]
+            predicted_entropy_nats=values["predicted_entropy_nats"],
+            notes=values["notes"],
+        )
 
 
 def run_continual(
@@ -69,12 +92,12 @@ def run_continual(
     parent_id: str | None = None,
     on_probes: Callable[[int, Snapshot], None] | None = None,
 ) -> dict[str, Any]:
-    """Run (or go on with, or find finished) one run; call it on every worker.
+    """Start or resume one run, unless it is finished; call it on every worker.
 
     Args:
         on_progress: ``(progress, run=…, next_injection=…)`` on the main worker.
-        parent_id: MLflow run to be a child of.
-        on_probes: ``(step, snapshot)`` on the main worker whenever the probes were asked.
+        parent_id: id of the parent MLflow run.
+        on_probes: ``(step, snapshot)`` on the main worker whenever the facts were probed.
 
     Returns:
         The row of ``runs.parquet``.
@@ -82,8 +105,6 @@ def run_continual(
     Raises:
         KeRayError: bad input, a broken checkpoint, a loss that is not finite.
     """
-    from ke_ray.checkpoints.fetch.cache import Store
-
     worker = worker or Worker()
     row = read_row(study, spec)
     barrier(worker)
@@ -93,7 +114,7 @@ def run_continual(
         folder = store.fetch(spec.ref)
         start = read_start(study, spec.ref, folder)
         if worker.is_main:
-            load_inputs(study, start, spec.seed)  # packs the corpus once, the others find it
+            load_inputs(study, start, spec.seed)  # packs the corpus once, for all workers
         barrier(worker)
         inputs = load_inputs(study, start, spec.seed)
         with tracked_run(
@@ -136,10 +157,9 @@ class _Run:
         self.identity = run_identity(study, spec)
 
     def go(self, checkpoint: str) -> dict[str, Any]:
-        """The whole run."""
+        """Train and evaluate the model in the folder ``checkpoint``."""
         started = time.perf_counter()
-        start = self._load(checkpoint)
-        before = self._before(start)
+        model, before = self._start(checkpoint)
         log = log_progress(self.run, self.inputs.num_steps)
 
         def show(progress: Progress) -> None:
@@ -149,10 +169,10 @@ class _Run:
                 upcoming = plan.next_injection(progress.record.step) if plan else None
                 self.on_progress(progress, run=self.spec.name, next_injection=upcoming)
 
-        # Probes need facts; without them there is nothing to ask on the way.
-        steps = self.inputs.probe_steps if self.inputs.asked.probes else ()
+        # Without facts there is nothing to probe on the way.
+        steps = self.inputs.probe_steps if self.inputs.questions.probes else ()
         state = train(
-            start.model,
+            model,
             self.inputs.rows,
             self.study,
             num_steps=self.inputs.num_steps,
@@ -168,74 +188,76 @@ class _Run:
         )
         final = storage.join(self.folder, "final") if self.study.keep_final else None
         if final is not None:
-            export_model(start.model, final, self.worker, self._tokenizer_folder())
-        whole = whole_model(start.model, self.worker)
+            export_model(model, final, self.worker, self._tokenizer_folder())
+        whole = whole_model(model, self.worker)
         row: dict[str, Any] = {}
         if whole is not None and before is not None:
             after = self._after(whole)
-            self.run.flush()  # where the store answers, the run's id is known from here on
+            self.run.flush()  # where the store answers, this waits for the run's id
             row = self._row(before, after, state, final, time.perf_counter() - started)
             self._write(before, after, state, row)
         barrier(self.worker)
         return row
 
-    def _load(self, checkpoint: str) -> _Start:
-        from ke_ray.models.loading import load_model, require_head
+    def _start(self, checkpoint: str) -> tuple[Any, _Before | None]:
+        """Load the start, resuscitate it where the study says so, and evaluate it.
 
+        Returns:
+            the model and, on the main worker, its snapshots.
+        """
         model = load_model(checkpoint, device=self.worker.device)
         require_head(model, "Continual training")
-        keys = self.study.resuscitation
-        if keys is None:
-            return _Start(model)
-        from ke_ray.resuscitation.start import revive
+        before = self._read_before() if self.worker.is_main else None
+        original, record = None, None
+        if (settings := self.study.resuscitation) is not None:
+            if before is None and self.worker.is_main:
+                original = take_snapshot(model, self.study, self.inputs.questions)
+            coefficients = coefficients_of(
+                settings,
+                lambda: weights_sha256(checkpoint),
+                self.spec.ref.name,
+                lambda: self._measured_coefficients(model),
+            )
+            record = resuscitate(model, settings, coefficients)
+        if self.worker.is_main:
+            if before is None:
+                start = take_snapshot(model, self.study, self.inputs.questions)
+                before = _Before(start, original)
+                if record is not None and record.coefficients is not None:
+                    before = _Before(
+                        start,
+                        original,
+                        sum(record.predicted_entropy_nats),
+                        {
+                            "coefficients": record.coefficients,
+                            "coefficients_verified": str(record.coefficients_verified),
+                        },
+                    )
+                values = {"identity": self.identity, **asdict(before)}
+                storage.write_json(self._before_path, values)
+            self._log_snapshot(before.start, 0, "before")
+            if self.on_probes is not None and before.start.probe_rows:
+                self.on_probes(0, before.start)
+        barrier(self.worker)
+        return model, before
 
-        known = self._read_before()
-        original = None
-        if known is None and self.worker.is_main:
-            original = take_snapshot(model, self.study, self.inputs.asked)
-        revived = revive(model, checkpoint, self.spec.ref, self._measured, keys)
-        return _Start(model, original, revived.predicted_entropy_nats, revived.notes)
-
-    def _measured(self, model: Any) -> Any:
-        """C̄ of the start on the study's own entropy corpus."""
+    def _measured_coefficients(self, model: Any) -> Any:
+        """C̄ of the start on the study's own entropy text."""
         assert self.study.entropy is not None
-        assert self.inputs.asked.entropy is not None
-        corpus, size = self.inputs.asked.entropy, self.study.entropy.batch_size
+        assert self.inputs.questions.entropy is not None
+        corpus, size = self.inputs.questions.entropy, self.study.entropy.batch_size
         return coefficient_sums(model, corpus, size).mean("coefficients")
 
-    def _read_before(self) -> dict[str, Any] | None:
-        path = storage.join(self.folder, "before.json")
-        if not storage.exists(path):
-            return None
-        known = storage.read_json(path)
-        return known if known.get("identity") == self.identity else None
+    @property
+    def _before_path(self) -> str:
+        return storage.join(self.folder, "before.json")
 
-    def _before(self, start: _Start) -> dict[str, Any] | None:
-        """The start's snapshots (main worker only), from an earlier attempt where there was one."""
-        if not self.worker.is_main:
-            barrier(self.worker)
+    def _read_before(self) -> _Before | None:
+        """The snapshots that an earlier attempt at this very run took of its start."""
+        if not storage.exists(self._before_path):
             return None
-        known = self._read_before()
-        if known is None:
-            snapshot = take_snapshot(start.model, self.study, self.inputs.asked)
-            known = {
-                "identity": self.identity,
-                "start": snapshot.to_json(),
-                "original": start.original.to_json() if start.original else None,
-                "predicted_entropy_nats": start.predicted_entropy_nats,
-                "notes": start.notes,
-            }
-            storage.write_json(storage.join(self.folder, "before.json"), known)
-        known = {
-            **known,
-            "start": Snapshot.from_json(known["start"]),
-            "original": Snapshot.from_json(known["original"]) if known["original"] else None,
-        }
-        self._log_snapshot(known["start"], 0, "before")
-        if self.on_probes is not None and known["start"].probe_rows:
-            self.on_probes(0, known["start"])
-        barrier(self.worker)
-        return known
+        values = storage.read_json(self._before_path)
+        return _Before.from_json(values) if values.get("identity") == self.identity else None
 
     def _inject(self, step: int, first_row: int, rows: Any) -> Any:
         assert self.inputs.plan is not None
@@ -244,22 +266,20 @@ class _Run:
     def _probe(self, step: int, model: nn.Module, state: TrainingState) -> None:
         whole = whole_model(model, self.worker)
         if whole is not None:
-            found = take_snapshot(whole, self.study, self.inputs.asked, probes_only=True)
-            record_probes(state, step, found)
-            self._log_snapshot(found, step, None)
+            snapshot = take_snapshot(whole, self.study, self.inputs.questions, probes_only=True)
+            record_probes(state, step, snapshot)
+            self._log_snapshot(snapshot, step, None)
             if self.on_probes is not None:
-                self.on_probes(step, found)
+                self.on_probes(step, snapshot)
         barrier(self.worker)
 
     def _after(self, model: Any) -> Snapshot:
-        after = take_snapshot(model, self.study, self.inputs.asked)
+        after = take_snapshot(model, self.study, self.inputs.questions)
         self._log_snapshot(after, self.inputs.num_steps, "after")
         return after
 
     def _tokenizer_folder(self) -> str | None:
-        """A folder with the start's tokenizer (lm-eval and others need it beside the weights)."""
-        from ke_ray.data.tokenizer import save_tokenizer
-
+        """A folder with the start's tokenizer, which lm-eval and others need beside the weights."""
         folder = storage.join(self.folder, "tokenizer")
         if self.worker.is_main:
             start = self.inputs.start
@@ -267,28 +287,28 @@ class _Run:
         barrier(self.worker)
         return folder
 
-    def _log_snapshot(self, found: Snapshot, step: int, when: str | None) -> None:
-        metrics: dict[str, Any] = {"probes/knowledge_nats_per_token": found.knowledge}
-        for row in found.probe_rows:
+    def _log_snapshot(self, snapshot: Snapshot, step: int, when: str | None) -> None:
+        metrics: dict[str, Any] = {"probes/knowledge_nats_per_token": snapshot.knowledge}
+        for row in snapshot.probe_rows:
             metrics[f"probes/{row['setting']}/{row['level']}"] = row["logprob_per_token"]
         if when is not None:
-            metrics["downstream/accuracy"] = found.accuracy
-            for task in found.downstream:
+            metrics["downstream/accuracy"] = snapshot.accuracy
+            for task in snapshot.downstream:
                 metrics[f"downstream/{task['task']}"] = task["value"]
-            metrics["knowledge_entropy/total_nats"] = found.entropy_nats
-            if found.perplexity:
-                metrics["held_out/perplexity"] = found.perplexity["perplexity"]
+            metrics["knowledge_entropy/total_nats"] = snapshot.entropy_nats
+            if snapshot.perplexity:
+                metrics["held_out/perplexity"] = snapshot.perplexity["perplexity"]
         self.run.log_metrics({k: v for k, v in metrics.items() if v is not None}, step)
 
     def _row(
         self,
-        before: dict[str, Any],
+        before: _Before,
         after: Snapshot,
         state: TrainingState,
         final: str | None,
         duration_s: float,
     ) -> dict[str, Any]:
-        start, original = before["start"], before["original"]
+        start, original = before.start, before.original
         row = {
             **base_row(self.study, self.spec),
             "status": "ok",
@@ -318,44 +338,43 @@ class _Run:
                 "probe_logprob_original": original.knowledge,
                 "downstream_original": original.accuracy,
                 "knowledge_entropy_original_nats": original.entropy_nats,
-                "knowledge_entropy_predicted_nats": before["predicted_entropy_nats"],
+                "knowledge_entropy_predicted_nats": before.predicted_entropy_nats,
             }
         self.run.log_metrics(_result_metrics(row), self.inputs.num_steps)
-        if before["notes"]:
-            self.run.set_tags(before["notes"])
+        if before.notes:
+            self.run.set_tags(before.notes)
         return row
 
     def _write(
-        self, before: dict[str, Any], after: Snapshot, state: TrainingState, row: dict[str, Any]
+        self, before: _Before, after: Snapshot, state: TrainingState, row: dict[str, Any]
     ) -> None:
-        start = before["start"]
-        ahead = TrainingState()
-        if start.probe_rows:
-            record_probes(ahead, 0, start)
+        at_start = TrainingState()
+        record_probes(at_start, 0, before.start)
         records: dict[str, list[dict[str, Any]]] = {
-            name: [*ahead.records.get(name, []), *state.records.get(name, [])]
+            name: [*at_start.records.get(name, []), *state.records.get(name, [])]
             for name in ("train", "probes", "probe_items")
         }
         plan = self.inputs.plan
         if plan is not None:
-            from ke_ray.data.injection import injection_records
-
             steps = plan.injection_steps()
             records["injections"] = [r for step in steps for r in injection_records(plan, step)]
             records |= dynamics_tables(records["probe_items"], records["injections"])
-        snapshots = {"original": before["original"], "before": start, "after": after}
-        known = {when: found for when, found in snapshots.items() if found is not None}
+        snapshots = {"before": before.start, "after": after}
+        if before.original is not None:
+            snapshots = {"original": before.original, **snapshots}
         records["downstream"] = [
             {"when": when, **{k: v for k, v in task.items() if k != "items"}}
-            for when, found in known.items()
-            for task in found.downstream
+            for when, snapshot in snapshots.items()
+            for task in snapshot.downstream
         ]
         records["perplexity"] = [
-            {"when": when, **found.perplexity} for when, found in known.items() if found.perplexity
+            {"when": when, **snapshot.perplexity}
+            for when, snapshot in snapshots.items()
+            if snapshot.perplexity
         ]
         write_tables(self.folder, records, self.spec.name)
-        # The row ends the run for good, so MLflow hears of it first: a command killed between the
-        # two is done again, and no later one would mend the status.
+        # The row ends the run for good, so MLflow gets its status first: a command that is killed
+        # between the two does both again, but after the row no command would correct the status.
         self.run.finish("FINISHED")
         self.run.flush()
         write_row(self.study, self.spec, row)
@@ -363,11 +382,11 @@ class _Run:
             remove_states(self.states)
 
 
-def record_probes(state: TrainingState, step: int, found: Snapshot) -> None:
-    """Add a snapshot's probes to what is kept with the training state."""
-    for row in found.probe_rows:
+def record_probes(state: TrainingState, step: int, snapshot: Snapshot) -> None:
+    """Add a snapshot's probes to the records of a training state."""
+    for row in snapshot.probe_rows:
         state.record("probes", {"step": step, **row})
-    for item in found.probe_items:
+    for item in snapshot.probe_items:
         state.record("probe_items", {"step": step, **item})
 
 
@@ -385,8 +404,8 @@ def _interval_columns(name: str, interval: Any) -> dict[str, float | None]:
     }
 
 
-def _perplexity(found: Snapshot) -> float | None:
-    return _plain(found.perplexity["perplexity"]) if found.perplexity else None
+def _perplexity(snapshot: Snapshot) -> float | None:
+    return _plain(snapshot.perplexity["perplexity"]) if snapshot.perplexity else None
 
 
 def _result_metrics(row: dict[str, Any]) -> dict[str, float]:

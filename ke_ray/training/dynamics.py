@@ -16,8 +16,6 @@ import numpy as np
 from ke_ray.core.dynamics import dynamics, dynamics_intervals
 from ke_ray.data.facts import LEVELS
 
-__all__ = ["dynamics_tables"]
-
 
 def dynamics_tables(
     items: Sequence[dict[str, Any]], injections: Sequence[dict[str, Any]]
@@ -34,17 +32,17 @@ def dynamics_tables(
     points: list[dict[str, Any]] = []
     if not steps or not injected:
         return {"dynamics": rows, "retainability": points}
-    about: dict[tuple[str, int], set[int]] = defaultdict(set)
+    facts: dict[tuple[str, int], set[int]] = defaultdict(set)
     for row in injections:
-        about[row["setting"], int(row["step"])].add(int(row["instance"]))
+        facts[row["setting"], int(row["step"])].add(int(row["instance"]))
     for level in ("all", *LEVELS):
         curves = _curves(items, steps, level)
         # Injections of the same paragraphs (paraphrases) share one curve and one bootstrap.
         whole: dict[tuple[tuple[str, int], ...], Any] = {}
-        for setting in sorted({key[0] for key in about}):
+        for setting in sorted({key[0] for key in facts}):
             for number, step in enumerate(injected):
-                wanted = [(setting, i) for i in sorted(about[setting, step])]
-                paragraphs = tuple(key for key in wanted if key in curves)
+                pairs = [(setting, i) for i in sorted(facts[setting, step])]
+                paragraphs = tuple(key for key in pairs if key in curves)
                 if not paragraphs:
                     continue
                 if paragraphs not in whole:
@@ -53,24 +51,24 @@ def dynamics_tables(
                         dynamics(steps, matrix.mean(axis=1), injected),
                         dynamics_intervals(steps, matrix, injected).effectivity,
                     )
-                found, interval = (values[number] for values in whole[paragraphs])
+                curve, interval = (values[number] for values in whole[paragraphs])
                 key = {"setting": setting, "level": level, "injection": number + 1}
                 rows.append(
                     {
                         **key,
                         "step": step,
                         "num_paragraphs": len(paragraphs),
-                        "baseline_step": found.baseline_step,
-                        "lam_step": found.lam_step,
-                        "effectivity": _plain(found.effectivity),
+                        "baseline_step": curve.baseline_step,
+                        "lam_step": curve.lam_step,
+                        "effectivity": _plain(curve.effectivity),
                         "effectivity_low": _plain(interval.low),
                         "effectivity_high": _plain(interval.high),
-                        "decay": _plain(found.decay),
+                        "decay": _plain(curve.decay),
                     }
                 )
                 points += [
                     {**key, "lag": int(lag), "retainability": float(share)}
-                    for lag, share in zip(found.lags, found.retainability, strict=True)
+                    for lag, share in zip(curve.lags, curve.retainability, strict=True)
                 ]
     return {"dynamics": rows, "retainability": points}
 
@@ -79,13 +77,13 @@ def _curves(
     items: Sequence[dict[str, Any]], steps: Sequence[int], level: str
 ) -> dict[tuple[str, int], np.ndarray]:
     """Mean ℓ per target token of each paragraph at each step, [steps]."""
-    place = {step: i for i, step in enumerate(steps)}
+    index = {step: i for i, step in enumerate(steps)}
     sums: dict[tuple[str, int], np.ndarray] = {}
     counts: dict[tuple[str, int], np.ndarray] = {}
     for row in items:
         if level not in ("all", row["level"]):
             continue
-        key, i = (row["setting"], int(row["instance"])), place[int(row["step"])]
+        key, i = (row["setting"], int(row["instance"])), index[int(row["step"])]
         sums.setdefault(key, np.zeros(len(steps)))[i] += (
             row["logprob_summed"] / row["num_target_tokens"]
         )

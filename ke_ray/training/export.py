@@ -1,4 +1,4 @@
-"""Trained weights whole again, and as a Hugging Face folder with its tokenizer."""
+"""Trained weights, gathered and exported as a Hugging Face folder with its tokenizer."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from ke_ray import storage
 from ke_ray.checkpoints.formats.layout import TOKENIZER_FILES
 from ke_ray.models.saving import save_model
 from ke_ray.training.checkpoint import full_tensors
 from ke_ray.training.parallel import Worker, barrier
-
-__all__ = ["export_model", "whole_model"]
 
 
 def whole_model(model: nn.Module, worker: Worker) -> Any | None:
@@ -30,15 +30,12 @@ def whole_model(model: nn.Module, worker: Worker) -> Any | None:
     tensors = full_tensors(model)
     if not worker.is_main:
         return None
-    import torch
-    from transformers import AutoModelForCausalLM
-
     with torch.random.fork_rng(devices=[]):  # its first weights draw random numbers
         copy = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
-    places = {**dict(copy.named_parameters()), **dict(copy.named_buffers())}
+    targets = {**dict(copy.named_parameters()), **dict(copy.named_buffers())}
     with torch.no_grad():
         for name, tensor in tensors.items():
-            places[name].copy_(tensor)
+            targets[name].copy_(tensor)
     return copy.to(worker.device)
 
 
@@ -47,13 +44,13 @@ def export_model(
 ) -> None:
     """Write ``config.json``, ``model.safetensors`` and the tokenizer's files; whole or not at all.
 
-    Call it on every worker (sharded weights are gathered); the main one writes. A folder that is
-    there already is replaced.
+    Call it on every worker (sharded weights are gathered); the main one writes. An existing
+    folder is replaced.
 
     Args:
         model: a transformers model, sharded or not.
-        uri: the folder to make.
-        tokenizer_folder: URI of a folder whose tokenizer files go into it.
+        uri: the folder to write.
+        tokenizer_folder: URI of a folder whose tokenizer files are copied into it.
     """
     whole = whole_model(model, worker)
     if whole is not None:

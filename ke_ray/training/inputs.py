@@ -1,6 +1,6 @@
-"""What a continual-learning run reads: corpus, injections, probes, held-out text.
+"""Inputs of a continual-learning run: corpus, injections, probes, held-out text.
 
-All of it is made before the first step (and, by the driver, before the first worker starts), so
+All of them are made before the first step (and, by the driver, before the first worker starts), so
 that bad input is one message and no half-finished run.
 """
 
@@ -9,30 +9,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+
+from tokenizers import Tokenizer
 
 from ke_ray import storage
+from ke_ray.checkpoints.reference import CheckpointRef, find_tokenizer
+from ke_ray.data.corpus import Corpus, build_corpus
+from ke_ray.data.facts import FactSet, load_facts
+from ke_ray.data.injection import InjectionPlan, plan_injections
+from ke_ray.data.injection_schedule import load_schedule, schedule_from_facts
+from ke_ray.data.probes import build_probes
+from ke_ray.data.tokenizer import load_tokenizer
+from ke_ray.data.training_set import PackedDataset, prepare_training_set
 from ke_ray.errors import CheckpointSpecError, DataError
+from ke_ray.models.loading import load_config
 from ke_ray.studies.continual import ContinualStudy
-from ke_ray.training.snapshot import Asked
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
-    from ke_ray.checkpoints.reference import CheckpointRef
-    from ke_ray.data.facts import FactSet
-    from ke_ray.data.injection import InjectionPlan
-    from ke_ray.data.training_set import PackedDataset
-
-__all__ = ["RunInputs", "StartConfig", "load_inputs", "probe_steps", "read_start"]
+from ke_ray.studies.parts import EvaluationText
+from ke_ray.training.snapshot import Questions
 
 
 @dataclass(frozen=True)
 class StartConfig:
-    """What a starting checkpoint says about its tokens."""
+    """Tokenizer and sizes of a starting checkpoint."""
 
     tokenizer: Tokenizer
-    tokenizer_place: str
     eos_token_id: int
     vocab_size: int
     max_positions: int | None
@@ -45,33 +45,28 @@ class RunInputs:
     Attributes:
         rows: the training rows of one seed.
         num_steps: epochs · (N // B).
-        plan: what is injected where; None: nothing.
-        asked: what snapshots ask.
-        probe_steps: completed steps after which the probes are asked; 0 and the last among them.
+        plan: which facts are injected where; None: none.
+        questions: on which snapshots evaluate the model.
+        probe_steps: completed steps after which the facts are probed, 0 and the last included.
     """
 
     start: StartConfig
     rows: PackedDataset
     num_steps: int
     plan: InjectionPlan | None
-    asked: Asked
+    questions: Questions
     probe_steps: tuple[int, ...]
 
 
 def read_start(study: ContinualStudy, ref: CheckpointRef, folder: str) -> StartConfig:
-    """Tokenizer and sizes of a checkpoint that lies in ``folder``; reads no weights.
+    """Read tokenizer and sizes of the checkpoint in ``folder``, but no weights.
 
     Raises:
         CheckpointSpecError: no tokenizer, no end-of-text id, or fewer positions than a row has.
     """
-    from ke_ray.checkpoints.reference import find_tokenizer
-    from ke_ray.data.tokenizer import load_tokenizer
-    from ke_ray.models.loading import load_config
-
     config = load_config(folder)
-    found = find_tokenizer(folder)
-    place = study.tokenizer or (str(found) if found else None)
-    if place is None:
+    tokenizer = study.tokenizer or find_tokenizer(folder)
+    if tokenizer is None:
         raise CheckpointSpecError(
             f"The checkpoint '{ref.label}' has no tokenizer.json; name its tokenizer with the key "
             "'tokenizer' (a file, a folder or a Hub repo)."
@@ -90,11 +85,11 @@ def read_start(study: ContinualStudy, ref: CheckpointRef, folder: str) -> StartC
             f"sequence_length {study.sequence_length} exceeds the {positions} positions of "
             f"'{ref.label}'; choose a shorter one."
         )
-    return StartConfig(load_tokenizer(place), place, int(eos), int(config.vocab_size), positions)
+    return StartConfig(load_tokenizer(str(tokenizer)), int(eos), int(config.vocab_size), positions)
 
 
 def cache_dir(study: ContinualStudy) -> str:
-    """Where packed corpora lie: local, whatever the output is."""
+    """The local folder for packed corpora, even where the output is remote."""
     if study.cache_dir is not None:
         return storage.join(study.cache_dir, "data")
     if storage.is_local(study.output):
@@ -103,13 +98,11 @@ def cache_dir(study: ContinualStudy) -> str:
 
 
 def load_inputs(study: ContinualStudy, start: StartConfig, seed: int) -> RunInputs:
-    """Corpus, injection plan and probes of one run.
+    """Read the corpus, the injection plan and the probes of one run.
 
     Raises:
         DataError: corpus too small, a schedule that does not fit the run, a probe too long, …
     """
-    from ke_ray.data.training_set import prepare_training_set
-
     rows = prepare_training_set(
         study.corpus.source,
         cache_dir(study),
@@ -124,66 +117,59 @@ def load_inputs(study: ContinualStudy, start: StartConfig, seed: int) -> RunInpu
     num_steps = study.epochs * rows.steps_per_epoch(study.global_batch_size)
     fact_sets = _load_facts(study)
     plan = _plan(study, start, fact_sets, num_steps)
-    probes: Sequence[Any] = ()
-    if fact_sets:
-        from ke_ray.data.probes import build_probes
-
-        probes = build_probes(fact_sets, start.tokenizer, max_positions=start.max_positions)
-    asked = Asked(
+    questions = Questions(
         start.tokenizer,
-        tuple(probes),
+        tuple(build_probes(fact_sets, start.tokenizer, max_positions=start.max_positions))
+        if fact_sets
+        else (),
         _corpus(study, start, study.held_out),
         _corpus(study, start, study.entropy),
     )
-    return RunInputs(start, rows, num_steps, plan, asked, probe_steps(study, plan, num_steps))
+    return RunInputs(start, rows, num_steps, plan, questions, probe_steps(study, plan, num_steps))
 
 
 def _load_facts(study: ContinualStudy) -> list[FactSet]:
-    from ke_ray.data.facts import load_facts
-
-    keys = study.injection
-    if keys is None:
+    injection = study.injection
+    if injection is None:
         return []
-    found = []
-    for setting, place, limit in (
-        ("paraphrase", keys.paraphrase, keys.limit_paraphrase),
-        ("once", keys.once, keys.limit_once),
+    fact_sets = []
+    for setting, source, limit in (
+        ("paraphrase", injection.paraphrase, injection.limit_paraphrase),
+        ("once", injection.once, injection.limit_once),
     ):
-        if place is None:
+        if source is None:
             continue
-        facts = load_facts(place, setting)
+        facts = load_facts(source, setting)
         if limit is not None and limit > len(facts.facts):
             raise DataError(
-                f"injection.limit_{setting} is {limit}, but '{place}' has {len(facts.facts)} facts."
+                f"injection.limit_{setting} is {limit}, but '{source}' has {len(facts.facts)} "
+                "facts."
             )
-        found.append(replace(facts, facts=facts.facts[:limit]))
-    return found
+        fact_sets.append(replace(facts, facts=facts.facts[:limit]))
+    return fact_sets
 
 
 def _plan(
     study: ContinualStudy, start: StartConfig, fact_sets: Sequence[FactSet], num_steps: int
 ) -> InjectionPlan | None:
-    from ke_ray.data.injection import plan_injections
-    from ke_ray.data.injection_schedule import load_schedule, schedule_from_facts
-
-    keys = study.injection
-    if keys is None:
+    injection = study.injection
+    if injection is None:
         return None
-    if keys.schedule is not None:
-        schedule = load_schedule(keys.schedule)
+    if injection.schedule is not None:
+        schedule = load_schedule(injection.schedule)
     else:
-        schedule = schedule_from_facts(fact_sets, num_injections=keys.count)
+        schedule = schedule_from_facts(fact_sets, num_injections=injection.count)
     plan = plan_injections(
         schedule,
         num_steps=num_steps,
         global_batch=study.global_batch_size,
         sequence_length=study.sequence_length,
         epochs=study.epochs,
-        interval=keys.every,
+        interval=injection.every,
         tokenizer=start.tokenizer,
         eos_token_id=start.eos_token_id,
         facts=fact_sets,
-        spread=keys.spread,
+        spread=injection.spread,
     )
     plan.check_vocabulary(start.vocab_size)
     return plan
@@ -192,36 +178,36 @@ def _plan(
 def probe_steps(
     study: ContinualStudy, plan: InjectionPlan | None, num_steps: int
 ) -> tuple[int, ...]:
-    """Completed steps after which the probes are asked, ascending; 0 and the last among them.
+    """Completed steps after which the facts are probed, ascending; 0 and the last included.
 
     Raises:
         DataError: a step that the run does not have.
     """
-    keys = study.probes
-    late = [step for step in keys.steps if not 0 <= step <= num_steps]
+    probes = study.probes
+    late = [step for step in probes.steps if not 0 <= step <= num_steps]
     if late:
         raise DataError(f"probes.steps {late} lie outside the run's steps 0..{num_steps}.")
-    steps = {0, num_steps, *keys.steps}
-    if keys.every is not None:
-        steps |= set(range(keys.every, num_steps, keys.every))
-    if keys.around_injections and plan is not None:
+    steps = {0, num_steps, *probes.steps}
+    if probes.every is not None:
+        steps |= set(range(probes.every, num_steps, probes.every))
+    if probes.around_injections and plan is not None:
         for step in plan.injection_steps():
             steps |= {step - 1, step}
     return tuple(sorted(steps))
 
 
-def _corpus(study: ContinualStudy, start: StartConfig, keys: Any) -> Any:
-    from ke_ray.data.corpus import build_corpus
-
-    if keys is None:
+def _corpus(
+    study: ContinualStudy, start: StartConfig, text: EvaluationText | None
+) -> Corpus | None:
+    if text is None:
         return None
     return build_corpus(
-        keys.name,
-        keys.source,
-        num_instances=keys.num_instances,
-        sequence_length=keys.sequence_length or study.sequence_length,
+        text.name,
+        text.source,
+        num_instances=text.num_instances,
+        sequence_length=text.sequence_length or study.sequence_length,
         tokenizer=start.tokenizer,
         eos_token_id=start.eos_token_id,
         vocab_size=start.vocab_size,
-        sampling=getattr(keys, "sampling", "first"),  # held-out text stays the source's beginning
+        sampling=text.sampling,
     )

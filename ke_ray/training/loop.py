@@ -7,8 +7,8 @@ the start. One step, on a worker that holds rows [first, stop) of the B global r
 
 Each worker sums over its micro-batches, divides by the *global* number of targets, and gradients
 are added over workers, so that neither the micro-batch nor the number of workers enters the
-result beyond rounding. Losses stay on the device and are looked at every ``log_every`` steps (and
-before anything is saved), so that a GPU never waits for the host in between.
+result beyond rounding. Losses stay on the device and are read every ``log_every`` steps (and before
+anything is saved), so that a GPU never waits for the host in between.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ke_ray.errors import NonFiniteLossError
-from ke_ray.studies.training import TrainingKeys
+from ke_ray.studies.training import TrainingSettings
 from ke_ray.training.batches import BatchPlan, TokenRows
 from ke_ray.training.checkpoint import TrainingState, load_state, save_state
 from ke_ray.training.optimizer import build_optimizer, clip_gradients
@@ -39,8 +39,6 @@ from ke_ray.training.parallel import (
     wrap_model,
 )
 from ke_ray.training.schedule import learning_rate_factor
-
-__all__ = ["Hooks", "Progress", "StepRecord", "row_losses", "train"]
 
 IGNORED = -100
 
@@ -60,7 +58,7 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class Progress:
-    """What a live display shows."""
+    """State of a run for live displays."""
 
     record: StepRecord
     num_steps: int
@@ -73,15 +71,15 @@ class Progress:
 
 @dataclass
 class Hooks:
-    """What a caller adds to the loop; all optional, all called on every worker.
+    """Callbacks of the loop; all optional, and called on every worker unless said otherwise.
 
     Attributes:
         transform: ``(step, first_row, rows int64 [n, T]) -> rows``: changes the batch of a step,
             given the global index of the first of its rows.
         after_step: ``(step, model, state)``: called at the steps of ``at_steps`` with the bare
-            model, in training mode; what it records with ``state.record`` is kept on resume.
+            model, in training mode; its ``state.record`` rows survive a resume.
         at_steps: the steps of ``after_step``; 0 means before the first update.
-        on_progress: called on the main worker whenever losses were looked at.
+        on_progress: called on the main worker whenever losses were read.
         on_saved: ``(state)``: after a training state was saved.
     """
 
@@ -112,7 +110,7 @@ def row_losses(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class _Pending:
-    """Losses of steps not looked at yet; tensors stay on the device."""
+    """Losses of steps that were not read yet; tensors stay on the device."""
 
     steps: list[int] = field(default_factory=list)
     row_sums: list[torch.Tensor] = field(default_factory=list)
@@ -124,7 +122,7 @@ class _Pending:
 def train(
     model: nn.Module,
     data: TokenRows,
-    keys: TrainingKeys,
+    settings: TrainingSettings,
     *,
     num_steps: int,
     worker: Worker | None = None,
@@ -132,40 +130,40 @@ def train(
     state_uri: str | None = None,
     identity: str = "",
 ) -> TrainingState:
-    """Train ``model`` in place for ``num_steps`` updates and return where it stands.
+    """Train ``model`` in place for ``num_steps`` updates.
 
     Args:
         model: a causal language model in float32, on ``worker.device``.
         data: the rows; row r of step s as :class:`BatchPlan` says.
-        keys: batch sizes, optimizer, schedule, precision, …
-        worker: this process among its fellows; default: alone, on the CPU.
-        state_uri: where training states are saved (every ``keys.state_interval`` steps and at
-            the end) and looked for: a run that was killed goes on from the newest.
-        identity: fingerprint of the run, so that it does not go on from another one's state.
+        settings: batch sizes, optimizer, schedule, precision, …
+        worker: this process among the workers; default: alone, on the CPU.
+        state_uri: where training states are saved (every ``settings.state_interval`` steps and at
+            the end) and looked for: a run that was killed resumes from the newest.
+        identity: fingerprint of the run, so that it does not resume from another one's state.
 
     Returns:
         The final state; ``records["train"]`` holds a row per step, fields of :class:`StepRecord`.
 
     Raises:
         DataError: the data set has fewer rows than one batch.
-        NonFiniteLossError: naming step and rows; earlier states stay where they are.
+        NonFiniteLossError: names step and rows; earlier states are kept.
     """
     worker, hooks = worker or Worker(), hooks or Hooks()
-    plan = BatchPlan(data, keys.global_batch_size)
-    local = keys.global_batch_size // worker.world_size
+    plan = BatchPlan(data, settings.global_batch_size)
+    local = settings.global_batch_size // worker.world_size
     first_row = worker.rank * local
-    micro = min(keys.rows_per_forward, local)
-    _prepare(model, keys)
-    wrapped = wrap_model(model, worker, strategy=keys.strategy, precision=keys.precision)
-    optimizer = build_optimizer(unwrap(wrapped), keys.optimizer)
+    micro = min(settings.rows_per_forward, local)
+    _prepare(model, settings)
+    wrapped = wrap_model(model, worker, strategy=settings.strategy, precision=settings.precision)
+    optimizer = build_optimizer(unwrap(wrapped), settings.optimizer)
     state = None
     if state_uri is not None:
         state = load_state(state_uri, wrapped, optimizer, worker, identity=identity)
     resumed = state is not None
     state = state or TrainingState()
-    begun = time.perf_counter() - state.elapsed_s
-    interval = keys.state_interval(num_steps)
-    log_every = keys.log_every or (10 if worker.device.startswith("cuda") else 1)
+    started = time.perf_counter() - state.elapsed_s
+    interval = settings.state_interval(num_steps)
+    log_every = settings.log_every or (10 if worker.device.startswith("cuda") else 1)
 
     if hooks.after_step and 0 in hooks.at_steps and not resumed:
         hooks.after_step(0, unwrap(wrapped), state)
@@ -174,10 +172,10 @@ def train(
         rows = data.rows(plan.instances(step, first_row, first_row + local))
         if hooks.transform is not None:
             rows = hooks.transform(step, first_row, rows)
-        factor = learning_rate_factor(keys.schedule, step, num_steps)
-        rate = keys.optimizer.learning_rate * factor
-        row_sums = _gradients(wrapped, rows, keys, worker, micro)
-        norm = clip_gradients(wrapped, keys.optimizer.max_grad_norm)
+        factor = learning_rate_factor(settings.schedule, step, num_steps)
+        rate = settings.optimizer.learning_rate * factor
+        row_sums = _gradients(wrapped, rows, settings, worker, micro)
+        norm = clip_gradients(wrapped, settings.optimizer.max_grad_norm)
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
@@ -191,7 +189,7 @@ def train(
         acts = hooks.after_step is not None and step in hooks.at_steps
         saves = state_uri is not None and (step % interval == 0 or step == num_steps)
         if step % log_every == 0 or step == num_steps or acts or saves:
-            _look(pending, state, keys, plan, worker, begun, rows.shape[1], first_row)
+            _read_losses(pending, state, settings, plan, worker, started, rows.shape[1], first_row)
             if hooks.on_progress and worker.is_main:
                 record = StepRecord(**state.records["train"][-1])
                 done = len(state.records["train"])
@@ -200,43 +198,43 @@ def train(
         if acts and hooks.after_step is not None:
             hooks.after_step(step, unwrap(wrapped), state)
         if saves and state_uri is not None:
-            state.elapsed_s = time.perf_counter() - begun
+            state.elapsed_s = time.perf_counter() - started
             save_state(state_uri, state, wrapped, optimizer, worker, identity=identity)
             if hooks.on_saved:
                 hooks.on_saved(state)
         if acts or saves:
             pending.started = time.perf_counter()
-    state.elapsed_s = time.perf_counter() - begun
+    state.elapsed_s = time.perf_counter() - started
     return state
 
 
-def _prepare(model: nn.Module, keys: TrainingKeys) -> None:
+def _prepare(model: nn.Module, settings: TrainingSettings) -> None:
     model.train()
     model.requires_grad_(True)
-    if keys.activation_checkpointing:
+    if settings.activation_checkpointing:
         model.gradient_checkpointing_enable(  # type: ignore[operator]
             gradient_checkpointing_kwargs={"use_reentrant": False}
         )
-    if keys.compile:
+    if settings.compile:
         for layer in decoder_layers(model):
             layer.compile()
 
 
 def _gradients(
-    model: nn.Module, rows: np.ndarray, keys: TrainingKeys, worker: Worker, micro: int
+    model: nn.Module, rows: np.ndarray, settings: TrainingSettings, worker: Worker, micro: int
 ) -> torch.Tensor:
-    """Adds this worker's part of the gradients; loss sums of its rows, float32 [n]."""
+    """Add this worker's part of the gradients; return loss sums of its rows, float32 [n]."""
     ids = torch.from_numpy(np.ascontiguousarray(rows, dtype=np.int64))
     device_type = torch.device(worker.device).type
     if device_type == "cuda":
         ids = ids.pin_memory().to(worker.device, non_blocking=True)
     # Wrappers average gradients over workers, hence the factor world_size.
-    scale = worker.world_size / (keys.global_batch_size * (ids.shape[1] - 1))
+    scale = worker.world_size / (settings.global_batch_size * (ids.shape[1] - 1))
     sums = []
     for start in range(0, len(ids), micro):
         with accumulate(model, last=start + micro >= len(ids)):
             autocast: contextlib.AbstractContextManager = contextlib.nullcontext()
-            if keys.precision == "bfloat16":
+            if settings.precision == "bfloat16":
                 autocast = torch.autocast(device_type, dtype=torch.bfloat16)
             with autocast:
                 losses = row_losses(model, ids[start : start + micro])
@@ -245,17 +243,17 @@ def _gradients(
     return torch.cat(sums)
 
 
-def _look(
+def _read_losses(
     pending: _Pending,
     state: TrainingState,
-    keys: TrainingKeys,
+    settings: TrainingSettings,
     plan: BatchPlan,
     worker: Worker,
-    begun: float,
+    started: float,
     sequence_length: int,
     first_row: int,
 ) -> None:
-    """Turns what is pending into records, once for all workers.
+    """Turn pending losses into records, with one reduction over the workers.
 
     Raises:
         NonFiniteLossError: a loss or a gradient norm is not finite.
@@ -263,14 +261,14 @@ def _look(
     totals = torch.stack([sums.sum() for sums in pending.row_sums])
     numbers = torch.stack([all_reduce_sum(totals, worker), torch.stack(pending.norms)]).tolist()
     now = time.perf_counter()
-    tokens = keys.global_batch_size * sequence_length
+    tokens = settings.global_batch_size * sequence_length
     rate = tokens * len(pending.steps) / max(now - pending.started, 1e-9)
     for i, (step, total, norm) in enumerate(zip(pending.steps, *numbers, strict=True)):
-        loss = total / (keys.global_batch_size * (sequence_length - 1))
+        loss = total / (settings.global_batch_size * (sequence_length - 1))
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            _stop(pending, i, loss, norm, plan, worker, first_row)
+            _refuse_losses(pending, i, loss, norm, plan, worker, first_row)
         state.num_tokens += tokens
-        state.elapsed_s = now - begun
+        state.elapsed_s = now - started
         record = StepRecord(
             step, state.num_tokens, loss, pending.rates[i], norm, rate, state.elapsed_s
         )
@@ -282,7 +280,7 @@ def _look(
     pending.started = now
 
 
-def _stop(
+def _refuse_losses(
     pending: _Pending,
     i: int,
     loss: float,
@@ -296,12 +294,12 @@ def _stop(
     bad: Sequence[int] = sorted(
         r for part in all_gather_objects([first_row + r for r in own], worker) for r in part
     )
-    where = "no row by itself: the gradients overflowed"
+    culprits = "no row by itself: the gradients overflowed"
     if bad:
         instances = plan.instances(step, 0, plan.global_batch_size)[list(bad[:8])].tolist()
         more = f" and {len(bad) - 8} more" if len(bad) > 8 else ""
-        where = f"global rows {list(bad[:8])}{more} (corpus instances {instances})"
+        culprits = f"global rows {list(bad[:8])}{more} (corpus instances {instances})"
     raise NonFiniteLossError(
         f"The loss is {loss} and the gradient norm {norm} at step {step}, batch {step - 1}: "
-        f"{where}. The last saved state is kept; lower the learning rate, or look at those rows."
+        f"{culprits}. The last saved state is kept; lower the learning rate, or check those rows."
     )

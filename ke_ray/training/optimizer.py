@@ -8,9 +8,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ke_ray.studies.training import OptimizerKeys
-
-__all__ = ["build_optimizer", "clip_gradients", "decayed_names"]
+from ke_ray.studies.training import OptimizerSettings
 
 
 def decayed_names(model: nn.Module) -> tuple[list[str], list[str]]:
@@ -33,7 +31,7 @@ def decayed_names(model: nn.Module) -> tuple[list[str], list[str]]:
     return decay, no_decay
 
 
-def build_optimizer(model: nn.Module, keys: OptimizerKeys) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
     """AdamW over ``model``'s trainable parameters in the two groups of :func:`decayed_names`.
 
     Build it after FSDP has sharded the model: the shards are then what it updates.
@@ -41,16 +39,16 @@ def build_optimizer(model: nn.Module, keys: OptimizerKeys) -> torch.optim.AdamW:
     parameters = dict(model.named_parameters())
     decay, no_decay = decayed_names(model)
     groups = [
-        {"params": [parameters[n] for n in decay], "weight_decay": keys.weight_decay},
+        {"params": [parameters[n] for n in decay], "weight_decay": settings.weight_decay},
         {"params": [parameters[n] for n in no_decay], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
     on_gpu = all(p.is_cuda for p in parameters.values())
     return torch.optim.AdamW(
         groups,
-        lr=keys.learning_rate,
-        betas=keys.betas,
-        eps=keys.eps,
+        lr=settings.learning_rate,
+        betas=settings.betas,
+        eps=settings.eps,
         fused=True if on_gpu else None,
     )
 

@@ -1,4 +1,4 @@
-"""What a training worker knows about its fellows: rank, device, collectives, model wrappers.
+"""Parallel training: ranks, devices, collectives and model wrappers.
 
 Built on ``torch.distributed`` alone, so that the loop runs the same under Ray Train, under
 ``torch.multiprocessing`` and in a single process (where no process group is needed).
@@ -14,20 +14,10 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from ke_ray.errors import UnsupportedArchitectureError
-
-__all__ = [
-    "Worker",
-    "accumulate",
-    "all_gather_objects",
-    "all_reduce_sum",
-    "barrier",
-    "decoder_layers",
-    "full_tensor",
-    "unwrap",
-    "wrap_model",
-]
 
 
 @dataclass(frozen=True)
@@ -40,7 +30,7 @@ class Worker:
 
     @property
     def is_main(self) -> bool:
-        """Whether this worker writes what is written once."""
+        """Whether this is the worker that writes files."""
         return self.rank == 0
 
 
@@ -52,7 +42,7 @@ def all_reduce_sum(tensor: torch.Tensor, worker: Worker) -> torch.Tensor:
 
 
 def all_gather_objects(value: Any, worker: Worker) -> list[Any]:
-    """One picklable value of each worker, by rank."""
+    """Gather one picklable value from each worker, by rank."""
     if worker.world_size == 1:
         return [value]
     gathered: list[Any] = [None] * worker.world_size
@@ -89,7 +79,7 @@ def wrap_model(
     strategy: Literal["ddp", "fsdp"],
     precision: Literal["float32", "bfloat16"],
 ) -> nn.Module:
-    """The model made to train together with the other workers.
+    """Wrap a model so that all workers train it together.
 
     One worker: the model itself. ``ddp``: DistributedDataParallel. ``fsdp``: FSDP2, each decoder
     layer and then the rest sharded in place; under bfloat16 weights are gathered in bfloat16 and
@@ -102,9 +92,6 @@ def wrap_model(
         return nn.parallel.DistributedDataParallel(
             model, device_ids=ids, gradient_as_bucket_view=True
         )
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
     mesh = init_device_mesh(torch.device(worker.device).type, (worker.world_size,))
     policy = MixedPrecisionPolicy()
     if precision == "bfloat16":

@@ -1,21 +1,29 @@
-"""``ke-ray pretrain``: a model from scratch, kept as a checkpoint series.
+"""Pretraining of a model from scratch, kept as a checkpoint series.
 
 The output folder holds ``checkpoints/step<N>/`` (Hugging Face folders with the tokenizer),
 ``train.parquet``, ``tokenizer/``, ``data/`` (the packed corpus) and ``manifest.json``; while it
-runs also ``state/``, from which a killed run goes on.
+runs also ``state/``, from which a killed run resumes.
 """
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tokenizers import Tokenizer
+from torch import nn
 
 from ke_ray import storage
+from ke_ray.data.biographies import iter_biographies, make_people, write_biographies
+from ke_ray.data.documents import iter_documents
+from ke_ray.data.tokenizer import load_tokenizer, save_tokenizer, train_bpe
+from ke_ray.data.training_set import PackedDataset, prepare_training_set
 from ke_ray.errors import DataError
 from ke_ray.results.manifest import new_manifest, read_manifest, write_manifest
 from ke_ray.results.training_folder import write_tables
@@ -25,30 +33,20 @@ from ke_ray.studies.training import PretrainStudy
 from ke_ray.tracking.tracker import check_store
 from ke_ray.training.checkpoint import TrainingState, remove_states
 from ke_ray.training.export import export_model
+from ke_ray.training.initial import build_config, build_model
 from ke_ray.training.loop import Hooks, Progress, train
 from ke_ray.training.parallel import Worker, barrier
 from ke_ray.training.tracking import log_progress, tracked_run
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-    from torch import nn
-
-    from ke_ray.data.training_set import PackedDataset
-
-__all__ = [
-    "PretrainData",
-    "PretrainOutcome",
-    "is_finished",
-    "prepare_data",
-    "run_pretrain",
-]
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class PretrainOutcome:
-    """What a finished pretraining left."""
+    """Summary of a finished pretraining run.
+
+    ``skipped``: it was finished before.
+    """
 
     output: str
     checkpoint_steps: tuple[int, ...]
@@ -61,8 +59,8 @@ class PretrainOutcome:
 
 
 @dataclass(frozen=True)
-class PretrainData:
-    """What a pretraining reads."""
+class PretrainInputs:
+    """Tokenizer and training rows of a pretraining run."""
 
     tokenizer: Tokenizer
     eos_token_id: int
@@ -71,7 +69,7 @@ class PretrainData:
 
 
 def is_finished(study: PretrainStudy) -> bool:
-    """Whether the output folder holds this very study, finished.
+    """Whether the output folder holds this study, and it is finished.
 
     Raises:
         ResultsError: it holds another study, or results of another kind.
@@ -84,32 +82,26 @@ def is_finished(study: PretrainStudy) -> bool:
     return manifest.get("status") == "finished"
 
 
-def prepare_data(study: PretrainStudy) -> PretrainData:
-    """Tokenizer and packed corpus, made once and found again in the output folder.
+def prepare_data(study: PretrainStudy) -> PretrainInputs:
+    """Make tokenizer and packed corpus, or read them from the output folder.
 
     Raises:
-        DataError: the documents give fewer rows than a step takes, or no tokenizer is there.
+        DataError: the documents give fewer rows than a step takes, or there is no tokenizer.
     """
-    from ke_ray.data.tokenizer import load_tokenizer, save_tokenizer, train_bpe
-    from ke_ray.data.training_set import prepare_training_set
-
     data = study.data
-    _forget_other_data(study)
+    _remove_other_data(study)
     source = data.source or _biographies(study)
-    place = storage.join(study.output, "tokenizer")
-    if storage.exists(storage.join(place, "tokenizer.json")):
-        tokenizer = load_tokenizer(place)
-        eos = _eos_token_id(study, tokenizer)
+    folder = storage.join(study.output, "tokenizer")
+    is_saved = storage.exists(storage.join(folder, "tokenizer.json"))
+    if is_saved:
+        tokenizer = load_tokenizer(folder)
     elif data.vocab_size is not None:
-        from ke_ray.data.documents import iter_documents
-
         tokenizer = train_bpe((text for text, _ in iter_documents(source)), data.vocab_size)
-        eos = _eos_token_id(study, tokenizer)
-        save_tokenizer(tokenizer, place, eos_token_id=eos)
     else:
         tokenizer = load_tokenizer(data.tokenizer or "")
-        eos = _eos_token_id(study, tokenizer)
-        save_tokenizer(tokenizer, place, eos_token_id=eos)
+    eos = _eos_token_id(study, tokenizer)
+    if not is_saved:
+        save_tokenizer(tokenizer, folder, eos_token_id=eos)
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values())
     vocab_size = -(-(largest + 1) // 64) * 64  # a multiple of 64, as OLMo's embedding_size
     rows = prepare_training_set(
@@ -123,68 +115,61 @@ def prepare_data(study: PretrainStudy) -> PretrainData:
         seed=study.seed,
     )
     rows.steps_per_epoch(study.global_batch_size)  # refuses a corpus below one batch
-    return PretrainData(tokenizer, eos, vocab_size, rows)
+    return PretrainInputs(tokenizer, eos, vocab_size, rows)
 
 
-def _forget_other_data(study: PretrainStudy) -> None:
-    """Removes tokenizer and world that an attempt with other data keys left."""
-    note, keys = storage.join(study.output, "prepared.json"), study.data.model_dump(mode="json")
-    if storage.exists(note) and storage.read_json(note) == keys:
+def _remove_other_data(study: PretrainStudy) -> None:
+    """Remove tokenizer and world of an attempt whose ``data`` group was another."""
+    note, data = storage.join(study.output, "prepared.json"), study.data.model_dump(mode="json")
+    if storage.exists(note) and storage.read_json(note) == data:
         return
     for name in ("tokenizer", "world"):
-        place = storage.join(study.output, name)
-        for key, read in (("tokenizer", study.data.tokenizer), ("source", study.data.source)):
-            if read and f"{storage.absolute(read)}/".startswith(f"{storage.absolute(place)}/"):
+        folder = storage.join(study.output, name)
+        for key, path in (("tokenizer", study.data.tokenizer), ("source", study.data.source)):
+            if path and f"{storage.absolute(path)}/".startswith(f"{storage.absolute(folder)}/"):
                 raise DataError(
-                    f"data.{key} is '{read}', which pretraining with other data keys made in its "
-                    f"own output folder and would now remove; copy it elsewhere, or give another "
+                    f"data.{key} is '{path}', which pretraining with other data keys made in its "
+                    "own output folder and would now remove; copy it elsewhere, or give another "
                     "output folder."
                 )
-        storage.remove(place)
-    storage.write_json(note, keys)
+        storage.remove(folder)
+    storage.write_json(note, data)
 
 
 def _biographies(study: PretrainStudy) -> str:
-    """Writes the generated world where it is not there yet; its documents."""
-    import gzip
-
-    from ke_ray.data.biographies import iter_biographies, make_people, write_biographies
-
+    """Write the generated world, unless it is complete; return the path of its documents."""
     world = storage.join(study.output, "world")
-    keys = study.data.biographies
-    if keys is None:
-        raise DataError("This study has neither data.source nor data.biographies.")
-    done = storage.join(world, "world.json")
-    if not storage.exists(done):  # written last: without it the files may be half there
-        files = write_biographies(world, **keys.model_dump(exclude={"num_other_people"}))
-        first = keys.num_people + keys.num_new_people
-        others = make_people(first + keys.num_other_people, seed=keys.seed)[first:]
-        documents = iter_biographies(others, keys.documents_per_person, seed=keys.seed + 1)
+    settings = study.data.biographies
+    assert settings is not None, "the schema refuses this"
+    complete = storage.join(world, "world.json")
+    if not storage.exists(complete):  # written last: without it, files may be missing
+        files = write_biographies(world, **settings.model_dump(exclude={"num_other_people"}))
+        first = settings.num_people + settings.num_new_people
+        others = make_people(first + settings.num_other_people, seed=settings.seed)[first:]
+        documents = iter_biographies(others, settings.documents_per_person, seed=settings.seed + 1)
         text = "".join(json.dumps(document, ensure_ascii=False) + "\n" for document in documents)
-        place = storage.join(world, "other_documents.jsonl.gz")
-        storage.write_atomic(place, gzip.compress(text.encode(), 6, mtime=0))
-        storage.write_json(done, {"documents": files.documents, **keys.model_dump()})
+        path = storage.join(world, "other_documents.jsonl.gz")
+        storage.write_atomic(path, gzip.compress(text.encode(), 6, mtime=0))
+        storage.write_json(complete, {"documents": files.documents, **settings.model_dump()})
     return storage.join(world, "documents.jsonl.gz")
 
 
 def _cache_dir(output: str) -> str:
     if storage.is_local(output):
         return storage.join(output, "data")
-    from pathlib import Path
-
     return str(Path.home() / ".cache" / "ke_ray" / "data")
 
 
 def _eos_token_id(study: PretrainStudy, tokenizer: Tokenizer) -> int:
     if study.data.eos_token_id is not None:
         return study.data.eos_token_id
-    found = tokenizer.token_to_id("<|endoftext|>")
-    if found is None:
+    token_id = tokenizer.token_to_id("<|endoftext|>")
+    if token_id is None:
         raise DataError(
             f"The tokenizer '{study.data.tokenizer}' has no <|endoftext|>; give data.eos_token_id, "
             "the id to put between documents."
         )
-    return int(found)
+    return int(token_id)
 
 
 def run_pretrain(
@@ -194,31 +179,29 @@ def run_pretrain(
 ) -> PretrainOutcome:
     """Pretrain in this process (as one of several workers where ``worker`` says so).
 
-    A finished study is not run again; one that was killed goes on from its last saved state.
+    A finished study is not run again; one that was killed resumes from its last saved state.
 
     Args:
-        worker: None claims the output folder (``storage.ownership``); whoever starts workers has
-            claimed it for them.
+        worker: None: run alone and claim the output folder (``storage.ownership``). A driver
+            claims it for its workers.
 
     Raises:
-        ResultsError: the output folder is somebody else's, holds another study, or another
-            command is writing it.
+        ResultsError: the output folder is not ke_ray's, holds another study, or another command
+            is writing it.
         NonFiniteLossError: training broke down; the checkpoints so far are kept.
         StorageError: the MLflow store cannot be used; nothing was trained.
     """
     with claimed(study.output, "pretrain") if worker is None else nullcontext():
-        return _run_claimed(study, progress, worker or Worker())
+        return _run_claimed(study, progress, worker)
 
 
 def _run_claimed(
-    study: PretrainStudy, progress: Callable[[Progress], None] | None, worker: Worker
+    study: PretrainStudy, progress: Callable[[Progress], None] | None, worker: Worker | None
 ) -> PretrainOutcome:
-    from ke_ray.training.initial import build_config, build_model
-
     started = time.perf_counter()
     finished = is_finished(study)
     if worker is None and not finished:
-        check_store(study.mlflow)  # workers on Ray are past this: their driver has looked
+        check_store(study.mlflow)  # the driver of workers has checked it for them
     worker = worker or Worker()
     barrier(worker)
     if finished:
@@ -260,10 +243,10 @@ def _run_claimed(
         run.log_dataset("pretraining", data.rows.sha256, data.rows.source, "training")
         log = log_progress(run, study.num_steps)
 
-        def show(shown: Progress) -> None:
-            log(shown)
+        def show(update: Progress) -> None:
+            log(update)
             if progress is not None:
-                progress(shown)
+                progress(update)
 
         state = train(
             model,
@@ -297,7 +280,7 @@ def _run_claimed(
     barrier(worker)
     outcome = _finished_outcome(study)
     _log.info("pretrained in %.1f s", time.perf_counter() - started)
-    return PretrainOutcome(**{**outcome.__dict__, "skipped": False})
+    return replace(outcome, skipped=False)
 
 
 def _run_name(study: PretrainStudy) -> str:

@@ -1,4 +1,4 @@
-"""The runs of a continual-learning study: which there are, what names and identifies each.
+"""Runs of a continual-learning study: their list, names, identities and rows.
 
 A run keeps everything in ``<output>/runs/<run>/``; ``run.json`` there holds its identity and its
 row of ``runs.parquet``, and is written last.
@@ -7,29 +7,15 @@ row of ``runs.parquet``, and is written last.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ke_ray import storage
+from ke_ray.checkpoints.find.catalog import list_checkpoints
+from ke_ray.checkpoints.reference import CheckpointRef
 from ke_ray.errors import CheckpointSpecError
 from ke_ray.secrets import redact
 from ke_ray.studies.continual import ContinualStudy
 from ke_ray.studies.identity import identity, identity_keys
-
-if TYPE_CHECKING:
-    from ke_ray.checkpoints.reference import CheckpointRef
-
-__all__ = [
-    "RunSpec",
-    "base_row",
-    "list_runs",
-    "part_folder",
-    "read_row",
-    "run_identity",
-    "run_key",
-    "study_keys",
-    "write_failed",
-    "write_row",
-]
 
 
 @dataclass(frozen=True)
@@ -47,24 +33,28 @@ def list_runs(study: ContinualStudy) -> list[RunSpec]:
     Raises:
         CheckpointSpecError: the selection names nothing.
     """
-    from ke_ray.checkpoints.find.catalog import list_checkpoints
-
-    keys = study.starts
+    starts = study.starts
     refs = list_checkpoints(
-        keys.spec, revisions=keys.revisions, steps=keys.steps, every=keys.every, limit=keys.limit
+        starts.spec,
+        revisions=starts.revisions,
+        steps=starts.steps,
+        every=starts.every,
+        limit=starts.limit,
     )
-    if keys.nearest:
-        known = [ref for ref in refs if ref.step is not None]
-        if not known:
+    if starts.nearest:
+        numbered = [ref for ref in refs if ref.step is not None]
+        if not numbered:
             raise CheckpointSpecError(
-                f"starts.nearest is given, but no checkpoint of '{keys.spec}' has a step in its "
+                f"starts.nearest is given, but no checkpoint of '{starts.spec}' has a step in its "
                 "name; leave it out."
             )
-        picked = {min(known, key=lambda r: abs((r.step or 0) - step)) for step in keys.nearest}
-        refs = [ref for ref in refs if ref in picked]
-    if keys.spread is not None and keys.spread < len(refs):
-        last, gaps = len(refs) - 1, max(1, keys.spread - 1)
-        refs = [refs[last - round(i * last / gaps)] for i in range(keys.spread)][::-1]
+        nearest = {
+            min(numbered, key=lambda r: abs((r.step or 0) - step)) for step in starts.nearest
+        }
+        refs = [ref for ref in refs if ref in nearest]
+    if starts.spread is not None and starts.spread < len(refs):
+        last, gaps = len(refs) - 1, max(1, starts.spread - 1)
+        refs = [refs[last - round(i * last / gaps)] for i in range(starts.spread)][::-1]
     return [
         RunSpec(storage.slug(f"{ref.name}-seed{seed}"), ref, seed)
         for ref in refs
@@ -73,7 +63,7 @@ def list_runs(study: ContinualStudy) -> list[RunSpec]:
 
 
 def study_keys(study: ContinualStudy) -> dict[str, Any]:
-    """The keys that change a run's result; starts and seeds only say which runs there are."""
+    """The keys that change a run's result; starts and seeds only select the runs."""
     return identity_keys(study, without=("starts", "seeds"))
 
 
@@ -84,53 +74,54 @@ def run_identity(study: ContinualStudy, spec: RunSpec) -> str:
 
 
 def part_folder(study: ContinualStudy, spec: RunSpec) -> str:
-    """Where a run keeps what it has."""
+    """The folder of one run."""
     return storage.join(study.output, "runs", spec.name)
 
 
 def run_key(study: ContinualStudy, spec: RunSpec, parent_id: str | None = None) -> str:
-    """What a run's MLflow run is found again by.
+    """The key by which a run's MLflow run is looked up.
 
     Args:
-        parent_id: the sweep's run, else the output folder tells runs of one name apart; absolute,
-            since two working folders may log into one store.
+        parent_id: id of the sweep's MLflow run. Without one, the output folder distinguishes runs
+            of the same name; its path is absolute because two working folders may log into one
+            store.
     """
     return f"continual {parent_id or storage.absolute(study.output)} {spec.name}"
 
 
 def read_row(study: ContinualStudy, spec: RunSpec) -> dict[str, Any] | None:
-    """The run's row of ``runs.parquet``; None where it is not finished, or was another run."""
+    """The run's row of ``runs.parquet``; None where it is not finished, or of another identity."""
     path = storage.join(part_folder(study, spec), "run.json")
     if not storage.exists(path):
         return None
-    told = storage.read_json(path)
-    return told["row"] if told.get("identity") == run_identity(study, spec) else None
+    finished = storage.read_json(path)
+    return finished["row"] if finished.get("identity") == run_identity(study, spec) else None
 
 
 def base_row(study: ContinualStudy, spec: RunSpec) -> dict[str, Any]:
-    """The columns of a row that say which run it is."""
-    keys = study.resuscitation
+    """The columns of a row that identify the run."""
+    resuscitation = study.resuscitation
     return {
         "run": spec.name,
         "checkpoint": spec.ref.name,
         "step": spec.ref.step,
         "seed": spec.seed,
         "corpus": study.corpus.name,
-        "resuscitation_ratio": keys.ratio if keys else None,
-        "amplifying_factor": keys.factor if keys else None,
-        "control": keys.control if keys else None,
+        "resuscitation_ratio": resuscitation.ratio if resuscitation else None,
+        "amplifying_factor": resuscitation.factor if resuscitation else None,
+        "control": resuscitation.control if resuscitation else None,
     }
 
 
 def write_failed(
     study: ContinualStudy, spec: RunSpec, error: str, *, fit: str | None = None
 ) -> None:
-    """Keep a failed run's row; the next command (another ``fit``) tries the run again."""
+    """Write a failed run's row; the next command (another ``fit``) tries the run again."""
     row = {**base_row(study, spec), "status": "failed", "error": redact(error), "fit": fit}
     write_row(study, spec, row)
 
 
 def write_row(study: ContinualStudy, spec: RunSpec, row: dict[str, Any]) -> None:
-    """Keep a run's row, which makes it finished; write whatever else it has before."""
-    told = {"identity": run_identity(study, spec), "row": row}
-    storage.write_json(storage.join(part_folder(study, spec), "run.json"), told)
+    """Write a run's row, which makes it finished; call it after all else is written."""
+    values = {"identity": run_identity(study, spec), "row": row}
+    storage.write_json(storage.join(part_folder(study, spec), "run.json"), values)

@@ -14,12 +14,10 @@ from __future__ import annotations
 
 import math
 
-from ke_ray.studies.training import ScheduleKeys
-
-__all__ = ["learning_rate_factor"]
+from ke_ray.studies.training import ScheduleSettings
 
 
-def learning_rate_factor(schedule: ScheduleKeys, step: int, num_steps: int) -> float:
+def learning_rate_factor(schedule: ScheduleSettings, step: int, num_steps: int) -> float:
     """Factor in [0, 1] of the peak learning rate at update ``step`` (1 … ``num_steps``).
 
     Raises:

@@ -1,6 +1,6 @@
-"""What a model knows at one moment: probes, downstream tasks, perplexity, knowledge entropy.
+"""Snapshots of a model: probes, downstream tasks, perplexity and knowledge entropy.
 
-A snapshot goes through JSON unharmed, so that a resumed run still has the one of its start.
+A snapshot is stored as JSON without loss, so that a resumed run still has the one of its start.
 """
 
 from __future__ import annotations
@@ -8,37 +8,38 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
 
-from ke_ray.core.acquisition import Interval, TaskScore
+from ke_ray.core.acquisition import (
+    Interval,
+    TaskScore,
+    acquisition_interval,
+    forgetting_interval,
+    paragraph_means,
+)
+from ke_ray.core.measures import evaluate
+from ke_ray.core.statistics import GroupSums
+from ke_ray.data.corpus import Corpus
+from ke_ray.data.probes import Probe
 from ke_ray.errors import CheckpointError
+from ke_ray.evaluation.downstream import run_downstream
+from ke_ray.evaluation.perplexity import held_out_perplexity
+from ke_ray.evaluation.probes import score_probes
+from ke_ray.models.scoring import score_instances
 from ke_ray.studies.continual import ContinualStudy
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
-    from ke_ray.data.corpus import Corpus
-    from ke_ray.data.probes import Probe
-
-__all__ = [
-    "Asked",
-    "Snapshot",
-    "acquired",
-    "forgotten",
-    "take_snapshot",
-]
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What snapshots of a run ask; the same before and after.
+class Questions:
+    """Probes and texts on which a run's snapshots evaluate the model, the same before and after.
 
     Attributes:
-        probes: of the injected facts; empty: none.
-        held_out: of the old corpus, for perplexity.
-        entropy: the instances for knowledge entropy.
+        probes: of the injected facts; may be empty.
+        held_out: text of the old corpus, for perplexity.
+        entropy: instances for knowledge entropy.
     """
 
     tokenizer: Tokenizer
@@ -49,7 +50,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Results of one model.
+    """Evaluation of one model.
 
     Attributes:
         knowledge: K, nats per target token; None without probes.
@@ -105,53 +106,47 @@ def _number(value: float | None) -> float:
 
 
 def take_snapshot(
-    model: Any, study: ContinualStudy, asked: Asked, *, probes_only: bool = False
+    model: Any, study: ContinualStudy, questions: Questions, *, probes_only: bool = False
 ) -> Snapshot:
-    """Ask a model in memory all that the study asks (or the probes alone).
+    """Evaluate a model in memory as the study says (or on the probes alone).
 
     Raises:
-        CheckpointError: an answer is not finite.
-        DataError: a probe or an item that the model cannot take.
+        CheckpointError: a result is not finite.
+        DataError: a probe or an item is too long for the model.
     """
     values: dict[str, Any] = {}
-    if asked.probes:
-        values |= _probe_values(model, study, asked.probes)
+    if questions.probes:
+        values |= _probe_values(model, study, questions.probes)
     if probes_only:
         return Snapshot(**values)
-    if study.downstream is not None:
-        from ke_ray.evaluation.downstream import run_downstream
-
-        keys = study.downstream
+    if (downstream := study.downstream) is not None:
         results = run_downstream(
             model,
-            asked.tokenizer,
-            keys.tasks,
-            data_dir=keys.data,
-            limit=keys.limit,
-            batch_tokens=keys.batch_tokens,
-            own_tasks=keys.own_tasks,
+            questions.tokenizer,
+            downstream.tasks,
+            data_dir=downstream.data,
+            limit=downstream.limit,
+            batch_tokens=downstream.batch_tokens,
+            own_tasks=downstream.own_tasks,
         )
         values["downstream"] = [
             {**result.row(), "items": [float(i) for i in result.items]} for result in results
         ]
-    if study.held_out is not None and asked.held_out is not None:
-        from ke_ray.evaluation.perplexity import held_out_perplexity
-
-        corpus = asked.held_out
-        found = held_out_perplexity(
+    if study.held_out is not None and (corpus := questions.held_out) is not None:
+        perplexity = held_out_perplexity(
             model, corpus.input_ids, corpus.lengths, batch_size=study.held_out.batch_size
         )
-        values["perplexity"] = {"corpus": corpus.name, **found.row()}
-    if study.entropy is not None and asked.entropy is not None:
-        row = entropy_row(model, asked.entropy, study.entropy.batch_size)
-        values |= {"entropy_nats": row.value, "entropy_stderr": row.stderr}
+        values["perplexity"] = {"corpus": corpus.name, **perplexity.row()}
+    if study.entropy is not None and questions.entropy is not None:
+        sums = coefficient_sums(model, questions.entropy, study.entropy.batch_size)
+        entropy = evaluate(sums, ["knowledge_entropy"]).row("knowledge_entropy")
+        if not math.isfinite(entropy.value):
+            raise CheckpointError("The knowledge entropy is not finite; the model is broken.")
+        values |= {"entropy_nats": entropy.value, "entropy_stderr": entropy.stderr}
     return Snapshot(**values)
 
 
 def _probe_values(model: Any, study: ContinualStudy, probes: Sequence[Probe]) -> dict[str, Any]:
-    from ke_ray.core.acquisition import paragraph_means
-    from ke_ray.evaluation.probes import score_probes
-
     scores = score_probes(model, probes, batch_tokens=study.probes.batch_tokens)
     if not np.isfinite(scores.logprob_summed).all():
         raise CheckpointError("The probes' log probabilities are not finite; the model is broken.")
@@ -170,26 +165,8 @@ def _probe_values(model: Any, study: ContinualStudy, probes: Sequence[Probe]) ->
     }
 
 
-def entropy_row(model: Any, corpus: Corpus, batch_size: int) -> Any:
-    """Total knowledge entropy of a model in memory, as ``core.measures`` gives it (nats).
-
-    Raises:
-        CheckpointError: it is not finite.
-    """
-    from ke_ray.core.measures import evaluate
-
-    row = evaluate(coefficient_sums(model, corpus, batch_size), ["knowledge_entropy"]).row(
-        "knowledge_entropy"
-    )
-    if not math.isfinite(row.value):
-        raise CheckpointError("The knowledge entropy is not finite; the model is broken.")
-    return row
-
-
-def coefficient_sums(model: Any, corpus: Corpus, batch_size: int) -> Any:
-    """``GroupSums`` of |C| over a corpus; ``.mean("coefficients")`` is C̄ [n_layers, d_mlp]."""
-    from ke_ray.models.scoring import score_instances
-
+def coefficient_sums(model: Any, corpus: Corpus, batch_size: int) -> GroupSums:
+    """Sums of |C| over a corpus; ``.mean("coefficients")`` is C̄ [n_layers, d_mlp]."""
     was_training = model.training
     model.eval()
     try:
@@ -208,8 +185,6 @@ def coefficient_sums(model: Any, corpus: Corpus, batch_size: int) -> Any:
 
 def acquired(before: Snapshot, after: Snapshot, *, summed: bool = False) -> Interval | None:
     """A with its interval over paragraphs; None without probes."""
-    from ke_ray.core.acquisition import acquisition_interval
-
     if not before.paragraphs:
         return None
     pair = [s.paragraphs_summed if summed else s.paragraphs for s in (before, after)]
@@ -218,8 +193,6 @@ def acquired(before: Snapshot, after: Snapshot, *, summed: bool = False) -> Inte
 
 def forgotten(before: Snapshot, after: Snapshot) -> Interval | None:
     """F with its interval over items; None without downstream tasks."""
-    from ke_ray.core.acquisition import forgetting_interval
-
     if not before.downstream:
         return None
     return forgetting_interval(before.task_scores(), after.task_scores())

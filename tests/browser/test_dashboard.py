@@ -19,8 +19,8 @@ import pytest
 import synthetic
 from PIL import Image
 
-from ke_ray.dashboard import Dashboard, start_dashboard
 from ke_ray.errors import UserError
+from ke_ray.report.dashboard import Dashboard, start_dashboard
 
 pytestmark = pytest.mark.browser
 
@@ -103,7 +103,7 @@ def test_menus_change_what_is_shown(dashboard: Dashboard, open_page: Callable) -
 
 def test_two_checkpoints_are_compared(dashboard: Dashboard, open_page: Callable) -> None:
     page = _ready(open_page(dashboard.url))
-    page.get_by_text("Compare two checkpoints of demo/scan").click()
+    page.get_by_text("Compare two checkpoints of scan").click()
     page.get_by_role("combobox", name="From").wait_for(timeout=_WAIT_MS)
     page.locator("[data-testid=stExpander] [data-testid=stDataFrame]").last.wait_for(
         timeout=_WAIT_MS

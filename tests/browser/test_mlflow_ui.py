@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from servers import running_mlflow
-from tiny_studies import tiny_pretrain
 from tiny_sweep import tiny_sweep
 
 from ke_ray.cli.publish_sweep import publish_sweep
@@ -20,10 +18,8 @@ from ke_ray.engine.sweep.run import _Run, collect_sweep
 from ke_ray.outcomes import SweepOutcome
 from ke_ray.planning.sweep import prepare_sweep
 from ke_ray.results.sweep_folder import objective_value
-from ke_ray.studies.parts import TrackingSettings
 from ke_ray.tracking.tracker import Tracker
 from ke_ray.training.continual import run_continual
-from ke_ray.training.pretrain import run_pretrain
 
 pytestmark = pytest.mark.browser
 
@@ -32,17 +28,17 @@ _SETTINGS = {"none": "0000-no-resuscitation", "0.5": "0001-factor0.5", "2.0": "0
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, Any]]]:
-    """A folder with a server's database that a real sweep filled, and its trials' A and F.
+def swept(
+    tmp_path_factory: pytest.TempPathFactory, pretrained: Path, mlflow_server: str
+) -> tuple[str, dict[str, dict[str, Any]]]:
+    """The page of an experiment that a real sweep filled, and its trials' A and F.
 
     Trials run here one after another, as an actor of Ray's would; the driver's part is its own.
     """
-    folder = tmp_path_factory.mktemp("mlflow")
-    run_pretrain(tiny_pretrain(folder / "series"))
-    uri = f"sqlite:///{folder}/server.db"
-    study = tiny_sweep(folder / "sweep", folder / "series", mlflow={"uri": uri})
+    settings = {"uri": mlflow_server, "experiment": "compared"}
+    study = tiny_sweep(tmp_path_factory.mktemp("swept") / "sweep", pretrained, mlflow=settings)
     plan = prepare_sweep(study)
-    with Tracker(TrackingSettings(uri=uri)) as tracker:
+    with Tracker(study.mlflow) as tracker:
         driver = _Run(plan, tracker, None)
         driver.parent = tracker.start_run("tiny sweep", key="sweep", kind="sweep")
         driver._write_start()
@@ -57,13 +53,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dic
     assert outcome.exit_code == 0, outcome.failures
     columns = ("acquisition", "forgetting", "acquisition_vs_original", "forgetting_vs_original")
     found = {r["trial_id"]: {c: objective_value(r, c) for c in columns} for r in outcome.rows}
-    return folder, found
-
-
-@pytest.fixture(scope="module")
-def server(store: tuple[Path, Any]) -> Iterator[str]:
-    with running_mlflow(store[0]) as uri:
-        yield uri
+    return f"{mlflow_server}/#/experiments/{tracker.experiment_id}/runs", found
 
 
 @pytest.fixture
@@ -128,13 +118,12 @@ def _choose(page: Any, number: int, wanted: list[str]) -> None:
 
 
 def test_a_sweeps_trials_are_compared(
-    store: tuple[Path, dict[str, dict[str, float]]],
-    server: str,
+    swept: tuple[str, dict[str, dict[str, float]]],
     page: Any,
     tmp_path: Path,
 ) -> None:
-    trials = store[1]
-    page.goto(f"{server}/#/experiments/1/runs?workflowType=machine_learning")
+    address, trials = swept
+    page.goto(f"{address}?workflowType=machine_learning")
     # The sweep is one line; its trials are one level below it.
     parent = page.get_by_role("link", name="tiny sweep", exact=True)
     parent.wait_for()

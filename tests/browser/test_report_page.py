@@ -45,7 +45,7 @@ def _shown(page: Any, name: str) -> Any:
 
 
 def _choose(page: Any, figure: Any, label: str, choice: str) -> None:
-    figure.get_by_label(label, exact=True).select_option(choice)
+    figure.get_by_label(label).select_option(choice)
     page.wait_for_function(
         "([id, choice]) => document.getElementById(id).dataset.drawn.includes(choice)",
         arg=[figure.get_attribute("id"), choice],
@@ -145,26 +145,25 @@ def test_control_and_the_wheel_zoom_and_a_double_click_resets(
 ) -> None:
     page = open_page(address)
     figure = _shown(page, "scan-knowledge-entropy")
-    labels = figure.locator(".role-axis-label").first
-    before = labels.text_content()
-    box = figure.locator(".plot svg").bounding_box()
-    page.mouse.move(box["x"] + box["width"] * 0.4, box["y"] + box["height"] * 0.5)
+    labels = """() => [...document.getElementById("scan-knowledge-entropy")
+        .querySelectorAll(".role-axis-label text")].map((node) => node.textContent).sort().join()"""
+    before = page.evaluate(labels)
+
+    def place() -> tuple[float, float]:
+        box = figure.locator(".plot svg").bounding_box()
+        return box["x"] + box["width"] * 0.4, box["y"] + box["height"] * 0.5
+
+    page.mouse.move(*place())
     page.mouse.wheel(0, -300)  # alone it scrolls the page
-    assert labels.text_content() == before
-    box = figure.locator(".plot svg").bounding_box()
-    page.mouse.move(box["x"] + box["width"] * 0.4, box["y"] + box["height"] * 0.5)
+    page.wait_for_timeout(500)
+    assert page.evaluate(labels) == before
+    page.mouse.move(*place())
     page.keyboard.down("Control")
     page.mouse.wheel(0, -300)
     page.keyboard.up("Control")
-    page.wait_for_function(
-        "([id, text]) => document.querySelector(id).textContent !== text",
-        arg=["#scan-knowledge-entropy .role-axis-label", before],
-    )
-    page.mouse.dblclick(box["x"] + box["width"] * 0.4, box["y"] + box["height"] * 0.5)
-    page.wait_for_function(
-        "([id, text]) => document.querySelector(id).textContent === text",
-        arg=["#scan-knowledge-entropy .role-axis-label", before],
-    )
+    page.wait_for_function(f"(before) => ({labels})() !== before", arg=before)
+    page.mouse.dblclick(*place())
+    page.wait_for_function(f"(before) => ({labels})() === before", arg=before)
 
 
 def test_marks_are_named_for_screen_readers(address: str, open_page: Callable) -> None:

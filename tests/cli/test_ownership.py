@@ -67,10 +67,10 @@ def put(folder: Path, names: tuple[str, ...] | list[str], seed: int = 0) -> None
 
 
 @pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def world(pretrained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny series, a study of each kind, and scans."""
     folder = tmp_path_factory.mktemp("ownership")
-    run_pretrain(tiny_pretrain(folder / "series"))
+    shutil.copytree(pretrained, folder / "series")
     continual = tiny_continual(folder / "unused", folder / "series", downstream=None, entropy=None)
     for name, study in {
         "pretrain": tiny_pretrain(folder / "unused", save_every=3),
@@ -129,7 +129,7 @@ def test_a_folder_of_somebody_else_is_refused_before_the_first_write(
         result = ke_ray(*commands(world, output)[kind])
         assert result.code == 2, result.err
         assert str(output) in result.err
-        assert kind in ("resuscitate", "scan") or "left as it is" in result.err
+        assert kind in ("resuscitate", "scan") or "that is new or empty" in result.err
         assert snapshot(tmp_path) == before
 
 
@@ -187,22 +187,22 @@ def test_what_was_there_survives_commands_that_are_killed_and_run_again(
     output = folder / "out"
     put(folder, sorted(beside))
     before = snapshot(folder)
-    process = start_command(commands(world, output)[kind], tmp_path / "said")
-    process.join(after_s)
-    if process.is_alive():
-        assert process.pid is not None
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
+    command = start_command(commands(world, output)[kind], tmp_path / "said")
+    command.process.join(after_s)
+    if command.returncode is None:
+        command.process.kill()
+        command.wait()
     if output.is_dir() and kind != "resuscitate":  # additions to a folder that is the command's
         put(folder, [f"out/{name}" for name in sorted(inside)])
         before |= {f"out/{name}": snapshot(folder)[f"out/{name}"] for name in inside}
     again = start_command(commands(world, output)[kind], tmp_path / "said")
-    again.join(120)
-    finished_before = kind in ("resuscitate", "merge") and again.exitcode == 2
-    assert again.exitcode == 0 or finished_before, (tmp_path / "said").read_text()
+    # These two refuse a folder that is finished, and then leave the killed command's lock file.
+    finished_before = again.wait() == 2 and kind in ("resuscitate", "merge")
+    assert again.returncode == 0 or finished_before, again.stdout
     after = snapshot(folder)
     assert {name: after.get(name) for name in before} == before
-    assert [name for name in after if name.endswith(("/" + LOCK, "/" + MARK))] == []
+    left = [name for name in after if name.endswith(("/" + LOCK, "/" + MARK))]
+    assert left == [] or finished_before, kind
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -222,16 +222,14 @@ def test_of_two_studies_at_once_into_one_folder_the_second_ends_with_one_message
     output, command = tmp_path / "out", first
     one = start_command([command, world / f"{first}.yaml", "-o", output], tmp_path / "one")
     wait_until(lambda: (output / MARK).exists())
-    assert one.pid is not None
-    os.kill(one.pid, signal.SIGSTOP)  # in the middle of its work, however fast it is
+    one.send_signal(signal.SIGSTOP)  # in the middle of its work, however fast it is
     two = start_command([command, world / f"{second}.yaml", "-o", output], tmp_path / "two")
-    two.join(120)
-    os.kill(one.pid, signal.SIGCONT)
-    assert two.exitcode == 2, (tmp_path / "two").read_text()
-    (line,) = (tmp_path / "two").read_text().splitlines()
+    two.wait()
+    one.send_signal(signal.SIGCONT)
+    assert two.returncode == 2, two.stdout
+    (line,) = two.stdout.splitlines()
     assert f"Another ke-ray command is writing '{output}' (process {one.pid} on " in line
-    one.join(180)
-    assert one.exitcode == 0, (tmp_path / "one").read_text()
+    assert one.wait() == 0, one.stdout
     study = yaml.safe_load((world / f"{first}.yaml").read_text())
     config = json.loads((output / "manifest.json").read_text())["config"]
     assert config["optimizer"]["learning_rate"] == study["optimizer"]["learning_rate"]
@@ -279,7 +277,7 @@ def test_folders_of_earlier_versions_are_known_by_their_manifests(
             assert storage.exists(folder / LOCK)
         assert snapshot(folder) == before
         other = "sweep" if kind == "scan" else "scan"
-        with pytest.raises(ResultsError, match=f"holds results of kind '{kind}'"):
+        with pytest.raises(ResultsError, match=f"'{kind}'.*'{other}'"):
             ownership.check_claim(str(folder), other)
     with claimed(str(tmp_path), "demo", evidence=("pretrain", "pretrain")):
         pass
@@ -292,10 +290,10 @@ def test_a_claim_without_a_manifest_is_known_again_on_any_storage(tmp_path: Path
         assert storage.list_dir(base) == [MARK, "parts"]
         with claimed(base, "scan"):
             pass
-        with pytest.raises(ResultsError, match="holds results of kind 'scan', expected 'sweep'"):
+        with pytest.raises(ResultsError, match=r"'scan'.*'sweep'"):
             ownership.check_claim(base, "sweep")
         storage.remove(storage.join(base, MARK))
-        with pytest.raises(ResultsError, match="holds 'parts', and nothing says"):
+        with pytest.raises(ResultsError, match="'parts'"):
             ownership.check_claim(base, "scan")
 
 
@@ -309,12 +307,12 @@ def test_only_files_that_carry_our_mark_are_drawn_anew(tmp_path: Path, world: Pa
         draw(source, target)
         for content in (b"", b"<html>theirs</html>", first[2000:]):
             target.write_bytes(content)
-            with pytest.raises(StorageError, match="nothing says that ke-ray made it"):
+            with pytest.raises(StorageError, match="exists .* give another name"):
                 draw(source, target)
             assert target.read_bytes() == content
-        with pytest.raises(StorageError, match="nothing says"):
+        with pytest.raises(StorageError, match="exists .* give another name"):
             draw(source, scan / "manifest.json")
-        with pytest.raises(StorageError, match="nothing says"):
+        with pytest.raises(StorageError, match="exists .* give another name"):
             draw(source, scan)
         (scan / name).write_bytes(b"of an earlier version")
         draw(source, scan / name)
@@ -325,7 +323,7 @@ def test_a_cache_keeps_to_folders_of_its_own(tmp_path: Path) -> None:
     names = ("entries", "partial", "locks", "leases", "budget.lock")
     put(tmp_path / "theirs", ("entries", "notes.txt"))
     before = snapshot(tmp_path / "theirs")
-    with pytest.raises(StorageError, match="holds 'entries', and nothing says"):
+    with pytest.raises(StorageError, match="'entries'"):
         mark_cache(tmp_path / "theirs", "checkpoint cache", names)
     assert snapshot(tmp_path / "theirs") == before
     put(tmp_path / "beside", ("notes.txt", "data"))

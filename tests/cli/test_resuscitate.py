@@ -197,6 +197,34 @@ def test_a_scan_of_the_written_folder_shows_what_was_predicted(
     assert write_predictions(str(scan)) == [], "nothing there was resuscitated"
 
 
+@pytest.mark.parametrize("names", ["now", "earlier"])
+def test_records_of_checkpoints_resuscitated_in_memory_outlive_a_version(scan, names):
+    """A scan that an earlier version began has the predictions of its checkpoints."""
+    from ke_ray import storage
+    from ke_ray.resuscitation.prediction import write_predictions, write_record
+
+    manifest = storage.read_json(str(scan / "manifest.json"))
+    manifest["identity"]["resuscitation"] = {"ratio": 0.5, "factor": 2.0, "control": None}
+    storage.write_json(str(scan / "manifest.json"), manifest)
+    record = {
+        "now": {
+            "coefficients": "measured before",
+            "coefficients_verified": True,
+            "entropy_nats": [1.0, 2.0],
+            "predicted_entropy_nats": [1.5, 2.5],
+        },
+        "earlier": {
+            "before_nats": [1.0, 2.0],
+            "predicted_nats": [1.5, 2.5],
+            "notes": {"coefficients": "measured before"},
+        },
+    }[names]
+    write_record(str(scan), "golden", json.dumps(record))
+    (row,) = write_predictions(str(scan))
+    assert (row["before_nats"], row["predicted_nats"], row["ratio"]) == (3.0, 4.0, 0.5)
+    assert (row["coefficients"], row["coefficients_verified"]) == ("measured before", True)
+
+
 def test_coefficients_of_a_resuscitated_scan_are_not_the_files_own(ke_ray, golden, scan, tmp_path):
     """Its rows have the files' hash, but what was measured are the weights changed after load."""
     from ke_ray import storage

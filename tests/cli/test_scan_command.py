@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
+import torch
+from command_process import run_command, start_command
 
+from ke_ray.models.loading import load_model
+from ke_ray.models.scoring import score_model
 from ke_ray.results import ScanFolder
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+MEASURES = ["knowledge_entropy", "attention_entropy"]
 
 
 @pytest.fixture
@@ -42,19 +45,13 @@ def work(tmp_path):
     return tmp_path
 
 
-def command(work, output, *more):
+def arguments(work, output, *more):
     return [
-        *(sys.executable, "-m", "ke_ray", "scan", str(work / "series")),
-        *("--data", f"ids={work / 'ids.npy'}", "--num-instances", "200"),
-        *("--sequence-length", "32", "--batch-size", "1", "--num-actors", "1"),
-        *("--measures", "knowledge_entropy,attention_entropy"),
-        *("--output", str(work / output), "--mlflow-uri", f"sqlite:///{work}/mlflow.db"),
+        *("scan", work / "series", "--data", f"ids={work / 'ids.npy'}", "--num-instances", 200),
+        *("--sequence-length", 32, "--batch-size", 1, "--num-actors", 1),
+        *("--measures", ",".join(MEASURES), "--output", work / output),
         *more,
     ]
-
-
-def environment():
-    return {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
 
 
 def values_of(folder):
@@ -64,26 +61,33 @@ def values_of(folder):
     }
 
 
+def undisturbed(work):
+    """The same values by one call for each checkpoint."""
+    ids = torch.from_numpy(np.load(work / "ids.npy").astype(np.int64))
+    return {
+        (folder.name, row.layer, row.measure): (row.value, row.stderr, "ok")
+        for folder in (work / "series").iterdir()
+        for row in score_model(load_model(folder), ids, measures=MEASURES).rows
+    }
+
+
 def test_a_killed_driver_goes_on_and_redoes_nothing_finished(work):
-    process = subprocess.Popen(
-        command(work, "killed"), env=environment(), stderr=subprocess.PIPE, start_new_session=True
-    )
+    tracked = ("--mlflow-uri", f"sqlite:///{work}/mlflow.db")
+    command = start_command(arguments(work, "killed", *tracked), work / "said.txt")
     parts = work / "killed" / "parts"
     deadline = time.monotonic() + 240
     while len(list(parts.glob("*.entropy.parquet"))) < 3:
-        assert process.poll() is None, process.stderr.read().decode()
+        assert command.returncode is None, command.stdout
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    command.send_signal(signal.SIGKILL)
+    command.wait()
     finished = set(ScanFolder.open(str(work / "killed")).finished())
     assert 3 <= len(finished) < 12
     files = {p: p.stat().st_mtime_ns for p in (work / "killed/coefficients").iterdir()}
     before = values_of(work / "killed")
 
-    result = subprocess.run(
-        command(work, "killed"), env=environment(), capture_output=True, text=True, check=False
-    )
+    result = run_command(arguments(work, "killed", *tracked), work)
     assert result.returncode == 0, result.stderr
     assert f"{len(finished)} skipped" in result.stdout
     done = {name.split("@")[0] for name, _ in finished}
@@ -93,15 +97,7 @@ def test_a_killed_driver_goes_on_and_redoes_nothing_finished(work):
     after = values_of(work / "killed")
     assert {key: after[key] for key in before} == before
 
-    undisturbed = subprocess.run(
-        command(work, "undisturbed", "--no-mlflow"),
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert undisturbed.returncode == 0, undisturbed.stderr
-    expected = values_of(work / "undisturbed")
+    expected = undisturbed(work)
     assert after.keys() == expected.keys()
     for key, (value, stderr, status) in expected.items():
         np.testing.assert_allclose(after[key][:2], (value, stderr), 1e-6, 1e-6, err_msg=str(key))
@@ -116,28 +112,18 @@ def test_a_killed_driver_goes_on_and_redoes_nothing_finished(work):
     assert {point.step for point in points} == set(range(12))
 
 
-def test_a_failure_is_in_the_exit_code_the_summary_and_the_rows(work):
+def test_a_failure_is_in_the_exit_code_the_summary_and_the_rows(work, ke_ray):
     weights = work / "series" / "step3-tokens1B" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:500])
     for name in [f"step{n}-tokens1B" for n in range(5, 12)]:
         shutil.rmtree(work / "series" / name)
-    result = subprocess.run(
-        command(work, "out", "--no-mlflow"),
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    result = run_command(arguments(work, "out", "--no-mlflow"), work)
     assert result.returncode == 1
     assert "failed: step3-tokens1B" in result.stderr
     assert "4 scanned, 1 failed" in result.stdout
     assert "Traceback" not in result.stderr
-    shown = subprocess.run(
-        [sys.executable, "-m", "ke_ray", "results", str(work / "out"), "--json"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    rows = json.loads(shown.stdout)
+    shown = ke_ray("results", work / "out", "--json")
+    assert shown.code == 0, shown.err
+    rows = json.loads(shown.out)
     assert any(row.get("status") == "failed" for row in rows)
     assert (work / "out" / "entropy.png").stat().st_size > 10_000

@@ -14,10 +14,7 @@ KINDS = ("scorer", "source")
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_faults_change_no_result_and_leave_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+def test_faults_change_no_result_and_leave_nothing(tmp_path: Path, ray_cluster: None) -> None:
     said: list[str] = []
     outcomes = run_all(KINDS, len(KINDS), seed=0, folder=tmp_path, say=said.append)
     assert [outcome for outcome in outcomes if outcome.problems] == []

@@ -7,10 +7,11 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -73,6 +74,59 @@ def running_mlflow(folder: Path, port: int | None = None) -> Iterator[str]:
     }
     with running_server(command, f"{uri}/health", folder / "mlflow-server.log", environment):
         yield uri
+
+
+class Gate:
+    """A relay to a server on the loopback, at a port of its own.
+
+    Closed, it refuses connections and cuts those under way, as a killed server does.
+    """
+
+    def __init__(self, port: int) -> None:
+        self.uri = f"http://127.0.0.1:{free_port()}"
+        self._port = port
+        self._sockets: list[socket.socket] = []
+
+    def __enter__(self) -> Gate:
+        self.open()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def open(self) -> None:
+        """Relay from now on."""
+        listener = socket.create_server(("127.0.0.1", int(self.uri.rsplit(":", 1)[1])))
+        self._sockets = [listener]
+        threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
+
+    def close(self) -> None:
+        """Cut every connection, and refuse new ones."""
+        while self._sockets:
+            end = self._sockets.pop()
+            with suppress(OSError):  # the other side was first
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+
+    def _accept(self, listener: socket.socket) -> None:
+        with suppress(OSError):  # closed
+            while True:
+                client = listener.accept()[0]
+                server = socket.create_connection(("127.0.0.1", self._port))
+                self._sockets += [client, server]
+                if listener.fileno() < 0:  # closed meanwhile
+                    self.close()
+                    return
+                for ends in ((client, server), (server, client)):
+                    threading.Thread(target=_relay, args=ends, daemon=True).start()
+
+
+def _relay(source: socket.socket, target: socket.socket) -> None:
+    with suppress(OSError):
+        while data := source.recv(65536):
+            target.sendall(data)
+    with suppress(OSError):
+        target.shutdown(socket.SHUT_WR)
 
 
 @contextmanager

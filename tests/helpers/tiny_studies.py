@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from ke_ray.config import validate
 from ke_ray.studies.continual import ContinualStudy
 from ke_ray.studies.training import PretrainStudy
@@ -21,6 +23,13 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
         else:
             result[key] = value
     return result
+
+
+def write_study(study: Any, path: Path) -> Path:
+    """The study as a file of its own."""
+    keys = study.model_dump(mode="json", by_alias=True, exclude_unset=True)
+    path.write_text(yaml.safe_dump(keys, sort_keys=False))
+    return path
 
 
 def tiny_pretrain(output: Path, **changes: Any) -> PretrainStudy:

@@ -6,20 +6,19 @@ Workers are forked from a server that has imported torch and transformers once; 
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import traceback
-from collections.abc import Callable
-from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from command_process import start_process
 from transformers import OlmoConfig, OlmoForCausalLM
 
-from ke_ray.studies.training import TrainingKeys
+from ke_ray.studies.training import TrainingSettings
 from ke_ray.training.loop import Hooks, train
 from ke_ray.training.parallel import Worker
 
@@ -68,7 +67,7 @@ def tiny_rows(num_instances: int = 40, sequence_length: int = 12, seed: int = 0)
     return ArrayRows((np.cumsum(steps, axis=1) % VOCABULARY).astype(np.int32), seed)
 
 
-def tiny_keys(**changes: Any) -> TrainingKeys:
+def tiny_keys(**changes: Any) -> TrainingSettings:
     """Keys for eight rows of twelve tokens a step."""
     values: dict[str, Any] = {
         "output": "unused",
@@ -77,25 +76,12 @@ def tiny_keys(**changes: Any) -> TrainingKeys:
         "optimizer": {"learning_rate": 3e-3},
         "schedule": {"warmup_fraction": 0.1},
     }
-    return TrainingKeys.model_validate({**values, **changes})
-
-
-def _context() -> ForkServerContext:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "transformers", "tiny_training"])
-    return context
+    return TrainingSettings.model_validate({**values, **changes})
 
 
 def start_worker(**job: Any) -> ForkServerProcess:
     """A process that trains as :func:`main` says; what goes wrong is in ``<out>.txt``."""
     return start_process(_run, job)
-
-
-def start_process(target: Callable[..., None], *args: Any) -> ForkServerProcess:
-    """A process forked from a server that has imported torch and transformers."""
-    process = _context().Process(target=target, args=args, daemon=True)
-    process.start()
-    return process
 
 
 def _run(job: dict[str, Any]) -> None:

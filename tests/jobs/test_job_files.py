@@ -110,9 +110,7 @@ def test_a_loopback_mlflow_address_is_refused_where_there_are_other_nodes(tmp_pa
         {},
     )
     runtime_env = runtime_env_of(job, {})
-    with pytest.raises(
-        ConfigError, match="loopback address, and the cluster has 3 machines"
-    ) as error:
+    with pytest.raises(ConfigError, match=r"loopback.* 3 machines") as error:
         refuse_loopback_tracking(job, runtime_env, 3)
     assert uri in str(error.value)
     for unharmed in (1, None):
@@ -202,7 +200,7 @@ def test_a_secret_in_an_override_or_in_the_runtime_env_is_refused_too(tmp_path):
     with pytest.raises(ConfigError, match="HF_TOKEN"):
         load_job(path, [f"env.HF_TOKEN={PLANTED}"], {})
     (tmp_path / "env.yaml").write_text("pip: [--extra-index-url=https://me:pw@host/simple]\n")
-    with pytest.raises(ConfigError, match="'pip' holds a URL with a user name"):
+    with pytest.raises(ConfigError, match=r"'pip'.*user name"):
         runtime_env_of(load_job(path, [], {}), {})
     (tmp_path / "env.yaml").write_text("env_vars: {WANDB_API_KEY: abc}\n")
     with pytest.raises(ConfigError, match="WANDB_API_KEY"):
@@ -222,7 +220,7 @@ def test_what_is_no_secret_is_taken(tmp_path):
     ("keys", "message"),
     [
         ({"entrypont": "x"}, "Did you mean 'entrypoint'"),
-        ({"kind": "scan"}, "takes a study with 'kind: job'"),
+        ({"kind": "scan"}, "kind 'scan'.*'kind: job'"),
         ({"name": "../up"}, "'name'"),
         ({"env": {"A": True}}, "env.A"),
         ({"retries": -1}, "'retries'"),

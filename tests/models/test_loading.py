@@ -277,7 +277,7 @@ def test_missing_shard_and_index_that_leaves_the_folder(tmp_path: Path, tiny_dec
     save_file({"lm_head.weight": torch.zeros(97, 32)}, secret)
     escaped["weight_map"]["lm_head.weight"] = "../model-secret.safetensors"
     index.write_text(json.dumps(escaped))
-    with pytest.raises(CheckpointError, match="must name files inside the folder"):
+    with pytest.raises(CheckpointError, match="inside the folder"):
         load_model(whole)
 
 
@@ -306,7 +306,7 @@ def test_malicious_pickle_is_refused_and_not_executed(
         )
     target = tmp_path / "executed"
     writer(wrap(Bomb(target)), folder / name)
-    with pytest.raises(CheckpointError, match="refused and nothing of it was executed"):
+    with pytest.raises(CheckpointError, match="nothing of it was executed"):
         load_model(folder)
     assert not target.exists()
 

@@ -14,7 +14,7 @@ from ke_ray.models.scoring import score_instances, score_model
 from ke_ray.resuscitation.apply import (
     apply_attention_temperature,
     apply_multipliers,
-    resuscitate,
+    scale_memories,
     up_row_norms,
 )
 
@@ -49,7 +49,7 @@ def test_selected_memories_of_the_first_layer_get_factor_times_the_mean(tiny_dec
         None if layout.gate is None or layout.fused else layout.gate.weight.detach().clone()
         for layout in describe(model)
     ]
-    rows = resuscitate(model, before, ratio=0.5, factor=2.0)
+    rows = scale_memories(model, before, ratio=0.5, factor=2.0)
     after, up_after = coefficients(model), first_up_output(model)
     selected = rows[0] != 1
     assert int(selected.sum()) == 24
@@ -71,7 +71,7 @@ def test_selected_memories_of_the_first_layer_get_factor_times_the_mean(tiny_dec
 def test_prediction_equals_measurement_in_the_first_layer(tiny_decoder):
     model = tiny_decoder("llama")
     before = coefficients(model)
-    rows = resuscitate(model, before, ratio=0.25, factor=1.0)
+    rows = scale_memories(model, before, ratio=0.25, factor=1.0)
     measured = score_model(model, IDS).row("knowledge_entropy", 0).value
     assert measured == pytest.approx(float(predicted_entropy_nats(before, rows)[0]), abs=1e-6)
 
@@ -80,8 +80,8 @@ def test_prediction_equals_measurement_in_the_first_layer(tiny_decoder):
 def test_controls_scale_as_much(tiny_decoder, control):
     model, changed = tiny_decoder("olmo"), tiny_decoder("olmo")
     before = coefficients(model)
-    resuscitate(model, before, ratio=0.5, factor=2.0)
-    resuscitate(changed, before, ratio=0.5, factor=2.0, control=control, seed=3)
+    scale_memories(model, before, ratio=0.5, factor=2.0)
+    scale_memories(changed, before, ratio=0.5, factor=2.0, control=control, seed=3)
     if control == "matched_norm":
         for treated, matched in zip(up_row_norms(model), up_row_norms(changed), strict=True):
             assert float(treated.norm()) == pytest.approx(float(matched.norm()), rel=1e-6)
@@ -129,9 +129,9 @@ def test_bad_requests_change_nothing(tiny_decoder):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     good = coefficients(model)
     with pytest.raises(UserError, match=r"\(2, 47\).*2 layers of 48 memories"):
-        resuscitate(model, good[:, 1:], ratio=0.5, factor=2.0)
+        scale_memories(model, good[:, 1:], ratio=0.5, factor=2.0)
     with pytest.raises(UserError, match="ratio is 0"):
-        resuscitate(model, good, ratio=0.0, factor=2.0)
+        scale_memories(model, good, ratio=0.0, factor=2.0)
     with pytest.raises(UserError, match="infinite or NaN"):
         apply_multipliers(model, torch.full((2, 48), torch.inf))
     with pytest.raises(UserError, match="shape"):
@@ -164,7 +164,7 @@ def test_golden_weights_and_coefficients_after_resuscitation(reference_data, nam
     model = OlmoForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32)
     untouched = {k: v.clone() for k, v in model.state_dict().items() if "up_proj" not in k}
     ids = load_file(folder / "inputs.safetensors")["input_ids"]
-    resuscitate(model, golden["avg_coefficients"], ratio=0.5, factor=2.0)
+    scale_memories(model, golden["avg_coefficients"], ratio=0.5, factor=2.0)
     key = "resuscitated.p0.5_q2.0."
     for i, layer in enumerate(model.model.layers):
         fused = torch.cat([layer.mlp.up_proj.weight, layer.mlp.gate_proj.weight]).detach()

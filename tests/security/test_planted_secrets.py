@@ -7,8 +7,6 @@ import functools
 import http.server
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import threading
 import urllib.parse
@@ -16,10 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from servers import running_mlflow
-from tiny_studies import tiny_continual, tiny_pretrain
-
-from ke_ray.training.pretrain import run_pretrain
+from command_process import run_command
+from tiny_studies import tiny_continual
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -50,9 +46,9 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Iterator[Path]:
+def place(tmp_path: Path, pretrained: Path) -> Path:
     """Inputs in ``in/``, served over HTTP; everything else under it may hold no secret."""
-    run_pretrain(tiny_pretrain(tmp_path / "in" / "series"))
+    shutil.copytree(pretrained, tmp_path / "in" / "series")
     return tmp_path
 
 
@@ -68,20 +64,22 @@ def site(place: Path) -> Iterator[str]:
 
 
 @pytest.fixture
-def mlflow_uri(place: Path) -> Iterator[str]:
+def mlflow_uri(mlflow_server: str) -> str:
     """A real MLflow server's address, with a password that it does not ask for."""
-    (place / "server").mkdir()
-    with running_mlflow(place / "server") as uri:
-        password = SECRETS["a password in MLFLOW_TRACKING_URI"]
-        yield uri.replace("http://", f"http://planted-user:{password}@")
+    password = SECRETS["a password in MLFLOW_TRACKING_URI"]
+    return mlflow_server.replace("http://", f"http://planted-user:{password}@")
 
 
-def test_no_output_holds_a_planted_secret(place: Path, site: str, mlflow_uri: str) -> None:
+def test_no_output_holds_a_planted_secret(
+    place: Path, site: str, mlflow_uri: str, mlflow_folder: Path
+) -> None:
+    pages_before = set(mlflow_folder.rglob("*.html"))
     ray_folder = Path(tempfile.mkdtemp(prefix="kr"))  # short: socket paths have 107 characters
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))}
     environment |= {name: value for name, value in SECRETS.items() if name.isidentifier()}
     environment |= {
         "MLFLOW_TRACKING_URI": mlflow_uri,
+        "MLFLOW_EXPERIMENT_NAME": "planted",
         "RAY_AUTH_MODE": "token",
         "RAY_TMPDIR": str(ray_folder),
         "KE_RAY_CACHE": str(place / "cache"),
@@ -125,24 +123,16 @@ def test_no_output_holds_a_planted_secret(place: Path, site: str, mlflow_uri: st
         (["submit", str(place / "in" / "job.yaml")], 2),
     ):
         (place / "in" / "job.yaml").write_text(f"kind: job\nentrypoint: ke-ray scan {checkpoint}\n")
-        done = subprocess.run(
-            [sys.executable, "-m", "ke_ray", "-v", *command],
-            cwd=place,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=300,
-        )
+        done = run_command(["-v", *command], place / "in", environment=environment, cwd=place)
         said += done.stdout + done.stderr
         assert done.returncode == code, f"{command[0]}: {done.stdout + done.stderr}"
     for folder in ("scan", "continual", "sweep"):
         assert (place / folder / "manifest.json").is_file()
-    assert list((place / "server").rglob("*.html")), "no artifact was logged"
+    assert set(mlflow_folder.rglob("*.html")) - pages_before, "no artifact was logged"
     assert list(ray_folder.rglob("raylet.out")), "Ray's logs are elsewhere"
 
     found = [f"the terminal shows {name}" for name, secret in SECRETS.items() if secret in said]
-    for root in (place, ray_folder):
+    for root in (place, ray_folder, mlflow_folder):
         for path in sorted(root.rglob("*")):
             if path.is_file() and place / "in" not in path.parents:
                 content = path.read_bytes()

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from ke_ray import dashboard
 from ke_ray.cli import view
+from ke_ray.report import dashboard
 
 DATABASE = "postgresql://planted-user:planted-password@db.example/mlflow"
 

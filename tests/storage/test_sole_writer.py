@@ -94,7 +94,7 @@ def test_a_second_writer_is_told_who_writes_and_nothing_is_left_in_the_end(lock:
         error = in_thread(lambda: take(lock))
         assert isinstance(error, ResultsError)
         assert f"process {os.getpid()} on {os.uname().nodename}, since 20" in str(error)
-        assert ("lapses after 60 s" in str(error)) == (not storage.is_local(lock))
+        assert ("expires after 60 s" in str(error)) == (not storage.is_local(lock))
     assert not is_held(lock)
     assert not storage.exists(lock)
     assert in_thread(lambda: take(lock)) is None
@@ -142,7 +142,7 @@ def test_a_killed_holder_frees_a_lease_when_it_lapses(
     with other_command(lock) as process:
         process.kill()
         process.wait()
-        with pytest.raises(ResultsError, match=rf"process {process.pid} .*lapses after 60 s"):
+        with pytest.raises(ResultsError, match=rf"process {process.pid} .*expires after 60 s"):
             take(lock)
         monkeypatch.setattr(module, "EXPIRES_S", 0.5)
         monkeypatch.setattr(module, "HEARTBEAT_S", 0.2)
@@ -188,7 +188,7 @@ def test_a_file_system_without_locks_gets_a_lease(
     monkeypatch.setattr(module, "_SETTLE_S", 0.0)
     lock = str(tmp_path / "out" / ".ke-ray.lock")
     with sole_writer(lock, "out"):
-        assert "lapses after 60 s" in str(in_thread(lambda: take(lock)))
+        assert "expires after 60 s" in str(in_thread(lambda: take(lock)))
     assert os.listdir(tmp_path / "out") == []
 
 

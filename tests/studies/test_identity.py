@@ -42,6 +42,27 @@ def test_a_key_that_says_how_or_where_changes_no_identity(change: dict[str, Any]
     assert identity(identity_keys(moved)) == identity(identity_keys(study))
 
 
+def test_accepting_other_weights_changes_no_identity() -> None:
+    """Runs that had no result without it may go on, and finished ones stay."""
+    given = {"ratio": 0.5, "factor": 2.0, "coefficients": "scan"}
+    studies = [
+        tiny_continual(Path("out"), Path("series"), resuscitation={**given, **change})
+        for change in ({}, {"allow_mismatch": True})
+    ]
+    assert identity_keys(studies[0]) == identity_keys(studies[1])
+    assert identity_keys(studies[0])["resuscitation"] == given
+
+
+def test_texts_differ_in_where_their_instances_come_from_by_default() -> None:
+    """Perplexity is of the beginning of its source, as it always was."""
+    study = tiny_continual(Path("out"), Path("series"))
+    assert study.entropy is not None
+    assert study.held_out is not None
+    assert (study.entropy.sampling, study.held_out.sampling) == ("spread", "first")
+    assert (study.entropy.name, study.held_out.name) == ("entropy", "held_out")
+    assert identity_keys(study)["held_out"].keys() == {"source", "num_instances"}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

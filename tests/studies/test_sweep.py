@@ -200,7 +200,7 @@ def test_tokens_of_a_trial_follow_from_whole_steps() -> None:
         ({"search": "random", "num_trials": 3}, "only 2 different points"),
         ({"objectives": ["aquisition"]}, "Did you mean 'acquisition'?"),
         ({"objectives": ["perplexity_after"]}, "no trial would report the objective"),
-        ({"objectives": ["acquisition", "acquisition"]}, "stands there twice"),
+        ({"objectives": ["acquisition", "acquisition"]}, "objectives acquisition, acquisition"),
         ({"objectives": []}, "'objectives'"),
         ({"space": {"seed": [1, 2]}, "seeds": [0]}, "not both"),
         ({"seeds": [1, 1]}, "must be different"),

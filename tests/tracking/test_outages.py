@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
-from servers import free_port, running_mlflow
+from servers import Gate, free_port
 from tiny_studies import tiny_continual, tiny_pretrain
 from tiny_sweep import tiny_sweep
 
@@ -28,52 +27,23 @@ pytestmark = pytest.mark.slow
 ONLY = {"downstream": None, "held_out": None, "entropy": None, "keep_final": False}
 
 
-@pytest.fixture(scope="module")
-def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pretrained")
-    run_pretrain(tiny_pretrain(folder))
-    return folder
-
-
-class Server:
-    """A real MLflow server that a test ends and starts again at the same address."""
-
-    def __init__(self, folder: Path, stack: ExitStack) -> None:
-        self.folder, self.port = folder, free_port()
-        self.stack = stack
-        self._running = ExitStack()
-        stack.callback(self.stop)
-
-    def start(self) -> str:
-        return self._running.enter_context(running_mlflow(self.folder, self.port))
-
-    def stop(self) -> None:
-        self._running.close()
-
-
-@pytest.fixture
-def server(tmp_path: Path):
-    with ExitStack() as stack:
-        yield Server(tmp_path, stack)
-
-
 def test_a_server_that_is_away_in_the_middle_of_a_study_misses_nothing(
-    server: Server, tmp_path: Path, pretrained: Path
+    mlflow_gate: Gate, tmp_path: Path, pretrained: Path
 ) -> None:
-    uri, runs = server.start(), []
+    runs: list[str] = []
 
     def progress(state: Any) -> None:
         if state.run not in runs:
             runs.append(state.run)
-            server.stop() if len(runs) == 1 else server.start()
+            mlflow_gate.close() if len(runs) == 1 else mlflow_gate.open()
 
-    mlflow = {"enabled": True, "uri": uri}
+    mlflow = {"enabled": True, "uri": mlflow_gate.uri, "experiment": "away"}
     study = tiny_continual(tmp_path / "out", pretrained, **ONLY, mlflow=mlflow)
     outcome = run_continual_study(study, progress)
     assert len(runs) == 2, "it was away from the first run's first step to the second's"
     assert outcome.exit_code == 0
     assert [(row["status"], row["error"]) for row in outcome.rows] == [("ok", None)] * 2
-    with Tracker(TrackingSettings(uri=uri)) as tracker:
+    with Tracker(TrackingSettings(uri=mlflow_gate.uri)) as tracker:
         for row in outcome.rows:
             run = tracker.client.get_run(row["mlflow_run_id"])
             assert run.info.status == "FINISHED"
@@ -84,28 +54,28 @@ def test_a_server_that_is_away_in_the_middle_of_a_study_misses_nothing(
 
 @pytest.mark.ray
 def test_a_sweep_whose_server_dies_ends_well_and_the_store_tells_the_truth(
-    server: Server, tmp_path: Path, pretrained: Path, ray_cluster: None
+    mlflow_gate: Gate, tmp_path: Path, pretrained: Path, ray_cluster: None
 ) -> None:
-    uri, ended = server.start(), []
+    ended: list[str] = []
 
     class StopsTheServer(Display):
         def ended(self, name: str, _: Any) -> None:
             ended.append(name)
             if len(ended) == 1:
-                server.stop()
+                mlflow_gate.close()
 
     study = tiny_sweep(
         tmp_path / "out",
         pretrained,
         base={"downstream": None},
         objectives=["acquisition"],
-        mlflow={"uri": uri},
+        mlflow={"uri": mlflow_gate.uri, "experiment": "dead"},
     )
     with open_tracker(study.mlflow) as tracker:
         outcome = run_sweep(prepare_sweep(study), tracker, StopsTheServer())
     assert outcome.exit_code == 0, outcome.failures
     assert [row["status"] for row in outcome.rows] == ["ok"] * 3
-    server.start()
+    mlflow_gate.open()
     # The same command has nothing left to train; what the driver knows reaches the store.
     with open_tracker(study.mlflow) as tracker:
         again = run_sweep(prepare_sweep(study), tracker, StopsTheServer())
@@ -115,12 +85,12 @@ def test_a_sweep_whose_server_dies_ends_well_and_the_store_tells_the_truth(
 
 
 def test_a_trial_that_never_reaches_the_store_is_done_all_the_same(
-    server: Server, tmp_path: Path, pretrained: Path
+    mlflow_server: str, tmp_path: Path, pretrained: Path
 ) -> None:
     alone = ["unshare", "--net"]  # a network of its own: nobody is at any address
     if subprocess.run([*alone, "true"], capture_output=True, check=False).returncode:
         pytest.skip("network namespaces need root: `unshare --net` was refused")
-    mlflow = {"enabled": True, "uri": server.start()}
+    mlflow = {"enabled": True, "uri": mlflow_server, "experiment": "alone"}
     study = tiny_continual(tmp_path / "out", pretrained, **ONLY, mlflow=mlflow)
     code = """
 import json, sys

@@ -13,7 +13,6 @@ from pathlib import Path
 from urllib.parse import parse_qs
 
 import pytest
-from servers import free_port, running_mlflow
 
 from ke_ray.errors import StorageError
 from ke_ray.studies.parts import TrackingSettings
@@ -240,13 +239,12 @@ def test_switched_off_it_does_nothing(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_real_server_that_is_gone_for_a_while_loses_nothing(tmp_path):
-    port = free_port()
-    with running_mlflow(tmp_path, port) as uri:
-        tracker = Tracker(settings(uri))
-        run = tracker.start_run("survivor", key="survivor", kind="scan", params={"a": 1})
-        run.log_metrics({"x": 0.0}, step=0)
-        run.flush()
+def test_a_real_server_that_is_gone_for_a_while_loses_nothing(tmp_path, mlflow_gate):
+    tracker = Tracker(settings(mlflow_gate.uri))
+    run = tracker.start_run("survivor", key="survivor", kind="scan", params={"a": 1})
+    run.log_metrics({"x": 0.0}, step=0)
+    run.flush()
+    mlflow_gate.close()
     for step in range(1, 6):
         started = time.monotonic()
         run.log_metrics({"x": float(step)}, step=step)
@@ -254,13 +252,13 @@ def test_a_real_server_that_is_gone_for_a_while_loses_nothing(tmp_path):
     (tmp_path / "table.csv").write_text("a,b\n1,2\n")
     run.log_artifact(tmp_path / "table.csv")
     time.sleep(3)
-    with running_mlflow(tmp_path, port):
-        run.finish()
-        assert tracker.close() == []
-        history = tracker.client.get_metric_history(run.run_id, "x")
-        assert [(m.step, m.value) for m in history] == [(s, float(s)) for s in range(6)]
-        assert [a.path for a in tracker.client.list_artifacts(run.run_id)] == ["table.csv"]
-        assert tracker.client.get_run(run.run_id).info.status == "FINISHED"
+    mlflow_gate.open()
+    run.finish()
+    assert tracker.close() == []
+    history = tracker.client.get_metric_history(run.run_id, "x")
+    assert [(m.step, m.value) for m in history] == [(s, float(s)) for s in range(6)]
+    assert [a.path for a in tracker.client.list_artifacts(run.run_id)] == ["table.csv"]
+    assert tracker.client.get_run(run.run_id).info.status == "FINISHED"
 
 
 def test_points_that_may_wait_are_sent_together_and_none_is_lost(sqlite_uri):

@@ -55,8 +55,8 @@ def test_the_row_follows_from_the_start_and_the_final_model(
     assert row["num_tokens"] == 6 * 8 * 256
     start = read_start(finished, spec.ref, spec.ref.location)
     inputs = load_inputs(finished, start, 0)
-    before = take_snapshot(load_model(spec.ref.location), finished, inputs.asked)
-    after = take_snapshot(load_model(row["final_checkpoint"]), finished, inputs.asked)
+    before = take_snapshot(load_model(spec.ref.location), finished, inputs.questions)
+    after = take_snapshot(load_model(row["final_checkpoint"]), finished, inputs.questions)
     assert row["probe_logprob_before"] == pytest.approx(before.knowledge, abs=1e-6)
     assert row["probe_logprob_after"] == pytest.approx(after.knowledge, abs=1e-6)
     assert before.knowledge is not None
@@ -333,7 +333,7 @@ def test_probes_of_the_run_are_those_of_the_facts(finished: ContinualStudy) -> N
     inputs = load_inputs(finished, start, 0)
     model = load_model(spec.ref.location)
     items = read_table(part(finished) / "probe_items.parquet").to_pandas().query("step == 0")
-    scores = score_probes(model, inputs.asked.probes)
+    scores = score_probes(model, inputs.questions.probes)
     np.testing.assert_allclose(items["logprob_summed"], scores.logprob_summed, atol=1e-6)
     assert build_probes([], start.tokenizer) == []
 

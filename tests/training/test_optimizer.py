@@ -7,7 +7,7 @@ from tiny_training import tiny_model
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from ke_ray.studies.training import OptimizerKeys
+from ke_ray.studies.training import OptimizerSettings
 from ke_ray.training.optimizer import build_optimizer, clip_gradients, decayed_names
 
 
@@ -41,7 +41,7 @@ def test_only_matrices_outside_embeddings_and_norms_are_decayed() -> None:
 
 def test_groups_hold_every_parameter_once() -> None:
     model = tiny_model()
-    optimizer = build_optimizer(model, OptimizerKeys(weight_decay=0.3))
+    optimizer = build_optimizer(model, OptimizerSettings(weight_decay=0.3))
     held = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert sorted(held) == sorted(id(p) for p in model.parameters())
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]

@@ -16,7 +16,7 @@ from tiny_training import start_process
 from ke_ray.checkpoints.find.catalog import list_checkpoints
 from ke_ray.errors import ConfigError, DataError, ResultsError, UnsupportedArchitectureError
 from ke_ray.models.loading import load_model
-from ke_ray.studies.training import Architecture
+from ke_ray.studies.training import ModelShape
 from ke_ray.training.initial import build_config, build_model
 from ke_ray.training.loop import Progress
 from ke_ray.training.pretrain import run_pretrain
@@ -111,7 +111,7 @@ def test_a_corpus_below_one_batch_is_refused_before_training(tmp_path: Path) -> 
     "kind", ["olmo", "olmo2", "llama", "qwen3", "gemma2", "gpt_neox", "gpt2", "phi"]
 )
 def test_every_supported_architecture_can_be_trained_from_scratch(kind: str) -> None:
-    architecture = Architecture(model_type=kind, n_layers=1, d_model=16, d_mlp=24, n_heads=2)
+    architecture = ModelShape(model_type=kind, n_layers=1, d_model=16, d_mlp=24, n_heads=2)
     config = build_config(architecture, vocab_size=64, sequence_length=32, eos_token_id=0)
     model = build_model(config, seed=0)
     from ke_ray.models.architectures import describe
@@ -128,7 +128,7 @@ def test_every_supported_architecture_can_be_trained_from_scratch(kind: str) -> 
 def test_unknown_models_and_keys_are_named() -> None:
     def build(**keys: object) -> None:
         values = {"n_layers": 1, "d_model": 16, "d_mlp": 24, "n_heads": 2, **keys}
-        architecture = Architecture.model_validate(values)
+        architecture = ModelShape.model_validate(values)
         build_config(architecture, vocab_size=64, sequence_length=32, eos_token_id=0)
 
     with pytest.raises(ConfigError, match="Did you mean 'olmo"):

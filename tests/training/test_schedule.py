@@ -8,12 +8,17 @@ import pytest
 
 from ke_ray.config import validate
 from ke_ray.errors import ConfigError
-from ke_ray.studies.training import CheckpointSteps, PretrainStudy, ScheduleKeys, TrainingKeys
+from ke_ray.studies.training import (
+    CheckpointSteps,
+    PretrainStudy,
+    ScheduleSettings,
+    TrainingSettings,
+)
 from ke_ray.training.schedule import learning_rate_factor
 
 
 def test_the_papers_schedule_warms_up_over_eighty_of_1600_steps() -> None:
-    schedule = ScheduleKeys()
+    schedule = ScheduleSettings()
     assert schedule.num_warmup_steps(1600) == 80
     factors = [learning_rate_factor(schedule, step, 1600) for step in range(1, 1601)]
     assert factors[0] == pytest.approx(0.1 + 0.9 / 80)
@@ -29,7 +34,7 @@ def test_the_papers_schedule_warms_up_over_eighty_of_1600_steps() -> None:
 
 @pytest.mark.parametrize("name", ["cosine", "linear", "constant", "inverse_sqrt"])
 def test_every_schedule_stays_between_its_ends(name: str) -> None:
-    schedule = ScheduleKeys(name=name, warmup_steps=5, final_factor=0.25, start_factor=0.0)
+    schedule = ScheduleSettings(name=name, warmup_steps=5, final_factor=0.25, start_factor=0.0)
     factors = [learning_rate_factor(schedule, step, 100) for step in range(1, 101)]
     assert factors[4] == 1.0
     assert max(factors) == 1.0
@@ -38,7 +43,7 @@ def test_every_schedule_stays_between_its_ends(name: str) -> None:
 
 
 def test_no_warmup_starts_at_the_decay() -> None:
-    schedule = ScheduleKeys(warmup_steps=0)
+    schedule = ScheduleSettings(warmup_steps=0)
     assert learning_rate_factor(schedule, 1, 1) == pytest.approx(0.1)
     assert learning_rate_factor(schedule, 1, 1000) == pytest.approx(1.0, abs=1e-5)
 
@@ -46,7 +51,7 @@ def test_no_warmup_starts_at_the_decay() -> None:
 @pytest.mark.parametrize("step", [0, 11])
 def test_a_step_outside_the_run_is_refused(step: int) -> None:
     with pytest.raises(ValueError, match=r"outside 1\.\.10"):
-        learning_rate_factor(ScheduleKeys(), step, 10)
+        learning_rate_factor(ScheduleSettings(), step, 10)
 
 
 @pytest.mark.parametrize("spacing", ["log", "linear"])
@@ -73,13 +78,15 @@ def test_explicit_steps_always_hold_the_last() -> None:
 def test_a_batch_that_does_not_divide_is_one_clear_message() -> None:
     with pytest.raises(ConfigError, match=r"num_workers 2 x micro_batch_size 3.*has 4 rows"):
         validate(
-            TrainingKeys,
+            TrainingSettings,
             {"output": "o", "global_batch_size": 8, "num_workers": 2, "micro_batch_size": 3},
             "study.yaml",
         )
     with pytest.raises(ConfigError, match="not divisible by num_workers 3"):
         validate(
-            TrainingKeys, {"output": "o", "global_batch_size": 8, "num_workers": 3}, "study.yaml"
+            TrainingSettings,
+            {"output": "o", "global_batch_size": 8, "num_workers": 3},
+            "study.yaml",
         )
 
 

@@ -21,7 +21,7 @@ from ke_ray.planning.scan_items import CheckpointWork
 from ke_ray.planning.scan_messages import ScorerSettings, evaluated_columns, sums_from_bytes
 from ke_ray.planning.scan_tracking import log_scan_metrics
 from ke_ray.results.scan_folder import REPLICATES_SCHEMA
-from ke_ray.resuscitation.prediction import write_revived
+from ke_ray.resuscitation.prediction import write_record
 from ke_ray.tracking.run import TrackedRun
 
 _FOLD_EVERY_S = 15.0
@@ -72,8 +72,8 @@ class Collector:
         timing = {k: output[k] for k in ("fetch_s", "load_s", "score_s", "wait_s") if output[k]}
         if timing:
             self._outcome.timings.append(timing)
-        if output.get("revived"):
-            write_revived(self._setup.study.output, self._setup.refs[index].name, output["revived"])
+        if record := output.get("resuscitation"):
+            write_record(self._setup.study.output, self._setup.refs[index].name, record)
         if output["status"] == "ok" and output["sums"] is not None:
             output = self._merge(pending, output)
         if output["status"] == "ok" and output["rows"] is None:

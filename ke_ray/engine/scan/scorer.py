@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     import torch
 
     from ke_ray.core.statistics import GroupSums
-    from ke_ray.resuscitation.start import Revived
+    from ke_ray.resuscitation.apply import ResuscitationRecord
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ class _Loaded:
     fetch_s: float
     load_s: float
     sha256: Future[str]
-    revived: Revived | None = None
+    resuscitation: ResuscitationRecord | None = None
 
 
 @dataclass
@@ -196,8 +196,8 @@ class CheckpointScorer:
             "score_s": ended - started,
             "wait_s": started - waiting,
         }
-        revived = None if loaded.revived is None else json.dumps(asdict(loaded.revived))
-        outputs[0] |= {**timings, "revived": revived}  # once per item
+        record = loaded.resuscitation and json.dumps(asdict(loaded.resuscitation))
+        outputs[0] |= {**timings, "resuscitation": record}  # once per item
         return output_table(outputs)
 
     def _sum(self, model: Any, rows: RowRange, report: Any) -> GroupSums:
@@ -269,7 +269,8 @@ class CheckpointScorer:
         import torch
 
         from ke_ray.models.loading import load_model
-        from ke_ray.resuscitation.start import revive
+        from ke_ray.resuscitation.apply import resuscitate
+        from ke_ray.resuscitation.coefficients import coefficients_of
 
         started = time.monotonic()
         folder = self._store.fetch(ref)
@@ -280,11 +281,15 @@ class CheckpointScorer:
         try:
             dtype: torch.dtype = getattr(torch, self._settings.dtype)
             model = load_model(folder, dtype=dtype, device=self._device)
-            settings = self._settings.resuscitation
-            revived = revive(model, folder, ref, self._measured, settings) if settings else None
+            record = None
+            if (settings := self._settings.resuscitation) is not None:
+                coefficients = coefficients_of(
+                    settings, digest.result, ref.name, lambda: self._measured(model)
+                )
+                record = resuscitate(model, settings, coefficients)
         finally:
             digest.add_done_callback(lambda _: self._store.release(ref))
-        return _Loaded(model, fetched - started, time.monotonic() - fetched, digest, revived)
+        return _Loaded(model, fetched - started, time.monotonic() - fetched, digest, record)
 
     def _measured(self, model: Any) -> torch.Tensor:
         """C̄ of the model as it is, on the whole of the scan's first corpus."""

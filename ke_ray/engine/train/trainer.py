@@ -39,7 +39,7 @@ from ke_ray.engine.cluster.shared_storage import check_nodes_see
 from ke_ray.engine.cluster.shared_tracking import check_nodes_reach_store
 from ke_ray.errors import ConfigError, KeRayError, TrainingError
 from ke_ray.storage.ownership import claimed
-from ke_ray.studies.training import PretrainStudy, TrainingKeys
+from ke_ray.studies.training import PretrainStudy, TrainingSettings
 from ke_ray.tracking.tracker import check_store
 from ke_ray.training.loop import Progress, StepRecord
 from ke_ray.training.parallel import Worker
@@ -57,7 +57,7 @@ class WorkerResources:
     use_gpu: bool
 
 
-def worker_resources(settings: TrainingKeys) -> WorkerResources:
+def worker_resources(settings: TrainingSettings) -> WorkerResources:
     """CPUs and GPU of each worker in the cluster that is connected.
 
     By default each has as many CPUs as let all workers run at the same time, node by node.
@@ -151,7 +151,7 @@ def _worker_main(config: dict[str, Any]) -> None:
 
 
 def build_trainer(
-    function: WorkerFunction, payload: Any, settings: TrainingKeys, folder: str, name: str
+    function: WorkerFunction, payload: Any, settings: TrainingSettings, folder: str, name: str
 ) -> Any:
     """A TorchTrainer that runs ``function`` on all workers; :func:`fit` runs it.
 
@@ -202,7 +202,7 @@ def build_trainer(
 def fit(
     function: WorkerFunction,
     payload: Any,
-    settings: TrainingKeys,
+    settings: TrainingSettings,
     folder: str,
     on_progress: Callable[[dict[str, Any]], None] | None = None,
 ) -> None:

@@ -90,9 +90,9 @@ def series_plot(
     y = alt.Y("value:Q", title=y_title, scale=alt.Scale(zero=False, domainMin=least))
     base = alt.Chart().encode(x=_x_axis(x, rows), y=y, color=_colour(rows, colour, ramp))
     of_line = base.transform_filter(alt.datum.mark == "line")
-    dashed = _by_name(rows, dash or colour, alt.StrokeDash, [list(d) for d in DASHES])
-    if dash:
-        dashed.legend.orient = "bottom"  # side by side, two legends are wider than a phone
+    # Side by side, two legends are wider than a phone: that of dashes stands below the chart.
+    orient = "bottom" if dash else alt.Undefined
+    dashed = _by_name(rows, dash or colour, alt.StrokeDash, [list(d) for d in DASHES], orient)
     layers = [layer for rule in rules for layer in _rule(rule, x.title, y_title)]
     lined = bool((rows["mark"] == "line").any())
     if errors and lined and not bars:
@@ -177,7 +177,7 @@ def _x_axis(x: X, rows: pd.DataFrame) -> alt.X:
         return alt.X(f"{x.field}:N", title=x.title, sort=None)
     if not x.log:
         axis = alt.Axis(format="~s") if rows[x.field].abs().max() >= 10_000 else alt.Axis()
-        scale = alt.Scale(zero=False, padding=8)
+        scale = alt.Scale(zero=False, nice=False, padding=8)
         return alt.X(f"{x.field}:Q", title=x.title, scale=scale, axis=axis)
     # Logarithmic with zero allowed: log(1 + x / the smallest positive value).
     positive = rows.loc[rows[x.field] > 0, x.field]
@@ -201,7 +201,11 @@ def _colour(rows: pd.DataFrame, field: str, ramp: bool) -> alt.Color:
 
 
 def _by_name(
-    rows: pd.DataFrame, field: str, channel: Any, values: Sequence[Any] | None = None
+    rows: pd.DataFrame,
+    field: str,
+    channel: Any,
+    values: Sequence[Any] | None = None,
+    orient: Any = alt.Undefined,
 ) -> Any:
     """An encoding that tells the names in a column apart, with one legend for all of them."""
     names = list(dict.fromkeys(rows[field]))
@@ -213,9 +217,11 @@ def _by_name(
         longest = max(len(str(name)) for name in names)
         room = "(isFinite(containerSize()[0]) ? containerSize()[0] - 60 : 340)"
         columns = alt.expr(f"max(1, floor({room} / {40 + 6 * longest}))")
-        legend = alt.Legend(title=None, columns=columns, symbolOpacity=1)
-        if _many(rows, field) or channel is alt.StrokeDash:
+        legend = alt.Legend(title=None, columns=columns, symbolOpacity=1, orient=orient)
+        if orient == "bottom" or _many(rows, field):
             legend.symbolType = "stroke"
+        else:
+            legend.symbolStrokeWidth = 0  # dashed edges would hide the markers
     return channel(f"{field}:N", scale=scale, legend=legend)
 
 

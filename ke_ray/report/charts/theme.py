@@ -65,7 +65,7 @@ def config(theme: str) -> dict[str, Any]:
             "titleFontSize": 11,
             "labelLimit": 300,
             "symbolStrokeWidth": 2,
-            "offset": 16,
+            "offset": 26,  # above the title of the y axis
         },
         "title": {"color": ink, "anchor": "start", "fontSize": 13, "subtitleColor": muted},
         "text": {"color": muted},

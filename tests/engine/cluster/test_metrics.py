@@ -23,7 +23,6 @@ from ke_ray.outcomes import Display, ScanOutcome
 from ke_ray.planning.sweep import prepare_sweep
 from ke_ray.tracking.tracker import open_tracker
 from ke_ray.training.loop import Progress, StepRecord
-from ke_ray.training.pretrain import run_pretrain
 from ke_ray.training.snapshot import Snapshot
 
 DASHBOARDS = sorted(Path(__file__).parents[3].glob("dashboards/grafana/*.json"))
@@ -167,13 +166,10 @@ def scraped() -> Iterator[Series]:
 
 @pytest.mark.ray
 def test_a_running_study_exports_all_that_the_dashboards_ask(
-    scan: Any, scan_study: Any, tmp_path: Path, ray_cluster: None
+    scan: Any, scan_study: Any, tmp_path: Path, pretrained: Path, ray_cluster: None
 ) -> None:
-    run_pretrain(tiny_pretrain(tmp_path / "series"))
     keys = {"injection": {"count": 2}, "resuscitation": None}
-    study = tiny_sweep(
-        tmp_path / "watched", tmp_path / "series", base=keys, space=None, objectives=None
-    )
+    study = tiny_sweep(tmp_path / "watched", pretrained, base=keys, space=None, objectives=None)
     wanted = {
         (name, "watched_scan" if name.startswith("ray_ke_ray_scan") else "watched"): labels
         for name, labels in asked().items()

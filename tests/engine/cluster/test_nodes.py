@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +20,8 @@ import numpy as np
 import pytest
 import ray_head
 import s3fs
-from servers import running_mlflow, running_s3
+from command_process import Command, run_command
+from servers import running_s3
 
 from ke_ray import storage
 from ke_ray.config import validate
@@ -30,6 +31,7 @@ from ke_ray.studies.continual import ContinualStudy
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[3]
+EXPERIMENT = "two nodes"
 
 
 @dataclass
@@ -41,16 +43,10 @@ class TwoNodes:
     environment: dict[str, str]
     mlflow_uri: str
 
-    def ke_ray(self, *arguments: object) -> subprocess.CompletedProcess[str]:
+    def ke_ray(self, *arguments: object) -> Command:
         """A command whose driver joins the cluster, in a folder that the other node has not."""
-        return subprocess.run(
-            [sys.executable, "-m", "ke_ray", *map(str, arguments)],
-            env=self.environment,
-            cwd=self.folder,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=400,
+        return run_command(
+            arguments, self.folder, environment=self.environment, cwd=self.folder, timeout_s=400
         )
 
     def nodes_of(self, class_name: str) -> set[str]:
@@ -67,7 +63,7 @@ class TwoNodes:
         from mlflow import MlflowClient
 
         client = MlflowClient(self.mlflow_uri)
-        ids = [experiment.experiment_id for experiment in client.search_experiments()]
+        ids = [client.get_experiment_by_name(EXPERIMENT).experiment_id]
         found = client.search_runs(ids, f"tags.`ke_ray.kind` = '{kind}'", order_by=["start_time"])
         return [run.info.status for run in found]
 
@@ -88,13 +84,13 @@ def hiding(folder: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoNodes]:
+def two_nodes(tmp_path_factory: pytest.TempPathFactory, mlflow_server: str) -> Iterator[TwoNodes]:
     hidden = tmp_path_factory.getbasetemp()
     if subprocess.run([*hiding(hidden), "true"], capture_output=True, check=False).returncode:
         pytest.skip("mount namespaces need root: `unshare --mount` was refused")
     folder = tmp_path_factory.mktemp("nodes")
     (agent,) = ray_head.free_ports(1)
-    with running_s3(folder) as variables, running_mlflow(folder) as mlflow_uri:
+    with running_s3(folder) as variables:
         variables = variables | {"HOME": str(folder)}  # caches: the other node's is empty
         kept = {name: os.environ.get(name) for name in variables}
         os.environ.update(variables)  # the nodes inherit them, and so do fsspec's calls here
@@ -110,9 +106,10 @@ def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoNodes]:
                     environment = {
                         **head.environment,
                         "RAY_ADDRESS": head.gcs,
-                        "MLFLOW_TRACKING_URI": mlflow_uri,
+                        "MLFLOW_TRACKING_URI": mlflow_server,
+                        "MLFLOW_EXPERIMENT_NAME": EXPERIMENT,
                     }
-                    cluster = TwoNodes(head, folder, environment, mlflow_uri)
+                    cluster = TwoNodes(head, folder, environment, mlflow_server)
                     deadline = time.monotonic() + 120
                     while len(cluster.alive()) < 2:
                         assert time.monotonic() < deadline, (head.folder / "other.log").read_text()
@@ -125,14 +122,9 @@ def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoNodes]:
 
 
 @pytest.fixture(scope="module")
-def on_s3(two_nodes: TwoNodes, tmp_path_factory: pytest.TempPathFactory) -> str:
+def on_s3(two_nodes: TwoNodes, pretrained: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A tiny pretrained series with its world at ``s3://shared/series``; local copy beside."""
-    from tiny_studies import tiny_pretrain
-
-    from ke_ray.training.pretrain import run_pretrain
-
-    folder = tmp_path_factory.mktemp("series")
-    run_pretrain(tiny_pretrain(folder))
+    folder = shutil.copytree(pretrained, tmp_path_factory.mktemp("series") / "copy")
     files = s3fs.S3FileSystem()
     for part in ("checkpoints", "world"):
         files.put(str(folder / part), f"shared/series/{part}", recursive=True)
@@ -178,7 +170,10 @@ def test_a_submitted_scan(two_nodes: TwoNodes, on_s3: str) -> None:
             "--data ids=s3://shared/series/ids.npy --num-instances 40 --sequence-length 24 "
             f"--measures knowledge_entropy --num-actors 2 --output {output}"
         ),
-        "env": {"MLFLOW_TRACKING_URI": two_nodes.mlflow_uri},
+        "env": {
+            "MLFLOW_TRACKING_URI": two_nodes.mlflow_uri,
+            "MLFLOW_EXPERIMENT_NAME": EXPERIMENT,
+        },
         "working_dir": str(ROOT),
         "runtime_env": str(ROOT / "jobs" / "runtime_env.yaml"),
     }

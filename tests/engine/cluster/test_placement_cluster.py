@@ -5,24 +5,23 @@ torch has no CUDA here, which a declared GPU does not change.
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import ray_head
 import torch
-from tiny_studies import tiny_continual, tiny_pretrain
+from command_process import Command, start_command
+from tiny_studies import tiny_continual, tiny_pretrain, write_study
 from tiny_sweep import tiny_sweep
 
 from ke_ray.storage import read_table
-from ke_ray.training.pretrain import run_pretrain
 
 pytestmark = [
     pytest.mark.ray,
@@ -42,38 +41,20 @@ class Cluster:
         """That of a driver which joins."""
         return self.head.environment | {"RAY_ADDRESS": self.head.gcs}
 
-    def start(self, *arguments: object, **environment: str) -> subprocess.Popen[str]:
+    def start(self, *arguments: object, **environment: str) -> Command:
         """A command in the background."""
-        return subprocess.Popen(
-            [sys.executable, "-m", "ke_ray", *map(str, arguments)],
-            env=self.environment | environment,
+        return start_command(
+            arguments,
+            self.head.folder / f"{uuid.uuid4().hex}.txt",
+            environment=self.environment | environment,
             cwd=self.head.folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
         )
 
-    def ke_ray(self, *arguments: object, **environment: str) -> tuple[int, str, str]:
-        """Exit code, output and messages of a command."""
-        process = self.start(*arguments, **environment)
-        try:
-            output, messages = process.communicate(timeout=300)
-        finally:
-            process.kill()
-        return process.returncode, output, " ".join(messages.split())
-
-    def run(self, command: str, study: Any, folder: Path, **environment: str) -> str:
-        """Messages of a study's command, which has to end well."""
-        code, output, messages = self.ke_ray(command, written(study, folder), **environment)
-        assert code == 0, output + messages
-        return messages
-
-
-def written(study: Any, folder: Path) -> Path:
-    """The study as a file."""
-    path = folder / "study.yaml"
-    path.write_text(json.dumps(study.model_dump(mode="json", exclude_unset=True, by_alias=True)))
-    return path
+    def messages(self, *arguments: object) -> str:
+        """What a command said on one line; it has to end well."""
+        command = self.start(*arguments)
+        assert command.wait() == 0, command.stdout
+        return " ".join(command.stdout.split())
 
 
 @pytest.fixture(scope="module")
@@ -86,23 +67,15 @@ def cluster() -> Iterator[Cluster]:
         yield Cluster(head)
 
 
-@pytest.fixture(scope="module")
-def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("series")
-    run_pretrain(tiny_pretrain(folder))
-    return folder
-
-
 def test_a_scan_scores_on_cpus_and_says_so_once(
     cluster: Cluster, pretrained: Path, tmp_path: Path
 ) -> None:
     np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(2, 300, (40, 24), np.uint16))
-    code, output, messages = cluster.ke_ray(
+    messages = cluster.messages(
         *("scan", pretrained / "checkpoints", "--data", f"ids={tmp_path / 'ids.npy'}"),
         *("--num-instances", 40, "--sequence-length", 24, "--measures", "knowledge_entropy"),
         *("--output", tmp_path / "scan", "--no-mlflow"),
     )
-    assert code == 0, output + messages
     rows = read_table(str(tmp_path / "scan" / "entropy.parquet")).to_pylist()
     assert {row["status"] for row in rows} == {"ok"}
     assert messages.count("Ray granted a GPU on the node") == 1
@@ -115,7 +88,7 @@ def test_a_continual_study_at_its_defaults(
     study = tiny_continual(
         tmp_path / "out", pretrained, executor="ray", starts={"steps": "10:"}, held_out=None
     )
-    messages = cluster.run("continual", study, tmp_path)
+    messages = cluster.messages("continual", write_study(study, tmp_path / "study.yaml"))
     (row,) = read_table(f"{study.output}/runs.parquet").to_pylist()
     assert row["status"] == "ok"
     assert "declares GPUs, but torch" in messages
@@ -124,15 +97,17 @@ def test_a_continual_study_at_its_defaults(
 
 def test_pretraining_with_a_worker_on_each_node(cluster: Cluster, tmp_path: Path) -> None:
     study = tiny_pretrain(tmp_path / "out", num_workers=2)
-    assert "Training runs on CPUs" in cluster.run("pretrain", study, tmp_path)
+    messages = cluster.messages("pretrain", write_study(study, tmp_path / "study.yaml"))
+    assert "Training runs on CPUs" in messages
     assert (tmp_path / "out" / "checkpoints" / "step10" / "model.safetensors").is_file()
 
 
-def test_trials_of_a_sweep(cluster: Cluster, pretrained: Path, tmp_path: Path) -> None:
-    study = tiny_sweep(tmp_path / "out", pretrained)
-    assert "Training runs on CPUs" in cluster.run("sweep", study, tmp_path)
+def test_a_trial_of_a_sweep(cluster: Cluster, pretrained: Path, tmp_path: Path) -> None:
+    study = tiny_sweep(tmp_path / "out", pretrained, space=None)
+    messages = cluster.messages("sweep", write_study(study, tmp_path / "study.yaml"))
+    assert "Training runs on CPUs" in messages
     rows = read_table(f"{study.output}/trials.parquet").to_pylist()
-    assert [row["status"] for row in rows] == ["ok"] * 3
+    assert [row["status"] for row in rows] == ["ok"]
 
 
 WAITS = """
@@ -195,17 +170,16 @@ def test_a_study_that_lost_its_node_ends_with_a_message(
         save_every=1,
     )
     with ray_head.joined_node(cluster.head, "large", num_cpus=4):
-        command = cluster.start("continual", written(study, tmp_path), KE_RAY_PLACEMENT_WAIT_S="3")
+        file = write_study(study, tmp_path / "study.yaml")
+        command = cluster.start("continual", file, KE_RAY_PLACEMENT_WAIT_S="3")
         deadline = time.monotonic() + 300
         while not list((tmp_path / "out").rglob("state.json")):
-            assert command.poll() is None, command.communicate()
+            assert command.returncode is None, command.stdout
             assert time.monotonic() < deadline
             time.sleep(0.2)
-    try:
-        _, messages = command.communicate(timeout=300)
-    finally:
-        command.kill()
-    assert command.returncode == 1, messages
-    assert "Waiting for a place" in messages
-    assert "ke-ray: No node of the cluster can hold what the work needs: 1 × (4 CPUs)" in messages
+    assert command.wait() == 1, command.stdout
+    assert "Waiting for a place" in command.stdout
+    assert "ke-ray: No node of the cluster can hold what the work needs: 1 × (4 CPUs)" in (
+        command.stdout
+    )
     assert not (tmp_path / "out" / "runs.parquet").exists()

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import ray_head
 import yaml
+from command_process import Command, run_command
 
 from ke_ray.engine.cluster.submit import JobServer
 from ke_ray.results import ScanFolder
@@ -22,6 +23,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[3]
 PLANTED = "hf_planted0secret1value2"
+PROGRAM = [sys.executable, "-m", "ke_ray"]
+SLEEPS = "echo begun; sleep 600"
 
 
 @pytest.fixture(scope="module")
@@ -30,23 +33,15 @@ def head() -> Iterator[ray_head.Head]:
         yield running
 
 
-def submit_command(head, folder: Path, *arguments: str, **keys) -> list[str]:
+def submit_arguments(head, folder: Path, *arguments: str, **keys) -> list[str]:
     path = folder / f"{keys.get('name', 'job')}.yaml"
     path.write_text(yaml.safe_dump({"kind": "job", **keys}))
-    command = [sys.executable, "-m", "ke_ray", "submit", str(path), "--address", head.address]
-    return [*command, *arguments]
+    return ["submit", str(path), "--address", head.address, *arguments]
 
 
-def submit(head, folder, *arguments, environment=None, **keys) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        submit_command(head, folder, *arguments, **keys),
-        env=environment or head.environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=400,
-        stdin=subprocess.DEVNULL,
-    )
+def submit(head, folder, *arguments, environment=None, **keys) -> Command:
+    words = submit_arguments(head, folder, *arguments, **keys)
+    return run_command(words, folder, environment=environment or head.environment)
 
 
 def status_of(head, name: str) -> str:
@@ -146,8 +141,16 @@ def test_a_call_without_the_token_is_refused(head, tmp_path):
     nobody = ray_head.clean_environment() | {"HOME": str(tmp_path)}
     (tmp_path / "other").write_text("0" * 64)
     before = len(head.jobs(""))
+    words = submit_arguments(head, tmp_path, name="thief", entrypoint="true")
     for environment in (nobody, nobody | {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "other")}):
-        result = submit(head, tmp_path, name="thief", entrypoint="true", environment=environment)
+        result = subprocess.run(  # a fresh process: Ray reads these variables once
+            [*PROGRAM, *words],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+        )
         assert result.returncode == 2
         assert "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH" in result.stderr
         assert "Traceback" not in result.stderr
@@ -155,7 +158,7 @@ def test_a_call_without_the_token_is_refused(head, tmp_path):
 
 
 def test_a_job_whose_time_is_up_is_stopped(head, tmp_path):
-    result = submit(head, tmp_path, name="long", entrypoint="echo begun; sleep 600", timeout_s=10)
+    result = submit(head, tmp_path, name="long", entrypoint=SLEEPS, timeout_s=10)
     assert result.returncode == 124, result.stderr
     assert "begun" in result.stdout
     assert "timeout_s (10)" in result.stderr
@@ -166,7 +169,7 @@ def test_an_interrupt_detaches_and_stops_only_when_told_to(head, tmp_path):
     def interrupted(name: str, answer: bytes | None) -> tuple[int, str]:
         ours, theirs = pty.openpty()
         process = subprocess.Popen(
-            submit_command(head, tmp_path, name=name, entrypoint="echo begun; sleep 600"),
+            [*PROGRAM, *submit_arguments(head, tmp_path, name=name, entrypoint=SLEEPS)],
             env=head.environment,
             stdin=subprocess.DEVNULL if answer is None else theirs,
             stdout=subprocess.PIPE,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from pathlib import Path
 
 import pytest
+from command_process import forkserver
 
 from ke_ray.studies.parts import TrackingSettings
 from ke_ray.tracking.tracker import Tracker
@@ -46,9 +46,7 @@ def write_trial(uri: str, number: int, parent_id: str, start: object, results: o
 def check_eight_writers(uri: str) -> None:
     from mlflow.tracking import MlflowClient
 
-    # Processes of their own, that have imported everything: they all start to write at once.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mlflow", "ke_ray.training.tracking"])
+    context = forkserver()  # its processes all start to write at once
     settings = TrackingSettings(uri=uri, experiment="eight")
     with Tracker(settings) as tracker:
         parent = tracker.start_run("sweep", key="sweep eight", kind="sweep")

@@ -1,7 +1,7 @@
-"""``ke-ray dashboard``: the interactive page with MLflow's UI beside it, on loopback.
+"""Servers of ``ke-ray dashboard``: the interactive page and MLflow's UI, on loopback.
 
-Both are child processes: the page is Streamlit on ``dashboards/explore.py``, the other is
-``mlflow server`` on the tracking database. They end with this process.
+Both are child processes: Streamlit on ``dashboards/explore.py``, and ``mlflow server`` on the
+tracking database. They end with this process.
 """
 
 from __future__ import annotations
@@ -22,14 +22,12 @@ from pathlib import Path
 from ke_ray import storage
 from ke_ray.errors import KeRayError, UserError
 
-__all__ = ["Dashboard", "start_dashboard"]
-
 _START_S = 120.0
 
 
 @dataclass
 class Dashboard:
-    """Running pages: their addresses and processes; a context manager that ends them.
+    """Addresses and processes of the running pages; a context manager that ends them.
 
     ``mlflow_url`` is None where there is no tracking store to show.
     """
@@ -45,7 +43,7 @@ class Dashboard:
         self.stop()
 
     def wait(self) -> None:
-        """Until a page ends by itself or Ctrl-C.
+        """Wait until a page exits by itself or Ctrl-C.
 
         Raises:
             KeRayError: a page ended with an error.
@@ -54,11 +52,11 @@ class Dashboard:
             for process in self.processes:
                 code = process.poll()
                 if code is not None:
-                    raise KeRayError(f"A page ended by itself with exit code {code}.")
+                    raise KeRayError(f"A page exited by itself with exit code {code}.")
             time.sleep(0.5)
 
     def stop(self) -> None:
-        """End the pages and what they started."""
+        """End the pages and their child processes."""
         for process in self.processes:
             _signal_group(process, signal.SIGTERM)
         for process in self.processes:
@@ -71,7 +69,7 @@ class Dashboard:
 
 def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
     if process.poll() is None:
-        # Each child leads a session of its own, so that MLflow's workers end with it.
+        # Each child leads its own session, so that MLflow's workers end with it.
         os.killpg(process.pid, number)
 
 
@@ -85,25 +83,25 @@ def start_dashboard(
     log: str | os.PathLike[str] | None = None,
     say: Callable[[str], None] = print,
 ) -> Dashboard:
-    """Start the page, and MLflow's UI where there is a store, and wait until both answer.
+    """Start the page and, where there is a tracking store, MLflow's UI; wait until both answer.
 
     Args:
-        results: result folders or folders that hold some; they may appear later.
-        host: interface to listen on; anything but loopback is open to others without a password.
+        results: result folders or their parents; they need not exist yet.
+        host: interface to listen on; any but loopback is open to others without a password.
         port, mlflow_port: None takes 8501 and 5000, or a free one where those are taken.
         mlflow_uri: ``http(s)://…`` of a running server is linked to; a database URI gets a server
             of its own; None looks for ``mlflow.db`` in the results, else ``MLFLOW_TRACKING_URI``.
-        log: file for what the two print; default: nowhere.
-        say: called with each line for the user, the addresses among them.
+        log: file for the output of the servers; default: none.
+        say: called with each line for the user, including the addresses.
 
     Returns:
         The running pages; use ``with`` or call ``stop()``.
 
     Raises:
         UserError: a port is taken, or the page's files are not installed.
-        KeRayError: a page does not come up.
+        KeRayError: a page does not start.
     """
-    page = Path(__file__).resolve().parents[1] / "dashboards" / "explore.py"
+    page = Path(__file__).resolve().parents[2] / "dashboards" / "explore.py"
     if not page.is_file():
         raise UserError(
             f"The page is not at '{page}': it is part of the repository. Clone it and install "
@@ -120,10 +118,10 @@ def start_dashboard(
             running.mlflow_url = _start_mlflow(
                 mlflow_uri or _find_store(paths), host, mlflow_port, sink, processes
             )
-            chosen = _port(host, port, 8501)
-            running.url = f"http://{host}:{chosen}"
+            page_port = _port(host, port, 8501)
+            running.url = f"http://{host}:{page_port}"
             options = ["--mlflow", running.mlflow_url] if running.mlflow_url else []
-            command = ["streamlit", "run", str(page), *_streamlit_options(host, chosen)]
+            command = ["streamlit", "run", str(page), *_streamlit_options(host, page_port)]
             processes.append(_spawn([*command, "--", *options, *paths], sink))
             if running.mlflow_url and len(processes) > 1:
                 _await(f"{running.mlflow_url}/health", processes[0], "MLflow's UI", log)
@@ -153,15 +151,14 @@ def _streamlit_options(host: str, port: int) -> list[str]:
 
 
 def _find_store(paths: Sequence[str]) -> str | None:
-    """``mlflow.db`` in or beside a result folder, else what the environment names."""
+    """``mlflow.db`` in or beside a result folder, else ``MLFLOW_TRACKING_URI`` or the default."""
     for path in paths:
         if storage.is_local(path):
             for folder in (storage.local_path(path), storage.local_path(path).parent):
                 if (folder / "mlflow.db").is_file():
                     return f"sqlite:///{(folder / 'mlflow.db').absolute()}"
-    named = os.environ.get("MLFLOW_TRACKING_URI")
-    if named:
-        return named
+    if uri := os.environ.get("MLFLOW_TRACKING_URI"):
+        return uri
     local = Path("mlflow.db").absolute()
     return f"sqlite:///{local}" if local.is_file() else None
 
@@ -177,13 +174,13 @@ def _start_mlflow(
         return None
     if uri.startswith(("http://", "https://")):
         return _without_login(uri.rstrip("/"))
-    chosen = _port(host, port, 5000)
-    command = ["mlflow", "server", "--host", host, "--port", str(chosen), "--workers", "1"]
+    server_port = _port(host, port, 5000)
+    command = ["mlflow", "server", "--host", host, "--port", str(server_port), "--workers", "1"]
     # In the environment: a database URI may hold a password, and `ps` shows command lines.
-    # Without its job runner, which serves GenAI's judges: two processes and seconds less.
+    # Without its job runner for GenAI judges: two processes fewer, and seconds faster.
     variables = {"MLFLOW_BACKEND_STORE_URI": uri, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     processes.append(_spawn(command, sink, **variables))
-    return f"http://{host}:{chosen}"
+    return f"http://{host}:{server_port}"
 
 
 def _without_login(url: str) -> str:
@@ -204,25 +201,25 @@ def _spawn(module: Sequence[str], sink: object, **variables: str) -> subprocess.
     )
 
 
-def _port(host: str, asked: int | None, usual: int) -> int:
-    """The port asked for, or the usual one, or a free one where the usual is taken."""
-    for wanted in (asked,) if asked is not None else (usual, 0):
+def _port(host: str, requested: int | None, default: int) -> int:
+    """The requested port, or else the default one, or else a free one."""
+    for port in (requested,) if requested is not None else (default, 0):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                probe.bind((host, wanted))
+                probe.bind((host, port))
             except OSError:
                 continue
             return int(probe.getsockname()[1])
-    raise UserError(f"Port {asked} of {host} cannot be used: is it taken? Choose another.")
+    raise UserError(f"Port {requested} of {host} cannot be used: is it taken? Choose another.")
 
 
 def _await(address: str, process: subprocess.Popen[bytes], what: str, log: object) -> None:
     deadline = time.monotonic() + _START_S
-    hint = f" See '{log}'." if log else " Give a log file to see why."
+    hint = f" See '{log}'." if log else " Give --log FILE to see why."
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            raise KeRayError(f"{what} ended at once with exit code {process.returncode}.{hint}")
+            raise KeRayError(f"{what} exited at once with exit code {process.returncode}.{hint}")
         try:
             with urllib.request.urlopen(address, timeout=5):
                 return
