@@ -1,1 +1,1 @@
-"""What a command is going to do, found out before Ray starts and before anything is written."""
+"""Plans and forecasts of commands, made before Ray starts and before anything is written."""

@@ -99,12 +99,12 @@ def _sizes(refs: list[CheckpointRef]) -> tuple[list[int], int]:
     A list of URLs has no sizes. The checkpoints of a series are equally large, so the size of one
     stands for the others: 351 requests would take minutes.
     """
-    known = [ref.size_bytes for ref in refs if ref.size_bytes is not None]
+    sizes = [ref.size_bytes for ref in refs if ref.size_bytes is not None]
     unknown = [ref for ref in refs if ref.size_bytes is None]
     if not unknown:
-        return known, 0
+        return sizes, 0
     size = size_to_fetch(unknown[0])
-    return known + [size] * len(unknown) if size else known, len(unknown) - 1 if size else 0
+    return sizes + [size] * len(unknown) if size else sizes, len(unknown) - 1 if size else 0
 
 
 def forecast(study: ScanStudy) -> str:
@@ -112,7 +112,7 @@ def forecast(study: ScanStudy) -> str:
     refs = select_checkpoints(study.checkpoints)
     store = Store(study.cache_dir)
     fetched = [ref for ref in refs if not store.is_cached(ref)]
-    known, num_guessed = _sizes(fetched)
+    to_fetch, num_guessed = _sizes(fetched)
     num_tokens = study.num_instances * study.sequence_length * len(study.data) * len(refs)
     lines = [
         yaml.safe_dump(
@@ -124,16 +124,16 @@ def forecast(study: ScanStudy) -> str:
     if not fetched:
         lines.append("bytes to fetch: 0 (all checkpoints are on this file system)")
     else:
-        unknown = len(fetched) - len(known)
+        unknown = len(fetched) - len(to_fetch)
         guessed = f" ({num_guessed} sizes taken to be that of another)" if num_guessed else ""
         if unknown:
             lines.append(
                 f"bytes to fetch: not known for {unknown} checkpoints (no server answered)"
             )
-        if known:
-            lines.append(f"bytes to fetch: {sum(known):,}{guessed}")
+        if to_fetch:
+            lines.append(f"bytes to fetch: {sum(to_fetch):,}{guessed}")
             # Fetched checkpoints stay until the budget needs their room.
-            peak = min(study.cache_bytes or sum(known), sum(known))
+            peak = min(study.cache_bytes or sum(to_fetch), sum(to_fetch))
             hint = "" if study.cache_bytes else " (all of them; --cache-bytes bounds it)"
             lines.append(f"peak disk per node: {peak:,} bytes{hint}")
     config = _first_config(refs)
@@ -143,13 +143,13 @@ def forecast(study: ScanStudy) -> str:
         speed = measured_speed(study.dtype)
         flops = _flops_per_token(config, study.measures)
         score_s = flops * num_tokens / (_EFFICIENCY * speed.flops_per_s)
-        fetch_s = sum(known) / BYTES_PER_S["fetched"]
+        fetch_s = sum(to_fetch) / BYTES_PER_S["fetched"]
         lines.append(
             f"hours with one scorer on this machine's {speed.device}: scoring "
             f"{score_s / 3600:,.2f} ({speed}; 60 % of it assumed), "
             f"fetching {fetch_s / 3600:.2f} (100 MB/s assumed); the two overlap"
         )
-        sizes = [ref.size_bytes or 0 for ref in refs] if not fetched else known
+        sizes = [ref.size_bytes or 0 for ref in refs] if not fetched else to_fetch
         if sizes:
             lines.append(_on_gpus(study, sizes, flops, fetched=bool(fetched)))
     return "\n".join(lines)

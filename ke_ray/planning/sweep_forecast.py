@@ -21,14 +21,14 @@ from ke_ray.planning.sweep import end_points, fixed_points, num_drawn, seeds_of,
 from ke_ray.studies.continual import ContinualStudy
 from ke_ray.studies.sweep import SweepStudy
 
-#: Of the matrix products' speed that training reaches, all told (assumed).
+#: Of the matrix products' speed that training as a whole reaches (assumed).
 _EFFICIENCY = 0.4
 _SIZE_IN_NAME = re.compile(r"(?<![0-9.])(\d+(?:\.\d+)?)([bBmM])(?![a-zA-Z])")
 
 
 @dataclass(frozen=True)
 class SweepForecast:
-    """What is known of a sweep beforehand.
+    """Counts of a sweep, made beforehand.
 
     Attributes:
         num_points, num_trials: trials are points times seeds.

@@ -84,7 +84,7 @@ class Tracker:
 
     Args:
         settings: the study's ``mlflow`` group; see :func:`store_uri`.
-        deferred: open the store with the first write, in the background: for work that has begun
+        deferred: open the store with the first write, in the background: for work that has started
             and must not fail. Runs get their id then.
 
     Raises:

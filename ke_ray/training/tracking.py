@@ -38,7 +38,7 @@ def tracked_run(
 
     It ends FINISHED, FAILED after an exception, KILLED after an interrupt; a killed process is
     found out by the next one that logs to the store. The store is opened in the background, and
-    nothing that it does or does not do is an error here: the work has begun.
+    nothing that it does or does not do is an error here: the work has started.
     """
     if not worker.is_main:
         yield NoRun()
@@ -89,10 +89,10 @@ def run_params(study: ContinualStudy, spec: RunSpec) -> dict[str, Any]:
     params = study.model_dump(
         mode="json", exclude={"mlflow", "starts", "seeds", "kind", "output", "executor"}
     )
-    keys = params.get("resuscitation")
-    if keys is not None:
+    settings = params.get("resuscitation")
+    if settings is not None:
         hidden = {"coefficients", "allow_mismatch"}
-        hidden |= set() if keys["control"] == "random" else {"seed"}
-        params["resuscitation"] = {k: v for k, v in keys.items() if k not in hidden}
+        hidden |= set() if settings["control"] == "random" else {"seed"}
+        params["resuscitation"] = {k: v for k, v in settings.items() if k not in hidden}
     own = {"checkpoint": spec.ref.name, "pretraining_step": spec.ref.step, "seed": spec.seed}
     return {**params, **own}

@@ -214,7 +214,7 @@ def _continual_worker(
             run_continual(study, spec, worker, meter, on_probes=meter.probes)
         except Exception as error:
             if worker.world_size > 1:
-                raise  # the others may wait in a collective: Ray ends them, the driver goes on
+                raise  # the others may wait in a collective: Ray ends them, the driver continues
             log.debug("run %s failed", spec.name, exc_info=True)
             write_failed(study, spec, row_error(error), fit=payload["fit"])
 

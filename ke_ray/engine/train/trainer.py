@@ -17,7 +17,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +158,7 @@ def build_trainer(
     Args:
         function: importable on the workers; called as ``function(payload, worker, on_progress)``.
         folder: absolute URI for Ray's own files.
-        name: of the run; must be new, or Ray would silently go on from an old one.
+        name: of the run; must be new, or Ray would silently resume an old one.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -298,7 +298,7 @@ def run_pretrain_on_ray(
 ) -> PretrainOutcome:
     """:func:`ke_ray.training.pretrain.run_pretrain` with ``study.num_workers`` Ray Train workers.
 
-    Bad input is found before Ray starts; a finished study starts nothing.
+    Bad input is refused before Ray starts; a finished study starts nothing.
 
     Raises:
         UserError, TrainingError: as ``run_pretrain`` and :func:`fit`.
@@ -328,4 +328,4 @@ def _run_claimed(
             None if progress is None else lambda state: progress(progress_of(state)),
         )
     outcome = run_pretrain(study)  # finished by now: reads what it left
-    return PretrainOutcome(**{**outcome.__dict__, "skipped": False})
+    return replace(outcome, skipped=False)
