@@ -13,8 +13,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = ["Ratio", "clock_of", "ratio", "run_rounds"]
-
 
 @dataclass(frozen=True)
 class Ratio:

@@ -24,8 +24,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scan_world import ITEM_S, THREADS, Times, calibrate, run_engine, save_checkpoint, save_corpus
 
-__all__ = ["measure_loading"]
-
 MIB = 2**20
 NUM_SLOW = 7  # checkpoints from a slow server
 SLOW_SHARE = 0.6  # of the time an item is scored, for one to arrive

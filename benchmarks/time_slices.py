@@ -22,8 +22,6 @@ from typing import Any
 
 import psutil
 
-__all__ = ["Contender", "race"]
-
 
 class Contender:
     """One or more Python commands that share their turns.

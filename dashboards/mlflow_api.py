@@ -8,8 +8,6 @@ import urllib.parse
 import urllib.request
 from typing import Any
 
-__all__ = ["experiments", "run_link", "runs"]
-
 _TIMEOUT_S = 10.0
 
 

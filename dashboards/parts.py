@@ -9,8 +9,6 @@ from ke_ray.report.charts.comparison import labels
 from ke_ray.report.charts.figure import Figure, Plot, TextTable
 from ke_ray.report.sources import Result
 
-__all__ = ["chart", "figure", "pick"]
-
 
 def pick(results: list[Result], kind: str, label: str) -> list[str]:
     """The paths of chosen results: a menu in the side bar, with the first three at the start."""

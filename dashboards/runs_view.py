@@ -13,8 +13,6 @@ from ke_ray.report.charts.continual import continual_figures
 from ke_ray.report.charts.sweep import sweep_figures
 from ke_ray.report.sources import Result
 
-__all__ = ["show_mlflow", "show_runs"]
-
 
 def show_runs(results: list[Result], kind: str, chosen: list[str], mlflow: str | None) -> None:
     """The report's figures of the chosen studies, with their runs and links to MLflow."""

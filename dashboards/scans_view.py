@@ -15,8 +15,6 @@ from ke_ray.report.charts.plot import X, heat_map, series_plot
 from ke_ray.report.charts.scan import axes, band_caption, layer_rows, measure_axis, measure_rows
 from ke_ray.report.sources import Result
 
-__all__ = ["scan_menus", "show_scans"]
-
 
 @dataclass(frozen=True)
 class Menus:

@@ -68,7 +68,7 @@ def test_the_published_table_in_the_docs_is_the_one_that_reports_draw():
     text = (ROOT / "docs" / "science.md").read_text().replace("−", "-")
     rows = re.findall(r"^\| [^|]+ \|((?: [-\d.]+ / [-\d.]+ \|){4})$", text, flags=re.MULTILINE)
     printed = [[tuple(map(float, cell.split("/"))) for cell in row.split("|")[:-1]] for row in rows]
-    drawn = [list(zip(*columns, strict=True)) for columns in TABLE_1.values()]
+    drawn = [list(zip(row.acquisition, row.forgetting, strict=True)) for row in TABLE_1.values()]
     assert printed == drawn
     assert all(f"{step // 1000}k |" in text for step in STEPS)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from graphlib import CycleError, TopologicalSorter
@@ -220,29 +221,11 @@ assert evaluation.row('knowledge_entropy').value > 0
     assert "torch" in modules_after(statement)
 
 
-@pytest.mark.parametrize("path", files(), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_what_a_module_says_it_exports_is_there(path):
-    tree = ast.parse(path.read_text())
-    exported = next(
-        (
-            ast.literal_eval(node.value)
-            for node in tree.body
-            if isinstance(node, ast.Assign)
-            and any(isinstance(t, ast.Name) and t.id == "__all__" for t in node.targets)
-        ),
-        (),
-    )
-    defined = {
-        name
-        for node in ast.walk(tree)
-        for name in (
-            [node.name]
-            if isinstance(node, ast.FunctionDef | ast.ClassDef)
-            else [node.id]
-            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
-            else [alias.asname or alias.name for alias in node.names]
-            if isinstance(node, ast.Import | ast.ImportFrom)
-            else []
-        )
-    }
-    assert set(exported) <= defined
+def test_only_packages_say_what_they_export() -> None:
+    """A module's public names are those without an underscore; a list of them says nothing more."""
+    offenders = [
+        str(path.relative_to(PACKAGE))
+        for path in files()
+        if path.name != "__init__.py" and re.search(r"^__all__\b", path.read_text(), re.MULTILINE)
+    ]
+    assert offenders == []

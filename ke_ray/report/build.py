@@ -22,8 +22,6 @@ from ke_ray.report.page import MARK, Section, page
 from ke_ray.report.sources import Result, find_results
 from ke_ray.storage.ownership import check_replaceable
 
-__all__ = ["build_report", "sections"]
-
 _KIND_TITLES = {
     "pretrain": "Pretraining",
     "scan": "Scan",

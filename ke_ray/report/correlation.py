@@ -14,8 +14,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["Correlation", "correlate", "critical_r", "p_value"]
-
 
 @dataclass(frozen=True)
 class Correlation:

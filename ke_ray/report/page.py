@@ -17,8 +17,6 @@ import pandas as pd
 from ke_ray.report.charts.figure import Figure, Panel, TextTable
 from ke_ray.report.charts.theme import config
 
-__all__ = ["MARK", "Section", "page"]
-
 #: Says that ke_ray made a page, which it may then write anew.
 MARK = '<meta name="generator" content="ke_ray">'
 

@@ -17,8 +17,6 @@ import pandas as pd
 
 from ke_ray.report.sources import Result
 
-__all__ = ["CORRELATIONS", "STEPS", "TABLE_1", "TREND_ONLY", "Row", "nearest_stage", "repeated"]
-
 STEPS = (118_000, 369_000, 554_000, 738_000)
 TREND_ONLY = (
     "The paper's A rests on log probabilities divided by the padded length of a batch, ours on "

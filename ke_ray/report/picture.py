@@ -16,8 +16,6 @@ from ke_ray.report.charts.theme import config
 from ke_ray.report.sources import Result, find_results
 from ke_ray.storage.ownership import check_replaceable
 
-__all__ = ["draw_png", "picture"]
-
 _MARK = b"Software\0ke_ray"  # in the PNG's text: a picture that may be drawn anew
 _PANELS = ("knowledge_entropy", "attention_entropy", "next_token_entropy")
 _PANEL_WIDTH = 350  # px, before scaling

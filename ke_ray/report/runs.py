@@ -10,19 +10,6 @@ import pandas as pd
 from ke_ray.report.sources import Result
 from ke_ray.results.sweep_folder import student_interval
 
-__all__ = [
-    "RUN_COLUMNS",
-    "aggregate",
-    "failed_runs",
-    "good_runs",
-    "in_unit",
-    "other_parameters",
-    "run_key",
-    "setting_names",
-    "swept_parameters",
-    "variant",
-]
-
 # Column of a run -> (title, unit on an axis, factor from the stored value to that unit).
 RUN_COLUMNS: dict[str, tuple[str, str, float]] = {
     "acquisition": ("Acquisition A", "%", 100.0),

@@ -20,8 +20,6 @@ from typing import Any
 
 from ke_ray.errors import KeRayError, UserError
 
-__all__ = ["main", "take"]
-
 _FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync")
 _QUIET = ("--disable-background-networking", "--disable-component-update")
 _VIEWS = ("Checkpoints", "Continual learning", "Sweeps", "MLflow")

@@ -23,26 +23,6 @@ from ke_ray.core import jackknife
 from ke_ray.core.measures import MEASURES
 from ke_ray.report.sources import Result
 
-__all__ = [
-    "MEASURE_TITLES",
-    "Ceiling",
-    "about_corpus",
-    "caution",
-    "ceiling",
-    "checkpoints",
-    "coefficients",
-    "corpora",
-    "curves",
-    "failed",
-    "has_steps",
-    "layer_matrix",
-    "measures",
-    "num_layers",
-    "paired_change",
-    "setting",
-    "totals",
-]
-
 # Measure -> (title, unit as shown on an axis), in the order of display.
 MEASURE_TITLES: dict[str, tuple[str, str]] = {
     measure.name: (measure.title, measure.unit) for measure in MEASURES.values()

@@ -23,8 +23,6 @@ from ke_ray import storage
 from ke_ray.errors import KeRayError, UserError
 from ke_ray.results import SCHEMA_VERSION, ScanFolder
 
-__all__ = ["KINDS", "Result", "find_results", "read_result"]
-
 # Kind -> its tables; the first one identifies a folder that has no manifest.
 KINDS: dict[str, tuple[str, ...]] = {
     "scan": ("entropy", "replicates"),

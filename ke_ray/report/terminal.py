@@ -19,8 +19,6 @@ from ke_ray.report.sources import Result, find_results
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["headline_rows", "print_results", "rows_as_csv", "rows_as_json", "sparkline"]
-
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _NO_RESULTS = (
     "No results in {paths}. Make some with 'ke-ray scan CHECKPOINTS --data DATA --output DIR', or "

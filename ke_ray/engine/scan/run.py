@@ -131,6 +131,9 @@ def _score(setup: ScanSetup, run: TrackedRun, display: Display, outcome: ScanOut
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    # Ray Data would end the scan where no item finishes in half an hour, as a large model on a CPU
+    # does not; what cannot go on is told by the watch on placement and by the scorers themselves.
+    context.execution_no_progress_timeout_s = -1
     # One block per item, so that Ray Data schedules and retries exactly our items. It restarts
     # actors and retries items without end; the scorer gives an item up after MAX_ATTEMPTS.
     # ``from_items`` makes the blocks here; ``from_arrow`` waits for a task to describe them.

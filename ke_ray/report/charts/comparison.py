@@ -17,8 +17,6 @@ from ke_ray.report.charts.plot import X, series_plot
 from ke_ray.report.charts.scan import band_caption, measure_axis, x_title
 from ke_ray.report.sources import Result
 
-__all__ = ["compare_scans", "data_hashes", "labels", "warnings"]
-
 # A setting in a scan's manifest -> the measures that it changes; None stands for all.
 _DECISIVE: dict[str, tuple[str, ...] | None] = {
     "measure_version": None,

@@ -14,8 +14,6 @@ from ke_ray.report.charts.plot import Rule, X, series_plot
 from ke_ray.report.correlation import correlate, p_value
 from ke_ray.report.sources import Result
 
-__all__ = ["continual_figures", "published_rows"]
-
 _LEVELS = ("memorization", "semantic", "compositional")
 _SETTINGS = ("paraphrase", "once")
 _MOST_STEPS = 400  # of a run whose loss is drawn

@@ -8,8 +8,6 @@ from ke_ray.report.charts.figure import Figure, Panel, figure_of
 from ke_ray.report.charts.plot import Rule, X, series_plot
 from ke_ray.report.sources import Result
 
-__all__ = ["dynamics_figures"]
-
 _SETTINGS = ("paraphrase", "once")
 
 

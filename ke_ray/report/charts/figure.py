@@ -18,8 +18,6 @@ import pandas as pd
 from ke_ray.report.charts.theme import config
 from ke_ray.report.sources import Result
 
-__all__ = ["Chart", "Figure", "Panel", "Plot", "TextTable", "figure_of", "number"]
-
 Chart = alt.Chart | alt.LayerChart | alt.FacetChart
 _SVG_ROWS = 3000  # more are drawn on a canvas, which stays responsive
 

@@ -17,8 +17,6 @@ import pandas as pd
 from ke_ray.report.charts.figure import Plot
 from ke_ray.report.charts.theme import DASHES, ORDERED, SHAPES
 
-__all__ = ["Rule", "X", "heat_map", "series_plot"]
-
 _HEIGHT = 260
 _MOST_MARKED = 30  # a series with more values is drawn without markers
 _MOST_NAMED = 12  # more series than this have no legend

@@ -15,19 +15,6 @@ from ke_ray.report.charts.figure import Figure, Panel, Plot, TextTable, figure_o
 from ke_ray.report.charts.plot import Rule, X, heat_map, series_plot
 from ke_ray.report.sources import Result
 
-__all__ = [
-    "axes",
-    "band_caption",
-    "duplicates",
-    "failures",
-    "fingerprints",
-    "layer_rows",
-    "measure_axis",
-    "measure_rows",
-    "scan_figures",
-    "x_title",
-]
-
 _ENTROPIES = {  # measure -> where the paper shows it
     "knowledge_entropy": "Fig. 2, A.2",
     "knowledge_entropy_relu": "A.2",

@@ -17,8 +17,6 @@ from ke_ray.report.charts.figure import Chart, Figure, Panel, Plot, TextTable, f
 from ke_ray.report.charts.plot import Rule, X, heat_map, series_plot
 from ke_ray.report.sources import Result
 
-__all__ = ["sweep_figures"]
-
 _SHOWN = (
     "acquisition",
     "forgetting",

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["DASHES", "DIVERGING", "ORDERED", "PALETTES", "SHAPES", "config"]
-
 PALETTES = {
     "light": ("#0072b2", "#d55e00", "#009e73", "#b8548f", "#b87a00", "#3795c9"),
     "dark": ("#56b4e9", "#f08a3c", "#2fc598", "#e39ac4", "#f0e442", "#8fa3ff"),
