@@ -229,3 +229,74 @@ def test_only_packages_say_what_they_export() -> None:
         if path.name != "__init__.py" and re.search(r"^__all__\b", path.read_text(), re.MULTILINE)
     ]
     assert offenders == []
+
+
+#: What a light path may want to do without: each costs a tenth of a second or more.
+HEAVY = {
+    *("torch", "transformers", "ray", "mlflow", "pandas", "pyarrow", "scipy", "datasets"),
+    *("lm_eval", "huggingface_hub", "altair", "vl_convert", "streamlit", "optuna", "tokenizers"),
+    *(
+        "safetensors",
+        "fsspec",
+        "aiohttp",
+        "requests",
+        "rich",
+        "yarl",
+        "pydantic",
+        "numpy",
+        "playwright",
+    ),
+}
+
+
+def imports_by_time(path: Path) -> tuple[set[str], set[str]]:
+    """What a file imports when it is imported itself, and what inside functions."""
+    early: set[str] = set()
+    late: set[str] = set()
+
+    def visit(node: ast.AST, names: set[str]) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
+                continue
+            if isinstance(child, ast.ImportFrom) and child.module and not child.level:
+                for alias in child.names:
+                    full = f"{child.module}.{alias.name}"
+                    names.add(full if full in MODULES else child.module)
+            elif isinstance(child, ast.Import):
+                names |= {alias.name for alias in child.names}
+            else:
+                is_function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef)
+                visit(child, late if is_function else names)
+
+    visit(ast.parse(path.read_text()), early)
+    return early, late
+
+
+EARLY = {module: imports_by_time(path)[0] for module, path in MODULES.items()}
+
+
+def heavy_packages(module: str) -> set[str]:
+    """The heavy packages that come with a module of ours."""
+    seen: set[str] = set()
+    heavy: set[str] = set()
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        if name not in MODULES:
+            heavy |= {name.split(".")[0]} & HEAVY
+        elif name not in seen:
+            seen.add(name)
+            parents = [name.rsplit(".", count)[0] for count in range(1, name.count(".") + 1)]
+            waiting += [*EARLY[name], *(parent for parent in parents if parent in MODULES)]
+    return heavy
+
+
+def test_nothing_is_imported_late_that_costs_nothing() -> None:
+    """A local import hides what a module depends on: it has to keep something heavy away."""
+    offenders = []
+    for module, path in MODULES.items():
+        own = heavy_packages(module)
+        for name in imports_by_time(path)[1]:
+            if not heavy_packages(name) - own:
+                offenders.append(f"{module} imports {name} in a function")
+    assert offenders == []

@@ -7,7 +7,11 @@ import json
 from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.table import Table
 
+from ke_ray.checkpoints.find.catalog import find_checkpoints
+from ke_ray.checkpoints.find.series import stage_label
 from ke_ray.secrets import redact
 
 Spec = Annotated[
@@ -35,8 +39,6 @@ def checkpoints(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """List the checkpoints that SPEC names, with step, size and duplicates."""
-    from ke_ray.checkpoints.find.catalog import find_checkpoints
-    from ke_ray.checkpoints.find.series import stage_label
 
     listing = find_checkpoints(spec, revisions=revisions, steps=steps, every=every, limit=limit)
     refs = listing.checkpoints
@@ -45,8 +47,6 @@ def checkpoints(
             typer.echo(f"note: {note}", err=True)
         print(json.dumps([redact(dataclasses.asdict(ref)) for ref in refs], indent=2))
         return
-    from rich.console import Console
-    from rich.table import Table
 
     optional = {
         "stage": [stage_label(ref) for ref in refs],

@@ -9,7 +9,15 @@ from typing import Annotated, Any
 import typer
 
 from ke_ray import storage
+from ke_ray.cli.scan import execute_scan
+from ke_ray.cli.sweep import execute_sweep
+from ke_ray.cli.train import execute_continual, execute_pretrain
+from ke_ray.config import load_study
 from ke_ray.errors import ConfigError
+from ke_ray.report import build_report
+from ke_ray.storage.ownership import claimed
+from ke_ray.studies.continual import ContinualStudy
+from ke_ray.studies.training import PretrainStudy
 
 
 class _Phases:
@@ -28,7 +36,6 @@ def demo(
     folder: Annotated[str, typer.Option(help="Folder for all results.")] = "runs/demo",
 ) -> None:
     """Pretrain a small series, scan it, inject facts, run a sweep; report the results."""
-    from ke_ray.storage.ownership import claimed
 
     with claimed(folder, "demo", evidence=("pretrain", "pretrain")):
         raise typer.Exit(_demo(folder))
@@ -36,15 +43,9 @@ def demo(
 
 def _demo(folder: str) -> int:
     """Run all phases; return the exit code."""
-    from ke_ray.cli.scan import execute_scan
-    from ke_ray.cli.sweep import execute_sweep
-    from ke_ray.cli.train import execute_continual, execute_pretrain
-    from ke_ray.config import load_study
     from ke_ray.results.sweep_folder import sweep_summary
-    from ke_ray.studies.continual import ContinualStudy
     from ke_ray.studies.scan import ScanStudy
     from ke_ray.studies.sweep import load_sweep
-    from ke_ray.studies.training import PretrainStudy
 
     storage.check_writable(folder)
     world = f"{folder}/pretrain/world"
@@ -121,8 +122,6 @@ def _demo(folder: str) -> int:
         phases.add("sweep", swept.phases_s, ("ray_start", "worker_start"))
     summary["sweep"] = sweep_summary(f"{folder}/sweep")
     storage.write_json(summary_path, summary)
-
-    from ke_ray.report import build_report
 
     report = build_report([folder], storage.join(folder, "report.html"))
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ke_ray import storage
 from ke_ray.errors import KeRayError
+from ke_ray.report import build_report
 
 if TYPE_CHECKING:
     from ke_ray.studies.parts import TrackingSettings
@@ -57,7 +58,6 @@ def publish_report(output: str, settings: TrackingSettings, run_ids: Iterable[st
 
 
 def _write_report(output: str) -> str:
-    from ke_ray.report import build_report
 
     name = "report.html"
     build_report([output], storage.join(output, name))

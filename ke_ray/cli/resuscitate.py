@@ -8,6 +8,7 @@ import typer
 
 from ke_ray.cli.checkpoints import Revisions
 from ke_ray.errors import ConfigError
+from ke_ray.studies.parts import EvaluationText
 
 if TYPE_CHECKING:
     from ke_ray.resuscitation.export import ResuscitatedCheckpoint, WeightsLayout
@@ -45,7 +46,6 @@ def resuscitate(
     """Scale the weights of the least used memories (Algorithm 1), or a control of it."""
     from ke_ray.data.corpus import parse_data_option
     from ke_ray.resuscitation.export import check_request, single_checkpoint, write_resuscitated
-    from ke_ray.studies.parts import EvaluationText
 
     if layout not in ("hf", "native"):
         raise ConfigError(f"--layout is {layout!r}; expected 'hf' or 'native'.")

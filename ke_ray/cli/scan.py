@@ -20,6 +20,7 @@ from ke_ray.cli.options import (
     read_study,
 )
 from ke_ray.cli.progress import TerminalDisplay, print_outcome
+from ke_ray.cli.publish import publish_scan
 from ke_ray.errors import ConfigError
 from ke_ray.storage.ownership import claimed
 
@@ -116,7 +117,6 @@ def _corpora(options: list[str]) -> dict[str, str]:
 
 def execute_scan(study: ScanStudy) -> ScanOutcome:
     """Run a scan study with progress on the terminal, and print its table."""
-    from ke_ray.cli.publish import publish_scan
     from ke_ray.engine.scan.run import run_scan
     from ke_ray.planning.scan import prepare_scan
     from ke_ray.planning.scan_tracking import log_predictions

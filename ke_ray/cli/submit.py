@@ -10,7 +10,9 @@ import typer
 import yaml
 
 from ke_ray.cli.options import DryRun, Set
+from ke_ray.engine.cluster.submit import JobServer, new_submission_id, run_job
 from ke_ray.errors import KeRayError
+from ke_ray.studies.jobs import load_job, refuse_loopback_tracking, runtime_env_of
 
 if TYPE_CHECKING:
     from ke_ray.engine.cluster.submit import JobServer
@@ -31,7 +33,6 @@ def submit(
     dry_run: DryRun = False,
 ) -> None:
     """Submit a job file to a Ray cluster, follow it, and end with the job's own exit code."""
-    from ke_ray.studies.jobs import load_job, refuse_loopback_tracking, runtime_env_of
 
     loaded = load_job(job, overrides or [], os.environ)
     runtime_env = runtime_env_of(loaded, os.environ)
@@ -39,8 +40,6 @@ def submit(
         plan = loaded.model_dump(exclude={"env", "working_dir", "runtime_env"}, exclude_none=True)
         print(yaml.safe_dump(plan | {"runtime_env": runtime_env}, sort_keys=False), end="")
         return
-
-    from ke_ray.engine.cluster.submit import JobServer, new_submission_id, run_job
 
     server = JobServer(address)
     refuse_loopback_tracking(loaded, runtime_env, server.num_machines())

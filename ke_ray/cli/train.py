@@ -23,6 +23,9 @@ from ke_ray.cli.publish import publish_report
 from ke_ray.cli.scan import print_results
 from ke_ray.secrets import redact
 from ke_ray.storage.ownership import claimed
+from ke_ray.studies.continual import ContinualStudy
+from ke_ray.studies.training import PretrainStudy
+from ke_ray.training.runs import list_runs
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -45,7 +48,6 @@ def pretrain(
     dry_run: DryRun = False,
 ) -> None:
     """Train a model from scratch and keep a series of checkpoints."""
-    from ke_ray.studies.training import PretrainStudy
 
     loaded = read_study(
         study, PretrainStudy, given(output, mlflow_uri, no_mlflow), overrides, "ke-ray pretrain"
@@ -97,15 +99,12 @@ def continual(
     dry_run: DryRun = False,
 ) -> None:
     """Train on from checkpoints while facts are injected; measure acquisition and forgetting."""
-    from ke_ray.studies.continual import ContinualStudy
 
     options = given(output, mlflow_uri, no_mlflow)
     if resuscitate is not None:
         options["resuscitation"] = parse_resuscitate(resuscitate)
     loaded = read_study(study, ContinualStudy, options, overrides, "ke-ray continual")
     if dry_run:
-        from ke_ray.training.runs import list_runs
-
         specs = list_runs(loaded)
         print(plan_text(loaded))
         print(f"runs: {len(specs)}")

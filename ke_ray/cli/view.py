@@ -6,6 +6,9 @@ from typing import Annotated
 
 import typer
 
+from ke_ray.report import build_report
+from ke_ray.report.dashboard import start_dashboard
+
 _DEMO = "runs/demo"
 
 
@@ -16,7 +19,6 @@ def report(
     output: Annotated[str, typer.Option("--output", "-o", help="The HTML file.")] = "report.html",
 ) -> None:
     """Write one self-contained HTML file from result folders."""
-    from ke_ray.report import build_report
 
     written = build_report(results, output)
     typer.echo(f"Report: {written}")
@@ -36,7 +38,6 @@ def dashboard(
     log: Annotated[str | None, typer.Option(help="File for the servers' output.")] = None,
 ) -> None:
     """Explore results in a browser, with MLflow's UI beside it, until Ctrl-C."""
-    from ke_ray.report.dashboard import start_dashboard
 
     paths = [_DEMO] if demo else (results or ["runs"])
     with start_dashboard(

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import TypeAdapter
 
+from ke_ray.core.measures import evaluate
 from ke_ray.errors import CheckpointError
 from ke_ray.planning.scan_items import WorkItem
 from ke_ray.secrets import redact
@@ -73,7 +74,6 @@ def evaluated_columns(
     Raises:
         CheckpointError: a value is not finite.
     """
-    from ke_ray.core.measures import evaluate
 
     evaluation = evaluate(
         sums,

@@ -15,6 +15,7 @@ import yaml
 from ke_ray import storage
 from ke_ray.checkpoints.find.catalog import list_checkpoints
 from ke_ray.errors import KeRayError
+from ke_ray.models.loading import load_config
 from ke_ray.planning.scan_forecast import num_body_parameters
 from ke_ray.planning.speed import H100_FLOPS_PER_S, measured_speed
 from ke_ray.planning.sweep import end_points, fixed_points, num_drawn, seeds_of, trial_study
@@ -78,8 +79,6 @@ def _parameters(study: SweepStudy) -> tuple[float | None, str]:
     """Weights in matrix products: from a local config, else from the model's name."""
     spec = study.base.starts.spec
     if storage.is_local(spec) and storage.exists(spec):
-        from ke_ray.models.loading import load_config  # transformers
-
         try:
             config = load_config(list_checkpoints(spec)[-1])
         except KeRayError:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from safetensors.numpy import load
 
 from ke_ray import storage
 from ke_ray.core import jackknife
@@ -309,7 +310,6 @@ def coefficients(scan: Result, checkpoint: str, corpus: str | None = None) -> np
 
     ``corpus`` None means the scan's first corpus.
     """
-    from safetensors.numpy import load
 
     name = storage.slug(checkpoint) if corpus is None else f"{storage.slug(checkpoint)}@{corpus}"
     path = storage.join(scan.path, "coefficients", f"{name}.safetensors")

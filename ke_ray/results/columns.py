@@ -1,18 +1,16 @@
 """Columns of all result tables, declared once.
 
 Parquet schemas, sweep objectives, MLflow's metric names, titles in tables and figures, and the
-tables of ``docs/results.md`` derive from here. pyarrow is imported only for schemas, as studies,
-which are read by light commands, need the names alone.
+tables of ``docs/results.md`` derive from here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-if TYPE_CHECKING:
-    import pyarrow
+import pyarrow
 
 Direction = Literal["maximize", "minimize"]
 
@@ -402,8 +400,6 @@ def names(table: str) -> tuple[str, ...]:
 
 def schema(columns: str | Iterable[Column]) -> pyarrow.Schema:
     """The Parquet schema of a table, or of columns."""
-    import pyarrow
-
     if isinstance(columns, str):
         columns = TABLES[columns]
     return pyarrow.schema([(column.name, getattr(pyarrow, column.type)()) for column in columns])
@@ -415,8 +411,6 @@ def to_table(name: str, rows: Iterable[Mapping[str, Any]]) -> pyarrow.Table:
     Raises:
         KeyError: a row holds a column that the table does not have.
     """
-    import pyarrow
-
     rows = [dict(row) for row in rows]
     unknown = {key for row in rows for key in row}.difference(names(name))
     if unknown:

@@ -32,6 +32,7 @@ from ke_ray.checkpoints.reference import CheckpointRef
 from ke_ray.engine.cluster.placement import granted_device
 from ke_ray.errors import KeRayError
 from ke_ray.models.architectures import describe
+from ke_ray.models.loading import load_model
 from ke_ray.planning.scan_items import RowRange, WorkItem
 from ke_ray.planning.scan_messages import (
     ScorerSettings,
@@ -268,7 +269,6 @@ class CheckpointScorer:
     def _load(self, ref: CheckpointRef) -> _Loaded:
         import torch
 
-        from ke_ray.models.loading import load_model
         from ke_ray.resuscitation.apply import resuscitate
         from ke_ray.resuscitation.coefficients import coefficients_of
 
