@@ -326,24 +326,24 @@ def _distributions(scan: Result, figure: Callable[..., Figure]) -> list[Figure]:
         return []
     tau = series.setting(scan, "dormant_threshold")
     rules = [Rule("x", math.log10(tau), f"τ = {tau:g}")] if tau else []
-    histograms, lorenz = [], []
-    n_layers = min(len(array) for array in shares.values())
-    for choice in ("all layers", *(f"layer {layer}" for layer in range(n_layers))):
-        layers = slice(None) if choice == "all layers" else [int(choice.split()[-1])]
-        plot = series_plot(
-            pd.concat([_histogram(array[layers], name) for name, array in shares.items()]),
-            X("s", "log₁₀ of C̄ / layer mean"),
-            "share of memories (%)",
-            rules=rules,
-        )
-        histograms.append(Panel((choice,), plot))
-        plot = series_plot(
-            pd.concat([_mass(array[layers], name) for name, array in shares.items()]),
-            X("memories", "largest memories (% of all)"),
-            "share of total C̄ (%)",
-            y_from=0.0,
-        )
-        lorenz.append(Panel((choice,), plot))
+    whole = slice(None)
+    density = series_plot(
+        _by_checkpoint(_histogram, shares, whole),
+        X("s", "log₁₀ of C̄ / layer mean"),
+        "share of memories (%)",
+        rules=rules,
+    )
+    mass = series_plot(
+        _by_checkpoint(_mass, shares, whole),
+        X("memories", "largest memories (% of all)"),
+        "share of total C̄ (%)",
+        y_from=0.0,
+    )
+    histograms, lorenz = [Panel(("all layers",), density)], [Panel(("all layers",), mass)]
+    for layer in range(min(len(array) for array in shares.values())):
+        one, key = slice(layer, layer + 1), (f"layer {layer}",)
+        histograms.append(Panel(key, density.over(_by_checkpoint(_histogram, shares, one))))
+        lorenz.append(Panel(key, mass.over(_by_checkpoint(_mass, shares, one))))
     stages, corpus = ", ".join(shares), series.corpora(scan)[0]
     return [
         figure(
@@ -364,6 +364,15 @@ def _distributions(scan: Result, figure: Callable[..., Figure]) -> list[Figure]:
             controls=("layers",),
         ),
     ]
+
+
+def _by_checkpoint(
+    rows_of: Callable[[np.ndarray, str], pd.DataFrame],
+    shares: dict[str, np.ndarray],
+    layers: slice,
+) -> pd.DataFrame:
+    parts = [rows_of(array[layers], name) for name, array in shares.items()]
+    return pd.concat(parts, ignore_index=True).assign(mark="line")
 
 
 def _histogram(shares: np.ndarray, name: str) -> pd.DataFrame:
