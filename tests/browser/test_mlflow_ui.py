@@ -15,7 +15,7 @@ from tiny_sweep import tiny_sweep
 
 from ke_ray.cli.publish_sweep import publish_sweep
 from ke_ray.engine.sweep.run import _Run, collect_sweep
-from ke_ray.outcomes import SweepOutcome
+from ke_ray.outcomes import Display, SweepOutcome
 from ke_ray.planning.sweep import prepare_sweep
 from ke_ray.results.sweep_folder import objective_value
 from ke_ray.tracking.tracker import Tracker
@@ -39,7 +39,7 @@ def swept(
     study = tiny_sweep(tmp_path_factory.mktemp("swept") / "sweep", pretrained, mlflow=settings)
     plan = prepare_sweep(study)
     with Tracker(study.mlflow) as tracker:
-        driver = _Run(plan, tracker, None)
+        driver = _Run(plan, tracker, Display())
         driver.parent = tracker.start_run("tiny sweep", key="sweep", kind="sweep")
         driver._write_start()
         for trial in plan.trials:
