@@ -8,23 +8,14 @@ from typing import Any
 import pandas as pd
 
 from ke_ray.report.sources import Result
+from ke_ray.results.columns import TABLES
 from ke_ray.results.sweep_folder import student_interval
 
-# Column of a run -> (title, unit on an axis, factor from the stored value to that unit).
+# Column of a run that has a title -> (title, unit on an axis, factor from the stored value to it).
 RUN_COLUMNS: dict[str, tuple[str, str, float]] = {
-    "acquisition": ("Acquisition A", "%", 100.0),
-    "forgetting": ("Forgetting F", "%", 100.0),
-    "acquisition_vs_original": ("A against the original start", "%", 100.0),
-    "forgetting_vs_original": ("F against the original start", "%", 100.0),
-    "probe_logprob_after": ("K after", "nats per target token", 1.0),
-    "probe_logprob_before": ("K before", "nats per target token", 1.0),
-    "downstream_after": ("P after", "% correct", 100.0),
-    "downstream_before": ("P before", "% correct", 100.0),
-    "perplexity_after": ("Held-out perplexity after", "", 1.0),
-    "perplexity_before": ("Held-out perplexity before", "", 1.0),
-    "knowledge_entropy_before_nats": ("Knowledge entropy before", "nats", 1.0),
-    "knowledge_entropy_predicted_nats": ("Knowledge entropy predicted", "nats", 1.0),
-    "knowledge_entropy_after_nats": ("Knowledge entropy after", "nats", 1.0),
+    column.name: (column.title, column.shown_unit, column.factor)
+    for column in TABLES["runs"]
+    if column.title
 }
 _VARIANT = ("resuscitation_ratio", "amplifying_factor", "control")
 _BOOKKEEPING = {"mlflow", "output", "name", "experiment"}
