@@ -32,20 +32,27 @@ def test_a_server_that_is_away_in_the_middle_of_a_study_misses_nothing(
 ) -> None:
     runs: list[str] = []
 
-    def progress(state: Any) -> None:
-        if state.run not in runs:
-            runs.append(state.run)
-            mlflow_gate.close() if len(runs) == 1 else mlflow_gate.open()
+    class StopsTheServer(Display):
+        def tokens(self, num_tokens: int, total: int, note: str = "") -> None:
+            run = note.split(":")[0]
+            if run not in runs:
+                runs.append(run)
+                mlflow_gate.close() if len(runs) == 1 else mlflow_gate.open()
 
     mlflow = {"enabled": True, "uri": mlflow_gate.uri, "experiment": "away"}
     study = tiny_continual(tmp_path / "out", pretrained, **ONLY, mlflow=mlflow)
-    outcome = run_continual_study(study, progress)
+    outcome = run_continual_study(study, StopsTheServer())
     assert len(runs) == 2, "it was away from the first run's first step to the second's"
     assert outcome.exit_code == 0
     assert [(row["status"], row["error"]) for row in outcome.rows] == [("ok", None)] * 2
-    with Tracker(TrackingSettings(uri=mlflow_gate.uri)) as tracker:
+    settings = TrackingSettings(uri=mlflow_gate.uri, experiment="away")
+    with Tracker(settings) as tracker:
+        # By name: a row names no run that was not open yet when the server went away.
+        logged = tracker.client.search_runs([tracker.experiment_id])
+        runs_by_name = {run.info.run_name: run for run in logged}
+        assert len(logged) == 2
         for row in outcome.rows:
-            run = tracker.client.get_run(row["mlflow_run_id"])
+            run = runs_by_name[row["run"]]
             assert run.info.status == "FINISHED"
             losses = tracker.client.get_metric_history(run.info.run_id, "train/loss")
             assert sorted(m.step for m in losses) == list(range(1, row["num_steps"] + 1))
@@ -81,7 +88,8 @@ def test_a_sweep_whose_server_dies_ends_well_and_the_store_tells_the_truth(
         again = run_sweep(prepare_sweep(study), tracker, StopsTheServer())
         assert (again.exit_code, again.num_skipped) == (0, 3)
         runs = tracker.client.search_runs([tracker.experiment_id])
-        assert {run.info.status for run in runs} == {"FINISHED"}
+        statuses = {run.info.run_name: run.info.status for run in runs}
+        assert set(statuses.values()) == {"FINISHED"}, statuses
 
 
 def test_a_trial_that_never_reaches_the_store_is_done_all_the_same(

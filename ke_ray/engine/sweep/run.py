@@ -244,12 +244,15 @@ class _Run:
         """Look up the MLflow runs of trials that did not live to write them down, and end them.
 
         A scheduler may end a trial's actor before its run says FINISHED, and a store may have been
-        away when the trial ended.
+        away when the trial ended, also that of an earlier command.
         """
-        for trial in self.unnamed:
-            row = trial.row()
+        before = [trial for trial in self.plan.trials if trial not in self.unnamed]
+        rows = [(trial, trial.row()) for trial in (*self.unnamed, *before)]
+        for trial, row in rows:
+            if row is None or row.get("mlflow_run_id") is not None:
+                continue
             run_id = self.tracker.find_run(run_key(trial.study, trial.spec, self.parent.run_id))
-            if row is None or run_id is None:
+            if run_id is None:
                 continue
             row = {**row, "mlflow_run_id": run_id}
             write_row(trial.study, trial.spec, row)
