@@ -230,7 +230,7 @@ def test_a_full_disk_is_one_message(tmp_path, monkeypatch):
     def onto_full_device(descriptor):
         os.dup2(os.open("/dev/full", os.O_WRONLY), descriptor)
 
-    monkeypatch.setattr(storage, "hold", onto_full_device)
+    monkeypatch.setattr("ke_ray.storage.files.hold", onto_full_device)
     with pytest.raises(StorageError, match="no space is left"):
         storage.write_atomic(tmp_path / "x", b"x" * 100_000)
     monkeypatch.undo()

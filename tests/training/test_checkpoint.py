@@ -67,7 +67,7 @@ def test_states_of_another_run_are_refused(tmp_path: Path) -> None:
     uri = str(tmp_path / "states")
     keys = tiny_keys(save_every=2)
     train(tiny_model(), tiny_rows(), keys, num_steps=4, state_uri=uri, identity="a")
-    with pytest.raises(TrainingError, match="of another study"):
+    with pytest.raises(TrainingError, match="another study"):
         train(tiny_model(), tiny_rows(), keys, num_steps=4, state_uri=uri, identity="b")
 
 

@@ -159,7 +159,8 @@ class JobServer:
             try:
                 answer = self._client._do_request("GET", "/api/v0/nodes").json()
                 nodes = answer["data"]["result"]["result"]
-                return len({node["node_ip"] for node in nodes if node["state"] == "ALIVE"})
+                addresses = {node["node_ip"] for node in nodes if node["state"] == "ALIVE"}
+                return len(addresses) or None  # a head that has just started knows none yet
             except (OSError, RuntimeError, ValueError, LookupError, TypeError) as error:
                 log.info("the nodes of %s are not known: %s", self.address, error)
                 return None

@@ -149,7 +149,7 @@ def test_a_wait_is_told_and_a_hopeless_one_ends(cluster: Cluster) -> None:
     has = "2 nodes with 1 CPU and 1 GPU, 1 node with 0 CPUs"
     busy, *_, hopeless = [line for line in done.stderr.splitlines() if "Waiting" in line]
     assert f"1 × (1 CPU and 1 GPU) requested, the cluster has {has}." in busy
-    assert "when others give back" in busy
+    assert "when other work releases" in busy
     assert "(0 s so far): 1 × (4 CPUs) requested" in hopeless
     assert "No node can hold it; this ends in 2 s" in hopeless
     assert "ended: No node of the cluster can hold what the work needs: 1 × (4 CPUs) req" in (

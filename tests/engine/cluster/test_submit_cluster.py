@@ -94,6 +94,7 @@ def test_the_machines_of_a_cluster_are_counted(head, monkeypatch):
     for name, value in head.environment.items():
         if name.startswith("RAY_AUTH"):
             monkeypatch.setenv(name, value)
+    wait_for(lambda: JobServer(head.address).num_machines() is not None)
     assert JobServer(head.address).num_machines() == 1
 
 
@@ -192,11 +193,11 @@ def test_an_interrupt_detaches_and_stops_only_when_told_to(head, tmp_path):
 
     code, said = interrupted("unattended", None)
     assert code == 130
-    assert "the job goes on" in said
+    assert "the job keeps running" in said
     code, said = interrupted("declined", b"n\n")
     assert code == 130
     assert "[y/N]" in said
-    assert "the job goes on" in said
+    assert "the job keeps running" in said
     code, said = interrupted("agreed", b"y\n")
     assert code == 130
     assert "is being stopped" in said
