@@ -117,7 +117,9 @@ def test_several_sizes_are_several_curves_each_with_its_ceiling(tmp_path: Path) 
     changes = [series.paired_change(c, "gini", "a")["value"].iloc[0] for _, c in curves]
     assert changes == [0.0, 0.0]
     (figure, *_) = scan_figures(scan, "scan")
-    assert [list(line.x) for line in figure.panels[0].chart.lines] == [[1, 3], [0, 2]]
+    rows = figure.panels[0].view.rows
+    drawn = {name: list(part["x"]) for name, part in rows.groupby("series")}
+    assert drawn == {"olmo, large: a": [1, 3], "olmo, small: a": [0, 2]}
     assert "2 curves" in figure.caption
     assert figure.caption.count("ceiling") == 2
 
