@@ -6,7 +6,10 @@ several, or both (the output of transformers' Trainer).
 
 from __future__ import annotations
 
+import fnmatch
 import glob
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +26,7 @@ from ke_ray.errors import CheckpointSpecError
 from ke_ray.storage import is_local, join, list_dir, local_path, slug
 from ke_ray.storage.drivers import explain_driver_error
 
+_MAX_FOLDERS = 5_000  # that ** may stand for
 _MAX_EXAMINED = 20  # folders inside one, which may show why it holds no checkpoint
 
 
@@ -141,8 +145,53 @@ def from_folder(spec: str) -> list[CheckpointRef]:
     )
 
 
+def _glob(spec: str) -> Iterator[str]:
+    """What a pattern matches; with ``**`` folders alone, through at most so many of them.
+
+    ``glob`` follows links below ``**`` and has no end where one leads up again, as in ``/proc``.
+
+    Raises:
+        CheckpointSpecError: ``**`` stands for more folders than a series can lie in.
+    """
+    if "**" not in spec.split("/"):
+        yield from glob.glob(spec)
+        return
+    parts = [part for part in spec.split("/") if part]
+    first = next(number for number, part in enumerate(parts) if glob.has_magic(part))
+    root = "/".join(parts[:first])
+    root = f"/{root}" if spec.startswith("/") else root or "."
+    magic = parts[first:]
+    pairs = zip(magic, [*magic[1:], ""], strict=True)
+    pattern = [part for part, after in pairs if not part == after == "**"]  # ** twice is ** once
+    num_folders = 0
+    for folder, names, _ in os.walk(root):
+        names[:] = sorted(name for name in names if not name.startswith("."))
+        num_folders += len(names)
+        if num_folders > _MAX_FOLDERS:
+            raise CheckpointSpecError(
+                f"'{spec}' looks through more than {_MAX_FOLDERS:,} folders; name the folder that "
+                "holds the series in front of '**'."
+            )
+        below = os.path.relpath(folder, root).split(os.sep)
+        if _matches([] if below == ["."] else below, pattern):
+            yield folder
+
+
+def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether the parts of a path match those of a pattern; ``**`` stands for any number."""
+    if not pattern:
+        return not parts
+    if pattern[0] == "**":
+        return any(_matches(parts[skipped:], pattern[1:]) for skipped in range(len(parts) + 1))
+    return (
+        bool(parts)
+        and fnmatch.fnmatchcase(parts[0], pattern[0])
+        and _matches(parts[1:], pattern[1:])
+    )
+
+
 def from_glob(spec: str) -> list[CheckpointRef]:
-    folders = sorted({str(Path(path)) for path in glob.glob(spec, recursive=True)})
+    folders = sorted({str(Path(path)) for path in _glob(spec)})
     checkpoints = [path for path in folders if Path(path).is_dir() and _is_checkpoint(path)]
     if not checkpoints:
         for path in folders[:_MAX_EXAMINED]:

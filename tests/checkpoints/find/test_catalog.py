@@ -351,3 +351,17 @@ def test_any_spec_gives_a_listing_or_one_clear_error(
         list_checkpoints(spec, steps=steps, endpoint="http://127.0.0.1:9")
     except CheckpointSpecError as error:
         assert str(error)
+
+
+def test_two_stars_find_series_at_any_depth_and_end_somewhere(tmp_path, monkeypatch):
+    for name in ("a/step1", "a/b/step2"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name / "model.safetensors").write_bytes(name.encode())
+    (tmp_path / "a" / "loop").symlink_to(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for spec in (f"{tmp_path}/**/step*", "**/step*", "a/**/**/step*"):
+        assert [ref.step for ref in list_checkpoints(spec)] == [1, 2]
+    assert [ref.step for ref in list_checkpoints("a/**/b/*")] == [2]
+    with pytest.raises(CheckpointSpecError, match=r"5,000 folders.*in front of"):
+        list_checkpoints("/**/nowhere")
