@@ -304,7 +304,7 @@ def _title(process: psutil.Process) -> str | None:
         return None
 
 
-def session_problems(timeout_s: float = 10.0) -> list[str]:
+def session_problems(timeout_s: float = 60.0) -> list[str]:
     """Actors' processes and placement groups that outlive their work, after a moment's patience."""
     import ray
     from ray.util import placement_group_table

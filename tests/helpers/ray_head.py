@@ -20,6 +20,9 @@ import requests
 
 RAY = str(Path(sys.executable).with_name("ray"))
 _NOT_INHERITED = ("RAY_", "HF_TOKEN", "MLFLOW_", "OMP_")
+#: A busy machine is no dead node: a raylet ends where its agents take longer to start, and counts
+#: as dead where it answers later. One that is killed refuses connections, which counts at once.
+_PATIENCE = {"RAY_agent_register_timeout_ms": "300000", "RAY_health_check_timeout_ms": "60000"}
 
 
 @dataclass
@@ -143,7 +146,7 @@ def node(command: list[str], head: Head, log: Path) -> Iterator[psutil.Popen]:
     with log.open("wb") as output:
         process = psutil.Popen(
             command,
-            env=head.environment,
+            env=head.environment | _PATIENCE,
             stdout=output,
             stderr=subprocess.STDOUT,
             cwd=head.folder,

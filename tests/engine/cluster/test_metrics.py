@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import threading
+import time
 import urllib.request
 from collections import defaultdict
 from collections.abc import Iterator
@@ -164,6 +165,11 @@ def scraped() -> Iterator[Series]:
         thread.join()
 
 
+def totals(seen: Series) -> dict[tuple[str, str], float]:
+    """Sums over all labels; each metric reaches the endpoint at a moment of its own."""
+    return {key: sum(series.values()) for key, series in list(seen.items())}
+
+
 @pytest.mark.ray
 def test_a_running_study_exports_all_that_the_dashboards_ask(
     scan: Any, scan_study: Any, tmp_path: Path, pretrained: Path, ray_cluster: None
@@ -177,16 +183,20 @@ def test_a_running_study_exports_all_that_the_dashboards_ask(
     with scraped() as seen, open_tracker(study.mlflow) as tracker:
         (row,) = run_sweep(prepare_sweep(study), tracker).rows
         assert scan(scan_study(name="watched_scan")).exit_code == 0
-        late = threading.Event()
-        threading.Timer(30, late.set).start()
-        while not wanted.keys() <= seen.keys() and not late.wait(0.5):
-            pass
+        expected = {
+            ("ray_ke_ray_scan_tokens_total", "watched_scan"): 4.0 * 70 * 24,
+            ("ray_ke_ray_scan_checkpoints_total", "watched_scan"): 4.0,
+            ("ray_ke_ray_scan_loads_total", "watched_scan"): 4.0,
+            ("ray_ke_ray_training_tokens_total", "watched"): row["num_tokens"],
+            ("ray_ke_ray_sweep_trials_total", "watched"): 1.0,
+        }
+        late = time.monotonic() + 60
+        while time.monotonic() < late and not (
+            wanted.keys() <= seen.keys() and expected.items() <= totals(seen).items()
+        ):
+            time.sleep(0.5)
     for key, labels in wanted.items():
         for series in seen.get(key, {frozenset(): 0.0}):
             assert labels <= {label for label, _ in series}, key
-    totals = {key: sum(series.values()) for key, series in seen.items()}
-    assert totals["ray_ke_ray_scan_tokens_total", "watched_scan"] == 4 * 70 * 24
-    assert totals["ray_ke_ray_scan_checkpoints_total", "watched_scan"] == 4
-    assert totals["ray_ke_ray_scan_loads_total", "watched_scan"] == 4
-    assert totals["ray_ke_ray_training_tokens_total", "watched"] == row["num_tokens"]
-    assert totals["ray_ke_ray_sweep_trials_total", "watched"] == 1
+    found = totals(seen)
+    assert {key: found.get(key) for key in expected} == expected

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tiny_studies import tiny_pretrain
 
 from ke_ray.engine.cluster.placement import count_places, describe_nodes, most_cpus
-from ke_ray.engine.train.trainer import trainer as train
+from ke_ray.engine.train import trainer as train
 from ke_ray.engine.train.trainer import worker_resources
 from ke_ray.errors import ConfigError
 
@@ -83,7 +83,7 @@ def test_workers_that_no_nodes_hold_are_refused_unless_nodes_may_come(
     monkeypatch.setattr(train, "training_nodes", lambda _: [{"CPU": 4.0}] * 4)
     monkeypatch.setattr(train, "may_grow", lambda: False)
     study = tiny_pretrain(tmp_path, num_workers=2, cpus_per_worker=8)
-    with pytest.raises(ConfigError, match=r"2 × \(8 CPUs\).*4 nodes with 4 CPUs"):
+    with pytest.raises(ConfigError, match=r"2 workers × \(8 CPUs\).*4 nodes with 4 CPUs"):
         worker_resources(study)
     monkeypatch.setattr(train, "may_grow", lambda: True)
     assert worker_resources(study).cpus == 8
