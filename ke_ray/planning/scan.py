@@ -35,12 +35,19 @@ from ke_ray.results import ScanFolder, new_manifest, read_manifest
 from ke_ray.results.scan_folder import check_identity, merge_identities
 from ke_ray.secrets import redact
 from ke_ray.storage.ownership import check_claim
+from ke_ray.studies.identity import affects_result
 from ke_ray.studies.parts import CheckpointSelection
 from ke_ray.studies.scan import ScanStudy
 
 log = logging.getLogger(__name__)
 
 _CONFIGS_READ = 20
+#: Keys that the corpora's hashes, sampling and groups stand for in a scan's identity, and those of
+#: which a folder may hold several values.
+_BY_CONTENT = (
+    *("data", "num_instances", "sequence_length", "sampling", "tokenizer", "eos_token_id"),
+    *("kind", "checkpoints", "measures"),
+)
 _ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -117,9 +124,7 @@ def prepare_scan(study: ScanStudy) -> ScanSetup:
     corpora = _build_corpora(study, config, ref)
     identity = {
         "measure_version": MEASURE_VERSION,
-        "dtype": study.dtype,
-        "top_k_fraction": study.top_k_fraction,
-        "dormant_threshold": study.dormant_threshold,
+        **_settings(study),
         "resuscitation": _resuscitation(study, corpora),
         "corpora": {name: corpus.sha256 for name, corpus in corpora.items()},
         "sampling": {name: corpus.sampling for name, corpus in corpora.items()},
@@ -168,6 +173,15 @@ def _without_head(study: ScanStudy, config: Any, ref: CheckpointRef | None) -> S
     log.warning("%s; the other default measures are scored.", problem)
     measures = tuple(name for name in study.measures if name != measure)
     return study.model_copy(update={"measures": measures})
+
+
+def _settings(study: ScanStudy) -> dict[str, Any]:
+    """Values of the keys that affect results in other ways than through the corpora's content."""
+    return {
+        name: getattr(study, name)
+        for name, field in type(study).model_fields.items()
+        if affects_result(field) and name not in _BY_CONTENT
+    }
 
 
 def _resuscitation(study: ScanStudy, corpora: dict[str, Corpus]) -> dict[str, Any] | None:
