@@ -5,6 +5,7 @@ An *item* is a checkpoint of a scan, a run of a continual study or a trial of a 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,6 +69,21 @@ class ScanOutcome(Outcome):
 
     num_tokens: int = 0
     timings: list[dict[str, float]] = field(default_factory=list)
+
+
+@dataclass
+class PretrainOutcome(Outcome):
+    """What came of a pretraining run, the one item of its command.
+
+    Attributes:
+        first_loss, final_loss: nats per token, of the first and the last step.
+    """
+
+    checkpoint_steps: tuple[int, ...] = ()
+    num_tokens: int = 0
+    first_loss: float = math.nan
+    final_loss: float = math.nan
+    duration_s: float = math.nan
 
 
 @dataclass

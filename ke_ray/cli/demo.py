@@ -64,7 +64,7 @@ def _demo(folder: str) -> int:
     )
     started = time.monotonic()
     outcome = execute_pretrain(study)
-    if not outcome.skipped:
+    if outcome.num_done:
         phases.seconds["pretrain_start"] = round(time.monotonic() - started - outcome.duration_s, 2)
         phases.seconds["pretrain"] = round(outcome.duration_s, 2)
 

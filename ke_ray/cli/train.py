@@ -30,11 +30,10 @@ from ke_ray.training.runs import list_runs
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-    from ke_ray.outcomes import Outcome
+    from ke_ray.outcomes import Outcome, PretrainOutcome
     from ke_ray.studies.continual import ContinualStudy
     from ke_ray.studies.training import PretrainStudy
     from ke_ray.training.loop import Progress
-    from ke_ray.training.pretrain import PretrainOutcome
 
 Study = Annotated[str, typer.Argument(metavar="STUDY.yaml", help="The study file.")]
 
@@ -79,7 +78,7 @@ def execute_pretrain(study: PretrainStudy) -> PretrainOutcome:
             outcome = run_pretrain_on_ray(study, show)
     finally:
         display.stop()
-    if outcome.skipped:
+    if outcome.num_skipped:
         typer.echo(f"Pretraining is finished already and skipped: {outcome.output}")
     typer.echo(
         f"{len(outcome.checkpoint_steps)} checkpoints in {outcome.output}/checkpoints "

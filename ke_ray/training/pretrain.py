@@ -25,6 +25,7 @@ from ke_ray.data.documents import iter_documents
 from ke_ray.data.tokenizer import load_tokenizer, save_tokenizer, train_bpe
 from ke_ray.data.training_set import PackedDataset, prepare_training_set
 from ke_ray.errors import DataError
+from ke_ray.outcomes import PretrainOutcome
 from ke_ray.results.manifest import new_manifest, read_manifest, write_manifest
 from ke_ray.results.training_folder import write_tables
 from ke_ray.storage.ownership import claimed
@@ -39,23 +40,6 @@ from ke_ray.training.parallel import Worker, barrier
 from ke_ray.training.tracking import log_progress, tracked_run
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class PretrainOutcome:
-    """Summary of a finished pretraining run.
-
-    ``skipped``: it was finished before.
-    """
-
-    output: str
-    checkpoint_steps: tuple[int, ...]
-    skipped: bool
-    num_steps: int
-    num_tokens: int
-    first_loss: float
-    final_loss: float
-    duration_s: float
 
 
 @dataclass(frozen=True)
@@ -280,7 +264,7 @@ def _run_claimed(
     barrier(worker)
     outcome = _finished_outcome(study)
     _log.info("pretrained in %.1f s", time.perf_counter() - started)
-    return replace(outcome, skipped=False)
+    return replace(outcome, num_done=1, num_skipped=0)
 
 
 def _run_name(study: PretrainStudy) -> str:
@@ -290,10 +274,9 @@ def _run_name(study: PretrainStudy) -> str:
 def _finished_outcome(study: PretrainStudy) -> PretrainOutcome:
     manifest = read_manifest(study.output, "pretrain")
     return PretrainOutcome(
-        output=study.output,
+        study.output,
+        num_skipped=1,
         checkpoint_steps=tuple(manifest["checkpoint_steps"]),
-        skipped=True,
-        num_steps=study.num_steps,
         num_tokens=manifest["num_tokens"],
         first_loss=manifest["first_loss"],
         final_loss=manifest["final_loss"],

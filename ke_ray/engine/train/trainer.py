@@ -38,12 +38,13 @@ from ke_ray.engine.cluster.session import kept_handlers, ray_session
 from ke_ray.engine.cluster.shared_storage import check_nodes_see
 from ke_ray.engine.cluster.shared_tracking import check_nodes_reach_store
 from ke_ray.errors import ConfigError, KeRayError, TrainingError
+from ke_ray.outcomes import PretrainOutcome
 from ke_ray.storage.ownership import claimed
 from ke_ray.studies.training import PretrainStudy, TrainingSettings
 from ke_ray.tracking.tracker import check_store
 from ke_ray.training.loop import Progress, StepRecord
 from ke_ray.training.parallel import Worker
-from ke_ray.training.pretrain import PretrainOutcome, is_finished, prepare_data, run_pretrain
+from ke_ray.training.pretrain import is_finished, prepare_data, run_pretrain
 
 #: ``function(payload, worker, on_progress)``, importable on the workers.
 WorkerFunction = Callable[[Any, Worker, Callable[..., None]], None]
@@ -328,4 +329,4 @@ def _run_claimed(
             None if progress is None else lambda state: progress(progress_of(state)),
         )
     outcome = run_pretrain(study)  # finished by now: reads what it left
-    return replace(outcome, skipped=False)
+    return replace(outcome, num_done=1, num_skipped=0)
