@@ -13,8 +13,8 @@ from ke_ray.cli.scan import execute_scan
 from ke_ray.cli.sweep import execute_sweep
 from ke_ray.cli.train import execute_continual, execute_pretrain
 from ke_ray.config import load_study
-from ke_ray.errors import ConfigError
 from ke_ray.report import build_report
+from ke_ray.shipped import study_path
 from ke_ray.storage.ownership import claimed
 from ke_ray.studies.continual import ContinualStudy
 from ke_ray.studies.training import PretrainStudy
@@ -169,21 +169,6 @@ def continual_summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         "status",
     )
     return [{name: row.get(name) for name in columns} for row in rows]
-
-
-def study_path(name: str) -> str:
-    """The path of a study in ``sweeps/`` of the checkout.
-
-    Raises:
-        ConfigError: ke_ray was installed without its checkout.
-    """
-    path = Path(__file__).parents[2] / "sweeps" / f"{name}.yaml"
-    if not path.is_file():
-        raise ConfigError(
-            f"There is no '{path}': the demo needs a checkout of the project. Clone it and install "
-            "with 'make install' or 'pip install -e .'."
-        )
-    return str(path)
 
 
 def _heading(text: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
@@ -11,6 +10,7 @@ from pydantic import BaseModel
 
 from ke_ray.config import load_study, parse_overrides, set_keys, validate
 from ke_ray.errors import ConfigError
+from ke_ray.shipped import study_path
 
 StudyT = TypeVar("StudyT", bound=BaseModel)
 
@@ -30,11 +30,6 @@ Resuscitate = Annotated[
         help="Apply Algorithm 1 in memory after load.",
     ),
 ]
-
-
-def is_study_file(text: str) -> bool:
-    """Whether an argument names a study file rather than checkpoints."""
-    return text.endswith((".yaml", ".yml")) and not Path(text).is_dir()
 
 
 def parse_resuscitate(text: str) -> dict[str, Any]:
@@ -61,7 +56,7 @@ def read_study(
     """Read a study from a file, or from options alone, with options and ``--set`` on top.
 
     Args:
-        file: the study file, or None.
+        file: the study file or its shipped name, or None.
         model: its schema.
         options: values of options by dotted key; None: not given.
         overrides: the ``--set`` texts, which take precedence.
@@ -72,6 +67,7 @@ def read_study(
     """
     values = {key: value for key, value in options.items() if value is not None}
     if file is not None:
+        file = study_path(file)
         loaded = load_study(file, model, overrides or [])
         if not values:
             return loaded

@@ -15,13 +15,13 @@ from ke_ray.cli.options import (
     Output,
     Resuscitate,
     Set,
-    is_study_file,
     parse_resuscitate,
     read_study,
 )
 from ke_ray.cli.progress import TerminalDisplay, print_outcome
 from ke_ray.cli.publish import publish_scan
 from ke_ray.errors import ConfigError
+from ke_ray.shipped import find_study
 from ke_ray.storage.ownership import claimed
 
 if TYPE_CHECKING:
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 def scan(
     checkpoints: Annotated[
-        str, typer.Argument(metavar="SPEC|STUDY.yaml", help="Checkpoints, or a scan study.")
+        str,
+        typer.Argument(metavar="SPEC|STUDY", help="Checkpoints, or a study (file or name)."),
     ],
     data: Annotated[
         list[str] | None, typer.Option(metavar="NAME=SOURCE", help="A corpus; repeatable.")
@@ -67,7 +68,7 @@ def scan(
     """Score knowledge entropy and its kin for every checkpoint of SPEC."""
     from ke_ray.studies.scan import ScanStudy
 
-    file = checkpoints if is_study_file(checkpoints) else None
+    file = find_study(checkpoints)
     given: dict[str, Any] = {
         "checkpoints.spec": None if file else checkpoints,
         "checkpoints.revisions": revisions,

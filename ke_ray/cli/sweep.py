@@ -11,6 +11,7 @@ from ke_ray.cli.options import DryRun, MlflowUri, NoMlflow, Output, Set
 from ke_ray.cli.progress import TerminalDisplay, print_outcome
 from ke_ray.cli.publish_sweep import publish_sweep, settings_cells
 from ke_ray.cli.train import Study
+from ke_ray.shipped import study_path
 from ke_ray.storage.ownership import claimed
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def sweep(
     options = [f"output={output}"] if output else []
     options += [f"mlflow.uri={mlflow_uri}"] if mlflow_uri else []
     options += ["mlflow.enabled=false"] if no_mlflow else []
-    loaded = load_sweep(study, [*options, *(overrides or [])])
+    loaded = load_sweep(study_path(study), [*options, *(overrides or [])])
     if dry_run:
         from ke_ray.planning.sweep_forecast import forecast
 

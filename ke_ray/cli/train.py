@@ -35,7 +35,9 @@ if TYPE_CHECKING:
     from ke_ray.studies.training import PretrainStudy
     from ke_ray.training.loop import Progress
 
-Study = Annotated[str, typer.Argument(metavar="STUDY.yaml", help="The study file.")]
+Study = Annotated[
+    str, typer.Argument(metavar="STUDY", help="Its file, or its name in `ke-ray studies`.")
+]
 
 
 def pretrain(

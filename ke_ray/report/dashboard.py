@@ -21,6 +21,7 @@ from pathlib import Path
 
 from ke_ray import storage
 from ke_ray.errors import KeRayError, UserError
+from ke_ray.shipped import shipped_folder
 
 _START_S = 120.0
 
@@ -98,15 +99,10 @@ def start_dashboard(
         The running pages; use ``with`` or call ``stop()``.
 
     Raises:
-        UserError: a port is taken, or the page's files are not installed.
+        UserError: a port is taken.
         KeRayError: a page does not start.
     """
-    page = Path(__file__).resolve().parents[2] / "dashboards" / "explore.py"
-    if not page.is_file():
-        raise UserError(
-            f"The page is not at '{page}': it is part of the repository. Clone it and install "
-            "with 'pip install -e .'."
-        )
+    page = shipped_folder("dashboards") / "explore.py"
     paths = [os.fspath(path) for path in results]
     missing = [path for path in paths if storage.is_local(path) and not storage.exists(path)]
     for path in missing:

@@ -1,0 +1,52 @@
+"""``ke-ray studies`` and ``ke-ray init``: the studies that ship with ke_ray."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ke_ray.errors import ConfigError
+from ke_ray.shipped import list_shipped, study_path
+
+
+def studies() -> None:
+    """List the studies that ship with ke_ray; their names stand for their files."""
+    table = Table("study", "kind", "what it does", box=None, pad_edge=False, header_style="bold")
+    for study in list_shipped():
+        table.add_row(study.name, study.kind, study.title)
+    Console().print(table)
+    typer.echo(
+        "\nke-ray KIND STUDY --dry-run says what it would fetch and how long that would take; "
+        "ke-ray init STUDY writes a copy to change."
+    )
+
+
+def init(
+    study: Annotated[str, typer.Argument(metavar="STUDY", help="A name that `studies` lists.")],
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="Default: STUDY.yaml in this folder.")
+    ] = None,
+) -> None:
+    """Write a commented copy of a shipped study, to be changed."""
+    source = Path(study_path(study))
+    target = Path(output or source.name)
+    try:
+        with target.open("x", encoding="utf-8") as file:
+            file.write(source.read_text(encoding="utf-8"))
+    except FileExistsError as error:
+        raise ConfigError(
+            f"'{target}' exists already; give another file with --output, or remove it."
+        ) from error
+    except OSError as error:
+        raise ConfigError(f"'{target}' cannot be written: {error.strerror}.") from error
+    typer.echo(f"{target}")
+
+
+def register(app: typer.Typer) -> None:
+    """Add this module's commands."""
+    app.command()(studies)
+    app.command()(init)
