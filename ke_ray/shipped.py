@@ -14,6 +14,8 @@ from pathlib import Path
 from ke_ray.config import read_yaml
 from ke_ray.errors import ConfigError, nearest
 
+#: By the comment that begins so, editors find the schema of a study.
+MODELINE = "yaml-language-server: $schema="
 _PACKAGE = Path(__file__).resolve().parent
 
 
@@ -76,5 +78,6 @@ def study_path(text: str) -> str:
 def _title(path: Path) -> str:
     """The first sentence of the comment at the beginning of a file."""
     lines = itertools.takewhile(lambda line: line.startswith("#"), path.read_text().splitlines())
-    text = " ".join(line.removeprefix("#").strip() for line in lines)
+    comments = (line.removeprefix("#").strip() for line in lines)
+    text = " ".join(line for line in comments if not line.startswith(MODELINE))
     return re.split(r"(?<!Fig)\. |: ke-ray |:  |\.$", text, maxsplit=1)[0]

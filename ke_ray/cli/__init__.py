@@ -23,7 +23,6 @@ app = typer.Typer(
     name="ke-ray",
     help="Knowledge entropy over checkpoint series: scan, continual learning, resuscitation.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )

@@ -14,8 +14,25 @@ from ke_ray.shipped import study_path
 
 StudyT = TypeVar("StudyT", bound=BaseModel)
 
+
+def _complete_key(ctx: typer.Context, incomplete: str) -> list[str]:
+    """The keys of the command's kind of study, for the shell's completion."""
+    from ke_ray.studies.schema import KINDS
+    from ke_ray.studies.sweep import dotted_keys
+
+    kind = KINDS.get("job" if ctx.info_name == "submit" else str(ctx.info_name))
+    keys = sorted(dotted_keys(kind)) if kind else []
+    return [f"{key}=" for key in keys if key.startswith(incomplete)]
+
+
 Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key; repeatable.")
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override a key; repeatable.",
+        autocompletion=_complete_key,
+    ),
 ]
 Output = Annotated[str | None, typer.Option("--output", "-o", help="Folder or URI for results.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")]

@@ -1,4 +1,4 @@
-"""``ke-ray studies`` and ``ke-ray init``: the studies that ship with ke_ray."""
+"""``ke-ray studies``, ``init`` and ``schema``: shipped studies, and what a study may say."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ke_ray.errors import ConfigError
-from ke_ray.shipped import list_shipped, study_path
+from ke_ray.errors import ConfigError, nearest
+from ke_ray.shipped import MODELINE, list_shipped, study_path
 
 
 def studies() -> None:
@@ -34,9 +34,11 @@ def init(
     """Write a commented copy of a shipped study, to be changed."""
     source = Path(study_path(study))
     target = Path(output or source.name)
+    text = source.read_text(encoding="utf-8")
+    text = text.replace(f"{MODELINE}schema/", f"{MODELINE}{source.parent}/schema/", 1)
     try:
         with target.open("x", encoding="utf-8") as file:
-            file.write(source.read_text(encoding="utf-8"))
+            file.write(text)
     except FileExistsError as error:
         raise ConfigError(
             f"'{target}' exists already; give another file with --output, or remove it."
@@ -46,7 +48,24 @@ def init(
     typer.echo(f"{target}")
 
 
+def schema(
+    kind: Annotated[
+        str, typer.Argument(metavar="KIND", help="scan, pretrain, continual, sweep or job.")
+    ],
+) -> None:
+    """Print the JSON Schema of a kind of study: all keys, their types, bounds and meaning."""
+    from ke_ray.studies.schema import KINDS, schema_text
+
+    if kind not in KINDS:
+        raise ConfigError(
+            f"'{kind:.100}' is no kind of study; give one of {', '.join(KINDS)}."
+            f"{nearest(kind, KINDS)}"
+        )
+    typer.echo(schema_text(kind), nl=False)
+
+
 def register(app: typer.Typer) -> None:
     """Add this module's commands."""
     app.command()(studies)
     app.command()(init)
+    app.command()(schema)

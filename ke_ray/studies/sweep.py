@@ -211,22 +211,22 @@ class SweepStudy(Strict):
 
 def sweep_keys(*, without_effect: bool = False) -> set[str]:
     """The dotted keys that may be swept; ``without_effect`` adds those that change no result."""
-    keys = set(_OWN_KEYS)
-    for name in ContinualStudy.model_fields:
-        if name not in _NOT_SWEPT:
-            keys |= _keys_below(ContinualStudy, name, "", without_effect)
-    return keys
+    keys = dotted_keys(ContinualStudy, without_effect=without_effect)
+    return {*_OWN_KEYS, *(key for key in keys if key.partition(".")[0] not in _NOT_SWEPT)}
 
 
-def _keys_below(model: type[BaseModel], name: str, prefix: str, without_effect: bool) -> set[str]:
-    field = model.model_fields[name]
-    if not without_effect and not affects_result(field):
-        return set()
-    keys = {f"{prefix}{name}"}
-    for option in (field.annotation, *get_args(field.annotation)):
-        if isinstance(option, type) and issubclass(option, BaseModel):
-            for child in option.model_fields:
-                keys |= _keys_below(option, child, f"{prefix}{name}.", without_effect)
+def dotted_keys(
+    model: type[BaseModel], prefix: str = "", *, without_effect: bool = True
+) -> set[str]:
+    """All keys of a schema, those of groups inside it included, as ``--set`` takes them."""
+    keys: set[str] = set()
+    for name, field in model.model_fields.items():
+        if not without_effect and not affects_result(field):
+            continue
+        keys.add(f"{prefix}{name}")
+        for option in (field.annotation, *get_args(field.annotation)):
+            if isinstance(option, type) and issubclass(option, BaseModel):
+                keys |= dotted_keys(option, f"{prefix}{name}.", without_effect=without_effect)
     return keys
 
 

@@ -72,7 +72,8 @@ def test_shipped_studies_are_listed_and_copied(installed: Installed, tmp_path: P
     for study in list_shipped():
         assert [study.name, study.kind] in listed
     installed.runs(tmp_path, "init", "olmo_1b")
-    assert (tmp_path / "olmo_1b.yaml").read_text() == (ROOT / "sweeps/olmo_1b.yaml").read_text()
+    copy, original = tmp_path / "olmo_1b.yaml", ROOT / "sweeps" / "olmo_1b.yaml"
+    assert copy.read_text().splitlines()[1:] == original.read_text().splitlines()[1:]
     again = installed.run(tmp_path, "init", "olmo_1b")
     assert again.returncode == 2
     assert "'olmo_1b.yaml' exists already" in again.stderr
