@@ -44,6 +44,14 @@ def list_shipped(folder: str = "sweeps") -> list[ShippedFile]:
     return files
 
 
+def tested_versions() -> dict[str, str]:
+    """Package → the version that ke_ray was tested with (``constraints.txt``)."""
+    inside = _PACKAGE / "shipped" / "constraints.txt"
+    path = inside if inside.is_file() else _PACKAGE.parent / "constraints.txt"
+    pins = (line.partition("==") for line in path.read_text().splitlines() if "==" in line)
+    return {name.strip().lower(): version.strip() for name, _, version in pins}
+
+
 def find_study(text: str) -> str | None:
     """The path of a study that a command line names by its file or by its shipped name.
 

@@ -13,7 +13,18 @@ from types import FrameType
 
 import typer
 
-from ke_ray.cli import checkpoints, demo, resuscitate, scan, studies, submit, sweep, train, view
+from ke_ray.cli import (
+    checkpoints,
+    demo,
+    doctor,
+    resuscitate,
+    scan,
+    studies,
+    submit,
+    sweep,
+    train,
+    view,
+)
 from ke_ray.errors import KeRayError
 from ke_ray.secrets import RedactingFormatter
 
@@ -26,7 +37,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for module in (demo, checkpoints, train, scan, resuscitate, sweep, submit, view, studies):
+for module in (demo, checkpoints, train, scan, resuscitate, sweep, submit, view, studies, doctor):
     module.register(app)
 
 

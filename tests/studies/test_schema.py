@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -76,3 +79,15 @@ def test_a_copy_of_a_study_still_finds_the_schema(tmp_path: Path) -> None:
         copy.read_text().partition("\n")[2]
         == ((shipped_folder("sweeps") / "olmo_1b.yaml").read_text().partition("\n")[2])
     )
+
+
+def test_the_shell_completes_the_keys_of_a_study() -> None:
+    words = {"COMP_WORDS": "ke-ray sweep table1 --set base.opt", "COMP_CWORD": "4"}
+    done = subprocess.run(
+        [Path(sys.executable).with_name("ke-ray")],
+        env=os.environ | words | {"_KE_RAY_COMPLETE": "complete_bash"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "base.optimizer.learning_rate=" in done.stdout.split()
