@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
+from ke_ray import __version__
 from ke_ray.report.paper import STEPS, TABLE_1
 
 ROOT = Path(__file__).parents[1]
@@ -79,3 +81,8 @@ def test_the_map_of_contributing_names_places_that_exist() -> None:
     paths = re.findall(r"`(ke_ray/[\w/.]+)`", table)
     assert len(paths) >= 6
     assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def test_the_citation_names_this_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == __version__
