@@ -108,7 +108,7 @@ def draw(
     document = np.repeat(np.arange(len(chosen)), [len(pool.documents[number]) for number in chosen])
     if rule == "first":
         return pieces[:count], group_sizes(count)
-    starts = slot_starts(len(pieces), count, 1, generator.random())
+    starts = slot_starts(len(pieces), count, 1, generator.random(count))
     return pieces[starts], document_groups(document[starts], document[starts])
 
 

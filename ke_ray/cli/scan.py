@@ -51,6 +51,7 @@ def scan(
     num_actors: Annotated[
         int | None, typer.Option(min=1, help="Default: GPUs, else cores.")
     ] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cuda (never CPUs) or cpu.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     revisions: Revisions = None,
     steps: Steps = None,
@@ -84,6 +85,7 @@ def scan(
         "measures": tuple(m.strip() for m in measures.split(",")) if measures else None,
         "batch_size": batch_size,
         "num_actors": num_actors,
+        "device": device,
         "dtype": dtype,
         "cache_dir": cache_dir,
         "cache_bytes": cache_bytes,

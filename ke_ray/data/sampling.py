@@ -1,9 +1,10 @@
 """N instances of T tokens spread over a whole source of documents.
 
 The packed stream of the text reached (``ke_ray.data.reach``), ids(d1) EOS ids(d2) EOS …, is cut
-into N equal slots, and each slot gives one instance: T tokens that begin at the same place of
-every slot. That place is drawn from a seed such that the instance fits into its slot, so no token
-is used twice, and where N · T is all there is, all of it is used. An instance begins inside a
+into N equal slots, and each slot gives one instance: T tokens that begin at a place drawn for that
+slot from a seed, such that the instance fits into its slot. So no token is used twice, and where
+N · T is all there is, all of it is used. (The same place in every slot would fall in step with
+documents of one length, and meet all of them at their beginnings, say.) An instance begins inside a
 document as often as the length of documents has it, and runs on through EOS into the next.
 
 Where the text is at least 16 bytes for each token wanted, slots are measured in bytes of text and
@@ -73,25 +74,31 @@ def spread_instances(
     check_request(num_instances, sequence_length, eos_token_id, vocab_size, origin)
     tokenizer = plain_tokenizer(tokenizer)
     generator = np.random.Generator(np.random.PCG64(seed))
-    offset, fraction = generator.random(2)
+    offset, fractions = generator.random(), generator.random(num_instances)
     text_source = reach(source, num_instances * sequence_length, offset)
     sample = None
     if text_source.num_bytes >= _BYTES_PER_TOKEN * num_instances * sequence_length:
         sample = _by_bytes(
-            text_source, tokenizer, num_instances, sequence_length, eos_token_id, fraction
+            text_source, tokenizer, num_instances, sequence_length, eos_token_id, fractions
         )
     if sample is None:
         sample = _by_tokens(
-            text_source, tokenizer, num_instances, sequence_length, eos_token_id, fraction, origin
+            text_source, tokenizer, num_instances, sequence_length, eos_token_id, fractions, origin
         )
     check_vocabulary(sample.input_ids, None, vocab_size, origin=origin)
     return sample
 
 
-def slot_starts(total: int, num_instances: int, room: int, fraction: float) -> list[int]:
-    """Where instances begin: at one place of every slot that leaves ``room`` in it."""
-    offset = int(fraction * ((total // num_instances) - room + 1))
-    return [slot * total // num_instances + offset for slot in range(num_instances)]
+def slot_starts(
+    total: int, num_instances: int, room: int, fractions: NDArray[np.float64]
+) -> NDArray[np.int64]:
+    """Where instances begin: in each slot at a fraction of the places that leave ``room`` in it.
+
+    Args:
+        fractions: [N] in [0, 1).
+    """
+    bounds = np.arange(num_instances + 1, dtype=np.int64) * total // num_instances
+    return bounds[:-1] + (fractions * (np.diff(bounds) - room + 1)).astype(np.int64)
 
 
 def _by_bytes(
@@ -100,11 +107,11 @@ def _by_bytes(
     num_instances: int,
     sequence_length: int,
     eos_token_id: int,
-    fraction: float,
+    fractions: NDArray[np.float64],
 ) -> SpreadInstances | None:
     """None where an instance would outgrow its slot."""
     room = _BYTES_PER_TOKEN * sequence_length
-    starts = slot_starts(text_source.num_bytes, num_instances, room, fraction)
+    starts = slot_starts(text_source.num_bytes, num_instances, room, fractions)
     input_ids = np.zeros((num_instances, sequence_length), np.int32)
     units = np.zeros((3, num_instances), np.int64)
     row, filled, begin = 0, -1, 0  # filled −1: instance ``row`` has not begun
@@ -146,7 +153,7 @@ def _by_tokens(
     num_instances: int,
     sequence_length: int,
     eos_token_id: int,
-    fraction: float,
+    fractions: NDArray[np.float64],
     origin: str,
 ) -> SpreadInstances:
     parts: list[NDArray[np.int32]] = []
@@ -165,7 +172,7 @@ def _by_tokens(
             f"tokens, but {num_instances} were requested. Request fewer or shorter ones, or give "
             "more documents."
         )
-    starts = np.array(slot_starts(len(stream), num_instances, sequence_length, fraction))
+    starts = slot_starts(len(stream), num_instances, sequence_length, fractions)
     input_ids = stream[starts[:, None] + np.arange(sequence_length)]
     ends = np.cumsum(lengths)
 

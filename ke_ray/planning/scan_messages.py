@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -60,6 +60,7 @@ class ScorerSettings:
     batch_size: int
     top_k_fraction: float
     dormant_threshold: float
+    device: Literal["auto", "cuda", "cpu"]
     threads: int | None
     cache_dir: str | None
     cache_bytes: int | None

@@ -36,6 +36,15 @@ class ScanStudy(Strict):
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="of the weights while they are scored"
     )
+    device: Literal["auto", "cuda", "cpu"] = Key(
+        "auto",
+        affects_result=False,
+        description="auto: GPUs where the cluster has any, else CPUs; cuda: waits for GPUs, never "
+        "scores on CPUs; cpu: takes no GPU",
+    )
+    gpus_per_scorer: float = Key(
+        1.0, affects_result=False, gt=0, le=1, description="below 1, scorers share a GPU"
+    )
     batch_size: int = Key(4, affects_result=False, ge=1, description="instances per forward pass")
     num_actors: int | None = Key(
         None, affects_result=False, ge=1, description="scorers; null: one per GPU, else one per CPU"

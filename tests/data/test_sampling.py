@@ -85,7 +85,8 @@ def test_instances_are_stretches_of_the_packed_stream_all_over_it(
     assert (np.diff(starts) >= length).all()  # in order, and no token is used twice
     assert starts[0] < slot
     assert starts[-1] > len(packed) - slot - length
-    np.testing.assert_allclose(starts, starts[0] + slot * np.arange(count), atol=0.35 * slot + 64)
+    middles = slot * (np.arange(count) + 0.5) - length / 2
+    np.testing.assert_allclose(starts, middles, atol=0.5 * slot + 64)
 
 
 def test_text_is_met_by_its_share_of_the_source_and_not_at_its_beginning(tmp_path: Path) -> None:
@@ -104,6 +105,18 @@ def test_text_is_met_by_its_share_of_the_source_and_not_at_its_beginning(tmp_pat
         inside += ((of_long - begin) / (share * len(packed))).tolist()
     assert np.mean(met) == pytest.approx(share, abs=0.05)
     assert np.mean(inside) == pytest.approx(0.5, abs=0.1)
+
+
+def test_documents_of_one_length_are_met_at_all_their_places(tmp_path: Path) -> None:
+    """Every slot is four documents long: one place for all slots met all documents at one place."""
+    words = range(12)
+    documents = [" ".join(f"{number:03d}.{word:02d}" for word in words) for number in range(256)]
+    source = write_jsonl(tmp_path / "d.jsonl", documents)
+    drawn = spread_instances(
+        source, TOKENIZER, num_instances=64, sequence_length=16, eos_token_id=EOS
+    )
+    first_words = {TOKENIZER.decode(row).partition(".")[2][:2] for row in drawn.input_ids.tolist()}
+    assert len(first_words) == len(words)
 
 
 def test_where_all_text_is_needed_all_is_used_as_first_has_it(tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ def running_head(num_cpus: int = 2) -> Iterator[Head]:
         *("--temp-dir", str(folder / "ray"), "--num-cpus", str(num_cpus)),
         *("--object-store-memory", "150000000", "--disable-usage-stats"),
     ]
-    with node(command, head, folder / "head.log"):
+    with started_node(command, head, "head"):
         deadline = time.monotonic() + 180
         while True:
             try:
@@ -127,14 +127,26 @@ def joined_node(head: Head, name: str, num_cpus: int, num_gpus: int = 0) -> Iter
         *("--num-cpus", str(num_cpus), "--num-gpus", str(num_gpus), "--disable-usage-stats"),
         *("--object-store-memory", "150000000", "--dashboard-agent-listen-port", str(agent)),
     ]
-    before = head.alive()
-    log = head.folder / f"{name}.log"
-    with node(command, head, log) as process:
-        deadline = time.monotonic() + 120
-        while not head.alive() - before:
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.2)
+    with started_node(command, head, name) as process:
         yield process
+
+
+@contextmanager
+def started_node(command: list[str], head: Head, name: str) -> Iterator[psutil.Popen]:
+    """A node whose ``ray start`` has come to its end.
+
+    It gives up after 30 seconds, which a busy machine may take, and ends what it started; then it
+    is tried again.
+    """
+    log = head.folder / f"{name}.log"
+    for _ in range(3):
+        with node(command, head, log) as process:
+            while process.poll() is None and "Ray runtime started" not in log.read_text():
+                time.sleep(0.2)
+            if process.poll() is None:
+                yield process
+                return
+    raise AssertionError(f"{name} did not start:\n{log.read_text()}")
 
 
 @contextmanager

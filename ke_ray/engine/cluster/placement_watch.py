@@ -210,7 +210,8 @@ def _demand_of_job() -> _Demand:
         needs = _counted(actor.required_resources)
         if not needs or actor.placement_group_id or actor.state == actor.DEAD:
             continue  # needs no place, or has that of its group
-        if actor.state == actor.ALIVE or actor.address.node_id:
+        # A pending actor has the node that its request waits on; a worker process only once placed.
+        if actor.state == actor.ALIVE or actor.address.worker_id:
             is_running = True
         else:
             groups.append((needs,))

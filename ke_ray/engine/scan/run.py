@@ -118,6 +118,7 @@ def _score(setup: ScanSetup, run: TrackedRun, display: Display, outcome: ScanOut
         batch_size=study.batch_size,
         top_k_fraction=study.top_k_fraction,
         dormant_threshold=study.dormant_threshold,
+        device=study.device,
         threads=int(per_actor.get("num_cpus", 1)) if "num_gpus" not in per_actor else None,
         cache_dir=storage.absolute(study.cache_dir) if study.cache_dir else None,
         cache_bytes=study.cache_bytes,
@@ -182,13 +183,16 @@ def _score(setup: ScanSetup, run: TrackedRun, display: Display, outcome: ScanOut
 def _actors(setup: ScanSetup) -> tuple[int, dict[str, float]]:
     """How many scorers, and the resources of each.
 
-    One per GPU where there are any. On CPUs as many as the study requests, else one per core, fewer
-    where memory could not hold two models for each.
+    One per GPU (or share of one) where there are any; where the study insists on GPUs and there is
+    none yet, the scorers wait for them. On CPUs as many as the study requests, else one per core,
+    fewer where memory could not hold two models for each.
     """
     nodes = cluster_nodes()
-    requested = setup.study.num_actors
-    if num_places := count_places(nodes, 1, gpus=1):
-        return min(requested or num_places, num_places), {"num_gpus": 1, "num_cpus": 1}
+    requested, share = setup.study.num_actors, setup.study.gpus_per_scorer
+    num_places = 0 if setup.study.device == "cpu" else count_places(nodes, 1, gpus=share)
+    if num_places or setup.study.device == "cuda":
+        most = num_places or requested or 1
+        return min(requested or most, most), {"num_gpus": share, "num_cpus": 1}
     num_places = count_places(nodes, 1)
     if not num_places:
         raise UserError(

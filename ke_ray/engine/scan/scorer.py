@@ -139,7 +139,10 @@ class CheckpointScorer:
         self._corpora = {name: ray.get(ref) for name, ref in corpora.items()}
         self._monitor = monitor
         self._device, problem = granted_device()
-        if problem is not None:
+        self._refusal = None
+        if problem is not None and settings.device == "cuda":
+            self._refusal = f"{problem}, and the study's device is cuda; nothing was scored here."
+        elif problem is not None:
             monitor.warn.remote(f"{problem}: this scorer, and others like it, scores on CPUs.")
         self._store = Store(settings.cache_dir, settings.cache_bytes)
         self._slots: dict[int, _Slot] = {}
@@ -155,6 +158,8 @@ class CheckpointScorer:
 
         item = item_from_json(batch["item"][0].as_py())
         ref = self._checkpoints[item.checkpoint]
+        if self._refusal is not None:
+            return failed_table(item, f"'{ref.label}': {self._refusal}")
         earlier = ray.get(self._monitor.attempts.remote(item.index))
         # An item that was lost with its actor runs alone the next time, so that an item which
         # kills its actor takes no neighbour's attempts with it.

@@ -82,6 +82,41 @@ def test_a_scan_scores_on_cpus_and_says_so_once(
     assert "built without CUDA: this scorer, and others like it, scores on CPUs" in messages
 
 
+def test_a_scan_takes_no_gpu_or_nothing_else(
+    cluster: Cluster, pretrained: Path, tmp_path: Path
+) -> None:
+    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(2, 300, (8, 24), np.uint16))
+    words = (
+        *("scan", pretrained / "checkpoints", "--data", f"ids={tmp_path / 'ids.npy'}"),
+        *("--num-instances", 8, "--sequence-length", 24, "--measures", "knowledge_entropy"),
+        *("--limit", 1, "--no-mlflow"),
+    )
+    said = cluster.messages(*words, "--device", "cpu", "--output", tmp_path / "on_cpus")
+    assert "GPU" not in said
+    command = cluster.start(*words, "--device", "cuda", "--output", tmp_path / "on_gpus")
+    assert command.wait() == 1, command.stdout
+    (row,) = read_table(str(tmp_path / "on_gpus" / "entropy.parquet")).to_pylist()
+    assert row["status"] == "failed"
+    assert "built without CUDA, and the study's device is cuda" in row["error"]
+
+
+def test_a_scan_waits_for_gpus_that_no_node_has(
+    cluster: Cluster, pretrained: Path, tmp_path: Path
+) -> None:
+    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(2, 300, (8, 24), np.uint16))
+    command = cluster.start(
+        *("scan", pretrained / "checkpoints", "--data", f"ids={tmp_path / 'ids.npy'}"),
+        *("--num-instances", 8, "--sequence-length", 24, "--measures", "knowledge_entropy"),
+        *("--device", "cuda", "--no-mlflow", "--output", tmp_path / "out"),
+        RAY_ADDRESS="local",
+        KE_RAY_PLACEMENT_WAIT_S="5",
+    )
+    assert command.wait() == 1, command.stdout
+    said = " ".join(command.stdout.split())
+    assert "1 × (1 CPU and 1 GPU) requested" in said
+    assert "No node of the cluster can hold what the work needs" in said
+
+
 def test_a_continual_study_at_its_defaults(
     cluster: Cluster, pretrained: Path, tmp_path: Path
 ) -> None:
@@ -130,7 +165,7 @@ with ray_session():
     started = time.monotonic()
     try:
         with watch_placement():
-            placement_group([{"CPU": 4}]).wait(60)
+            placement_group([{"CPU": 4}]).wait(25)  # no signal ends it
     except PlacementError as error:
         print(f"ended: {error}")
 """

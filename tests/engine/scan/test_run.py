@@ -303,7 +303,7 @@ def test_an_item_that_keeps_killing_its_actor_is_given_up(scan_study, series, to
     monitor = ray.remote(num_cpus=0)(ScanMonitor).remote()
     corpus = setup.corpora["ids"]
     scorer = CheckpointScorer(
-        ScorerSettings("float32", 8, 0.01, 0.1, None, None, None),
+        ScorerSettings("float32", 8, 0.01, 0.1, "auto", None, None, None),
         setup.refs,
         {"ids": ray.put((corpus.input_ids, corpus.lengths))},
         monitor,
