@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
+from altair.utils.schemapi import debug_mode
 
 from ke_ray import storage
 from ke_ray.report import runs, series
@@ -66,7 +67,9 @@ def build_report(
     title = "Knowledge entropy: " + (
         ", ".join(_KIND_TITLES[kind].lower() for kind in kinds) if kinds else "no results yet"
     )
-    storage.write_atomic(target, page(title, lead, comparison.warnings(found), sections(found)))
+    with debug_mode(False):  # tests check every chart against the schema; here it takes seconds
+        html = page(title, lead, comparison.warnings(found), sections(found))
+    storage.write_atomic(target, html)
     return target
 
 

@@ -6,6 +6,7 @@ nearest value with its error; Ctrl and the wheel zoom, dragging moves, a double 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,12 +15,13 @@ import altair as alt
 import numpy as np
 import pandas as pd
 
-from ke_ray.report.charts.figure import Plot
+from ke_ray.report.charts.figure import SVG_ROWS, Chart, Plot
 from ke_ray.report.charts.theme import DASHES, ORDERED, SHAPES
 
 _HEIGHT = 260
 _MOST_MARKED = 30  # a series with more values is drawn without markers
 _MOST_NAMED = 12  # more series than this have no legend
+_MOST_LISTED = 40  # more series than this are too many for one tooltip
 _DODGE_PX = 5  # between error bars of different series at the same place
 
 
@@ -100,7 +102,7 @@ def series_plot(
         ends = {"y": alt.Y("low:Q", title=y_title), "y2": "high:Q"}
         layers.append(base.mark_rule(strokeWidth=1.4, aria=False, **shift).encode(**ends))
     if lined:
-        line = of_line.mark_line(strokeWidth=2, **shift)
+        line = of_line.mark_line(strokeWidth=2, aria=_aria(rows), **shift)
         layers.append(line.encode(detail=f"{colour}:N") if ramp else line.encode(strokeDash=dashed))
     if not ramp:
         shape = _by_name(rows, colour, alt.Shape, list(SHAPES))
@@ -111,19 +113,14 @@ def series_plot(
             if (rows["mark"] == mark).any():
                 layers.append(
                     base.transform_filter(alt.datum.mark == mark)
-                    .mark_point(filled=True, size=size, opacity=opacity, **shift)
+                    .mark_point(filled=True, size=size, opacity=opacity, aria=_aria(rows), **shift)
                     .encode(shape=shape, tooltip=_tooltip(rows, shown))
                 )
     if interactive:
-        nearest = alt.selection_point(
-            "nearest", nearest=True, on="pointermove", clear="pointerout", empty=False
-        )
-        ring = base.mark_point(size=110, filled=False, aria=False, **shift).encode(
-            tooltip=_tooltip(rows, shown),
-            opacity=alt.when(nearest).then(alt.value(1)).otherwise(alt.value(0)),
-        )
-        layers.append(ring.add_params(nearest, *([] if x.names else [_zoom()])))
-    chart = alt.layer(*layers).properties(width="container", height=_HEIGHT)
+        by_x = not (errors or dash or x.names) and _listable(rows, x, colour)
+        hover = _values_at_x(rows, x, shown, colour) if by_x else _ring(base, rows, shown, shift)
+        layers.append(hover if x.names else hover.add_params(_zoom()))
+    chart = layered(*layers, height=_HEIGHT)
     return Plot(chart, rows, shown, spread)
 
 
@@ -155,7 +152,7 @@ def heat_map(
         y=alt.Y(f"{y.field}:O", title=y.title, sort="descending"),
         tooltip=_tooltip(rows, shown),
     )
-    layers = [base.mark_rect().encode(color=colour)]
+    layers = [base.mark_rect(aria=_aria(rows)).encode(color=colour)]
     if write_values:
         share = (rows[value] - rows[value].min()) / (np.ptp(rows[value].dropna()) or 1)
         edge = (share < 0.2) | (share > 0.82) if diverging else share < 0.45
@@ -166,8 +163,19 @@ def heat_map(
         )
     tall = max(_HEIGHT, 9 * rows[y.field].nunique()) if not write_values else None
     height = tall or 42 * rows[y.field].nunique()
-    chart = alt.layer(*layers).properties(width="container", height=height)
+    chart = layered(*layers, height=height)
     return Plot(chart, rows, shown, value=value)
+
+
+def layered(*layers: alt.Chart, height: int) -> Chart:
+    """Layers over the rows of a :class:`Plot`, as wide as the page lets them be."""
+    rows = alt.NamedData("rows")
+    return alt.layer(*layers, data=rows, width="container", height=height)
+
+
+def _aria(rows: pd.DataFrame) -> Any:
+    """False for rows that a canvas draws: it has no elements for a screen reader to name."""
+    return alt.Undefined if len(rows) <= SVG_ROWS else False
 
 
 def _x_axis(x: X, rows: pd.DataFrame) -> alt.X:
@@ -247,6 +255,58 @@ def _rule(rule: Rule, x_title: str, y_title: str) -> list[alt.Chart]:
         text = base.mark_text(align="left", dx=4, dy=-6).encode(x=alt.value(0), text="text:N")
     line = base.mark_rule(strokeDash=[2, 3], description=rule.text or "a line")
     return [line, text] if rule.text else [line]
+
+
+def _listable(rows: pd.DataFrame, x: X, colour: str) -> bool:
+    """Whether pointing lists the values at one x: many rows, and few of them at any x."""
+    few = rows[colour].nunique() <= _MOST_LISTED
+    return len(rows) > SVG_ROWS and few and not rows.duplicated([x.field, colour]).any()
+
+
+def _nearest() -> tuple[alt.Parameter, Any]:
+    """(a selection of the mark nearest to the pointer, the opacity that shows that mark alone)"""
+    nearest = alt.selection_point(
+        "nearest", nearest=True, on="pointermove", clear="pointerout", empty=False
+    )
+    return nearest, alt.when(nearest).then(alt.value(1)).otherwise(alt.value(0))
+
+
+def _ring(
+    base: alt.Chart, rows: pd.DataFrame, shown: Mapping[str, str], shift: Mapping[str, Any]
+) -> alt.Chart:
+    """A ring around the nearest value; its tooltip shows that value with its error."""
+    nearest, opacity = _nearest()
+    ring = base.mark_point(size=110, filled=False, aria=False, **shift)
+    return ring.encode(tooltip=_tooltip(rows, shown), opacity=opacity).add_params(nearest)
+
+
+def _values_at_x(rows: pd.DataFrame, x: X, shown: Mapping[str, str], colour: str) -> alt.Chart:
+    """A rule at the nearest x; its tooltip lists the value of every series there.
+
+    It is one mark per x, where rings are one per row: thousands, which a page takes seconds to
+    place and to search.
+    """
+    nearest, opacity = _nearest()
+    fields = [name for name in shown if name not in (colour, "value", "low", "high")]
+    at_x = rows.groupby(x.field, sort=False)
+    of_x = {name: shown[name] for name in fields if at_x[name].nunique().max() <= 1}
+    prefix = f"{colour} " if pd.api.types.is_numeric_dtype(rows[colour]) else ""
+    values = [
+        alt.Tooltip(
+            field=re.sub(r"[\\.\[\]]", r"\\\g<0>", str(name)),  # else a path into an object
+            type="quantitative",
+            title=f"{prefix}{name}",
+            format=".7~g",
+        )
+        for name in dict.fromkeys(rows[colour])
+    ]
+    return (
+        alt.Chart()
+        .transform_pivot(colour, value="value", groupby=list(of_x), op="max")
+        .mark_rule(aria=False)
+        .encode(x=_x_axis(x, rows), tooltip=_tooltip(rows, of_x) + values, opacity=opacity)
+        .add_params(nearest)
+    )
 
 
 def _zoom() -> alt.Parameter:
