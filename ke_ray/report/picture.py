@@ -83,7 +83,7 @@ def _side_by_side(scan: Result, shown: list[str]) -> alt.HConcatChart:
     x = axes(scan)["linear steps"]
     charts = []
     for measure in shown:
-        plot = measure_plot(scan, measure, x, interactive=False)
+        plot = measure_plot(scan, measure, measure_rows(scan, measure), x, interactive=False)
         chart = plot.chart.copy(deep=False).properties(
             data=plot.rows, width=_PANEL_WIDTH, title=measure_axis(measure)[0]
         )
