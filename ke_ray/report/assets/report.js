@@ -103,7 +103,7 @@
       const next = [...waiting].find(onScreen) ?? [...waiting][0];
       waiting.delete(next);
       await draw(next).catch(console.error);
-      await new Promise((resume) => { setTimeout(resume); });  // the browser shows it
+      await new Promise((resume) => { requestAnimationFrame(() => setTimeout(resume)); });  // shows it
     }
     drawing = false;
   };

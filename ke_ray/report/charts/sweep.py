@@ -54,7 +54,8 @@ def _own_originals(frame: pd.DataFrame) -> pd.DataFrame:
     for name in ("acquisition", "forgetting"):
         for end in ("", "_low", "_high"):
             against, plain = f"{name}_vs_original{end}", f"{name}{end}"
-            if against in frame and plain in frame:
+            changed = frame.loc[~unchanged, against]
+            if changed.empty or changed.notna().any():
                 own = frame[plain].where(unchanged)
                 frame = frame.assign(**{against: frame[against].fillna(own)})
     return frame
