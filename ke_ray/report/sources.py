@@ -71,15 +71,15 @@ class Result:
 
     @property
     def fingerprints(self) -> list[tuple[str, str]]:
-        """(what, hash) of a study as its manifest tells them."""
-        found: list[tuple[str, str]] = []
+        """(what, hash) of a study as its manifest has them."""
+        hashes: list[tuple[str, str]] = []
         for key in ("identity", "fingerprints"):
             value = self.manifest.get(key)
             if isinstance(value, str):
-                found.append((f"study {key}", value))
+                hashes.append((f"study {key}", value))
             elif isinstance(value, dict):
-                found += [(str(k), str(v)) for k, v in value.items() if isinstance(v, str | int)]
-        return found
+                hashes += [(str(k), str(v)) for k, v in value.items() if isinstance(v, str | int)]
+        return hashes
 
     @property
     def command(self) -> str:
@@ -100,10 +100,10 @@ def find_results(paths: Sequence[str | os.PathLike[str]]) -> list[Result]:
     Raises:
         UserError: a path does not exist.
     """
-    found: list[Result] = []
+    results: list[Result] = []
     seen: set[str] = set()
-    for given in paths:
-        path = os.fspath(given).rstrip("/") or "/"
+    for path_given in paths:
+        path = os.fspath(path_given).rstrip("/") or "/"
         if not storage.exists(path):
             raise UserError(
                 f"There is no '{path}'. Give a result folder (of scan, continual, sweep or "
@@ -112,9 +112,9 @@ def find_results(paths: Sequence[str | os.PathLike[str]]) -> list[Result]:
         for folder, kind in _walk(path, depth=3):
             if folder not in seen:
                 seen.add(folder)
-                found.append(read_result(folder, kind))
+                results.append(read_result(folder, kind))
     order = {kind: rank for rank, kind in enumerate(("pretrain", "scan", "continual", "sweep"))}
-    return sorted(found, key=lambda result: (order.get(result.kind, 9), result.path))
+    return sorted(results, key=lambda result: (order.get(result.kind, 9), result.path))
 
 
 def _walk(path: str, depth: int) -> list[tuple[str, str]]:

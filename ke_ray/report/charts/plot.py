@@ -1,7 +1,8 @@
 """The two kinds of charts, described once with altair: values over an axis, and heat maps.
 
 A row has ``value`` and, where there is an error, ``low`` and ``high``. Pointing anywhere shows the
-nearest value with its error; Ctrl and the wheel zoom, dragging moves, a double click resets.
+nearest value with its error or, among many curves, the values of all at the nearest x; Ctrl and the
+wheel zoom, dragging moves, a double click resets.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _HEIGHT = 260
 _MOST_MARKED = 30  # a series with more values is drawn without markers
 _MOST_NAMED = 12  # more series than this have no legend
 _MOST_LISTED = 40  # more series than this are too many for one tooltip
-_DODGE_PX = 5  # between error bars of different series at the same place
+_DODGE_PX = 5  # between error bars of different series at the same x
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,8 @@ def series_plot(
         x: the horizontal axis.
         y_title: title of the vertical axis and heading of ``value``, with the unit.
         columns: further columns to show -> their headings.
-        colour: column that tells series apart; a column of numbers is drawn as a ramp.
-        dash: column that tells lines of one colour apart by dash; None: as ``colour``.
+        colour: column that distinguishes series; a column of numbers is drawn as a ramp.
+        dash: column that distinguishes lines of one colour by dash; None: as ``colour``.
         bars: whether errors are bars; else bands.
         rules: lines across the plot.
         y_from: a value that the vertical axis must include.
@@ -79,11 +80,11 @@ def series_plot(
     ramp = pd.api.types.is_numeric_dtype(rows[colour])
     dodged = bars and not ramp and not x.names and bool(rows[x.field].duplicated().any())
     if dodged:
-        place = pd.Series(pd.factorize(rows[colour])[0], rows.index)
-        rows = rows.assign(shift=(place - place.max() / 2) * _DODGE_PX)
+        number = pd.Series(pd.factorize(rows[colour])[0], rows.index)
+        rows = rows.assign(shift=(number - number.max() / 2) * _DODGE_PX)
     shift: dict[str, Any] = {"xOffset": alt.expr("datum.shift")} if dodged else {}
-    told = {colour: colour, dash: dash} if dash else {colour: colour}
-    shown = {**told, **(columns or {}), x.field: x.title, "value": y_title}
+    names = {colour: colour, dash: dash} if dash else {colour: colour}
+    shown = {**names, **(columns or {}), x.field: x.title, "value": y_title}
     if errors:
         shown |= {"low": "low (95 %)", "high": "high (95 %)"}
     least = alt.Undefined if y_from is None else y_from
@@ -213,11 +214,11 @@ def _by_name(
     values: Sequence[Any] | None = None,
     orient: Any = alt.Undefined,
 ) -> Any:
-    """An encoding that tells the names in a column apart, with one legend for all of them."""
+    """An encoding that distinguishes the names in a column, with one legend for all of them."""
     names = list(dict.fromkeys(rows[field]))
     scale = alt.Scale(domain=names)
     if values is not None:
-        scale.range = [values[place % len(values)] for place in range(len(names))]
+        scale.range = [values[index % len(values)] for index in range(len(names))]
     legend = None
     if 1 < len(names) <= _MOST_NAMED:
         longest = max(len(str(name)) for name in names)
