@@ -27,8 +27,8 @@ def experiments(base: str) -> dict[str, str]:
     Raises:
         OSError: the server does not answer.
     """
-    found = _call(base, "experiments/search", {"max_results": 200})
-    return {entry["name"]: entry["experiment_id"] for entry in found.get("experiments", [])}
+    reply = _call(base, "experiments/search", {"max_results": 200})
+    return {entry["name"]: entry["experiment_id"] for entry in reply.get("experiments", [])}
 
 
 def runs(base: str, experiment_id: str) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ def pick(results: list[Result], kind: str, label: str) -> list[str]:
 
 
 def chart(shown: Plot | TextTable, key: str) -> None:
-    """A chart of the report in the page's colours; ``key`` keeps its place over refreshes."""
+    """A chart of the report in the page's colours; ``key`` keeps it through refreshes."""
     if isinstance(shown, TextTable):
         st.dataframe(pd.DataFrame(shown.rows, columns=list(shown.columns)), hide_index=True)
     elif shown.empty:
@@ -34,12 +34,12 @@ def figure(shown: Figure, key: str) -> None:
     st.subheader(shown.title, anchor=False)
     panels = list(shown.panels)
     menus = st.columns(max(1, len(shown.controls)))
-    for place, name in enumerate(shown.controls):
-        choices = list(dict.fromkeys(panel.key[place] for panel in panels))
+    for number, name in enumerate(shown.controls):
+        choices = list(dict.fromkeys(panel.key[number] for panel in panels))
         choice = choices[0]
         if len(choices) > 1:
-            choice = menus[place].selectbox(name, choices, key=f"{key}-{shown.id}-{name}")
-        panels = [panel for panel in panels if panel.key[place] == choice]
+            choice = menus[number].selectbox(name, choices, key=f"{key}-{shown.id}-{name}")
+        panels = [panel for panel in panels if panel.key[number] == choice]
     if panels:
         chart(panels[0].view, f"{key}-{shown.id}")
     st.caption(shown.caption)

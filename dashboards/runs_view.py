@@ -68,9 +68,9 @@ def show_mlflow(mlflow: str | None) -> None:
         return
     st.link_button("Open MLflow", mlflow)
     try:
-        known = experiments(mlflow)
-        name = st.selectbox("Experiment", list(known))
-        rows = pd.DataFrame(runs(mlflow, known[name])) if name else pd.DataFrame()
+        ids = experiments(mlflow)
+        name = st.selectbox("Experiment", list(ids))
+        rows = pd.DataFrame(runs(mlflow, ids[name])) if name else pd.DataFrame()
     except (OSError, ValueError) as error:
         st.warning(f"MLflow at {mlflow} does not answer: {error}")
         return

@@ -33,12 +33,12 @@ def scan_menus(results: list[Result]) -> Menus:
     """The side bar of this view."""
     paths = pick(results, "scan", "Scans")
     scans = [r for r in results if r.path in paths]
-    held = list(dict.fromkeys(m for scan in scans for m in series.measures(scan)))
+    measures = list(dict.fromkeys(m for scan in scans for m in series.measures(scan)))
     corpora = list(dict.fromkeys(c for scan in scans for c in series.corpora(scan)))
     n_layers = max((series.num_layers(scan) for scan in scans), default=0)
     steps = sorted({float(x) for scan in scans for x in series.checkpoints(scan)["x"]})
     side = st.sidebar
-    measure = side.selectbox("Measure", held, format_func=lambda name: measure_axis(name)[0])
+    measure = side.selectbox("Measure", measures, format_func=lambda name: measure_axis(name)[0])
     shown = side.multiselect("Corpora", corpora, default=corpora)
     layers = side.multiselect("Layers (none: the whole model)", list(range(n_layers)))
     relative = side.toggle("Change since the first checkpoint")
@@ -52,7 +52,7 @@ def scan_menus(results: list[Result]) -> Menus:
 
 
 def _shared_axes(scans: list[Result]) -> dict[str, X]:
-    """The horizontal axes that all scans have; a title tells where they count different things."""
+    """The horizontal axes that all scans have; a title names all that they count."""
     offers = [axes(scan) for scan in scans]
     names = [name for name in (offers[0] if offers else {}) if all(name in o for o in offers)]
     return {
@@ -66,7 +66,7 @@ def _shared_axes(scans: list[Result]) -> dict[str, X]:
 
 
 def _rows(scan: Result, menus: Menus, name: str) -> pd.DataFrame:
-    """What is drawn of one scan; ``name`` tells it from others."""
+    """What is drawn of one scan; ``name`` distinguishes it from others."""
     measure = menus.measure
     if not menus.layers:
         values = series.paired_change if menus.relative else series.totals

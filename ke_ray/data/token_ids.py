@@ -40,7 +40,7 @@ def iter_token_ids(
 
     Args:
         source: a file, folder, glob or URL, with an optional ``#ids,mask``.
-        num_instances: stop after so many; None takes all.
+        num_instances: read at most this many; None reads all.
         vocab_size: of the model; None checks only that ids are not negative.
 
     Raises:

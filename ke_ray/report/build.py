@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
+from altair.utils.schemapi import debug_mode
 
 from ke_ray import storage
 from ke_ray.report import runs, series
@@ -56,42 +57,44 @@ def build_report(
     """
     target = os.fspath(output_html)
     check_replaceable(target, MARK.encode(), "report.html")
-    found = find_results(results)
-    kinds = [kind for kind in _KIND_TITLES if any(result.kind == kind for result in found)]
+    folders = find_results(results)
+    kinds = [kind for kind in _KIND_TITLES if any(result.kind == kind for result in folders)]
     names = ", ".join(dict.fromkeys(os.fspath(path).rstrip("/") for path in results))
     lead = (
-        f"{len(found)} result{'s' if len(found) != 1 else ''} in {names}; written "
+        f"{len(folders)} result{'s' if len(folders) != 1 else ''} in {names}; written "
         f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC."
     )
     title = "Knowledge entropy: " + (
         ", ".join(_KIND_TITLES[kind].lower() for kind in kinds) if kinds else "no results yet"
     )
-    storage.write_atomic(target, page(title, lead, comparison.warnings(found), sections(found)))
+    with debug_mode(False):  # tests check every chart against the schema; here it takes seconds
+        html = page(title, lead, comparison.warnings(folders), sections(folders))
+    storage.write_atomic(target, html)
     return target
 
 
-def sections(found: Sequence[Result]) -> list[Section]:
-    """The parts of the report: a comparison where one is possible, one section a result, gaps."""
-    made: list[Section] = []
-    together = comparison.compare_scans(found)
+def sections(results: Sequence[Result]) -> list[Section]:
+    """The parts of the report: a comparison if possible, a section per result, what is missing."""
+    parts: list[Section] = []
+    together = comparison.compare_scans(results)
     if together:
-        made.append(Section("comparison", "Side by side", figures=together))
+        parts.append(Section("comparison", "Side by side", figures=together))
     counts: dict[str, int] = {}
-    for result in found:
+    for result in results:
         counts[result.kind] = counts.get(result.kind, 0) + 1
     seen: dict[str, int] = {}
-    for result in found:
+    for result in results:
         seen[result.kind] = seen.get(result.kind, 0) + 1
         several = counts[result.kind] > 1
         prefix = f"{result.kind}-{seen[result.kind]}" if several else result.kind
         title = _KIND_TITLES[result.kind] + (f": {result.name}" if several else "")
-        made.append(_section(result, prefix, title))
+        parts.append(_section(result, prefix, title))
     gaps = [text for kind, text in _HOW.items() if kind not in counts]
-    if not found:
+    if not results:
         gaps.insert(0, "No results yet. 'ke-ray demo' makes a whole set in runs/demo.")
     if gaps:
-        made.append(Section("missing", "Not in these results", missing=gaps))
-    return made
+        parts.append(Section("missing", "Not in these results", missing=gaps))
+    return parts
 
 
 def _section(result: Result, prefix: str, title: str) -> Section:

@@ -17,7 +17,7 @@ import pandas as pd
 from ke_ray.report.charts.figure import Figure, Panel, TextTable
 from ke_ray.report.charts.theme import config
 
-#: Says that ke_ray made a page, which it may then write anew.
+#: Says that ke_ray made a page, which it may then replace.
 MARK = '<meta name="generator" content="ke_ray">'
 
 
@@ -109,7 +109,7 @@ class _Rows:
 
 
 def _column(values: pd.Series) -> Any:
-    """Numbers at seven significant digits, null where unknown; texts as places in their list."""
+    """Numbers at seven significant digits, null where unknown; texts by number in a list."""
     if pd.api.types.is_bool_dtype(values):
         return values.tolist()
     if pd.api.types.is_numeric_dtype(values):
@@ -131,9 +131,9 @@ def _e(text: object) -> str:
 def _json(content: Any, **attributes: str) -> str:
     """A script element that holds JSON; no text in it can end the element."""
     text = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    named = "".join(f' {name}="{_e(value)}"' for name, value in attributes.items())
+    attributes_text = "".join(f' {name}="{_e(value)}"' for name, value in attributes.items())
     text = text.replace("<", "\\u003c")
-    return f'<script type="application/json"{named}>{text}</script>'
+    return f'<script type="application/json"{attributes_text}>{text}</script>'
 
 
 def _section(section: Section, rows: _Rows) -> str:
@@ -221,8 +221,8 @@ def _panel(panel: Panel, rows: _Rows, specs: list[Any]) -> dict[str, Any]:
 def _controls(figure: Figure) -> str:
     """A menu for each control that has more than one choice."""
     menus = []
-    for place, name in enumerate(figure.controls):
-        choices = list(dict.fromkeys(panel.key[place] for panel in figure.panels))
+    for number, name in enumerate(figure.controls):
+        choices = list(dict.fromkeys(panel.key[number] for panel in figure.panels))
         options = "".join(f"<option>{_e(choice)}</option>" for choice in choices)
         hidden = " hidden" if len(choices) < 2 else ""
         menus.append(f"<label{hidden}>{_e(name)} <select data-control>{options}</select></label>")

@@ -51,10 +51,10 @@ TABLE_1: dict[str, Row] = {
 
 
 def nearest_stage(step: float) -> int | None:
-    """The place in ``STEPS`` of the stage at which a run starts; None where it is none of them."""
+    """The index in ``STEPS`` of the stage at which a run starts; None where it is none of them."""
     gaps = np.abs(np.subtract(STEPS, step))
-    place = int(np.argmin(gaps))
-    return place if gaps[place] < _STAGE_TOLERANCE else None
+    index = int(np.argmin(gaps))
+    return index if gaps[index] < _STAGE_TOLERANCE else None
 
 
 def repeated(result: Result, frame: pd.DataFrame) -> tuple[pd.Series, str]:
@@ -99,8 +99,8 @@ def _setting(result: Result, row: Mapping[str, Any]) -> str | None:
 
 
 def _recipe(result: Result, row: Mapping[str, Any]) -> tuple[Any, Any, Any]:
-    keys = ("global_batch_size", "optimizer.learning_rate", "epochs")
-    batch, rate, epochs = (_value(result, row, key) for key in keys)
+    names = ("global_batch_size", "optimizer.learning_rate", "epochs")
+    batch, rate, epochs = (_value(result, row, name) for name in names)
     return batch, rate, epochs
 
 

@@ -16,7 +16,7 @@ from ke_ray.report.charts.theme import config
 from ke_ray.report.sources import Result, find_results
 from ke_ray.storage.ownership import check_replaceable
 
-_MARK = b"Software\0ke_ray"  # in the PNG's text: a picture that may be drawn anew
+_MARK = b"Software\0ke_ray"  # in the PNG's text: a picture that a later command may replace
 _PANELS = ("knowledge_entropy", "attention_entropy", "next_token_entropy")
 _PANEL_WIDTH = 350  # px, before scaling
 
@@ -48,8 +48,8 @@ def picture(scan_folder: str | os.PathLike[str], output_png: str | os.PathLike[s
             "Give the output folder of 'ke-ray scan'."
         )
     scan = scans[0]
-    held = series.measures(scan)
-    shown = [name for name in _PANELS if name in held] or held[:3]
+    measures = series.measures(scan)
+    shown = [name for name in _PANELS if name in measures] or measures[:3]
     if not shown:
         raise ResultsError(
             f"The scan '{scan.path}' has no scored checkpoint yet, so there is nothing to draw."
@@ -83,7 +83,7 @@ def _side_by_side(scan: Result, shown: list[str]) -> alt.HConcatChart:
     x = axes(scan)["linear steps"]
     charts = []
     for measure in shown:
-        plot = measure_plot(scan, measure, x, interactive=False)
+        plot = measure_plot(scan, measure, measure_rows(scan, measure), x, interactive=False)
         chart = plot.chart.copy(deep=False).properties(
             data=plot.rows, width=_PANEL_WIDTH, title=measure_axis(measure)[0]
         )

@@ -80,9 +80,9 @@ def aggregate(frame: pd.DataFrame, by: list[str], column: str) -> pd.DataFrame:
     between seeds. Unknown ends are NaN.
     """
     rows: list[dict[str, Any]] = []
-    known = frame[frame[column].notna()] if column in frame else frame.iloc[:0]
+    measured = frame[frame[column].notna()] if column in frame else frame.iloc[:0]
     factor = RUN_COLUMNS[column][2] if column in RUN_COLUMNS else 1.0
-    for key, part in known.groupby(by, dropna=False, sort=True):
+    for key, part in measured.groupby(by, dropna=False, sort=True):
         values = part[column].to_numpy(dtype=float)
         count, mean = len(values), float(values.mean())
         ends = student_interval(values) or tuple(

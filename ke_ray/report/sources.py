@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import pyarrow.compute as pc
 import pyarrow.parquet as parquet
@@ -22,6 +21,7 @@ from pyarrow import ArrowException
 from ke_ray import storage
 from ke_ray.errors import KeRayError, UserError
 from ke_ray.results import SCHEMA_VERSION, ScanFolder
+from ke_ray.results.columns import TABLES
 
 # Kind -> its tables; the first one identifies a folder that has no manifest.
 KINDS: dict[str, tuple[str, ...]] = {
@@ -44,71 +44,12 @@ KINDS: dict[str, tuple[str, ...]] = {
 _FILES = (".parquet", ".json", ".safetensors", ".png", ".html", ".db", ".yaml", ".log", ".txt")
 _NOT_RESULTS = {"checkpoints", "coefficients", "mlruns", "mlartifacts", "artifacts", "ray"}
 
-_TEXT = "text"
-_NUMBER = "number"
-# Columns that figures rely on: absent in an older file, they are filled with "unknown" and noted.
-_COLUMNS: dict[tuple[str, str], dict[str, str]] = {
-    ("scan", "entropy"): {
-        "checkpoint": _TEXT,
-        "step": _NUMBER,
-        "stage": _NUMBER,
-        "ingredient": _NUMBER,
-        "revision": _TEXT,
-        "corpus": _TEXT,
-        "layer": _NUMBER,
-        "measure": _TEXT,
-        "value": _NUMBER,
-        "stderr": _NUMBER,
-        "unit": _TEXT,
-        "num_instances": _NUMBER,
-        "num_tokens": _NUMBER,
-        "weights_sha256": _TEXT,
-        "series": _TEXT,
-        "n_layers": _NUMBER,
-        "d_mlp": _NUMBER,
-        "data_sha256": _TEXT,
-        "duplicate_of": _TEXT,
-        "status": _TEXT,
-        "error": _TEXT,
-    },
-}
-_RUN_COLUMNS: dict[str, str] = {
-    "checkpoint": _TEXT,
-    "step": _NUMBER,
-    "seed": _NUMBER,
-    "corpus": _TEXT,
-    "resuscitation_ratio": _NUMBER,
-    "amplifying_factor": _NUMBER,
-    "control": _TEXT,
-    "status": _TEXT,
-    "error": _TEXT,
-    **dict.fromkeys(
-        (
-            "acquisition",
-            "acquisition_low",
-            "acquisition_high",
-            "forgetting",
-            "forgetting_low",
-            "forgetting_high",
-            "probe_logprob_before",
-            "probe_logprob_after",
-            "downstream_before",
-            "downstream_after",
-            "perplexity_before",
-            "perplexity_after",
-            "knowledge_entropy_before_nats",
-            "knowledge_entropy_after_nats",
-        ),
-        _NUMBER,
-    ),
-    "mlflow_run_id": _TEXT,
-}
-_COLUMNS[("continual", "runs")] = {"run": _TEXT, **_RUN_COLUMNS}
-_COLUMNS[("sweep", "trials")] = {"trial_id": _TEXT, **_RUN_COLUMNS}
-# Filling these says nothing about a file's age: a study may rightly lack them.
-_OPTIONAL = {"revision", "duplicate_of", "error", "mlflow_run_id", "control", "weights_sha256"}
-_OPTIONAL |= {"stage", "ingredient", "series", "n_layers", "d_mlp"}
-_OPTIONAL |= {name for name in _RUN_COLUMNS if name.endswith(("_before", "_after", "_nats"))}
+# Tables that are given every declared column, filled with "unknown" where a folder lacks it.
+_FILLED = ("entropy", "runs", "trials")
+# Columns without which figures show less, so that a reader is told when they had to be filled.
+_NEEDED = {"checkpoint", "step", "corpus", "layer", "measure", "value", "stderr", "data_sha256"}
+_NEEDED |= {"status", "acquisition", "forgetting"}
+_UNKNOWN = {"status": "ok", "corpus": "corpus"}  # of files from before there was such a column
 
 
 @dataclass(frozen=True)
@@ -130,15 +71,15 @@ class Result:
 
     @property
     def fingerprints(self) -> list[tuple[str, str]]:
-        """(what, hash) of a study as its manifest tells them."""
-        found: list[tuple[str, str]] = []
+        """(what, hash) of a study as its manifest has them."""
+        hashes: list[tuple[str, str]] = []
         for key in ("identity", "fingerprints"):
             value = self.manifest.get(key)
             if isinstance(value, str):
-                found.append((f"study {key}", value))
+                hashes.append((f"study {key}", value))
             elif isinstance(value, dict):
-                found += [(str(k), str(v)) for k, v in value.items() if isinstance(v, str | int)]
-        return found
+                hashes += [(str(k), str(v)) for k, v in value.items() if isinstance(v, str | int)]
+        return hashes
 
     @property
     def command(self) -> str:
@@ -159,10 +100,10 @@ def find_results(paths: Sequence[str | os.PathLike[str]]) -> list[Result]:
     Raises:
         UserError: a path does not exist.
     """
-    found: list[Result] = []
+    results: list[Result] = []
     seen: set[str] = set()
-    for given in paths:
-        path = os.fspath(given).rstrip("/") or "/"
+    for path_given in paths:
+        path = os.fspath(path_given).rstrip("/") or "/"
         if not storage.exists(path):
             raise UserError(
                 f"There is no '{path}'. Give a result folder (of scan, continual, sweep or "
@@ -171,9 +112,9 @@ def find_results(paths: Sequence[str | os.PathLike[str]]) -> list[Result]:
         for folder, kind in _walk(path, depth=3):
             if folder not in seen:
                 seen.add(folder)
-                found.append(read_result(folder, kind))
+                results.append(read_result(folder, kind))
     order = {kind: rank for rank, kind in enumerate(("pretrain", "scan", "continual", "sweep"))}
-    return sorted(found, key=lambda result: (order.get(result.kind, 9), result.path))
+    return sorted(results, key=lambda result: (order.get(result.kind, 9), result.path))
 
 
 def _walk(path: str, depth: int) -> list[tuple[str, str]]:
@@ -229,7 +170,7 @@ def read_result(path: str, kind: str) -> Result:
         except (KeRayError, OSError, ArrowException) as error:
             notes.append(f"{table}.parquet cannot be read: {error}")
             continue
-        tables[table] = _conform(frame, _COLUMNS.get((kind, table), {}), table, notes)
+        tables[table] = _filled(frame, table, notes) if table in _FILLED else frame
     main = KINDS[kind][0]
     if manifest.get("status") == "running":
         notes.append("Unfinished: the manifest still says 'running'; what has finished is shown.")
@@ -268,23 +209,14 @@ def _version_note(manifest: dict[str, Any]) -> list[str]:
     ]
 
 
-def _conform(
-    frame: pd.DataFrame, columns: dict[str, str], table: str, notes: list[str]
-) -> pd.DataFrame:
-    """Give every expected column a type; fill and note the ones an older file lacks."""
-    missing = [name for name in columns if name not in frame.columns]
-    told = [name for name in missing if name not in _OPTIONAL]
-    if told:
-        notes.append(f"{table}.parquet has no column {', '.join(told)}: shown as unknown.")
-    frame = frame.copy()
-    for name in missing:
-        if name == "status":
-            frame[name] = "ok"
-        elif name == "corpus":
-            frame[name] = "corpus"
-        else:
-            frame[name] = np.nan if columns[name] == _NUMBER else None
-    for name, sort in columns.items():
-        if sort == _NUMBER:
-            frame[name] = pd.to_numeric(frame[name], errors="coerce").astype("float64")
+def _filled(frame: pd.DataFrame, table: str, notes: list[str]) -> pd.DataFrame:
+    """Give every declared column a type; fill and note the ones that a folder lacks."""
+    missing = [column for column in TABLES[table] if column.name not in frame.columns]
+    if needed := [column.name for column in missing if column.name in _NEEDED]:
+        notes.append(f"{table}.parquet has no column {', '.join(needed)}: shown as unknown.")
+    frame = frame.assign(**{column.name: _UNKNOWN.get(column.name) for column in missing})
+    for column in TABLES[table]:
+        if column.type != "string":
+            values = pd.to_numeric(frame[column.name], errors="coerce")
+            frame[column.name] = values.astype("float64")
     return frame

@@ -34,10 +34,10 @@ def sparkline(values: Sequence[float], width: int = 24) -> str:
     array = np.asarray(values, dtype=float)
     if len(array) > width:
         array = array[np.linspace(0, len(array) - 1, width).round().astype(int)]
-    known = array[np.isfinite(array)]
-    if not len(known):
+    finite = array[np.isfinite(array)]
+    if not len(finite):
         return "·" * len(array)
-    low, span = known.min(), float(np.ptp(known))
+    low, span = finite.min(), float(np.ptp(finite))
     return "".join(
         "·"
         if not math.isfinite(value)
@@ -185,10 +185,10 @@ def _table(columns: Sequence[str]) -> Any:
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for place, name in enumerate(columns):
+    for number, name in enumerate(columns):
         table.add_column(
             name,
-            justify="right" if place else "left",
+            justify="right" if number else "left",
             overflow="fold",
             no_wrap=name not in ("setting", "run", "start"),
         )
@@ -255,11 +255,11 @@ def _print_runs(result: Result, console: Console) -> None:
     if with_setting:
         hidden |= {"K path", "H before", *({"start"} if frame["x"].nunique() == 1 else ())}
     table = _table([name for name in columns if name not in hidden])
-    for keys, part in frame.groupby(["x", "setting"], sort=True):
+    for (_, setting), part in frame.groupby(["x", "setting"], sort=True):
         first = part.iloc[0]
         cells = {
             "start": _whole(first["step"]) if math.isfinite(first["step"]) else first["checkpoint"],
-            "setting": str(keys[1]),
+            "setting": str(setting),
             "n": str(len(part)),
             "A % [95 %]": _interval(part, "acquisition"),
             "F % [95 %]": _interval(part, "forgetting"),
@@ -321,5 +321,5 @@ def _interval(part: pd.DataFrame, name: str) -> str:
     if summary.empty:
         return "–"
     value, low, high = (float(summary[end].iloc[0]) for end in ("value", "low", "high"))
-    known = math.isfinite(low) and math.isfinite(high)
-    return f"{value:+.1f}" + (f" [{low:.1f}, {high:.1f}]" if known else "")
+    has_interval = math.isfinite(low) and math.isfinite(high)
+    return f"{value:+.1f}" + (f" [{low:.1f}, {high:.1f}]" if has_interval else "")

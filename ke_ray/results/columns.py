@@ -7,47 +7,11 @@ tables of ``docs/results.md`` derive from here.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow
 
-Direction = Literal["maximize", "minimize"]
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column of a result table.
-
-    Attributes:
-        name: in the file.
-        type: pyarrow's name of the type.
-        doc: its meaning, for ``docs/results.md``.
-        unit: of its values; a ``fraction`` is displayed in per cent.
-        title: in tables and on axes; empty where the name is displayed.
-        direction: whether more or less is better; None: neither.
-        needs: the group of a continual study without which the column is empty. A column with a
-            direction and a group is an objective of sweeps.
-    """
-
-    name: str
-    type: str
-    doc: str = ""
-    unit: str = ""
-    title: str = ""
-    direction: Direction | None = None
-    needs: str | None = None
-
-    @property
-    def factor(self) -> float:
-        """Factor from the stored to the displayed value."""
-        return 100.0 if self.unit == "fraction" else 1.0
-
-    @property
-    def shown_unit(self) -> str:
-        """The unit of the displayed value."""
-        return "%" if self.unit == "fraction" else self.unit
-
+from ke_ray.results.column import Column, Direction
 
 _CHECKPOINT = Column("checkpoint", "string", "name of the checkpoint, unique in the folder")
 _STEP = Column("step", "int64", "pretraining step; null where no name gives it", "steps")
@@ -63,10 +27,23 @@ _SUMMED_LOGPROB = Column(
 )
 
 
-def _interval(column: Column) -> tuple[Column, Column, Column]:
-    """A value and the ends of its 95 % interval."""
-    low = Column(f"{column.name}_low", "float64", "low end of its 95 % interval", column.unit)
-    high = Column(f"{column.name}_high", "float64", "high end of its 95 % interval", column.unit)
+def _result(
+    name: str,
+    doc: str,
+    unit: str,
+    title: str,
+    direction: Direction | None = None,
+    needs: str | None = None,
+) -> Column:
+    """A number that a run ends with."""
+    return Column(name, "float64", doc, unit, title, direction, needs)
+
+
+def _interval(name: str, *about: Any) -> tuple[Column, Column, Column]:
+    """A number that a run ends with and the ends of its 95 % interval."""
+    column = _result(name, *about)
+    low = Column(f"{name}_low", "float64", "low end of its 95 % interval", column.unit)
+    high = Column(f"{name}_high", "float64", "high end of its 95 % interval", column.unit)
     return column, low, high
 
 
@@ -142,19 +119,15 @@ _RUNS = (
     _STATUS,
     _ERROR,
     *_interval(
-        Column(
-            "acquisition",
-            "float64",
-            "A = (K after − K before) / |K before|",
-            "fraction",
-            "Acquisition A",
-            "maximize",
-            "injection",
-        )
+        "acquisition",
+        "A = (K after − K before) / |K before|",
+        "fraction",
+        "Acquisition A",
+        "maximize",
+        "injection",
     ),
-    Column(
+    _result(
         "acquisition_summed",
-        "float64",
         "A of log probabilities summed over target tokens",
         "fraction",
         "",
@@ -162,64 +135,42 @@ _RUNS = (
         "injection",
     ),
     *_interval(
-        Column(
-            "forgetting",
-            "float64",
-            "F = (P before − P after) / P before",
-            "fraction",
-            "Forgetting F",
-            "minimize",
-            "downstream",
-        )
+        "forgetting",
+        "F = (P before − P after) / P before",
+        "fraction",
+        "Forgetting F",
+        "minimize",
+        "downstream",
     ),
     *_interval(
-        Column(
-            "acquisition_vs_original",
-            "float64",
-            "A against the start before resuscitation",
-            "fraction",
-            "A against the original start",
-            "maximize",
-            "injection",
-        )
-    ),
-    *_interval(
-        Column(
-            "forgetting_vs_original",
-            "float64",
-            "F against the start before resuscitation",
-            "fraction",
-            "F against the original start",
-            "minimize",
-            "downstream",
-        )
-    ),
-    Column("probe_logprob_original", "float64", "K before resuscitation", "nats per target token"),
-    Column("probe_logprob_before", "float64", "K", "nats per target token", "K before"),
-    Column(
-        "probe_logprob_after",
-        "float64",
-        "K",
-        "nats per target token",
-        "K after",
+        "acquisition_vs_original",
+        "A against the start before resuscitation",
+        "fraction",
+        "A against the original start",
         "maximize",
         "injection",
     ),
-    Column("downstream_original", "float64", "P before resuscitation", "fraction"),
-    Column("downstream_before", "float64", "P, mean accuracy", "fraction", "P before"),
-    Column(
-        "downstream_after",
-        "float64",
-        "P, mean accuracy",
+    *_interval(
+        "forgetting_vs_original",
+        "F against the start before resuscitation",
         "fraction",
-        "P after",
-        "maximize",
+        "F against the original start",
+        "minimize",
         "downstream",
     ),
+    Column("probe_logprob_original", "float64", "K before resuscitation", "nats per target token"),
+    Column("probe_logprob_before", "float64", "K", "nats per target token", "K before"),
+    _result(
+        "probe_logprob_after", "K", "nats per target token", "K after", "maximize", "injection"
+    ),
+    Column("downstream_original", "float64", "P before resuscitation", "fraction"),
+    Column("downstream_before", "float64", "P, mean accuracy", "fraction", "P before"),
+    _result(
+        "downstream_after", "P, mean accuracy", "fraction", "P after", "maximize", "downstream"
+    ),
     Column("perplexity_before", "float64", "of held-out text", "", "Held-out perplexity before"),
-    Column(
+    _result(
         "perplexity_after",
-        "float64",
         "of held-out text",
         "",
         "Held-out perplexity after",
@@ -227,25 +178,22 @@ _RUNS = (
         "held_out",
     ),
     Column("knowledge_entropy_original_nats", "float64", "before resuscitation", "nats"),
-    Column(
+    _result(
         "knowledge_entropy_predicted_nats",
-        "float64",
         "of the resuscitated start",
         "nats",
         "Knowledge entropy predicted",
     ),
-    Column(
+    _result(
         "knowledge_entropy_before_nats",
-        "float64",
         "of the start as it is trained",
         "nats",
         "Knowledge entropy before",
         "maximize",
         "entropy",
     ),
-    Column(
+    _result(
         "knowledge_entropy_after_nats",
-        "float64",
         "of the trained model",
         "nats",
         "Knowledge entropy after",
@@ -259,9 +207,8 @@ _RUNS = (
     Column("mlflow_run_id", "string"),
 )
 
-_CHANGE = Column(
+_CHANGE = _result(
     "knowledge_entropy_change_nats",
-    "float64",
     "after − before",
     "nats",
     "Change of knowledge entropy",
@@ -341,9 +288,7 @@ TABLES: Mapping[str, tuple[Column, ...]] = {
         Column("num_paragraphs", "int64"),
         Column("baseline_step", "int64", "of the probe before the injection", "steps"),
         Column("lam_step", "int64", "of the local acquisition maximum", "steps"),
-        *_interval(
-            Column("effectivity", "float64", "ℓ at the maximum − ℓ before", "nats", "Effectivity")
-        ),
+        *_interval("effectivity", "ℓ at the maximum − ℓ before", "nats", "Effectivity"),
         Column("decay", "float64", "slope of retainability over ln(lag)"),
     ),
     "retainability": (
@@ -382,15 +327,6 @@ RUN_TABLES = tuple(name for name, columns in TABLES.items() if columns[0] is _RU
 OBJECTIVES: Mapping[str, Column] = {
     column.name: column for column in (*_RUNS, _CHANGE) if column.direction and column.needs
 }
-
-
-def column(table: str, name: str) -> Column:
-    """A column by its table and name.
-
-    Raises:
-        KeyError: there is no such column.
-    """
-    return next(column for column in TABLES[table] if column.name == name)
 
 
 def names(table: str) -> tuple[str, ...]:

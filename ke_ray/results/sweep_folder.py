@@ -135,11 +135,11 @@ def student_interval(values: Sequence[float]) -> tuple[float, float] | None:
     """The 95 % Student interval of the mean of two or more values, else None."""
     if len(values) < 2:
         return None
-    from scipy import stats
+    from scipy import special
 
     mean = sum(values) / len(values)
     spread = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
-    half = float(stats.t.ppf(0.975, len(values) - 1)) * spread / math.sqrt(len(values))
+    half = float(special.stdtrit(len(values) - 1, 0.975)) * spread / math.sqrt(len(values))
     return mean - half, mean + half
 
 

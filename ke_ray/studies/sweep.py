@@ -21,7 +21,8 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 from ke_ray import storage
 from ke_ray.config import Key, Strict, parse_overrides, read_yaml, set_keys, validate
 from ke_ray.errors import ConfigError, nearest
-from ke_ray.results.columns import OBJECTIVES, Direction
+from ke_ray.results.column import Direction
+from ke_ray.results.columns import OBJECTIVES
 from ke_ray.studies.axis import Axis, check_optuna
 from ke_ray.studies.continual import ContinualStudy
 from ke_ray.studies.identity import affects_result

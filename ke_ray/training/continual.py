@@ -10,7 +10,6 @@ and, last of all, ``run.json``, which makes it finished.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -34,6 +33,7 @@ from ke_ray.training.export import export_model, whole_model
 from ke_ray.training.inputs import RunInputs, load_inputs, read_start
 from ke_ray.training.loop import Hooks, Progress, train
 from ke_ray.training.parallel import Worker, barrier
+from ke_ray.training.result import result_columns, result_metrics
 from ke_ray.training.runs import (
     RunSpec,
     base_row,
@@ -43,13 +43,7 @@ from ke_ray.training.runs import (
     run_key,
     write_row,
 )
-from ke_ray.training.snapshot import (
-    Snapshot,
-    acquired,
-    coefficient_sums,
-    forgotten,
-    take_snapshot,
-)
+from ke_ray.training.snapshot import Snapshot, coefficient_sums, take_snapshot
 from ke_ray.training.tracking import log_progress, run_params, tracked_run
 
 ProgressCallback = Callable[..., None]
@@ -308,39 +302,20 @@ class _Run:
         final: str | None,
         duration_s: float,
     ) -> dict[str, Any]:
-        start, original = before.start, before.original
         row = {
             **base_row(self.study, self.spec),
             "status": "ok",
             "error": None,
-            **_interval_columns("acquisition", acquired(start, after)),
-            **_interval_columns("forgetting", forgotten(start, after)),
-            "probe_logprob_before": start.knowledge,
-            "probe_logprob_after": after.knowledge,
-            "downstream_before": start.accuracy,
-            "downstream_after": after.accuracy,
-            "perplexity_before": _perplexity(start),
-            "perplexity_after": _perplexity(after),
-            "knowledge_entropy_before_nats": start.entropy_nats,
-            "knowledge_entropy_after_nats": after.entropy_nats,
+            **result_columns(before.start, after, before.original),
             "num_steps": self.inputs.num_steps,
             "num_tokens": state.num_tokens,
             "duration_s": duration_s,
             "final_checkpoint": final,
             "mlflow_run_id": self.run.run_id,
         }
-        summed = acquired(start, after, summed=True)
-        row["acquisition_summed"] = _plain(summed.value) if summed else None
-        if original is not None:
-            row |= {
-                **_interval_columns("acquisition_vs_original", acquired(original, after)),
-                **_interval_columns("forgetting_vs_original", forgotten(original, after)),
-                "probe_logprob_original": original.knowledge,
-                "downstream_original": original.accuracy,
-                "knowledge_entropy_original_nats": original.entropy_nats,
-                "knowledge_entropy_predicted_nats": before.predicted_entropy_nats,
-            }
-        self.run.log_metrics(_result_metrics(row), self.inputs.num_steps)
+        if before.original is not None:
+            row["knowledge_entropy_predicted_nats"] = before.predicted_entropy_nats
+        self.run.log_metrics(result_metrics(row), self.inputs.num_steps)
         if before.notes:
             self.run.set_tags(before.notes)
         return row
@@ -388,30 +363,3 @@ def record_probes(state: TrainingState, step: int, snapshot: Snapshot) -> None:
         state.record("probes", {"step": step, **row})
     for item in snapshot.probe_items:
         state.record("probe_items", {"step": step, **item})
-
-
-def _plain(value: float | None) -> float | None:
-    return None if value is None or not math.isfinite(value) else float(value)
-
-
-def _interval_columns(name: str, interval: Any) -> dict[str, float | None]:
-    if interval is None:
-        return {name: None, f"{name}_low": None, f"{name}_high": None}
-    return {
-        name: _plain(interval.value),
-        f"{name}_low": _plain(interval.low),
-        f"{name}_high": _plain(interval.high),
-    }
-
-
-def _perplexity(snapshot: Snapshot) -> float | None:
-    return _plain(snapshot.perplexity["perplexity"]) if snapshot.perplexity else None
-
-
-def _result_metrics(row: dict[str, Any]) -> dict[str, float]:
-    names = [n for n in row if n.startswith(("acquisition", "forgetting"))]
-    metrics = {f"result/{name}": row[name] for name in names if row[name] is not None}
-    before, after = row["knowledge_entropy_before_nats"], row["knowledge_entropy_after_nats"]
-    if before is not None and after is not None:
-        metrics["result/knowledge_entropy_change_nats"] = after - before
-    return metrics

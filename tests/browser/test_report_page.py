@@ -76,6 +76,25 @@ def test_every_figure_is_drawn_offline(address: str, open_page: Callable, width:
     assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
+def test_figures_are_drawn_one_after_the_other(address: str, open_page: Callable) -> None:
+    page = open_page(address)
+    # Wraps vegaEmbed as soon as the page has it, and counts the calls that have not returned yet.
+    page.add_init_script(
+        """window.most = 0;
+        let embed, open = 0;
+        Object.defineProperty(window, "vegaEmbed", {
+            set: (value) => { embed = value; },
+            get: () => async (...given) => {
+                window.most = Math.max(window.most, ++open);
+                try { return await embed(...given); } finally { open -= 1; }
+            },
+        });"""
+    )
+    page.reload()
+    page.wait_for_function("document.querySelectorAll('[data-drawn]').length >= 4")
+    assert page.evaluate("window.most") == 1
+
+
 def test_lines_have_their_colours_on_the_screen(address: str, open_page: Callable) -> None:
     for dark, colours in ((False, ("#0072b2", "#d55e00")), (True, ("#56b4e9", "#f08a3c"))):
         page = open_page(address, dark=dark)
@@ -262,6 +281,14 @@ def test_a_scan_of_351_checkpoints_and_32_layers_answers(
     before = _pixels(figure.locator(".plot canvas"))
     _choose(page, figure, "measure", "Gini coefficient")
     assert (_pixels(figure.locator(".plot canvas")) != before).any()
+    box = figure.locator(".plot canvas").bounding_box()
+    for shift in (0, 5):
+        page.mouse.move(box["x"] + box["width"] / 2 + shift, box["y"] + box["height"] / 2)
+    tip = page.locator("#vg-tooltip-element.visible")
+    tip.wait_for()
+    words = tip.inner_text()
+    assert all(f"layer {layer}" in words for layer in range(32))
+    assert "step" in words
     figure.locator("summary", has_text="Numbers").click()
     figure.locator(".numbers tbody tr").nth(350).wait_for()
     assert figure.locator(".numbers tbody tr").count() == 351

@@ -51,6 +51,7 @@ def test_every_chart_of_the_demo_compiles_and_names_its_rows(demo_folder: Path) 
     for plot in plots:
         spec = plot.spec()
         assert spec["data"] == {"name": "rows"}
+        assert not any(layer.get("data") == {"name": "empty"} for layer in spec["layer"])
         assert set(plot.columns) <= set(plot.rows)
         vl_convert.vegalite_to_vega(spec | {"datasets": {"rows": []}})
 
@@ -79,6 +80,44 @@ def test_errors_are_bands_or_bars_where_they_are_known() -> None:
     none = series_plot(_rows(low=np.nan, high=np.nan), X("x", "x"), "y")
     assert "low" not in none.columns
     assert _marks(none, "area") == []
+
+
+def _many_layers() -> Plot:
+    steps = np.arange(300)
+    layers = [
+        pd.DataFrame({"layer": layer, "x": steps, "value": 1000.0 * layer + steps})
+        for layer in range(4)
+    ]
+    rows = pd.concat(layers, ignore_index=True)
+    rows["checkpoint"] = "step" + rows["x"].astype(str)
+    columns = {"checkpoint": "checkpoint"}
+    return series_plot(rows, X("x", "step"), "nats", columns=columns, colour="layer")
+
+
+def test_pointing_at_many_values_takes_one_mark_per_x_that_lists_them_all() -> None:
+    plot = _many_layers()
+    assert _marks(plot, "symbol") == []
+    rules = _marks(plot, "rule")
+    assert len(rules) == 300
+    headings = [field["title"] for field in plot.spec()["layer"][-1]["encoding"]["tooltip"]]
+    assert headings == ["checkpoint", "step", "layer 0", "layer 1", "layer 2", "layer 3"]
+
+
+def test_values_with_errors_are_pointed_at_one_by_one_however_many() -> None:
+    rows = _many_layers().rows.assign(low=0.0, high=1.0)
+    plot = series_plot(rows, X("x", "step"), "nats", colour="layer")
+    assert len(_marks(plot, "symbol")) == 1200
+    headings = [field["title"] for field in plot.spec()["layer"][-1]["encoding"]["tooltip"]]
+    assert headings[-2:] == ["low (95 %)", "high (95 %)"]
+
+
+def test_only_marks_that_a_page_can_name_get_names() -> None:
+    many = _many_layers()
+    assert many.spec()["usermeta"]["embedOptions"]["renderer"] == "canvas"
+    assert all("description" not in item for item in _marks(many, "line"))
+    few = series_plot(_rows(), X("x", "step"), "nats")
+    assert few.spec()["usermeta"]["embedOptions"]["renderer"] == "svg"
+    assert "step: 5" in _marks(few, "symbol")[1]["description"]
 
 
 def test_bars_of_two_series_at_one_place_stand_beside_each_other() -> None:

@@ -19,6 +19,7 @@ import synthetic
 from ke_ray.errors import UserError
 from ke_ray.report.build import build_report, sections
 from ke_ray.report.sources import find_results
+from ke_ray.results.columns import names
 
 
 def _built(tmp_path: Path, *results: Path) -> str:
@@ -133,6 +134,19 @@ def test_an_older_schema_is_shown_with_what_it_has(tmp_path: Path) -> None:
     data = _numbers(page, "scan-knowledge-entropy")
     assert len(data["value"]) == 2
     assert data["low"] == [None, None]
+
+
+def test_a_folder_of_an_earlier_version_is_given_every_declared_column(tmp_path: Path) -> None:
+    study = synthetic.make_continual(tmp_path / "continual", steps=(40,), seeds=(0,))
+    table = pq.read_table(study / "runs.parquet")
+    pq.write_table(table.drop(["num_steps", "forgetting"]), study / "runs.parquet")
+    (result,) = find_results([study])
+    frame = result.table("runs")
+    assert set(names("runs")) <= set(frame)
+    assert frame["num_steps"].isna().all()
+    assert [note for note in result.notes if "no column" in note] == [
+        "runs.parquet has no column forgetting: shown as unknown."
+    ]
 
 
 def test_a_newer_schema_is_shown_with_a_warning(tmp_path: Path) -> None:

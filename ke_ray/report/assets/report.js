@@ -19,11 +19,16 @@
   system.addEventListener("change", () => redraw());
 
   // ---- rows --------------------------------------------------------------------------------
-  // Rows are kept as columns, and texts as places in a list.
-  const rowsOf = (panel) => {
-    const columns = Object.entries(read(document.getElementById(panel.rows))).map(([name, values]) =>
+  // Rows are kept as columns, and texts as numbers into a list.
+  const readRows = (id) => {
+    const columns = Object.entries(read(document.getElementById(id))).map(([name, values]) =>
       [name, values.names ? values.at.map((at) => at < 0 ? null : values.names[at]) : values]);
     return columns[0][1].map((_, i) => Object.fromEntries(columns.map(([name, values]) => [name, values[i]])));
+  };
+  const tables = new Map();
+  const rowsOf = (panel) => {
+    if (!tables.has(panel.rows)) tables.set(panel.rows, readRows(panel.rows));
+    return tables.get(panel.rows);
   };
   const shown = (value) => value === null || value === undefined ? "–"
     : typeof value !== "number" ? String(value)
@@ -81,15 +86,35 @@
     state.view = result.view;
     figure.dataset.drawn = JSON.stringify(panel.key);
   };
-  const redraw = () => figures.forEach((state, figure) => { if (state.wanted) draw(figure); });
+  // Figures are drawn one after the other, those on the screen first: a reader need not wait for
+  // what is out of sight.
+  const waiting = new Set();
+  let drawing = false;
+  const onScreen = (figure) => {
+    const { top, bottom } = figure.getBoundingClientRect();
+    return top < innerHeight && bottom > 0;
+  };
+  const drawInTurn = async (figure) => {
+    figures.get(figure).wanted = true;
+    waiting.add(figure);
+    if (drawing) return;
+    drawing = true;
+    while (waiting.size) {
+      const next = [...waiting].find(onScreen) ?? [...waiting][0];
+      waiting.delete(next);
+      await draw(next).catch(console.error);
+      await new Promise((resume) => { requestAnimationFrame(() => setTimeout(resume)); });  // shows it
+    }
+    drawing = false;
+  };
+  const redraw = () => figures.forEach((state, figure) => { if (state.wanted) drawInTurn(figure); });
   const near = new IntersectionObserver((entries) => entries.forEach(({ isIntersecting, target }) => {
     if (!isIntersecting) return;
     near.unobserve(target);
-    figures.get(target).wanted = true;
-    draw(target);
+    drawInTurn(target);
   }), { rootMargin: "400px" });
   addEventListener("beforeprint", () => figures.forEach((state, figure) => {
-    if (!state.wanted) { state.wanted = true; draw(figure); }
+    if (!state.wanted) drawInTurn(figure);
   }));
 
   // A view that does not exist (a measure without layers, say) falls back to the nearest one.

@@ -58,8 +58,8 @@ def warnings(results: Sequence[Result]) -> list[str]:
                     f"({_few(hashes)}): its checkpoints were not scored on the same instances and "
                     "must not be compared with one another."
                 )
-    for place, one in enumerate(scans):
-        for other in scans[place + 1 :]:
+    for index, one in enumerate(scans):
+        for other in scans[index + 1 :]:
             messages += _data_warnings(one, other)
             messages += _setting_warnings(one, other)
     return messages
@@ -94,7 +94,7 @@ def _setting_warnings(one: Result, other: Result) -> list[str]:
         if a != b and touched:
             what = "their values" if affected is None else f"their {', '.join(touched)}"
             messages.append(
-                f"{one.path} has {name} {_known(a)}, {other.path} has {_known(b)}: {what} must "
+                f"{one.path} has {name} {_shown(a)}, {other.path} has {_shown(b)}: {what} must "
                 "not be compared."
             )
     if _dtype(one) != _dtype(other) and shared:
@@ -114,7 +114,7 @@ def _few(hashes: Sequence[str]) -> str:
     return ", ".join(value[:10] + "…" for value in hashes[:3])
 
 
-def _known(value: object) -> str:
+def _shown(value: object) -> str:
     return "unknown" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -154,10 +154,10 @@ def _key(scan: Result, corpus_hash: str, measure: str) -> tuple[object, ...]:
 def compare_scans(results: Sequence[Result]) -> list[Figure]:
     """Totals of several comparable scans, side by side; empty where none are comparable."""
     scans = [result for result in results if result.kind == "scan" and series.measures(result)]
-    held = list(dict.fromkeys(name for scan in scans for name in series.measures(scan)))
+    measures = list(dict.fromkeys(name for scan in scans for name in series.measures(scan)))
     panels, all_rows = [], []
     drawn: dict[str, Result] = {}
-    for measure in sorted(held, key=lambda name: [*series.MEASURE_TITLES, name].index(name)):
+    for measure in sorted(measures, key=lambda name: [*series.MEASURE_TITLES, name].index(name)):
         groups: dict[tuple[object, ...], list[tuple[Result, str]]] = {}
         for scan in scans:
             for corpus in series.corpora(scan):
@@ -196,9 +196,9 @@ def _differences(scans: Sequence[Result]) -> str:
     """Sentences for the caption on what the scans that are drawn differ in."""
     names = labels(scans)
     text = ""
-    for told in (_dtype, _resuscitation):
-        if len({told(scan) for scan in scans}) > 1:
-            each = "; ".join(f"{names[scan.path]}: {told(scan)}" for scan in scans)
+    for property_of in (_dtype, _resuscitation):
+        if len({property_of(scan) for scan in scans}) > 1:
+            each = "; ".join(f"{names[scan.path]}: {property_of(scan)}" for scan in scans)
             text += f"They differ: {each}. "
     return text
 

@@ -121,7 +121,7 @@ def _correlation(
             )
             continue
         rows = rows.sort_values("entropy").assign(series="starting checkpoints", mark="point")
-        found = correlate(*(rows[name].to_numpy() for name in ("entropy", "value", "low", "high")))
+        r = correlate(*(rows[name].to_numpy() for name in ("entropy", "value", "low", "high")))
         plot = series_plot(
             rows,
             X("entropy", "knowledge entropy of the start (nats)"),
@@ -135,7 +135,7 @@ def _correlation(
                 prefix,
                 f"correlation-{column}",
                 title=f"Knowledge entropy and {title.lower()[:-2]}",
-                caption=f"Pearson {found}. One point per starting checkpoint (mean over its runs). "
+                caption=f"Pearson {r}. One point per starting checkpoint (mean over its runs). "
                 + _published_correlation(column),
                 paper="§4",
                 panels=[Panel((), plot)],

@@ -19,7 +19,7 @@ from ke_ray.report.charts.theme import config
 from ke_ray.report.sources import Result
 
 Chart = alt.Chart | alt.LayerChart | alt.FacetChart
-_SVG_ROWS = 3000  # more are drawn on a canvas, which stays responsive
+SVG_ROWS = 1000  # more are drawn on a canvas, which stays responsive
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Plot:
     """An altair chart over ``rows``.
 
     Attributes:
-        chart: the description; it reads the rows by column name.
+        chart: the description; it reads the columns of the data named "rows".
         rows: one row per drawn value.
         columns: the columns that a reader is shown -> their headings.
         spread: the column whose values become columns of the table of numbers, if any.
@@ -43,8 +43,8 @@ class Plot:
     def spec(self) -> dict[str, Any]:
         """Vega-Lite without the rows, which go by the name "rows"."""
         # Tests compile every chart; checking the schema again would double the time of a report.
-        spec: dict[str, Any] = self._with(alt.NamedData("rows")).to_dict(validate=False)
-        return spec
+        spec: dict[str, Any] = self.chart.to_dict(validate=False)
+        return spec | {"usermeta": self._usermeta()}
 
     def over(self, rows: pd.DataFrame) -> Plot:
         """The same chart over other rows, of the same series."""
@@ -52,16 +52,15 @@ class Plot:
 
     def themed(self, theme: str) -> Chart:
         """The chart with its rows in the colours of a theme, "light" or "dark"."""
-        chart = self._with(self.rows)
+        chart = self.chart.copy(deep=False)
+        chart.data = self.rows
+        chart.usermeta = self._usermeta()
         chart.config = alt.Config(**config(theme))
         return chart
 
-    def _with(self, data: alt.NamedData | pd.DataFrame) -> Chart:
-        chart = self.chart.copy(deep=False)
-        chart.data = data
-        renderer = "svg" if len(self.rows) <= _SVG_ROWS else "canvas"
-        chart.usermeta = {"embedOptions": {"renderer": renderer}}
-        return chart
+    def _usermeta(self) -> dict[str, Any]:
+        renderer = "svg" if len(self.rows) <= SVG_ROWS else "canvas"
+        return {"embedOptions": {"renderer": renderer}}
 
     @property
     def empty(self) -> bool:

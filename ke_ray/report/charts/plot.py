@@ -1,11 +1,13 @@
 """The two kinds of charts, described once with altair: values over an axis, and heat maps.
 
 A row has ``value`` and, where there is an error, ``low`` and ``high``. Pointing anywhere shows the
-nearest value with its error; Ctrl and the wheel zoom, dragging moves, a double click resets.
+nearest value with its error or, among many curves, the values of all at the nearest x; Ctrl and the
+wheel zoom, dragging moves, a double click resets.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,13 +16,14 @@ import altair as alt
 import numpy as np
 import pandas as pd
 
-from ke_ray.report.charts.figure import Plot
+from ke_ray.report.charts.figure import SVG_ROWS, Chart, Plot
 from ke_ray.report.charts.theme import DASHES, ORDERED, SHAPES
 
 _HEIGHT = 260
 _MOST_MARKED = 30  # a series with more values is drawn without markers
 _MOST_NAMED = 12  # more series than this have no legend
-_DODGE_PX = 5  # between error bars of different series at the same place
+_MOST_LISTED = 40  # more series than this are too many for one tooltip
+_DODGE_PX = 5  # between error bars of different series at the same x
 
 
 @dataclass(frozen=True)
@@ -64,8 +67,8 @@ def series_plot(
         x: the horizontal axis.
         y_title: title of the vertical axis and heading of ``value``, with the unit.
         columns: further columns to show -> their headings.
-        colour: column that tells series apart; a column of numbers is drawn as a ramp.
-        dash: column that tells lines of one colour apart by dash; None: as ``colour``.
+        colour: column that distinguishes series; a column of numbers is drawn as a ramp.
+        dash: column that distinguishes lines of one colour by dash; None: as ``colour``.
         bars: whether errors are bars; else bands.
         rules: lines across the plot.
         y_from: a value that the vertical axis must include.
@@ -77,11 +80,11 @@ def series_plot(
     ramp = pd.api.types.is_numeric_dtype(rows[colour])
     dodged = bars and not ramp and not x.names and bool(rows[x.field].duplicated().any())
     if dodged:
-        place = pd.Series(pd.factorize(rows[colour])[0], rows.index)
-        rows = rows.assign(shift=(place - place.max() / 2) * _DODGE_PX)
+        number = pd.Series(pd.factorize(rows[colour])[0], rows.index)
+        rows = rows.assign(shift=(number - number.max() / 2) * _DODGE_PX)
     shift: dict[str, Any] = {"xOffset": alt.expr("datum.shift")} if dodged else {}
-    told = {colour: colour, dash: dash} if dash else {colour: colour}
-    shown = {**told, **(columns or {}), x.field: x.title, "value": y_title}
+    names = {colour: colour, dash: dash} if dash else {colour: colour}
+    shown = {**names, **(columns or {}), x.field: x.title, "value": y_title}
     if errors:
         shown |= {"low": "low (95 %)", "high": "high (95 %)"}
     least = alt.Undefined if y_from is None else y_from
@@ -94,14 +97,18 @@ def series_plot(
     layers = [layer for rule in rules for layer in _rule(rule, x.title, y_title)]
     lined = bool((rows["mark"] == "line").any())
     if errors and lined and not bars:
-        ends = {"y": alt.Y("low:Q", title=y_title), "y2": "high:Q"}
+        ends = {"y": alt.Y("low:Q", title=y_title), "y2": alt.Y2("high:Q")}
         layers.append(of_line.mark_area(opacity=0.22, aria=False).encode(**ends))
     elif errors:
-        ends = {"y": alt.Y("low:Q", title=y_title), "y2": "high:Q"}
+        ends = {"y": alt.Y("low:Q", title=y_title), "y2": alt.Y2("high:Q")}
         layers.append(base.mark_rule(strokeWidth=1.4, aria=False, **shift).encode(**ends))
     if lined:
-        line = of_line.mark_line(strokeWidth=2, **shift)
-        layers.append(line.encode(detail=f"{colour}:N") if ramp else line.encode(strokeDash=dashed))
+        line = of_line.mark_line(strokeWidth=2, aria=_aria(rows), **shift)
+        layers.append(
+            line.encode(detail=alt.Detail(f"{colour}:N"))
+            if ramp
+            else line.encode(strokeDash=dashed)
+        )
     if not ramp:
         shape = _by_name(rows, colour, alt.Shape, list(SHAPES))
         marks = {"line": (35, 1.0), "point": (75, 1.0), "dot": (25, 0.55)}
@@ -111,19 +118,14 @@ def series_plot(
             if (rows["mark"] == mark).any():
                 layers.append(
                     base.transform_filter(alt.datum.mark == mark)
-                    .mark_point(filled=True, size=size, opacity=opacity, **shift)
+                    .mark_point(filled=True, size=size, opacity=opacity, aria=_aria(rows), **shift)
                     .encode(shape=shape, tooltip=_tooltip(rows, shown))
                 )
     if interactive:
-        nearest = alt.selection_point(
-            "nearest", nearest=True, on="pointermove", clear="pointerout", empty=False
-        )
-        ring = base.mark_point(size=110, filled=False, aria=False, **shift).encode(
-            tooltip=_tooltip(rows, shown),
-            opacity=alt.when(nearest).then(alt.value(1)).otherwise(alt.value(0)),
-        )
-        layers.append(ring.add_params(nearest, *([] if x.names else [_zoom()])))
-    chart = alt.layer(*layers).properties(width="container", height=_HEIGHT)
+        by_x = not (errors or dash or x.names) and _listable(rows, x, colour)
+        hover = _values_at_x(rows, x, shown, colour) if by_x else _ring(base, rows, shown, shift)
+        layers.append(hover if x.names else hover.add_params(_zoom()))
+    chart = layered(*layers, height=_HEIGHT)
     return Plot(chart, rows, shown, spread)
 
 
@@ -155,7 +157,7 @@ def heat_map(
         y=alt.Y(f"{y.field}:O", title=y.title, sort="descending"),
         tooltip=_tooltip(rows, shown),
     )
-    layers = [base.mark_rect().encode(color=colour)]
+    layers = [base.mark_rect(aria=_aria(rows)).encode(color=colour)]
     if write_values:
         share = (rows[value] - rows[value].min()) / (np.ptp(rows[value].dropna()) or 1)
         edge = (share < 0.2) | (share > 0.82) if diverging else share < 0.45
@@ -166,8 +168,19 @@ def heat_map(
         )
     tall = max(_HEIGHT, 9 * rows[y.field].nunique()) if not write_values else None
     height = tall or 42 * rows[y.field].nunique()
-    chart = alt.layer(*layers).properties(width="container", height=height)
+    chart = layered(*layers, height=height)
     return Plot(chart, rows, shown, value=value)
+
+
+def layered(*layers: alt.Chart, height: int) -> Chart:
+    """Layers over the rows of a :class:`Plot`, as wide as the page lets them be."""
+    rows = alt.NamedData("rows")
+    return alt.layer(*layers, data=rows, width="container", height=height)
+
+
+def _aria(rows: pd.DataFrame) -> Any:
+    """False for rows that a canvas draws: it has no elements for a screen reader to name."""
+    return alt.Undefined if len(rows) <= SVG_ROWS else False
 
 
 def _x_axis(x: X, rows: pd.DataFrame) -> alt.X:
@@ -205,11 +218,11 @@ def _by_name(
     values: Sequence[Any] | None = None,
     orient: Any = alt.Undefined,
 ) -> Any:
-    """An encoding that tells the names in a column apart, with one legend for all of them."""
+    """An encoding that distinguishes the names in a column, with one legend for all of them."""
     names = list(dict.fromkeys(rows[field]))
     scale = alt.Scale(domain=names)
     if values is not None:
-        scale.range = [values[place % len(values)] for place in range(len(names))]
+        scale.range = [values[index % len(values)] for index in range(len(names))]
     legend = None
     if 1 < len(names) <= _MOST_NAMED:
         longest = max(len(str(name)) for name in names)
@@ -238,15 +251,72 @@ def _tooltip(rows: pd.DataFrame, shown: Mapping[str, str]) -> list[alt.Tooltip]:
 
 
 def _rule(rule: Rule, x_title: str, y_title: str) -> list[alt.Chart]:
+    # Channels by their classes: altair takes tens of milliseconds to find the class of a string.
     base = alt.Chart(alt.Data(values=[{"at": rule.value, "text": rule.text}]))
     if rule.axis == "x":
         base = base.encode(x=alt.X("at:Q", title=x_title))
-        text = base.mark_text(align="left", dx=4, dy=8).encode(y=alt.value(0), text="text:N")
+        text = base.mark_text(align="left", dx=4, dy=8).encode(
+            y=alt.YValue(0), text=alt.Text("text:N")
+        )
     else:
         base = base.encode(y=alt.Y("at:Q", title=y_title))
-        text = base.mark_text(align="left", dx=4, dy=-6).encode(x=alt.value(0), text="text:N")
+        text = base.mark_text(align="left", dx=4, dy=-6).encode(
+            x=alt.XValue(0), text=alt.Text("text:N")
+        )
     line = base.mark_rule(strokeDash=[2, 3], description=rule.text or "a line")
     return [line, text] if rule.text else [line]
+
+
+def _listable(rows: pd.DataFrame, x: X, colour: str) -> bool:
+    """Whether pointing lists the values at one x: many rows, and few of them at any x."""
+    few = rows[colour].nunique() <= _MOST_LISTED
+    return len(rows) > SVG_ROWS and few and not rows.duplicated([x.field, colour]).any()
+
+
+def _nearest() -> tuple[alt.Parameter, Any]:
+    """(a selection of the mark nearest to the pointer, the opacity that shows that mark alone)"""
+    nearest = alt.selection_point(
+        "nearest", nearest=True, on="pointermove", clear="pointerout", empty=False
+    )
+    return nearest, alt.when(nearest).then(alt.value(1)).otherwise(alt.value(0))
+
+
+def _ring(
+    base: alt.Chart, rows: pd.DataFrame, shown: Mapping[str, str], shift: Mapping[str, Any]
+) -> alt.Chart:
+    """A ring around the nearest value; its tooltip shows that value with its error."""
+    nearest, opacity = _nearest()
+    ring = base.mark_point(size=110, filled=False, aria=False, **shift)
+    return ring.encode(tooltip=_tooltip(rows, shown), opacity=opacity).add_params(nearest)
+
+
+def _values_at_x(rows: pd.DataFrame, x: X, shown: Mapping[str, str], colour: str) -> alt.Chart:
+    """A rule at the nearest x; its tooltip lists the value of every series there.
+
+    It is one mark per x, where rings are one per row: thousands, which a page takes seconds to
+    place and to search.
+    """
+    nearest, opacity = _nearest()
+    fields = [name for name in shown if name not in (colour, "value", "low", "high")]
+    at_x = rows.groupby(x.field, sort=False)
+    of_x = {name: shown[name] for name in fields if at_x[name].nunique().max() <= 1}
+    prefix = f"{colour} " if pd.api.types.is_numeric_dtype(rows[colour]) else ""
+    values = [
+        alt.Tooltip(
+            field=re.sub(r"[\\.\[\]]", r"\\\g<0>", str(name)),  # else a path into an object
+            type="quantitative",
+            title=f"{prefix}{name}",
+            format=".7~g",
+        )
+        for name in dict.fromkeys(rows[colour])
+    ]
+    return (
+        alt.Chart()
+        .transform_pivot(colour, value="value", groupby=list(of_x), op="max")
+        .mark_rule(aria=False)
+        .encode(x=_x_axis(x, rows), tooltip=_tooltip(rows, of_x) + values, opacity=opacity)
+        .add_params(nearest)
+    )
 
 
 def _zoom() -> alt.Parameter:

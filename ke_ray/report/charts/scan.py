@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from ke_ray.report import series
+from ke_ray.report.charts.distribution import distribution_figures
 from ke_ray.report.charts.figure import Figure, Panel, Plot, TextTable, figure_of
 from ke_ray.report.charts.plot import Rule, X, heat_map, series_plot
 from ke_ray.report.sources import Result
@@ -154,7 +154,7 @@ def _by_curve(scan: Result, figure: Callable[..., Figure]) -> list[Figure]:
         own = functools.partial(_figure_of_curve, figure, number, label)
         make = figure if len(curves) == 1 else own
         figures += _layers(curve, series.measures(curve), make)
-        figures += _distributions(curve, make)
+        figures += distribution_figures(curve, make)
     return figures
 
 
@@ -164,9 +164,10 @@ def _figure_of_curve(
     return figure(f"{number}-{name}", title=f"{title}: {label}", **parts)
 
 
-def measure_plot(scan: Result, measure: str, x: X, *, interactive: bool = True) -> Plot:
-    """The model-wide value of a measure, one line per curve and corpus."""
-    rows = measure_rows(scan, measure)
+def measure_plot(
+    scan: Result, measure: str, rows: pd.DataFrame, x: X, *, interactive: bool = True
+) -> Plot:
+    """The model-wide value of a measure, one line per curve and corpus, from ``measure_rows``."""
     rules = []
     if measure == "knowledge_entropy" and len(rows):
         span = max(float(np.ptp(rows["value"])), 1e-9)
@@ -186,14 +187,12 @@ def measure_plot(scan: Result, measure: str, x: X, *, interactive: bool = True) 
 
 
 def _over_steps(scan: Result, measure: str, figure: Callable[..., Figure]) -> Figure:
-    choices = axes(scan)
+    choices, rows = axes(scan), measure_rows(scan, measure)
     panels = [
-        Panel((choice,) if len(choices) > 1 else (), measure_plot(scan, measure, x))
+        Panel((choice,) if len(choices) > 1 else (), measure_plot(scan, measure, rows, x))
         for choice, x in choices.items()
     ]
-    caption = band_caption(
-        measure_rows(scan, measure), "jackknife standard errors over groups of instances"
-    )
+    caption = band_caption(rows, "jackknife standard errors over groups of instances")
     caption += split_caption(scan)
     bounds = _ceilings(scan)
     if measure == "knowledge_entropy" and bounds:
@@ -310,87 +309,6 @@ def _layers(scan: Result, held: list[str], figure: Callable[..., Figure]) -> lis
             controls=("measure", "corpus", "shown"),
         ),
     ]
-
-
-def _distributions(scan: Result, figure: Callable[..., Figure]) -> list[Figure]:
-    """Histograms of s = C̄ / layer mean at three checkpoints, by layer and pooled."""
-    order = series.checkpoints(scan)["checkpoint"].to_list()
-    chosen = list(dict.fromkeys([*order[:1], *order[len(order) // 2 :][:1], *order[-1:]]))
-    arrays = {name: series.coefficients(scan, name) for name in chosen}
-    shares = {
-        name: array / np.maximum(array.mean(axis=1, keepdims=True), 1e-30)
-        for name, array in arrays.items()
-        if array is not None and array.size
-    }
-    if not shares:
-        return []
-    tau = series.setting(scan, "dormant_threshold")
-    rules = [Rule("x", math.log10(tau), f"τ = {tau:g}")] if tau else []
-    whole = slice(None)
-    density = series_plot(
-        _by_checkpoint(_histogram, shares, whole),
-        X("s", "log₁₀ of C̄ / layer mean"),
-        "share of memories (%)",
-        rules=rules,
-    )
-    mass = series_plot(
-        _by_checkpoint(_mass, shares, whole),
-        X("memories", "largest memories (% of all)"),
-        "share of total C̄ (%)",
-        y_from=0.0,
-    )
-    histograms, lorenz = [Panel(("all layers",), density)], [Panel(("all layers",), mass)]
-    for layer in range(min(len(array) for array in shares.values())):
-        one, key = slice(layer, layer + 1), (f"layer {layer}",)
-        histograms.append(Panel(key, density.over(_by_checkpoint(_histogram, shares, one))))
-        lorenz.append(Panel(key, mass.over(_by_checkpoint(_mass, shares, one))))
-    stages, corpus = ", ".join(shares), series.corpora(scan)[0]
-    return [
-        figure(
-            "distribution",
-            title="Distribution of memory coefficients",
-            caption="Histograms of mean |coefficient| relative to its layer's mean, at "
-            f"{stages}, on {corpus}. Values beyond the axis are counted in the outermost bins.",
-            panels=histograms,
-            controls=("layers",),
-        ),
-        figure(
-            "mass",
-            title="How few memories carry the mass",
-            caption=f"Share of a layer's total coefficient held by its largest memories, at "
-            f"{stages}, on {corpus}; several layers are averaged. A straight line would be an even "
-            "spread.",
-            panels=lorenz,
-            controls=("layers",),
-        ),
-    ]
-
-
-def _by_checkpoint(
-    rows_of: Callable[[np.ndarray, str], pd.DataFrame],
-    shares: dict[str, np.ndarray],
-    layers: slice,
-) -> pd.DataFrame:
-    parts = [rows_of(array[layers], name) for name, array in shares.items()]
-    return pd.concat(parts, ignore_index=True).assign(mark="line")
-
-
-def _histogram(shares: np.ndarray, name: str) -> pd.DataFrame:
-    edges = np.linspace(-3.0, 2.0, 51)
-    logs = np.log10(np.clip(shares.ravel(), 1e-3, 1e2))
-    density = np.histogram(logs, edges)[0] / logs.size * 100
-    centres = (edges[1:] + edges[:-1]) / 2
-    return pd.DataFrame({"series": name, "s": centres.round(6), "value": density})
-
-
-def _mass(shares: np.ndarray, name: str) -> pd.DataFrame:
-    """Cumulative share of the mass over the share of the memories, from the largest down."""
-    largest = np.sort(shares, axis=1)[:, ::-1]
-    total = np.maximum(largest.sum(axis=1, keepdims=True), 1e-30)
-    cumulative = (largest.cumsum(axis=1) / total).mean(axis=0) * 100
-    m = cumulative.size
-    at = np.unique(np.geomspace(1, m, 60).round().astype(int))
-    return pd.DataFrame({"series": name, "memories": at / m * 100, "value": cumulative[at - 1]})
 
 
 def failures(scan: Result) -> TextTable:

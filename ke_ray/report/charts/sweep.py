@@ -14,7 +14,7 @@ import pandas as pd
 from ke_ray.report import paper, runs
 from ke_ray.report.charts.continual import published_rows
 from ke_ray.report.charts.figure import Chart, Figure, Panel, Plot, TextTable, figure_of, number
-from ke_ray.report.charts.plot import Rule, X, heat_map, series_plot
+from ke_ray.report.charts.plot import Rule, X, heat_map, layered, series_plot
 from ke_ray.report.sources import Result
 
 _SHOWN = (
@@ -54,7 +54,8 @@ def _own_originals(frame: pd.DataFrame) -> pd.DataFrame:
     for name in ("acquisition", "forgetting"):
         for end in ("", "_low", "_high"):
             against, plain = f"{name}_vs_original{end}", f"{name}{end}"
-            if against in frame and plain in frame:
+            changed = frame.loc[~unchanged, against]
+            if changed.empty or changed.notna().any():
                 own = frame[plain].where(unchanged)
                 frame = frame.assign(**{against: frame[against].fillna(own)})
     return frame
@@ -395,4 +396,4 @@ def _parallel_chart(rows: pd.DataFrame, columns: dict[str, str]) -> Chart:
         strokeWidth=alt.when(chosen).then(alt.value(4)).otherwise(alt.value(1.5)),
     )
     point = base.mark_point(filled=False, size=25)
-    return alt.layer(line.add_params(over, kept), point).properties(width="container", height=300)
+    return layered(line.add_params(over, kept), point, height=300)
