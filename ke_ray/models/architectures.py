@@ -16,19 +16,44 @@ sees, and an average over tokens that an expert never saw would be a number with
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from ke_ray.errors import UnsupportedArchitectureError, nearest
 
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
+    pass
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Names of submodules, relative to the body (``layers``), a layer, or its attention."""
+    """Where a decoder keeps what the measures and resuscitation need.
+
+    Submodules are dotted names relative to the body (``layers``), to a layer, or to its FFN or
+    attention module; the empty name is that module itself.
+
+    Attributes:
+        layers: the decoder layers, of the body.
+        ffn: the FFN, of a layer.
+        second_projection: of the FFN; its input is the coefficients.
+        up: the first projection, of the FFN.
+        gate: the gate's projection, of the FFN; None in an ungated FFN.
+        fused: ``up`` and ``gate`` are one projection whose output is [gate | up].
+        pre_activation: submodule of the FFN whose input is the gate's pre-activation, where that
+            is not the gate's output as it is.
+        attention: the attention module, of a layer.
+        query: the projection that makes queries, of the attention module.
+        query_rows: which of its rows do: all, the first heads · d_head, or, for each group of
+            heads that shares a key, all but the last two blocks of d_head rows (its k and v).
+        query_norm: the norm of queries, of the attention module; there may be none.
+        norm_offset: that norm multiplies by (offset + weight).
+        returns_attention: the attention module forms its rows itself and returns them as its
+            second output; the others call transformers' attention interface.
+        alibi: scores carry ALiBi's penalty of distance, whatever the configuration says.
+        hybrid: a layer may lack attention or FFN.
+        logit_multiplier: key of the configuration by which logits are multiplied.
+        logit_divisor: key of the configuration by which logits are divided.
+    """
 
     layers: str = "layers"
     ffn: str = "mlp"
@@ -36,27 +61,61 @@ class Architecture:
     up: str = "up_proj"
     gate: str | None = "gate_proj"
     fused: Literal["gate_up"] | None = None
+    pre_activation: str | None = None
     attention: str = "self_attn"
     query: str = "q_proj"
-    query_rows: Literal["all", "first", "per_head"] = "all"
+    query_rows: Literal["all", "first", "grouped"] = "all"
     query_norm: str = "q_norm"
-    norm_offset: float = 0.0  # Gemma's RMSNorm multiplies by (1 + weight)
+    norm_offset: float = 0.0
+    returns_attention: bool = False
+    alibi: bool = False
+    hybrid: bool = False
+    logit_multiplier: str | None = None
+    logit_divisor: str | None = None
 
 
 _GATED = Architecture()
-_GEMMA = Architecture(norm_offset=1.0)
+_UNGATED = Architecture(gate=None)
+_GEMMA = Architecture(norm_offset=1.0)  # Gemma's RMSNorm multiplies by (1 + weight)
+_COHERE = Architecture(logit_multiplier="logit_scale")
+_QWEN_HYBRID = Architecture(norm_offset=1.0, hybrid=True)
+_FALCON = Architecture(
+    layers="h",
+    second_projection="dense_4h_to_h",
+    up="dense_h_to_4h",
+    gate=None,
+    attention="self_attention",
+    query="query_key_value",
+    query_rows="grouped",
+    returns_attention=True,
+)
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "olmo": _GATED,
-    "olmo2": _GATED,
-    "olmo3": _GATED,
-    "llama": _GATED,
-    "mistral": _GATED,
-    "qwen2": _GATED,
-    "qwen3": _GATED,
-    "gemma": _GEMMA,
-    "gemma2": _GEMMA,
-    "gemma3_text": _GEMMA,
+    **dict.fromkeys(
+        (
+            *("olmo", "olmo2", "olmo3", "llama", "mistral", "qwen2", "qwen3"),
+            *("smollm3", "exaone4", "helium"),
+        ),
+        _GATED,
+    ),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text"), _GEMMA),
+    "gemma3n_text": Architecture(pre_activation="act_fn"),  # thins out the gate's output first
+    **dict.fromkeys(("apertus", "arcee", "nemotron"), _UNGATED),  # xIELU, ReLU², ReLU²
+    "stablelm": Architecture(query_norm="q_layernorm"),
+    "granite": Architecture(logit_divisor="logits_scaling"),
+    **dict.fromkeys(("cohere", "cohere2"), _COHERE),
+    **dict.fromkeys(("qwen3_next", "qwen3_5_text"), _QWEN_HYBRID),
+    "lfm2": Architecture(
+        ffn="feed_forward",
+        second_projection="w2",
+        up="w3",
+        gate="w1",
+        query_norm="q_layernorm",
+        hybrid=True,
+    ),
+    "falcon_h1": Architecture(
+        ffn="feed_forward", pre_activation="act_fn", logit_multiplier="lm_head_multiplier"
+    ),
     "phi3": Architecture(
         up="gate_up_proj",  # [2·d_mlp, d_model]: first half gate, second half up
         gate="gate_up_proj",
@@ -65,13 +124,17 @@ ARCHITECTURES: dict[str, Architecture] = {
         query_rows="first",
     ),
     "phi": Architecture(second_projection="fc2", up="fc1", gate=None, query_norm="q_layernorm"),
+    "opt": Architecture(
+        layers="decoder.layers", ffn="", second_projection="fc2", up="fc1", gate=None
+    ),
+    "starcoder2": Architecture(second_projection="c_proj", up="c_fc", gate=None),
     "gpt_neox": Architecture(
         second_projection="dense_4h_to_h",
         up="dense_h_to_4h",
         gate=None,
         attention="attention",
         query="query_key_value",  # rows: for each head its q, k and v in turn
-        query_rows="per_head",
+        query_rows="grouped",
     ),
     "gpt2": Architecture(
         layers="h",
@@ -81,6 +144,34 @@ ARCHITECTURES: dict[str, Architecture] = {
         attention="attn",
         query="c_attn",
         query_rows="first",
+    ),
+    "gpt_neo": Architecture(
+        layers="h",
+        second_projection="c_proj",
+        up="c_fc",
+        gate=None,
+        attention="attn.attention",
+        returns_attention=True,
+    ),
+    "gptj": Architecture(
+        layers="h",
+        second_projection="fc_out",
+        up="fc_in",
+        gate=None,
+        attention="attn",
+        returns_attention=True,
+    ),
+    "falcon": _FALCON,
+    "bloom": replace(_FALCON, alibi=True),
+    "mpt": Architecture(
+        layers="blocks",
+        ffn="ffn",
+        gate=None,
+        attention="attn",
+        query="Wqkv",
+        query_rows="first",
+        returns_attention=True,
+        alibi=True,
     ),
 }
 
@@ -123,49 +214,6 @@ _UNMEASURABLE = {
 }
 
 
-@dataclass(frozen=True)
-class FFNLayout:
-    """The parts of one decoder layer that the measures and resuscitation need.
-
-    Attributes:
-        second_projection: its input is the coefficients [batch, pos, d_mlp].
-        up: the first projection; with ``fused == "gate_up"`` its output is [gate | up].
-        gate: the gate's projection, ``None`` for an ungated FFN (the same module as ``up``
-            when fused).
-        attention: the attention module of the layer.
-        d_mlp: number of memories.
-        activation: name of the activation in the config, such as ``silu``.
-        transposed: weights are stored [in, out] (GPT-2's Conv1D).
-    """
-
-    second_projection: nn.Module
-    up: nn.Module
-    gate: nn.Module | None
-    attention: nn.Module
-    fused: Literal["gate_up"] | None
-    d_mlp: int
-    activation: str
-    transposed: bool
-
-    @property
-    def gated(self) -> bool:
-        """Whether coefficients are a product of a gate and ``up``."""
-        return self.gate is not None
-
-    def up_weight(self) -> torch.Tensor:
-        """The memory keys K as a view [d_mlp, d_model] of the model's own storage."""
-        weight: Any = self.up.weight
-        rows = weight.t() if self.transposed else weight
-        return rows[self.d_mlp :] if self.fused == "gate_up" else rows
-
-    def up_bias(self) -> torch.Tensor | None:
-        """The bias of the memory keys as a view [d_mlp], or ``None``."""
-        bias = getattr(self.up, "bias", None)
-        if bias is None:
-            return None
-        return bias[self.d_mlp :] if self.fused == "gate_up" else bias
-
-
 def supported_model_types() -> tuple[str, ...]:
     """``model_type`` of every architecture in the table, sorted."""
     return tuple(sorted(ARCHITECTURES))
@@ -183,7 +231,8 @@ def check_config(config: Any) -> Architecture:
     """
     model_type = str(getattr(config, "model_type", "") or "")
     supported = ", ".join(supported_model_types())
-    if any((getattr(config, sign, None) or 0) for sign in _MIXTURE_SIGNS):
+    has_experts = any((getattr(config, sign, None) or 0) for sign in _MIXTURE_SIGNS)
+    if has_experts and getattr(config, "num_experts", None) != 0:
         raise UnsupportedArchitectureError(
             f"model type '{model_type}' is a mixture of experts: its memory coefficients lie in "
             "fused expert tensors and an expert sees only the tokens routed to it, so they are not "
@@ -217,54 +266,3 @@ def lacks_head(config: Any) -> bool:
     classes = [str(name) for name in getattr(config, "architectures", None) or []]
     is_base = all(name.endswith("Model") and not name.endswith("HeadModel") for name in classes)
     return bool(classes) and is_base and not getattr(config, "tie_word_embeddings", True)
-
-
-def describe(model: nn.Module) -> tuple[FFNLayout, ...]:
-    """Where a loaded model keeps its memories, layer by layer.
-
-    Args:
-        model: a causal language model of transformers, or its bare body.
-
-    Returns:
-        One ``FFNLayout`` per layer, in the order of the forward pass.
-
-    Raises:
-        UnsupportedArchitectureError: as ``check_config``, or when the modules are not where the
-            table says (a modelling code of another version, or weights replaced by adapters).
-    """
-    config = getattr(model, "config", None)
-    entry = check_config(config)
-    body = getattr(model, "base_model", model)
-    try:
-        layers = body.get_submodule(entry.layers)
-        return tuple(_layout(entry, layer, config) for layer in layers.children())
-    except AttributeError as error:
-        raise UnsupportedArchitectureError(
-            f"{type(model).__name__} says it is '{getattr(config, 'model_type', '')}' but is not "
-            f"built like it: {error}. Supported are the unmodified classes of transformers."
-        ) from error
-
-
-def _layout(entry: Architecture, layer: nn.Module, config: Any) -> FFNLayout:
-    ffn = layer.get_submodule(entry.ffn)
-    second = ffn.get_submodule(entry.second_projection)
-    weight: Any = second.weight
-    transposed = not hasattr(second, "in_features")  # Conv1D has nx/nf and stores [in, out]
-    activation = next(
-        (
-            str(value)
-            for name in ("hidden_activation", "hidden_act", "activation_function")
-            if (value := getattr(config, name, None)) is not None
-        ),
-        "",
-    )
-    return FFNLayout(
-        second_projection=second,
-        up=ffn.get_submodule(entry.up),
-        gate=None if entry.gate is None else ffn.get_submodule(entry.gate),
-        attention=layer.get_submodule(entry.attention),
-        fused=entry.fused,
-        d_mlp=weight.shape[0] if transposed else weight.shape[1],
-        activation=activation,
-        transposed=transposed,
-    )

@@ -39,7 +39,8 @@ from torch import Tensor, nn
 from ke_ray.core.entropy import entropy_nats
 from ke_ray.core.resuscitation import dead_rows, multipliers, predicted_entropy_nats, select_rows
 from ke_ray.errors import UnsupportedArchitectureError, UserError
-from ke_ray.models.architectures import Architecture, check_config, describe
+from ke_ray.models.architectures import Architecture, check_config
+from ke_ray.models.layout import describe
 from ke_ray.resuscitation.coefficients import Coefficients
 from ke_ray.secrets import redact
 from ke_ray.studies.parts import Resuscitation

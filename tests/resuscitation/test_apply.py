@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from ke_ray.core.resuscitation import predicted_entropy_nats
 from ke_ray.errors import UnsupportedArchitectureError, UserError
-from ke_ray.models.architectures import describe
+from ke_ray.models.layout import describe
 from ke_ray.models.scoring import score_instances, score_model
 from ke_ray.resuscitation.apply import (
     apply_attention_temperature,

@@ -31,7 +31,7 @@ from ke_ray.checkpoints.formats.fingerprint import weights_sha256
 from ke_ray.checkpoints.reference import CheckpointRef
 from ke_ray.engine.cluster.placement import granted_device
 from ke_ray.errors import KeRayError
-from ke_ray.models.architectures import describe
+from ke_ray.models.layout import describe
 from ke_ray.models.loading import load_model
 from ke_ray.planning.scan_items import RowRange, WorkItem
 from ke_ray.planning.scan_messages import (
