@@ -3,10 +3,9 @@
     symbol   meaning
     m_l      memories of layer l, `d_mlp[l]`; 0 in a layer without feed-forward part
 
-Tables of coefficients are as wide as the widest layer; what lies beyond a layer's own m_l is zero
-and belongs to nothing. A measure of a layer is computed from its own m_l columns alone. Where a
-layer has no value of a measure, an `Absence` says why: the value is null, and totals are over the
-layers that have one.
+Tables of coefficients are as wide as the widest layer; what lies beyond a layer's own m_l is NaN.
+A measure of a layer is computed from its own m_l columns alone. Where a layer has no value of a
+measure, an `Absence` says why: the value is null, and totals are over the layers that have one.
 """
 
 from __future__ import annotations

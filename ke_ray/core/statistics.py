@@ -17,6 +17,8 @@ from the merged sums. Sums and counts are kept apart and divided once, at the en
     attention_entropy   [G, n_layers]         attention entropy averaged over heads (nats)
     next_token_entropy  [G]                   entropy of softmax(logits) (nats)
 
+What lies beyond a layer's own memories, and a layer without a value, is NaN (`core.layers`).
+
 Everything is float64: the whole signal of a series is about 0.4 nats of 144, and a sum in float64
 of float32 means agrees to 1e-13 whatever the order, the batches or the split. An instance without
 a real token has no token mean and is refused.
@@ -95,19 +97,26 @@ class GroupSums:
         num_groups = group.numel()
         layers = layers or Layers((d_mlp,) * n_layers)
         axes = {"n_layers": len(layers.d_mlp), "d_mlp": max(layers.d_mlp)}
+        tables = {
+            name: torch.zeros(
+                (num_groups, *(axes[axis] for axis in TABLES[name])),
+                dtype=torch.float64,
+                device=device,
+            )
+            for name in TABLES
+            if name in names
+        }
+        for name, table in tables.items():
+            for layer, width in enumerate(layers.d_mlp):
+                if layers.absence(name, layer):
+                    table[:, layer] = torch.nan
+                elif table.ndim == 3:
+                    table[:, layer, width:] = torch.nan
         return cls(
             sizes=group,
             counts=torch.zeros(num_groups, dtype=torch.int64),
             num_tokens=torch.zeros(num_groups, dtype=torch.int64),
-            tables={
-                name: torch.zeros(
-                    (num_groups, *(axes[axis] for axis in TABLES[name])),
-                    dtype=torch.float64,
-                    device=device,
-                )
-                for name in TABLES
-                if name in names
-            },
+            tables=tables,
             layers=layers,
         )
 

@@ -28,9 +28,11 @@ _WIDTH = ("hidden_size", "n_embd")
 _MEMORIES = ("intermediate_size", "n_inner")
 
 
-def series_label(model_type: str, n_layers: int, d_model: int, d_mlp: int) -> str:
+def series_label(model_type: str, n_layers: int, d_model: int, d_mlp: int | Sequence[int]) -> str:
     """What tells the series of one architecture and size from others, for people and tables."""
-    return f"{model_type}, {n_layers} layers, d_model {d_model}, d_mlp {d_mlp}"
+    widths = sorted({d_mlp} if isinstance(d_mlp, int) else set(d_mlp))
+    memories = "–".join(dict.fromkeys((str(widths[0]), str(widths[-1]))))
+    return f"{model_type}, {n_layers} layers, d_model {d_model}, d_mlp {memories}"
 
 
 def with_series(refs: Sequence[CheckpointRef]) -> list[CheckpointRef]:
