@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ke_ray.checkpoints.formats.layout import Layout
-from ke_ray.checkpoints.formats.olmo import split
-from ke_ray.checkpoints.formats.olmo_config import read_native_config
+from ke_ray.checkpoints.formats.olmo import native_config, split
 from ke_ray.checkpoints.formats.weights import WeightFiles, is_buffer, open_weights, read_layout
 from ke_ray.checkpoints.reference import CheckpointRef, local_folder
 from ke_ray.errors import CheckpointError, UnsupportedArchitectureError, UserError
@@ -112,8 +111,7 @@ def config_from(folder: Path, layout: Layout) -> PreTrainedConfig:
         CheckpointError: malformed.
         UnsupportedArchitectureError: ke_ray cannot score this architecture.
     """
-    if layout.format == "native":
-        native = read_native_config(folder / layout.config)
+    if (native := native_config(folder, layout)) is not None:
         with _explained(folder):
             config = native.to_transformers()
     else:
@@ -179,8 +177,8 @@ def _build(
     }
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
-    if layout.format == "native":
-        named = split(weights, read_native_config(folder / layout.config), origin=f"'{folder}'")
+    if (native := native_config(folder, layout)) is not None:
+        named = split(weights, native, origin=f"'{folder}'")
         model, info = model_class.from_pretrained(None, state_dict=named, **options)
     elif layout.weights[0].endswith(".safetensors") and not (
         weights.renamed or (layout.index and not (folder / layout.index).is_file())
