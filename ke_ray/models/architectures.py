@@ -7,7 +7,7 @@ that resuscitation scales), the gate (``None`` in an ungated FFN) and the attent
 
 =============  ==========================================================================
 gated          coefficients = act(gate(x)) · up(x)    (SwiGLU, GeGLU)
-ungated        coefficients = act(up(x))              (GPT-2, GPT-NeoX, Phi)
+ungated        coefficients = act(up(x))              (GPT-2, OPT, Apertus' xIELU, ReLU²)
 =============  ==========================================================================
 
 Mixtures of experts are refused: their experts are fused tensors that no hook on a projection
@@ -51,6 +51,10 @@ class Architecture:
             second output; the others call transformers' attention interface.
         alibi: scores carry ALiBi's penalty of distance, whatever the configuration says.
         hybrid: a layer may lack attention or FFN.
+        shares_prefixes: a row may hold several sequences with a common beginning, told apart by a
+            mask and by positions (``evaluation.spans``). Not where a layer also mixes tokens in
+            their order (convolution, linear attention, state space) or where positions are not
+            given but counted.
         logit_multiplier: key of the configuration by which logits are multiplied.
         logit_divisor: key of the configuration by which logits are divided.
     """
@@ -70,6 +74,7 @@ class Architecture:
     returns_attention: bool = False
     alibi: bool = False
     hybrid: bool = False
+    shares_prefixes: bool = True
     logit_multiplier: str | None = None
     logit_divisor: str | None = None
 
@@ -78,7 +83,7 @@ _GATED = Architecture()
 _UNGATED = Architecture(gate=None)
 _GEMMA = Architecture(norm_offset=1.0)  # Gemma's RMSNorm multiplies by (1 + weight)
 _COHERE = Architecture(logit_multiplier="logit_scale")
-_QWEN_HYBRID = Architecture(norm_offset=1.0, hybrid=True)
+_QWEN_HYBRID = Architecture(norm_offset=1.0, hybrid=True, shares_prefixes=False)
 _FALCON = Architecture(
     layers="h",
     second_projection="dense_4h_to_h",
@@ -88,6 +93,7 @@ _FALCON = Architecture(
     query="query_key_value",
     query_rows="grouped",
     returns_attention=True,
+    shares_prefixes=False,
 )
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -112,9 +118,13 @@ ARCHITECTURES: dict[str, Architecture] = {
         gate="w1",
         query_norm="q_layernorm",
         hybrid=True,
+        shares_prefixes=False,
     ),
     "falcon_h1": Architecture(
-        ffn="feed_forward", pre_activation="act_fn", logit_multiplier="lm_head_multiplier"
+        ffn="feed_forward",
+        pre_activation="act_fn",
+        shares_prefixes=False,
+        logit_multiplier="lm_head_multiplier",
     ),
     "phi3": Architecture(
         up="gate_up_proj",  # [2·d_mlp, d_model]: first half gate, second half up
@@ -152,6 +162,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         gate=None,
         attention="attn.attention",
         returns_attention=True,
+        shares_prefixes=False,
     ),
     "gptj": Architecture(
         layers="h",
@@ -160,6 +171,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         gate=None,
         attention="attn",
         returns_attention=True,
+        shares_prefixes=False,
     ),
     "falcon": _FALCON,
     "bloom": replace(_FALCON, alibi=True),
@@ -172,6 +184,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         query_rows="first",
         returns_attention=True,
         alibi=True,
+        shares_prefixes=False,
     ),
 }
 
@@ -185,7 +198,7 @@ _MIXTURE_SIGNS = (
 )
 
 # Families that users try, and why no entry in the table could make them measurable.
-_UNMEASURABLE = {
+_UNMEASURABLE: dict[str, str] = {
     **dict.fromkeys(
         ("mamba", "mamba2", "falcon_mamba", "xlstm"),
         "a state-space or recurrent model: its layers have no feed-forward part and no attention, "
@@ -193,9 +206,11 @@ _UNMEASURABLE = {
     ),
     **dict.fromkeys(
         ("rwkv", "recurrent_gemma", "jamba", "bamba", "zamba", "zamba2", "nemotron_h"),
-        "a recurrent model or a hybrid with one: not every layer has the feed-forward part and "
-        "the attention that the measures are defined for",
+        "a recurrent model or a hybrid whose layers are not described in ke_ray's table (hybrids "
+        "like LFM2 and Falcon-H1 are)",
     ),
+    "openelm": "a decoder of which transformers has no class: it comes as code in its repository, "
+    "and ke_ray runs no code that comes with a checkpoint",
     **dict.fromkeys(
         (
             *("bert", "roberta", "xlm-roberta", "distilbert", "albert", "deberta-v2", "electra"),
@@ -206,7 +221,7 @@ _UNMEASURABLE = {
     **dict.fromkeys(
         (
             *("gemma3", "gemma3n", "llava", "mllama", "llama4", "qwen2_vl", "qwen2_5_vl"),
-            *("qwen3_vl", "paligemma", "idefics3", "mistral3"),
+            *("qwen3_vl", "qwen3_5", "paligemma", "idefics3", "mistral3"),
         ),
         "a model of several modalities; save its text decoder (its language_model with the LM "
         "head) as a checkpoint of its own, which is measured if its type is supported",
@@ -239,10 +254,7 @@ def check_config(config: Any) -> Architecture:
             f"measured. Give a dense decoder; supported: {supported}."
         )
     entry = ARCHITECTURES.get(model_type)
-    if model_type in _UNMEASURABLE:
-        raise UnsupportedArchitectureError(
-            f"model type '{model_type}' is {_UNMEASURABLE[model_type]}. Supported: {supported}."
-        )
+    check_measurable(model_type)
     if entry is None:
         raise UnsupportedArchitectureError(
             f"model type '{model_type}' is not known to ke_ray, which has to know where a model "
@@ -255,6 +267,15 @@ def check_config(config: Any) -> Architecture:
             "causal decoders. Give a causal checkpoint."
         )
     return entry
+
+
+def check_measurable(model_type: str) -> None:
+    """Raise UnsupportedArchitectureError for families of which no entry could be made."""
+    if model_type in _UNMEASURABLE:
+        raise UnsupportedArchitectureError(
+            f"model type '{model_type}' is {_UNMEASURABLE[model_type]}. Supported: "
+            f"{', '.join(supported_model_types())}."
+        )
 
 
 def lacks_head(config: Any) -> bool:

@@ -25,7 +25,7 @@ from ke_ray.checkpoints.formats.olmo import native_config, split
 from ke_ray.checkpoints.formats.weights import WeightFiles, is_buffer, open_weights, read_layout
 from ke_ray.checkpoints.reference import CheckpointRef, local_folder
 from ke_ray.errors import CheckpointError, UnsupportedArchitectureError, UserError
-from ke_ray.models.architectures import check_config
+from ke_ray.models.architectures import check_config, check_measurable
 
 if TYPE_CHECKING:
     import torch
@@ -144,9 +144,11 @@ def _read_hf_config(path: Path) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever a wrong value happens to cause
+        check_measurable(values["model_type"])
+        code = " Code that comes with a checkpoint is never run." if "auto_map" in values else ""
         raise CheckpointError(
             f"'{path}' (model_type {values['model_type']!r}) is not understood by transformers: "
-            f"{_first_line(error)}"
+            f"{_first_line(error)}{code}"
         ) from error
 
 

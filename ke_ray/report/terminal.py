@@ -230,8 +230,9 @@ def _print_scan(scan: Result, console: Console) -> None:
         if caution := series.caution(scan, corpus):
             console.print(Text(f"  {caution}"))
         console.print(table)
-    for sentence in series.absent(scan).values():
-        console.print(Text(f"  {sentence}"))
+        if corpus == series.corpora(curve)[-1]:
+            for sentence in series.absent(curve).values():
+                console.print(Text(f"  {sentence}"))
     failed = series.failed(scan)
     for _, row in failed.iterrows():
         console.print(Text(f"  failed: {row['checkpoint']}: {row['error']}", style="red"))

@@ -124,6 +124,8 @@ def test_a_bare_body_is_described_too(tiny_decoder):
         ("bert", "encoder"),
         ("t5", "encoder-decoder"),
         ("gemma3", "modalities"),
+        ("qwen3_5", "modalities"),
+        ("openelm", "no class.*runs no code"),
     ],
 )
 def test_families_that_cannot_be_measured_are_told_why(model_type, reason):

@@ -86,7 +86,7 @@ def test_tables_and_pages_say_what_is_null_and_bound_every_layer_by_its_own_widt
     print_results([output])
     text = " ".join(capsys.readouterr().out.split())
     assert "attention_entropy is null in 2 of 3 layers: the layer has no softmax attention" in text
-    assert "ALiBi" in text
+    assert "attention_entropy is null in 2 of 2 layers: attention scores carry ALiBi's" in text
     assert f"ceiling 2·ln 48 + 1·ln 64 = {2 * math.log(48) + math.log(64):.4g} nats" in text
     rows = {row["checkpoint"]: row for row in headline_rows([output])}
     assert rows["step3"]["attention_entropy"] is None
