@@ -33,7 +33,7 @@ from ke_ray.evaluation.forward import (
     read_logits,
 )
 from ke_ray.evaluation.prefix_tree import PrefixTree, Span, build_trees, plan_batches
-from ke_ray.models.architectures import ARCHITECTURES
+from ke_ray.models.architectures import can_share_prefixes
 
 _BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
 #: What a pass costs beyond its tokens (weights read once, kernels launched), in tokens.
@@ -60,10 +60,8 @@ class SpanScores:
 def _can_share(model: Any, longest: int) -> bool:
     config = model.config
     window = getattr(config, "sliding_window", None)
-    entry = ARCHITECTURES.get(config.model_type)
     return (
-        entry is not None
-        and entry.shares_prefixes
+        can_share_prefixes(config.model_type)
         and getattr(config, "_attn_implementation", None) in ("sdpa", "eager")
         and (window is None or longest <= window)
     )

@@ -16,68 +16,11 @@ sees, and an average over tokens that an expert never saw would be a number with
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import replace
+from typing import Any
 
+from ke_ray.core.architecture import Architecture
 from ke_ray.errors import UnsupportedArchitectureError, nearest
-
-if TYPE_CHECKING:
-    pass
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """Where a decoder keeps what the measures and resuscitation need.
-
-    Submodules are dotted names relative to the body (``layers``), to a layer, or to its FFN or
-    attention module; the empty name is that module itself.
-
-    Attributes:
-        layers: the decoder layers, of the body.
-        ffn: the FFN, of a layer.
-        second_projection: of the FFN; its input is the coefficients.
-        up: the first projection, of the FFN.
-        gate: the gate's projection, of the FFN; None in an ungated FFN.
-        fused: ``up`` and ``gate`` are one projection whose output is [gate | up].
-        pre_activation: submodule of the FFN whose input is the gate's pre-activation, where that
-            is not the gate's output as it is.
-        attention: the attention module, of a layer.
-        query: the projection that makes queries, of the attention module.
-        query_rows: which of its rows do: all, the first heads · d_head, or, for each group of
-            heads that shares a key, all but the last two blocks of d_head rows (its k and v).
-        query_norm: the norm of queries, of the attention module; there may be none.
-        norm_offset: that norm multiplies by (offset + weight).
-        returns_attention: the attention module forms its rows itself and returns them as its
-            second output; the others call transformers' attention interface.
-        alibi: scores carry ALiBi's penalty of distance, whatever the configuration says.
-        hybrid: a layer may lack attention or FFN.
-        shares_prefixes: a row may hold several sequences with a common beginning, told apart by a
-            mask and by positions (``evaluation.spans``). Not where a layer also mixes tokens in
-            their order (convolution, linear attention, state space) or where positions are not
-            given but counted.
-        logit_multiplier: key of the configuration by which logits are multiplied.
-        logit_divisor: key of the configuration by which logits are divided.
-    """
-
-    layers: str = "layers"
-    ffn: str = "mlp"
-    second_projection: str = "down_proj"
-    up: str = "up_proj"
-    gate: str | None = "gate_proj"
-    fused: Literal["gate_up"] | None = None
-    pre_activation: str | None = None
-    attention: str = "self_attn"
-    query: str = "q_proj"
-    query_rows: Literal["all", "first", "grouped"] = "all"
-    query_norm: str = "q_norm"
-    norm_offset: float = 0.0
-    returns_attention: bool = False
-    alibi: bool = False
-    hybrid: bool = False
-    shares_prefixes: bool = True
-    logit_multiplier: str | None = None
-    logit_divisor: str | None = None
-
 
 _GATED = Architecture()
 _UNGATED = Architecture(gate=None)
@@ -188,6 +131,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
 }
 
+# Descriptions that this process was given, by model_type.
+_DESCRIBED: dict[str, Architecture] = {}
+
 _MIXTURE_SIGNS = (
     "num_experts",
     "num_local_experts",
@@ -229,6 +175,21 @@ _UNMEASURABLE: dict[str, str] = {
 }
 
 
+def use_description(description: Architecture | None) -> None:
+    """Use a user's description in this process, in place of the table's row of its model type.
+
+    Every process that loads checkpoints of a study calls it, with what the study says.
+    """
+    if description is not None:
+        _DESCRIBED[description.model_type] = description
+
+
+def can_share_prefixes(model_type: str) -> bool:
+    """``Architecture.shares_prefixes``; False for what is not in the table as it stands."""
+    entry = ARCHITECTURES.get(model_type)
+    return entry is not None and entry.shares_prefixes and model_type not in _DESCRIBED
+
+
 def supported_model_types() -> tuple[str, ...]:
     """``model_type`` of every architecture in the table, sorted."""
     return tuple(sorted(ARCHITECTURES))
@@ -253,12 +214,13 @@ def check_config(config: Any) -> Architecture:
             "fused expert tensors and an expert sees only the tokens routed to it, so they are not "
             f"measured. Give a dense decoder; supported: {supported}."
         )
-    entry = ARCHITECTURES.get(model_type)
-    check_measurable(model_type)
+    entry = _DESCRIBED.get(model_type) or ARCHITECTURES.get(model_type)
     if entry is None:
+        check_measurable(model_type)
         raise UnsupportedArchitectureError(
             f"model type '{model_type}' is not known to ke_ray, which has to know where a model "
-            f"keeps its feed-forward coefficients. Supported: {supported}."
+            f"keeps its feed-forward coefficients. Supported: {supported}. `ke-ray checkpoints "
+            "SPEC --explain` shows its modules; describe them with --architecture FILE."
             + nearest(model_type, ARCHITECTURES, cutoff=0.8)
         )
     if getattr(config, "use_bidirectional_attention", False):

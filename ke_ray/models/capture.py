@@ -111,8 +111,9 @@ class Capture:
             name, layer = min(self.unseen)
             raise UnsupportedArchitectureError(
                 f"{name} of layer {layer} never came by: {type(self.model).__name__} does not call "
-                "the modules that the table of architectures names (for BLOOM, slow_but_exact must "
-                "be false)."
+                "the modules that its row or description names (BLOOM's slow_but_exact must be "
+                "false; an attention that does not use transformers' interface may return its "
+                "rows: returns_attention)."
             )
         if self.head is not None:
             self.values["next_token_entropy"] = self._predict(hidden)
@@ -212,4 +213,20 @@ def _language_head(model: Any) -> Callable[[Tensor], Tensor]:
             logits = logits.div_(softcap).tanh_().mul_(softcap)
         return logits
 
+    if entry.model_type:  # a user's description, which may lack something
+        _check_head(model, head)
     return head
+
+
+def _check_head(model: Any, head: Callable[[Tensor], Tensor]) -> None:
+    """Raise UnsupportedArchitectureError unless ``head`` makes the model's own logits."""
+    ids = torch.zeros((1, 2), dtype=torch.int64, device=next(model.parameters()).device)
+    with torch.inference_mode():
+        logits = model(input_ids=ids, use_cache=False).logits
+        own = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+    if not torch.allclose(own.float(), logits.float(), rtol=1e-2, atol=1e-2):
+        raise UnsupportedArchitectureError(
+            f"the logits of {type(model).__name__} are not its head applied to its final hidden "
+            "states. Name the keys of its configuration that scale them in the description "
+            "(logit_multiplier, logit_divisor), or leave next_token_entropy out of the measures."
+        )

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from ke_ray.core.architecture import Architecture
 from ke_ray.core.layers import Absence, Layers
 from ke_ray.errors import UnsupportedArchitectureError
-from ke_ray.models.architectures import Architecture, check_config
+from ke_ray.models.architectures import check_config
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

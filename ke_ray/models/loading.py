@@ -104,19 +104,20 @@ def check_finite(model: PreTrainedModel, origin: str) -> None:
         )
 
 
-def config_from(folder: Path, layout: Layout) -> PreTrainedConfig:
+def config_from(folder: Path, layout: Layout, *, must_be_known: bool = True) -> PreTrainedConfig:
     """The transformers configuration that a folder's config file describes; needs no weights.
 
     Raises:
         CheckpointError: malformed.
-        UnsupportedArchitectureError: ke_ray cannot score this architecture.
+        UnsupportedArchitectureError: it ``must_be_known``, and ke_ray cannot score it.
     """
     if (native := native_config(folder, layout)) is not None:
         with _explained(folder):
             config = native.to_transformers()
     else:
         config = _read_hf_config(folder / layout.config)
-    check_config(config)
+    if must_be_known:
+        check_config(config)
     return config
 
 

@@ -12,7 +12,7 @@ from ke_ray.checkpoints.fetch.cache import Store
 from ke_ray.checkpoints.fetch.checkpoint import size_to_fetch
 from ke_ray.checkpoints.reference import CheckpointRef
 from ke_ray.errors import CheckpointError
-from ke_ray.models.architectures import check_config
+from ke_ray.models.architectures import check_config, use_description
 from ke_ray.models.configuration import read_config
 from ke_ray.planning.scan import select_checkpoints
 from ke_ray.planning.scan_items import (
@@ -114,6 +114,7 @@ def _sizes(refs: list[CheckpointRef]) -> tuple[list[int], int]:
 
 def forecast(study: ScanStudy) -> str:
     """The plan of a scan as text: the resolved study, then the figures behind it."""
+    use_description(study.architecture)
     refs = select_checkpoints(study.checkpoints)
     store = Store(study.cache_dir)
     fetched = [ref for ref in refs if not store.is_cached(ref)]

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import TypeAdapter
 
+from ke_ray.core.architecture import Architecture
 from ke_ray.core.measures import evaluate
 from ke_ray.errors import CheckpointError
 from ke_ray.planning.scan_items import WorkItem
@@ -63,6 +64,7 @@ class ScorerSettings:
     cache_dir: str | None
     cache_bytes: int | None
     resuscitation: Resuscitation | None = None
+    architecture: Architecture | None = None
 
 
 def evaluated_columns(

@@ -36,10 +36,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ke_ray.core.architecture import Architecture
 from ke_ray.core.layers import Absence
 from ke_ray.core.resuscitation import dead_rows, multipliers, predicted_entropy_nats, select_rows
 from ke_ray.errors import UnsupportedArchitectureError, UserError
-from ke_ray.models.architectures import Architecture, check_config
+from ke_ray.models.architectures import check_config
 from ke_ray.models.layout import describe
 from ke_ray.resuscitation.coefficients import Coefficients
 from ke_ray.secrets import redact

@@ -176,20 +176,25 @@ TINY: dict[str, dict[str, Any]] = {
 }
 
 
+def random_decoder(model_type: str, config: dict[str, Any], seed: int = 0) -> Any:
+    """A model with every parameter random, of any type that transformers has."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    built = AutoConfig.for_model(model_type, **config)
+    model = AutoModelForCausalLM.from_config(built, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():  # biases and norms start at 0 and 1 otherwise
+            parameter.add_(0.15 * torch.randn_like(parameter))
+    return model.eval()
+
+
 @pytest.fixture(scope="session")
 def tiny_decoder() -> Callable[..., Any]:
     """``tiny_decoder(model_type, seed=0, **config)``: a model with every parameter random."""
 
     def build(model_type: str, seed: int = 0, **overrides: Any) -> Any:
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        torch.manual_seed(seed)
-        config = AutoConfig.for_model(model_type, **{**TINY[model_type], **overrides})
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        with torch.no_grad():
-            for parameter in model.parameters():  # biases and norms start at 0 and 1 otherwise
-                parameter.add_(0.15 * torch.randn_like(parameter))
-        return model.eval()
+        return random_decoder(model_type, {**TINY[model_type], **overrides}, seed)
 
     return build
 

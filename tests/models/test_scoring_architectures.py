@@ -13,8 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_decoders import TINY
+from tiny_decoders import GROUPED, TINY, random_decoder
 
+from ke_ray.core.architecture import Architecture
+from ke_ray.errors import UnsupportedArchitectureError
+from ke_ray.models import architectures
 from ke_ray.models.scoring import score_model
 
 MEASURES = (
@@ -227,3 +230,52 @@ def test_all_measures_equal_the_equations(tiny_decoder, model_type, overrides):
         assert total.d_mlp == (d_mlp[0] if len(set(d_mlp)) == 1 else None)
     assert got.num_tokens == sum(lengths)
     assert got.is_finite()
+
+
+@pytest.fixture
+def described(monkeypatch):
+    """A function that gives this process a description, until the test ends."""
+    monkeypatch.setattr(architectures, "_DESCRIBED", {})
+    return lambda **row: architectures.use_description(Architecture(**row))
+
+
+def test_a_decoder_that_its_user_describes_equals_the_equations(described, tiny_decoder):
+    model = random_decoder("seed_oss", {**GROUPED, "head_dim": 8})
+    ids = torch.randint(3, 97, (3, 9), generator=torch.Generator().manual_seed(1))
+    with pytest.raises(UnsupportedArchitectureError, match=r"not known.*--architecture FILE"):
+        score_model(model, ids)
+    described(model_type="seed_oss")
+    expected = brute_force("seed_oss", model, ids.tolist())
+    got = score_model(model, ids, measures=MEASURES)
+    for measure in MEASURES[:3]:
+        for layer, value in enumerate(expected[measure]):
+            assert got.row(measure, layer).value == pytest.approx(value, abs=1e-5)
+    assert got.row("next_token_entropy").value == pytest.approx(
+        expected["next_token_entropy"][0], abs=1e-5
+    )
+
+
+def test_a_description_without_the_scale_of_the_logits_is_refused(described, tiny_decoder):
+    model = tiny_decoder("granite")
+    ids = torch.tensor([[3, 4, 5]])
+    described(model_type="granite")
+    with pytest.raises(UnsupportedArchitectureError, match="logit_divisor"):
+        score_model(model, ids, measures="next_token_entropy")
+    described(model_type="granite", logit_divisor="logits_scaling")
+    assert score_model(model, ids, measures="next_token_entropy").is_finite()
+
+
+def test_a_description_of_modules_that_never_run_is_refused(described, tiny_decoder):
+    model = tiny_decoder("gptj")
+    described(
+        model_type="gptj", layers="h", second_projection="fc_out", up="fc_in", gate=None,
+        attention="attn",
+    )  # fmt: skip
+    with pytest.raises(UnsupportedArchitectureError, match="returns_attention"):
+        score_model(model, torch.tensor([[3, 4, 5]]), measures="attention_entropy")
+
+
+def test_a_bloom_that_goes_around_its_second_projection_is_refused(tiny_decoder):
+    model = tiny_decoder("bloom", slow_but_exact=True, pretraining_tp=2)
+    with pytest.raises(UnsupportedArchitectureError, match="slow_but_exact"):
+        score_model(model, torch.tensor([[3, 4, 5]]), measures="knowledge_entropy")

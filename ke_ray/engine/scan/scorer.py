@@ -31,6 +31,7 @@ from ke_ray.checkpoints.formats.fingerprint import weights_sha256
 from ke_ray.checkpoints.reference import CheckpointRef
 from ke_ray.engine.cluster.placement import granted_device
 from ke_ray.errors import KeRayError
+from ke_ray.models.architectures import use_description
 from ke_ray.models.layout import describe
 from ke_ray.models.loading import load_model
 from ke_ray.planning.scan_items import RowRange, WorkItem
@@ -134,6 +135,7 @@ class CheckpointScorer:
 
         if settings.threads:
             torch.set_num_threads(settings.threads)
+        use_description(settings.architecture)
         self._settings = settings
         self._checkpoints = checkpoints
         self._corpora = {name: ray.get(ref) for name, ref in corpora.items()}
