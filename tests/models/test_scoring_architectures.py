@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import copy
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_decoders import GROUPED, TINY, random_decoder
+import yaml
+from tiny_decoders import BASE, GROUPED, TINY, random_decoder
 
 from ke_ray.core.architecture import Architecture
 from ke_ray.errors import UnsupportedArchitectureError
@@ -74,10 +77,11 @@ UNGATED = {
     "opt": "fc1",
     "bloom": "dense_h_to_4h",
     "mpt": "up_proj",
+    "persimmon": "dense_h_to_4h",
 }
 ACTIVATIONS = {
     **dict.fromkeys(("gpt_neox", "falcon", "mpt"), gelu),
-    **dict.fromkeys(("arcee", "nemotron"), lambda x: relu(x) ** 2),
+    **dict.fromkeys(("arcee", "nemotron", "persimmon"), lambda x: relu(x) ** 2),
     "opt": relu,
 }
 
@@ -239,13 +243,24 @@ def described(monkeypatch):
     return lambda **row: architectures.use_description(Architecture(**row))
 
 
-def test_a_decoder_that_its_user_describes_equals_the_equations(described, tiny_decoder):
-    model = random_decoder("seed_oss", {**GROUPED, "head_dim": 8})
+def example_of_the_docs() -> dict[str, Any]:
+    text = (Path(__file__).parents[2] / "docs" / "science.md").read_text()
+    (block,) = re.findall(r"```yaml\n(model_type: .*?)```", text, re.DOTALL)
+    return yaml.safe_load(block)
+
+
+@pytest.mark.parametrize(
+    "row", [{"model_type": "seed_oss"}, example_of_the_docs()], ids=["seed_oss", "docs"]
+)
+def test_a_decoder_that_its_user_describes_equals_the_equations(described, row):
+    model_type = row["model_type"]
+    sizes = {"seed_oss": {**GROUPED, "head_dim": 8}, "persimmon": {**BASE, "hidden_act": "relu2"}}
+    model = random_decoder(model_type, sizes[model_type])
     ids = torch.randint(3, 97, (3, 9), generator=torch.Generator().manual_seed(1))
     with pytest.raises(UnsupportedArchitectureError, match=r"not known.*--architecture FILE"):
         score_model(model, ids)
-    described(model_type="seed_oss")
-    expected = brute_force("seed_oss", model, ids.tolist())
+    described(**row)
+    expected = brute_force(model_type, model, ids.tolist())
     got = score_model(model, ids, measures=MEASURES)
     for measure in MEASURES[:3]:
         for layer, value in enumerate(expected[measure]):
