@@ -8,7 +8,8 @@
 Source: Algorithm 1 of arXiv 2410.01380. C̄ may have any scale: only ratios within a layer enter.
 
     symbol   meaning
-    C̄ˡ_i     mean absolute coefficient of memory i in layer l, [n_layers, m] with m = d_mlp
+    C̄ˡ_i     mean absolute coefficient of memory i in layer l, [n_layers, m] with m = d_mlp of the
+             widest layer; NaN beyond the memories of a narrower one
     p        resuscitation ratio, in (0, 1]
     q        amplifying factor, above 0
     K        up projection, [m, d_model]: `up_proj`; the first m rows of OLMo's fused `ff_proj`
@@ -77,16 +78,19 @@ def select_rows(mean_coefficients: Tensor, ratio: float) -> Tensor:
         ratio: p in (0, 1].
 
     Returns:
-        bool [n_layers, m]; floor(p (m − 1)) + 1 rows are true in each layer, more only where
-        coefficients tie with the threshold.
+        bool [n_layers, m]; floor(p (m − 1)) + 1 rows are true in each layer, with m its own
+        memories, more only where coefficients tie with the threshold.
 
     Raises:
         UserError: the ratio is out of range, or C̄ is not a finite, non-negative matrix.
     """
     check_parameters(ratio, 1.0)
     coefficients = _checked(mean_coefficients)
-    position = math.floor(ratio * (coefficients.shape[-1] - 1)) + 1
-    return coefficients <= coefficients.kthvalue(position, dim=-1, keepdim=True).values
+    ascending = coefficients.sort(dim=-1).values  # NaN, where a layer has no memory, comes last
+    last = [math.floor(ratio * max(own - 1, 0)) for own in _num_memories(coefficients).tolist()]
+    return coefficients <= ascending.gather(
+        -1, torch.tensor(last, device=ascending.device)[:, None]
+    )
 
 
 def dead_rows(mean_coefficients: Tensor) -> Tensor:
@@ -99,7 +103,7 @@ def dead_rows(mean_coefficients: Tensor) -> Tensor:
         UserError: C̄ is not a finite, non-negative matrix.
     """
     coefficients = _checked(mean_coefficients)
-    return coefficients <= DEAD_RELATIVE * coefficients.mean(dim=-1, keepdim=True)
+    return coefficients <= DEAD_RELATIVE * coefficients.nanmean(dim=-1, keepdim=True)
 
 
 def multipliers(
@@ -136,8 +140,8 @@ def multipliers(
         factor: q above 0.
         control: None, 'random' or 'matched_norm'.
         seed: of the random control.
-        up_row_norms: ‖K_i‖ [n_layers, m], the Euclidean norms of the up projection's rows; needed
-            by 'matched_norm' only.
+        up_row_norms: ‖K_i‖ [n_layers, m], the Euclidean norms of the up projection's rows, 0 where
+            there is none; needed by 'matched_norm' only.
 
     Returns:
         float64 [n_layers, m] on the input's device, finite and above 0; 1 where nothing changes.
@@ -149,14 +153,15 @@ def multipliers(
     check_parameters(ratio, factor, control)
     coefficients = _checked(mean_coefficients)
     scaled = select_rows(coefficients, ratio) & ~dead_rows(coefficients)
-    mean = coefficients.mean(dim=-1, keepdim=True)
+    mean = coefficients.nanmean(dim=-1, keepdim=True)
     # The inner `where` keeps 0/0 out of the rows that are not scaled.
     raised = factor * (mean / torch.where(scaled, coefficients, 1.0))
     result = torch.where(scaled, raised, 1.0)
     if control == "random":
-        return _shuffled(result, select_rows(coefficients, ratio), seed)
+        selected = select_rows(coefficients, ratio)
+        return _shuffled(result, selected, _num_memories(coefficients).tolist(), seed)
     if control == "matched_norm":
-        return _matched_norm(result, up_row_norms)
+        return torch.where(coefficients.isnan(), 1.0, _matched_norm(result, up_row_norms))
     return result
 
 
@@ -187,12 +192,15 @@ def predicted_entropy_nats(mean_coefficients: Tensor, row_multipliers: Tensor) -
     """Knowledge entropy per layer of `predicted_coefficients`; its sum is the model's.
 
     Returns:
-        float64 [n_layers], nats, in [0, ln m]; NaN for a layer that is zero throughout.
+        float64 [n_layers], nats, in [0, ln m]; 0 for a layer without memories, NaN for one that is
+        zero throughout.
 
     Raises:
         UserError, ValueError: as `predicted_coefficients`.
     """
-    return entropy_nats(predicted_coefficients(mean_coefficients, row_multipliers))
+    predicted = predicted_coefficients(mean_coefficients, row_multipliers)
+    entropy = entropy_nats(predicted.nan_to_num())
+    return torch.where(_num_memories(predicted) > 0, entropy, 0.0)
 
 
 def _checked(mean_coefficients: Tensor) -> Tensor:
@@ -203,7 +211,9 @@ def _checked(mean_coefficients: Tensor) -> Tensor:
             "[n_layers, d_mlp], as a scan writes them."
         )
     coefficients = mean_coefficients.detach().to(torch.float64)
-    bad = ~torch.isfinite(coefficients) | (coefficients < 0.0)
+    beyond = torch.arange(coefficients.shape[1], device=coefficients.device)
+    is_memory = beyond < _num_memories(coefficients)[:, None]
+    bad = is_memory & (~torch.isfinite(coefficients) | (coefficients < 0.0))
     if bool(bad.any()):
         layer = int(bad.any(dim=-1).nonzero()[0])
         raise UserError(
@@ -213,14 +223,20 @@ def _checked(mean_coefficients: Tensor) -> Tensor:
     return coefficients
 
 
-def _shuffled(result: Tensor, selected: Tensor, seed: int) -> Tensor:
+def _num_memories(coefficients: Tensor) -> Tensor:
+    """Memories of each layer: what stands before the NaN at its end."""
+    columns = torch.arange(1, coefficients.shape[1] + 1, device=coefficients.device)
+    return torch.where(coefficients.isnan(), 0, columns).amax(dim=-1)
+
+
+def _shuffled(result: Tensor, selected: Tensor, num_memories: list[int], seed: int) -> Tensor:
     """The selected rows' multipliers on other rows, chosen at random in each layer."""
     values, is_selected = result.cpu().numpy(), selected.cpu().numpy()
     shuffled = np.ones_like(values)
     for layer in range(values.shape[0]):
         generator = np.random.Generator(np.random.PCG64([seed, layer]))
         amounts = generator.permutation(values[layer, is_selected[layer]])
-        rows = generator.permutation(values.shape[1])[: amounts.size]
+        rows = generator.permutation(num_memories[layer])[: amounts.size]
         shuffled[layer, rows] = amounts
     return torch.from_numpy(shuffled).to(result.device)
 

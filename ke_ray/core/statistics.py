@@ -9,13 +9,15 @@ from the merged sums. Sums and counts are kept apart and divided once, at the en
     N             instances of the dataset D, `num_instances`
     G             jackknife groups, contiguous in D, min(64, N) equal ones unless sizes are given
     n_layers      decoder layers
-    d_mlp         memories (coefficients) of one layer
+    d_mlp         memories (coefficients) of one layer, of the widest where layers differ
 
     table               shape               sum over instances of the token mean of
     coefficients        [G, n_layers, d_mlp]  |C|
     coefficients_relu   [G, n_layers, d_mlp]  |ReLU variant of C|
     attention_entropy   [G, n_layers]         attention entropy averaged over heads (nats)
     next_token_entropy  [G]                   entropy of softmax(logits) (nats)
+
+What lies beyond a layer's own memories, and a layer without a value, is NaN (`core.layers`).
 
 Everything is float64: the whole signal of a series is about 0.4 nats of 144, and a sum in float64
 of float32 means agrees to 1e-13 whatever the order, the batches or the split. An instance without
@@ -31,6 +33,7 @@ import torch
 from torch import Tensor
 
 from ke_ray.core.jackknife import group_sizes
+from ke_ray.core.layers import Layers
 
 TABLES: dict[str, tuple[str, ...]] = {
     "coefficients": ("n_layers", "d_mlp"),
@@ -50,12 +53,14 @@ class GroupSums:
         counts: int64 [G] instances added so far, on the CPU.
         num_tokens: int64 [G] real tokens of those instances, on the CPU.
         tables: float64 sums by name (module docstring), only those that are needed.
+        layers: what layers lack, and how many memories each has.
     """
 
     sizes: Tensor
     counts: Tensor
     num_tokens: Tensor
     tables: dict[str, Tensor]
+    layers: Layers
 
     @classmethod
     def empty(
@@ -63,16 +68,19 @@ class GroupSums:
         num_instances: int,
         names: Sequence[str],
         *,
-        n_layers: int,
-        d_mlp: int,
+        n_layers: int = 1,
+        d_mlp: int = 1,
+        layers: Layers | None = None,
         device: torch.device | str = "cpu",
         sizes: Sequence[int] | None = None,
     ) -> GroupSums:
         """Zero sums for a dataset of `num_instances` (the whole of D, not a shard).
 
         Args:
-            sizes: instances in each group, which are contiguous; None makes equal groups.
             names: which tables to keep, of `TABLES`.
+            n_layers, d_mlp: of a model whose layers are alike.
+            layers: of any model, instead of these two.
+            sizes: instances in each group, which are contiguous; None makes equal groups.
             device: where the tables are kept; counts stay on the CPU.
 
         Raises:
@@ -87,20 +95,29 @@ class GroupSums:
         if int(group.sum()) != num_instances or int(group.min()) < 1:
             raise ValueError(f"groups of sizes {group.tolist()} do not make {num_instances}")
         num_groups = group.numel()
-        axes = {"n_layers": n_layers, "d_mlp": d_mlp}
+        layers = layers or Layers((d_mlp,) * n_layers)
+        axes = {"n_layers": len(layers.d_mlp), "d_mlp": max(layers.d_mlp)}
+        tables = {
+            name: torch.zeros(
+                (num_groups, *(axes[axis] for axis in TABLES[name])),
+                dtype=torch.float64,
+                device=device,
+            )
+            for name in TABLES
+            if name in names
+        }
+        for name, table in tables.items():
+            for layer, width in enumerate(layers.d_mlp):
+                if layers.absence(name, layer):
+                    table[:, layer] = torch.nan
+                elif table.ndim == 3:
+                    table[:, layer, width:] = torch.nan
         return cls(
             sizes=group,
             counts=torch.zeros(num_groups, dtype=torch.int64),
             num_tokens=torch.zeros(num_groups, dtype=torch.int64),
-            tables={
-                name: torch.zeros(
-                    (num_groups, *(axes[axis] for axis in TABLES[name])),
-                    dtype=torch.float64,
-                    device=device,
-                )
-                for name in TABLES
-                if name in names
-            },
+            tables=tables,
+            layers=layers,
         )
 
     @property
@@ -223,8 +240,8 @@ class GroupSums:
         A work item covers few of the 64 groups, so this is far smaller than the tables.
 
         Returns:
-            `sizes` int64 [G], `groups`, `counts`, `num_tokens` int64 [K] and
-            `sum.<table>` float64 [K, …].
+            `sizes` int64 [G], `groups`, `counts`, `num_tokens` int64 [K],
+            `sum.<table>` float64 [K, …], and the layers.
         """
         groups = self.counts.nonzero()[:, 0]
         flat = {
@@ -232,6 +249,7 @@ class GroupSums:
             "groups": groups,
             "counts": self.counts[groups],
             "num_tokens": self.num_tokens[groups],
+            **self.layers.to_tensors(),
         }
         for name, table in self.tables.items():
             flat[f"sum.{name}"] = table[groups.to(table.device)].cpu().contiguous()
@@ -250,6 +268,7 @@ class GroupSums:
                 for name in TABLES
                 if f"sum.{name}" in flat
             },
+            layers=Layers.from_tensors(flat),
         )
         return sums.merge_tensors(flat)
 

@@ -21,8 +21,10 @@ from torch import Tensor, nn
 
 from ke_ray.core.coefficients import TokenMean, accumulation_dtype
 from ke_ray.core.prediction import streamed_entropy
-from ke_ray.models.architectures import FFNLayout
+from ke_ray.errors import UnsupportedArchitectureError
+from ke_ray.models.architectures import check_config
 from ke_ray.models.attention import measure_attention
+from ke_ray.models.layout import FFNLayout, layers_of
 from ke_ray.models.loading import require_head
 
 
@@ -47,14 +49,24 @@ class Capture:
         self.head = _language_head(model) if self.prediction else None
         self.lengths: list[int] = []
         self.values: dict[str, Tensor] = {}
-        self.last_layer: set[str] = set()
-        self.gate_output: Tensor | None = None
+        self.layers = layers_of(layouts)
+        self.expected = {
+            (name, layer)
+            for name in ("coefficients", "coefficients_relu", "attention_entropy")
+            if name in names
+            for layer in range(len(layouts))
+            if not self.layers.absence(name, layer)
+        }
+        self.unseen: set[tuple[str, int]] = set()
+        self.gate_pair: dict[str, Tensor] = {}
         self.mean = TokenMean()
         self.stack = ExitStack()
 
     def __enter__(self) -> Capture:
         try:
             for layer, layout in enumerate(self.layouts):
+                if layout.second_projection is None:
+                    continue
                 if self.coefficients:
                     self._hook_input(layer, layout.second_projection)
                 if self.relu:
@@ -74,72 +86,100 @@ class Capture:
     def run(self, batch: Tensor, lengths: list[int]) -> dict[str, Tensor]:
         """Per-instance means by table: [B, n_layers, d_mlp], [B, n_layers] or [B]."""
         self.lengths = lengths
-        n_layers, d_mlp = len(self.layouts), self.layouts[0].d_mlp
+        n_layers, d_mlp = len(self.layouts), max(self.layers.d_mlp)
         dtype = accumulation_dtype(next(self.body.parameters()).dtype)
         shape = (len(lengths), n_layers)
         self.values = {}
-        self.last_layer = set()
+        self.unseen = set(self.expected)
         for name, is_requested in (
             ("coefficients", self.coefficients),
             ("coefficients_relu", self.relu),
         ):
             if is_requested:
                 self.values[name] = torch.zeros((*shape, d_mlp), dtype=dtype, device=self.device)
-                self.last_layer.add(name)
         if self.attention:
             self.values["attention_entropy"] = torch.zeros(
                 shape, dtype=torch.float64, device=self.device
             )
-            self.last_layer.add("attention_entropy")
+        if not self.unseen and not self.prediction:
+            return self.values  # no layer has what was asked for
         try:
             hidden = self.body(input_ids=batch, use_cache=False).last_hidden_state
         except _Finished:
             return self.values
+        if self.unseen:
+            name, layer = min(self.unseen)
+            raise UnsupportedArchitectureError(
+                f"{name} of layer {layer} never came by: {type(self.model).__name__} does not call "
+                "the modules that its row or description names (BLOOM's slow_but_exact must be "
+                "false; an attention that does not use transformers' interface may return its "
+                "rows: returns_attention)."
+            )
         if self.head is not None:
             self.values["next_token_entropy"] = self._predict(hidden)
         return self.values
 
     def _seen(self, name: str, layer: int) -> None:
-        if layer == len(self.layouts) - 1:
-            self.last_layer.discard(name)
-            if not self.last_layer and not self.prediction:
-                raise _Finished
+        self.unseen.discard((name, layer))
+        if not self.unseen and not self.prediction:
+            raise _Finished
+
+    def _add(self, name: str, layer: int, means: Iterator[tuple[int, Tensor]]) -> None:
+        for n, mean in means:
+            self.values[name][n, layer, : mean.numel()] = mean
+        self._seen(name, layer)
 
     def _hook_input(self, layer: int, projection: nn.Module) -> None:
         def before(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            for n, (rows,) in self._instances(inputs[0]):
-                self.values["coefficients"][n, layer] = self.mean.magnitude(rows)
-            self._seen("coefficients", layer)
+            rows = self._instances(inputs[0])
+            self._add("coefficients", layer, ((n, self.mean.magnitude(own)) for n, (own,) in rows))
 
         self._keep(projection.register_forward_pre_hook(before))
 
     def _hook_relu(self, layer: int, layout: FFNLayout) -> None:
         """|ReLU(gate's pre-activation) · up|, or ReLU(pre-activation) of an ungated FFN."""
 
+        def finish(*pair: Tensor) -> None:
+            rows = self._instances(*pair)
+            self._add("coefficients_relu", layer, ((n, self.mean.rectified(*r)) for n, r in rows))
+
+        def of_pair(part: str, values: Tensor) -> None:
+            self.gate_pair[part] = values  # gone as soon as the other has run
+            if len(self.gate_pair) == 2:
+                finish(self.gate_pair.pop("gate"), self.gate_pair.pop("up"))
+
         def after_gate(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-            self.gate_output = output  # gone as soon as `up` has run
+            of_pair("gate", output)
+
+        def before_activation(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            of_pair("gate", inputs[0])
 
         def after_up(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-            gate, up = self.gate_output, output
-            self.gate_output = None
             if layout.fused == "gate_up":
-                gate, up = output.chunk(2, dim=-1)
-            pair = (gate, up) if layout.gated else (up,)
-            for n, rows in self._instances(*pair):
-                self.values["coefficients_relu"][n, layer] = self.mean.rectified(*rows)
-            self._seen("coefficients_relu", layer)
+                finish(*output.chunk(2, dim=-1))
+            elif layout.gated:
+                of_pair("up", output)
+            else:
+                finish(output)
 
-        if layout.gate is not None and layout.fused is None:
-            self._keep(layout.gate.register_forward_hook(after_gate))
+        assert layout.up is not None
         self._keep(layout.up.register_forward_hook(after_up))
+        if layout.pre_activation is not None:
+            self._keep(layout.pre_activation.register_forward_pre_hook(before_activation))
+        elif layout.gate is not None and layout.fused is None:
+            self._keep(layout.gate.register_forward_hook(after_gate))
 
     def _keep(self, handle: Any) -> None:
         self.stack.callback(handle.remove)
 
-    def _instances(self, *tensors: Tensor | None) -> Iterator[tuple[int, list[Tensor]]]:
-        """Per instance n: its index and the real rows [T_n, …] of each tensor that is given."""
+    def _instances(self, *tensors: Tensor) -> Iterator[tuple[int, list[Tensor]]]:
+        """Per instance n: its index and the real rows [T_n, …] of each tensor.
+
+        Tensors are [batch, pos, d_mlp], or [batch · pos, d_mlp] (OPT).
+        """
+        batches = [tensor.view(len(self.lengths), -1, tensor.shape[-1]) for tensor in tensors]
         for n, length in enumerate(self.lengths):
-            yield n, [tensor[n, :length] for tensor in tensors if tensor is not None]
+            yield n, [tensor[n, :length] for tensor in batches]
 
     def _see_attention(self, layer: int, entropy: Tensor) -> None:
         per_token = entropy.mean(dim=1, dtype=torch.float64)  # [batch, pos]
@@ -158,13 +198,35 @@ class Capture:
 
 def _language_head(model: Any) -> Callable[[Tensor], Tensor]:
     projection = require_head(model, "next_token_entropy")
+    entry = check_config(model.config)
+    scale = float(getattr(model.config, entry.logit_multiplier)) if entry.logit_multiplier else 1.0
+    if entry.logit_divisor:
+        scale /= float(getattr(model.config, entry.logit_divisor))
     softcap = getattr(model.config, "final_logit_softcapping", None)
 
     def head(hidden: Tensor) -> Tensor:
         logits = projection(hidden)
+        if scale != 1.0:
+            logits = logits * scale
         if softcap is not None:
             logits = logits.float() if logits.dtype != torch.float64 else logits
             logits = logits.div_(softcap).tanh_().mul_(softcap)
         return logits
 
+    if entry.model_type:  # a user's description, which may lack something
+        _check_head(model, head)
     return head
+
+
+def _check_head(model: Any, head: Callable[[Tensor], Tensor]) -> None:
+    """Raise UnsupportedArchitectureError unless ``head`` makes the model's own logits."""
+    ids = torch.zeros((1, 2), dtype=torch.int64, device=next(model.parameters()).device)
+    with torch.inference_mode():
+        logits = model(input_ids=ids, use_cache=False).logits
+        own = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+    if not torch.allclose(own.float(), logits.float(), rtol=1e-2, atol=1e-2):
+        raise UnsupportedArchitectureError(
+            f"the logits of {type(model).__name__} are not its head applied to its final hidden "
+            "states. Name the keys of its configuration that scale them in the description "
+            "(logit_multiplier, logit_divisor), or leave next_token_entropy out of the measures."
+        )

@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from ke_ray.core.measures import Evaluation, check_measures, evaluate, required_sums
 from ke_ray.core.statistics import GroupSums
 from ke_ray.errors import DataError
-from ke_ray.models.architectures import describe
 from ke_ray.models.capture import Capture
+from ke_ray.models.layout import describe, layers_of
 
 
 def score_model(
@@ -133,8 +133,7 @@ def score_instances(
     sums = GroupSums.empty(
         num_instances,
         required_sums(chosen),
-        n_layers=len(layouts),
-        d_mlp=layouts[0].d_mlp,
+        layers=layers_of(layouts),
         device=target,
         sizes=group_sizes,
     )

@@ -28,7 +28,7 @@ from ke_ray.errors import (
     ResultsError,
     UnsupportedArchitectureError,
 )
-from ke_ray.models.architectures import lacks_head
+from ke_ray.models.architectures import lacks_head, use_description
 from ke_ray.models.configuration import read_outline
 from ke_ray.planning.scan_items import CheckpointWork, CorpusWork
 from ke_ray.results import ScanFolder, new_manifest, read_manifest
@@ -117,6 +117,7 @@ def prepare_scan(study: ScanStudy) -> ScanSetup:
     """
     started = time.monotonic()
     check_claim(study.output, "scan")
+    use_description(study.architecture)
     refs = select_checkpoints(study.checkpoints)
     config, ref = _first_config(refs, study)
     study = _without_head(study, config, ref)
@@ -126,6 +127,7 @@ def prepare_scan(study: ScanStudy) -> ScanSetup:
         "measure_version": MEASURE_VERSION,
         **_settings(study),
         "resuscitation": _resuscitation(study, corpora),
+        "architecture": study.architecture and study.architecture.described(),
         "corpora": {name: corpus.sha256 for name, corpus in corpora.items()},
         "sampling": {name: corpus.sampling for name, corpus in corpora.items()},
         "groups": {name: corpus.grouping for name, corpus in corpora.items()},

@@ -152,8 +152,9 @@ def _scan(scan: Result, prefix: str) -> dict[str, Any]:
     if not held:
         missing.append("No checkpoint has been scored yet, so there is no figure.")
     else:
-        wanted = [name for name in series.MEASURE_TITLES if name not in held]
-        missing += [_why_missing(scan, name) for name in wanted]
+        absent = series.absent(scan)
+        wanted = [name for name in series.MEASURE_TITLES if name not in {*held, *absent}]
+        missing += [*absent.values(), *(_why_missing(scan, name) for name in wanted)]
         if scan.table("replicates").empty:
             missing.append("Paired errors of changes: no leave-one-out values to read.")
         if not any(figure.id.endswith("-distribution") for figure in figures):

@@ -12,7 +12,7 @@ gated FFN (OLMo, Llama, Gemma, …)      rows of ``up_proj`` and of its bias whe
                                        C̄'_i = u_i C̄_i exactly. The bias goes with its row
                                        because C = act(gate) · (K_i x + b_i)
 Phi-3                                  the second half of the fused ``gate_up_proj``; exact too
-ungated FFN (GPT-2, GPT-NeoX, Phi)     rows (columns of GPT-2's Conv1D) and bias of the first
+ungated FFN (GPT-2, OPT, Apertus, …)   rows (columns of GPT-2's Conv1D) and bias of the first
                                        projection: the *pre-activation* becomes u_i (K_i x + b_i)
                                        exactly, the coefficient only approximately, since GELU
                                        is not linear
@@ -36,10 +36,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ke_ray.core.entropy import entropy_nats
+from ke_ray.core.architecture import Architecture
+from ke_ray.core.layers import Absence
 from ke_ray.core.resuscitation import dead_rows, multipliers, predicted_entropy_nats, select_rows
 from ke_ray.errors import UnsupportedArchitectureError, UserError
-from ke_ray.models.architectures import Architecture, check_config, describe
+from ke_ray.models.architectures import check_config
+from ke_ray.models.layout import describe
 from ke_ray.resuscitation.coefficients import Coefficients
 from ke_ray.secrets import redact
 from ke_ray.studies.parts import Resuscitation
@@ -98,7 +100,7 @@ def resuscitate(
         coefficients_verified=coefficients.verified,
         selected_rows=select_rows(mean, settings.ratio).sum(dim=-1).tolist(),
         dead_rows=dead_rows(mean).sum(dim=-1).tolist(),
-        entropy_nats=entropy_nats(mean.double()).tolist(),
+        entropy_nats=predicted_entropy_nats(mean, torch.ones_like(mean)).tolist(),
         predicted_entropy_nats=predicted_entropy_nats(mean, rows).tolist(),
     )
 
@@ -116,7 +118,8 @@ def scale_memories(
 
     Args:
         model: changed in place.
-        mean_coefficients: C̄ [n_layers, d_mlp] of this model, from a scan; any scale.
+        mean_coefficients: C̄ [n_layers, d_mlp] of this model, from a scan; any scale. NaN beyond
+            the memories of a layer that is narrower than the widest.
         ratio, factor, control, seed: as ``core.resuscitation.multipliers``.
 
     Returns:
@@ -126,13 +129,17 @@ def scale_memories(
         UserError: a parameter is out of range or the coefficients are those of another shape.
         UnsupportedArchitectureError: the model is not in the table of architectures.
     """
-    norms = up_row_norms(model)
-    if mean_coefficients.shape != norms.shape:
+    widths = [layout.d_mlp for layout in describe(model)]
+    given = (~mean_coefficients.isnan()).sum(dim=-1).tolist()
+    if mean_coefficients.shape != (len(widths), max(widths)) or given != widths:
+        sizes = ", ".join(map(str, dict.fromkeys(widths)))
         raise UserError(
-            f"the coefficients have shape {tuple(mean_coefficients.shape)} but the model has "
-            f"{norms.shape[0]} layers of {norms.shape[1]} memories; give the coefficients that a "
-            "scan of this model wrote"
+            f"the coefficients have shape {tuple(mean_coefficients.shape)}, with values for "
+            f"{', '.join(map(str, dict.fromkeys(given)))} memories, but the model has "
+            f"{len(widths)} layers of {sizes} memories; give the coefficients that a scan of this "
+            "model wrote"
         )
+    norms = up_row_norms(model)
     rows = multipliers(
         mean_coefficients, ratio, factor, control=control, seed=seed, up_row_norms=norms
     )
@@ -141,13 +148,18 @@ def scale_memories(
 
 
 def up_row_norms(model: nn.Module) -> Tensor:
-    """Euclidean norms of the memory keys, float64 [n_layers, d_mlp] on the CPU (bias left out)."""
-    return torch.stack(
-        [
-            torch.linalg.vector_norm(layout.up_weight().detach(), dim=1, dtype=torch.float64).cpu()
-            for layout in describe(model)
-        ]
-    )
+    """Euclidean norms of the memory keys, float64 [n_layers, d_mlp] on the CPU (bias left out).
+
+    As wide as the widest layer; 0 where a layer has no memory.
+    """
+    layouts = describe(model)
+    norms = torch.zeros(len(layouts), max(layout.d_mlp for layout in layouts), dtype=torch.float64)
+    for own, layout in zip(norms, layouts, strict=True):
+        if layout.d_mlp:
+            own[: layout.d_mlp] = torch.linalg.vector_norm(
+                layout.up_weight().detach(), dim=1, dtype=torch.float64
+            )
+    return norms
 
 
 @torch.no_grad()
@@ -156,21 +168,23 @@ def apply_multipliers(model: nn.Module, row_multipliers: Tensor) -> None:
 
     Args:
         model: changed in place; its dtype and device stay.
-        row_multipliers: [n_layers, d_mlp], finite.
+        row_multipliers: [n_layers, d_mlp] of the widest layer, finite.
 
     Raises:
         UserError: the shape is not the model's, or a multiplier is not finite.
     """
     layouts = describe(model)
-    expected = (len(layouts), layouts[0].d_mlp)
+    expected = (len(layouts), max(layout.d_mlp for layout in layouts))
     if tuple(row_multipliers.shape) != expected:
         raise UserError(
             f"multipliers have shape {tuple(row_multipliers.shape)}; this model needs {expected}"
         )
     if not bool(torch.isfinite(row_multipliers).all()):
         raise UserError("multipliers hold infinite or NaN values; nothing was changed")
-    for layout, rows in zip(layouts, row_multipliers, strict=True):
-        weight, bias = layout.up_weight(), layout.up_bias()
+    for layout, every in zip(layouts, row_multipliers, strict=True):
+        if not layout.d_mlp:
+            continue
+        rows, weight, bias = every[: layout.d_mlp], layout.up_weight(), layout.up_bias()
         _scale(weight, rows.to(weight.device)[:, None])
         if bias is not None:
             _scale(bias, rows.to(bias.device))
@@ -186,8 +200,8 @@ def apply_attention_temperature(model: nn.Module, temperature: float) -> None:
 
     Raises:
         UserError: the temperature is not a finite number above 0.
-        UnsupportedArchitectureError: queries are clipped after the projection (``clip_qkv``), so
-            no change of weights is a change of temperature.
+        UnsupportedArchitectureError: queries are clipped after the projection (``clip_qkv``), or
+            scores carry ALiBi's penalty: no change of weights is a change of temperature.
     """
     if not (math.isfinite(temperature) and temperature > 0):
         raise UserError(f"attention temperature is {temperature}; expected a number above 0")
@@ -199,8 +213,14 @@ def apply_attention_temperature(model: nn.Module, temperature: float) -> None:
             "scores, so an attention temperature cannot be written into its weights"
         )
     for layout in describe(model):
-        for part, offset in _query_parts(entry, layout.attention, config):
-            _scale(part, 1.0 / temperature, offset)
+        if layout.no_attention_entropy is Absence.ALIBI:
+            raise UnsupportedArchitectureError(
+                "this model adds ALiBi's penalty of distance to its scores, which stands in no "
+                "weight, so an attention temperature cannot be written into its weights"
+            )
+        if layout.attention is not None:
+            for part, offset in _query_parts(entry, layout.attention, config):
+                _scale(part, 1.0 / temperature, offset)
 
 
 def _query_parts(
@@ -208,10 +228,11 @@ def _query_parts(
 ) -> list[tuple[Tensor, float]]:
     """Views of the weights that scale the queries last, and the offset that is added to each."""
     norm = getattr(attention, entry.query_norm, None)
-    if norm is not None:
-        parts = [(norm.weight, entry.norm_offset)]
-        bias = getattr(norm, "bias", None)
-        return parts if bias is None else [*parts, (bias, 0.0)]
+    if norm is not None:  # one, or (StableLM) one for each head
+        return [
+            (parameter, entry.norm_offset if name.endswith("weight") else 0.0)
+            for name, parameter in norm.named_parameters()
+        ]
     projection = attention.get_submodule(entry.query)
     weight = projection.weight
     assert isinstance(weight, Tensor)
@@ -230,7 +251,8 @@ def _query_rows(entry: Architecture, rows: Tensor, config: Any) -> Tensor:
     d_head = getattr(config, "head_dim", None) or config.hidden_size // heads
     if entry.query_rows == "first":
         return rows[: heads * d_head]
-    return rows.view(heads, 3, d_head, *rows.shape[1:])[:, 0]
+    groups = (rows.shape[0] // d_head - heads) // 2  # as many as there are keys, and values
+    return rows.view(groups, heads // groups + 2, d_head, *rows.shape[1:])[:, :-2]
 
 
 def _scale(target: Tensor, factor: Tensor | float, offset: float = 0.0) -> None:

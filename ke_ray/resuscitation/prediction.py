@@ -83,7 +83,7 @@ def _rows(folder: ScanFolder) -> list[dict[str, Any]]:
 
     rows = []
     for row in folder.entropy().to_pylist():
-        if row["measure"] != _MEASURE or row["status"] != "ok":
+        if row["measure"] != _MEASURE or row["status"] != "ok" or row["value"] is None:
             continue
         record = record_of(row["checkpoint"])
         if record is None:

@@ -20,7 +20,7 @@ def distribution_figures(scan: Result, figure: Callable[..., Figure]) -> list[Fi
     chosen = list(dict.fromkeys([*order[:1], *order[len(order) // 2 :][:1], *order[-1:]]))
     arrays = {name: series.coefficients(scan, name) for name in chosen}
     shares = {
-        name: array / np.maximum(array.mean(axis=1, keepdims=True), 1e-30)
+        name: array / np.maximum(_mean_of_layers(array), 1e-30)
         for name, array in arrays.items()
         if array is not None and array.size
     }
@@ -43,6 +43,8 @@ def distribution_figures(scan: Result, figure: Callable[..., Figure]) -> list[Fi
     )
     histograms, lorenz = [Panel(("all layers",), density)], [Panel(("all layers",), mass)]
     for layer in range(min(len(array) for array in shares.values())):
+        if any(np.isnan(array[layer]).all() for array in shares.values()):
+            continue  # it has no feed-forward part
         one, key = slice(layer, layer + 1), (f"layer {layer}",)
         histograms.append(Panel(key, density.over(_by_checkpoint(_histogram, shares, one))))
         lorenz.append(Panel(key, mass.over(_by_checkpoint(_mass, shares, one))))
@@ -68,6 +70,12 @@ def distribution_figures(scan: Result, figure: Callable[..., Figure]) -> list[Fi
     ]
 
 
+def _mean_of_layers(array: np.ndarray) -> np.ndarray:
+    """[n_layers, 1], each over the layer's own memories."""
+    num_memories = np.maximum((~np.isnan(array)).sum(axis=1, keepdims=True), 1)
+    return np.asarray(np.nansum(array, axis=1, keepdims=True) / num_memories)
+
+
 def _by_checkpoint(
     rows_of: Callable[[np.ndarray, str], pd.DataFrame],
     shares: dict[str, np.ndarray],
@@ -79,7 +87,7 @@ def _by_checkpoint(
 
 def _histogram(shares: np.ndarray, name: str) -> pd.DataFrame:
     edges = np.linspace(-3.0, 2.0, 51)
-    logs = np.log10(np.clip(shares.ravel(), 1e-3, 1e2))
+    logs = np.log10(np.clip(shares[~np.isnan(shares)], 1e-3, 1e2))
     density = np.histogram(logs, edges)[0] / logs.size * 100
     centres = (edges[1:] + edges[:-1]) / 2
     return pd.DataFrame({"series": name, "s": centres.round(6), "value": density})
@@ -87,9 +95,14 @@ def _histogram(shares: np.ndarray, name: str) -> pd.DataFrame:
 
 def _mass(shares: np.ndarray, name: str) -> pd.DataFrame:
     """Cumulative share of the mass over the share of the memories, from the largest down."""
-    largest = np.sort(shares, axis=1)[:, ::-1]
-    total = np.maximum(largest.sum(axis=1, keepdims=True), 1e-30)
-    cumulative = (largest.cumsum(axis=1) / total).mean(axis=0) * 100
-    m = cumulative.size
+    m = shares.shape[1]
     at = np.unique(np.geomspace(1, m, 60).round().astype(int))
-    return pd.DataFrame({"series": name, "memories": at / m * 100, "value": cumulative[at - 1]})
+    curves = []
+    for layer in shares[~np.isnan(shares).all(axis=1)]:
+        largest = np.sort(layer[~np.isnan(layer)])[::-1]
+        cumulative = largest.cumsum() / np.maximum(largest.sum(), 1e-30) * 100
+        num_memories = np.arange(1, largest.size + 1) / largest.size
+        curves.append(np.interp(at / m, num_memories, cumulative))
+    return pd.DataFrame(
+        {"series": name, "memories": at / m * 100, "value": np.mean(curves, axis=0)}
+    )

@@ -202,6 +202,8 @@ def _over_steps(scan: Result, measure: str, figure: Callable[..., Figure]) -> Fi
         caption += " Mean over layers."
     elif measure in series.MEASURE_TITLES and measure != "next_token_entropy":
         caption += " Sum over layers."
+    if measure in (absent := series.absent(scan)):
+        caption += f" Layers without a value are left out: {absent[measure]}"
     if measure == "top_k_mass":
         share = series.setting(scan, "top_k_fraction")
         caption += f" Largest {100 * share:.3g} % of a layer's memories." if share else ""
@@ -255,13 +257,17 @@ def layer_rows(scan: Result, measure: str, corpus: str) -> pd.DataFrame:
     if not matrix.size:
         return pd.DataFrame(columns=["checkpoint", "x", "layer", "value", "change"])
     rows = pd.concat([order] * len(matrix), ignore_index=True)
-    return rows.assign(
-        at=rows["x"].map("{:g}".format),
-        layer=np.repeat(np.arange(len(matrix)), len(order)),
-        value=matrix.ravel(),
-        change=(matrix - matrix[:, :1]).ravel(),
-        mark="line",  # one table of rows for curves and maps
-    ).drop(columns="step")
+    return (
+        rows.assign(
+            at=rows["x"].map("{:g}".format),
+            layer=np.repeat(np.arange(len(matrix)), len(order)),
+            value=matrix.ravel(),
+            change=(matrix - matrix[:, :1]).ravel(),
+            mark="line",  # one table of rows for curves and maps
+        )
+        .dropna(subset="value", ignore_index=True)
+        .drop(columns="step")
+    )
 
 
 def _layers(scan: Result, held: list[str], figure: Callable[..., Figure]) -> list[Figure]:
