@@ -1,9 +1,11 @@
 """The Hugging Face Hub: revisions, files with their sha256, downloads.
 
-Listing uses two endpoints, ``/refs`` (one call) and ``/tree/<commit>`` (one call per revision, a
-few at a time), so that checkpoints with the same weights are recognised before any download. Every
-call has a timeout. When the Hub limits the rate, all calls wait as long as it says. A token is
-taken from where huggingface_hub finds it (``HF_TOKEN``) and only ever put into a request header.
+Listing uses ``/refs`` (one call) and ``/tree/<commit>`` (one call per revision, a few at a time, or
+one per 1,000 files for all subfolders), so that checkpoints with the same weights are recognised
+before any download; ``/commits`` and ``/api/models?author=`` list the commits of a branch and the
+repositories of an organisation. Every call has a timeout. When the Hub limits the rate, all calls
+wait as long as it says. A token is taken from where huggingface_hub finds it (``HF_TOKEN``) and
+only ever put into a request header.
 
 ``find`` lists and inspects revisions, ``fetch`` downloads their files; both use this client.
 """
@@ -13,16 +15,18 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shutil
 import threading
 import time
 import urllib.parse
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ke_ray.checkpoints.formats.layout import Layout, layout_of
+from ke_ray.checkpoints.formats.layout import TOKENIZER_FILES, Layout, layout_of
 from ke_ray.checkpoints.transfer import (
     RETRIED_STATUSES,
     Retries,
@@ -35,6 +39,8 @@ from ke_ray.errors import CheckpointError, CheckpointSpecError, nearest
 _LIST_POLICY = RetryPolicy(attempts=4, backoff_s=0.5, max_retry_after_s=330.0, timeout_s=10.0)
 _FIRST_ANSWER_S = 15.0
 _CONCURRENCY = 8
+_MAX_ENTRIES = 100_000  # of one answer in pages
+_DOWNLOADS = ".hub"  # folder of unfinished downloads, inside that of the checkpoint
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 T = TypeVar("T")
@@ -42,20 +48,29 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class HubFile:
-    """A file of a revision: size in bytes, and its sha256 where it is stored through LFS."""
+    """A file of a checkpoint: size in bytes, and its sha256 where it is stored through LFS.
+
+    ``name`` is within the checkpoint's folder, ``path`` within the repository.
+    """
 
     name: str
     size_bytes: int
     identity: str
+    path: str
 
 
 @dataclass(frozen=True)
 class HubRevision:
-    """A branch or tag, the commit it stands for and, once inspected, its files."""
+    """A branch, tag or commit, the commit it stands for and, once inspected, its files.
+
+    ``commit`` is empty where only the name is known; inspecting fills it in. With a ``subfolder``
+    the files are that folder's, and the tokenizer at the repository's root where it has none.
+    """
 
     name: str
     commit: str
     files: tuple[HubFile, ...] = ()
+    subfolder: str = ""
 
     @property
     def layout(self) -> Layout | None:
@@ -122,9 +137,9 @@ def find_revision(repo: str, name: str, *, endpoint: str | None = None) -> HubRe
 
 
 def inspect_revisions(
-    repo: str, revisions: Iterable[HubRevision], *, endpoint: str | None = None
+    revisions: Iterable[tuple[str, HubRevision]], *, endpoint: str | None = None
 ) -> list[HubRevision]:
-    """The same revisions with their files: one request per revision, a few at a time.
+    """Revisions of repositories with their commits and files: a request each, a few at a time.
 
     Raises:
         CheckpointSpecError: the Hub refused or could not be reached.
@@ -132,30 +147,110 @@ def inspect_revisions(
     base = endpoint_url(endpoint)
     api = _Api(base)
 
-    def inspect(revision: HubRevision) -> HubRevision:
-        commit = urllib.parse.quote(revision.commit, safe="")
-        url = f"{base}/api/models/{urllib.parse.quote(repo)}/tree/{commit}"
-        try:
-            entries = api.get_pages(url)
-        except Exception as error:
-            raise CheckpointSpecError(_explain(error, repo, revision.name, base)) from error
-        files = tuple(_file(entry) for entry in entries if entry.get("type") == "file")
-        return HubRevision(revision.name, revision.commit, files)
+    def inspect(repo: str, revision: HubRevision) -> HubRevision:
+        if not revision.commit:
+            commit = find_revision(repo, revision.name, endpoint=endpoint).commit
+            revision = replace(revision, commit=commit)
+        folder = revision.subfolder
+        entries = _tree(api, repo, revision, folder)
+        if folder and f"{folder}/{TOKENIZER_FILES[0]}" not in {file.path for file in entries}:
+            entries += _tree(api, repo, revision, "")
+        return replace(revision, files=_files_of(folder, entries))
 
     with ThreadPoolExecutor(_CONCURRENCY, thread_name_prefix="ke_ray-hub") as pool:
-        return list(pool.map(inspect, list(revisions)))
+        return list(pool.map(lambda pair: inspect(*pair), list(revisions)))
+
+
+def inspect_folders(
+    repo: str, revision: HubRevision, *, endpoint: str | None = None
+) -> list[HubRevision]:
+    """Every folder of a revision, at any depth, with its files: one request per 1,000 files.
+
+    Raises:
+        CheckpointSpecError: the Hub refused or could not be reached.
+    """
+    entries = _tree(_Api(endpoint_url(endpoint)), repo, revision, "", recursive=True)
+    by_folder: dict[str, list[HubFile]] = defaultdict(list)
+    for file in entries:
+        by_folder[file.path.rpartition("/")[0]].append(file)
+    root = by_folder.pop("", [])
+    return [
+        replace(revision, subfolder=folder, files=_files_of(folder, [*files, *root]))
+        for folder, files in by_folder.items()
+    ]
+
+
+def list_commits(repo: str, branch: str, *, endpoint: str | None = None) -> list[tuple[str, str]]:
+    """``(commit, title)`` of a branch, the newest first.
+
+    Raises:
+        CheckpointSpecError: no such repository or branch, or it cannot be reached.
+    """
+    base = endpoint_url(endpoint)
+    quoted = urllib.parse.quote(branch, safe="")
+    url = f"{base}/api/models/{urllib.parse.quote(repo)}/commits/{quoted}?limit=1000"
+    try:
+        items = _Api(base).get_pages(url)
+    except Exception as error:
+        raise CheckpointSpecError(_explain(error, repo, branch, base)) from error
+    return [(item["id"], item["title"]) for item in items]
+
+
+def list_repositories(owner: str, *, endpoint: str | None = None) -> dict[str, str]:
+    """The model repositories of an organisation or user, and the commit of ``main`` of each.
+
+    Raises:
+        CheckpointSpecError: the Hub refused or could not be reached.
+    """
+    base = endpoint_url(endpoint)
+    query = urllib.parse.urlencode({"author": owner, "limit": 1000, "expand[]": "sha"})
+    try:
+        items = _Api(base).get_pages(f"{base}/api/models?{query}")
+    except Exception as error:
+        raise CheckpointSpecError(_explain(error, owner, None, base)) from error
+    return {item["id"]: item.get("sha") or "" for item in items}
+
+
+def _tree(
+    api: _Api, repo: str, revision: HubRevision, folder: str, *, recursive: bool = False
+) -> list[HubFile]:
+    commit = urllib.parse.quote(revision.commit, safe="")
+    url = f"{api.base}/api/models/{urllib.parse.quote(repo)}/tree/{commit}"
+    url += f"/{urllib.parse.quote(folder)}" if folder else ""
+    try:
+        entries = api.get_pages(f"{url}?recursive=true" if recursive else url)
+    except Exception as error:
+        raise CheckpointSpecError(_explain(error, repo, revision.name, api.base, folder)) from error
+    return [_file(entry) for entry in entries if entry.get("type") == "file"]
+
+
+def _files_of(folder: str, entries: Iterable[HubFile]) -> tuple[HubFile, ...]:
+    """Those of ``entries`` that lie in a folder, and tokenizer files at the root that it lacks."""
+    own, root = [], []
+    for file in entries:
+        parent, _, name = file.path.rpartition("/")
+        if parent == folder:
+            own.append(replace(file, name=name))
+        elif not parent and name in TOKENIZER_FILES:
+            root.append(file)
+    names = {file.name for file in own}
+    # A tokenizer is taken from one place: its files belong together.
+    return (*own, *(root if TOKENIZER_FILES[0] not in names else ()))
 
 
 def download_files(
     repo: str,
     commit: str,
-    names: Iterable[str],
+    paths: Mapping[str, str],
     folder: Path,
     *,
     endpoint: str | None = None,
     policy: RetryPolicy | None = None,
 ) -> None:
-    """Fetch files of a commit into ``folder``, resumed and retried.
+    """Fetch files of a commit into ``folder``, resumed and retried; whole ones are kept.
+
+    Args:
+        paths: path in the repository of each file, by its name in ``folder``.
 
     Raises:
         CheckpointError: one could not be fetched.
@@ -166,26 +261,31 @@ def download_files(
     disable_progress_bars()
     base = endpoint_url(endpoint)
     policy = policy or RetryPolicy()
-    for name in names:
+    downloads = folder / _DOWNLOADS
+    for name, path in paths.items():
+        if (folder / name).exists():
+            continue
 
-        def fetch(name: str = name) -> str:
+        def fetch(path: str = path) -> str:
             return hf_hub_download(
-                repo, name, revision=commit, local_dir=folder, endpoint=base, etag_timeout=10
+                repo, path, revision=commit, local_dir=downloads, endpoint=base, etag_timeout=10
             )
 
         try:
-            _with_retries(fetch, policy)
+            fetched = _with_retries(fetch, policy)
         except Exception as error:
             if is_disk_error(error):
                 raise
-            raise CheckpointError(_explain(error, repo, commit, base, name)) from error
+            raise CheckpointError(_explain(error, repo, commit, base, path)) from error
+        Path(fetched).rename(folder / name)
+    shutil.rmtree(downloads, ignore_errors=True)  # with the Hub client's own notes
 
 
 class _Api:
     """GET with a timeout and retries; a rate limit holds all threads of this client back."""
 
     def __init__(self, base: str) -> None:
-        self._base = base
+        self.base = base
         self._lock = threading.Lock()
         self._not_before = 0.0
 
@@ -195,11 +295,13 @@ class _Api:
     def get_pages(self, url: str) -> list[dict[str, Any]]:
         entries: list[dict[str, Any]] = []
         page: str | None = url
-        while page and len(entries) < 100_000:
+        while page:
+            if len(entries) >= _MAX_ENTRIES:
+                raise ValueError(f"it lists more than {_MAX_ENTRIES:,} entries")
             response = self._response(page, None)
             entries += response.json()
             page = (response.links or {}).get("next", {}).get("url")
-            if page and not page.startswith(f"{self._base}/"):
+            if page and not page.startswith(f"{self.base}/"):
                 break  # never carry the token to another host
         return entries
 
@@ -262,7 +364,8 @@ def _file(entry: dict[str, Any]) -> HubFile:
     lfs = entry.get("lfs") or {}
     sha256 = lfs.get("oid") or lfs.get("sha256")
     identity = f"sha256:{sha256}" if sha256 else f"git:{entry.get('oid')}"
-    return HubFile(entry["path"], int(lfs.get("size") or entry.get("size") or 0), identity)
+    size_bytes = int(lfs.get("size") or entry.get("size") or 0)
+    return HubFile(entry["path"], size_bytes, identity, path=entry["path"])
 
 
 def _explain(

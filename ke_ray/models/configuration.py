@@ -85,7 +85,8 @@ def _config_folder(ref: CheckpointRef) -> Iterator[tuple[Path, Layout]]:
         folder = Path(name)
         if ref.repo is not None:
             commit = ref.commit or ref.revision or "main"
-            hub.download_files(ref.repo, commit, ["config.json"], folder, policy=_POLICY)
+            path = f"{ref.subfolder}/config.json".lstrip("/")
+            hub.download_files(ref.repo, commit, {"config.json": path}, folder, policy=_POLICY)
         elif not any(_fetch(ref, name, folder) for name in _NAMES):
             raise CheckpointError(
                 f"'{public_url(ref.location)}' has neither {' nor '.join(_NAMES)}; "

@@ -6,16 +6,16 @@ several, or both (the output of transformers' Trainer).
 
 from __future__ import annotations
 
-import fnmatch
 import glob
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import fsspec
 
 from ke_ray.checkpoints.find.csv_list import Row
+from ke_ray.checkpoints.find.hub_places import one_on_hub, path_matches
 from ke_ray.checkpoints.find.names import parse_checkpoint_name
 from ke_ray.checkpoints.find.series import read_small_json
 from ke_ray.checkpoints.formats.foreign import explain_file, explain_foreign
@@ -32,27 +32,27 @@ _MAX_EXAMINED = 20  # folders inside one, which may show why it holds no checkpo
 
 def from_location(location: str, row: Row | None = None, name: str | None = None) -> CheckpointRef:
     """A reference to one folder or URL, described by its name and its files."""
-    parsed = parse_checkpoint_name(location)
-    last = name or shown(location).rstrip("/").rsplit("/", 1)[-1]
-    ref = CheckpointRef(
-        name=slug(last),
-        location=location,
-        format="native",
-        step=parsed.step,
-        pretraining_tokens=parsed.tokens,
-        stage=parsed.stage,
-        ingredient=parsed.ingredient,
-    )
+    if location.startswith("hf://"):
+        ref = one_on_hub(location)
+    else:
+        parsed = parse_checkpoint_name(location)
+        last = name or shown(location).rstrip("/").rsplit("/", 1)[-1]
+        ref = CheckpointRef(
+            name=slug(last),
+            location=location,
+            format="native",
+            step=parsed.step,
+            pretraining_tokens=parsed.tokens,
+            stage=parsed.stage,
+            ingredient=parsed.ingredient,
+        )
     if row is not None:
         ref = replace(
             ref,
             step=row.step if row.step is not None else ref.step,
             ingredient=row.ingredient if row.ingredient is not None else ref.ingredient,
         )
-    if location.startswith("hf://"):
-        repo, _, revision = location.removeprefix("hf://").partition("@")
-        return replace(ref, location=f"hf://{repo}", format="hub", revision=revision or "main")
-    if location.startswith(("http://", "https://")):
+    if location.startswith(("hf://", "http://", "https://")):
         return ref
     names = _file_names(location)
     if ref.step is None and "trainer_state.json" in names:
@@ -173,21 +173,8 @@ def _glob(spec: str) -> Iterator[str]:
                 "holds the series in front of '**'."
             )
         below = os.path.relpath(folder, root).split(os.sep)
-        if _matches([] if below == ["."] else below, pattern):
+        if path_matches([] if below == ["."] else below, pattern):
             yield folder
-
-
-def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
-    """Whether the parts of a path match those of a pattern; ``**`` stands for any number."""
-    if not pattern:
-        return not parts
-    if pattern[0] == "**":
-        return any(_matches(parts[skipped:], pattern[1:]) for skipped in range(len(parts) + 1))
-    return (
-        bool(parts)
-        and fnmatch.fnmatchcase(parts[0], pattern[0])
-        and _matches(parts[1:], pattern[1:])
-    )
 
 
 def from_glob(spec: str) -> list[CheckpointRef]:
