@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ke_ray.checkpoints.formats.foreign import explain_quantised
 from ke_ray.checkpoints.formats.layout import Layout
 from ke_ray.checkpoints.formats.olmo import split
 from ke_ray.checkpoints.formats.olmo_config import read_native_config
@@ -133,15 +134,11 @@ def _read_hf_config(path: Path) -> PreTrainedConfig:
         raise CheckpointError(f"'{path}' is not JSON: {error}.") from error
     if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
         raise CheckpointError(f"'{path}' names no model_type; expected a transformers config.")
-    if values.get("quantization_config"):
-        quantization = values["quantization_config"]
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        raise CheckpointError(
-            f"'{path}': quantised weights ({method or 'of an unnamed method'}) are not supported: "
-            "their values are not those that were trained. Give the original checkpoint; where "
-            "there is none, AutoModelForCausalLM.from_pretrained(FOLDER).dequantize() and "
-            "save_pretrained(NEW_FOLDER) make a plain one."
-        )
+    # "quantization" is MLX's, "compression_config" that of older compressed-tensors.
+    for key in ("quantization_config", "quantization", "compression_config"):
+        if quantization := values.get(key):
+            method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+            raise CheckpointError(explain_quantised(f"'{path}'", method or f"'{key}'"))
     _check_integers(values, path)
     try:
         return AutoConfig.from_pretrained(path.parent, trust_remote_code=False)

@@ -291,3 +291,25 @@ def test_the_tokenizer_of_a_subfolder_is_found_in_it_or_at_the_root(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )
     assert result.stdout.splitlines() == ["['a', 'a', 'bb']", "['aa', 'b', 'b']"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("model-Q4_K_M.gguf", "GGUF.*gguf_file"),
+        ("adapter_model.safetensors", "LoRA/PEFT.*merge_and_unload"),
+        ("gptq_model-4bit-128g.safetensors", "quantised.*original checkpoint"),
+    ],
+)
+def test_repositories_of_other_weights_say_what_to_convert(
+    hub: FakeHub, name: str, message: str
+) -> None:
+    for repo in ("lab/model-a", "lab/model-b"):
+        folder = hub.root / repo / "main" / "sub"
+        folder.mkdir(parents=True)
+        for file in (folder / name, folder.parent / name):
+            file.write_bytes(b"x")
+        (folder.parent / "config.json").write_text("{}")
+    for spec in ("lab/model-a", "lab/model-*", "lab/model-a:sub"):
+        with pytest.raises(CheckpointSpecError, match=message):
+            list_checkpoints(spec)

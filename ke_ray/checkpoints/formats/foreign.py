@@ -14,6 +14,15 @@ _OWN = re.compile(
     r"model(-\d+-of-\d+)?\.safetensors|pytorch_model(-\d+-of-\d+)?\.bin|model\.pt|(optim|train)\.pt"
     r"|optimizer\.(pt|bin)|scheduler\.pt|scaler\.pt|training_args\.bin|rng_state.*\.pth"
 )
+# Names of the parts of packed weights, as GPTQ, AWQ, bitsandbytes, MLX and others store them.
+_PACKED = re.compile(
+    r".*\.(qweight|qzeros|g_idx|absmax|quant_map|SCB|weight_packed|weight_scale(_inv)?|scales)"
+)
+QUANTISED_REMEDY = (
+    "their values are not those that were trained; give the original checkpoint. Where there is "
+    "none, AutoModelForCausalLM.from_pretrained(FOLDER).dequantize() and save_pretrained("
+    "NEW_FOLDER) make a plain one"
+)
 _SAVE = "model.save_pretrained(FOLDER)"
 _REBUILD = (
     "build the transformers model, load the tensors with "
@@ -23,7 +32,7 @@ _REBUILD = (
 # (all of these patterns match a name, what it is, what to do), the most telling first.
 _FORMATS: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (
-        (r"adapter_config\.json",),
+        (r"adapter_config\.json|adapter_model\.(safetensors|bin)",),
         "a LoRA/PEFT adapter, not a whole model",
         "merge it into its base model: peft.AutoPeftModelForCausalLM.from_pretrained(FOLDER)"
         ".merge_and_unload().save_pretrained(NEW_FOLDER)",
@@ -33,6 +42,13 @@ _FORMATS: tuple[tuple[tuple[str, ...], str, str], ...] = (
         "a GGUF file of llama.cpp",
         "give the original checkpoint; where there is none, AutoModelForCausalLM.from_pretrained("
         f"FOLDER, gguf_file=FILE) reads it, then {_SAVE} (values stay those of the quantisation)",
+    ),
+    (
+        (
+            r"quantize_config\.json|quant_config\.json|(gptq_model|.*-4bit-).*\.(safetensors|pt|bin)",
+        ),
+        "a checkpoint of quantised weights",
+        QUANTISED_REMEDY,
     ),
     (
         (r"model_and_optim",),
@@ -128,3 +144,16 @@ def explain_foreign(names: Iterable[str]) -> str | None:
         if None not in matches:
             return f"it is {kind} ('{matches[-1]}'), which ke_ray does not read: {remedy}."
     return None
+
+
+def explain_quantised(origin: str, method: str | None) -> str:
+    """What to do instead of giving the quantised weights at ``origin``."""
+    return (
+        f"{origin}: quantised weights ({method or 'of an unnamed method'}) are not supported: "
+        f"{QUANTISED_REMEDY}."
+    )
+
+
+def packed_name(names: Iterable[str]) -> str | None:
+    """A tensor among ``names`` that is part of a quantised weight, or None."""
+    return next((name for name in names if _PACKED.fullmatch(name)), None)

@@ -15,7 +15,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ke_ray.checkpoints.formats.foreign import explain_file, explain_foreign
+from ke_ray.checkpoints.formats.foreign import (
+    explain_file,
+    explain_foreign,
+    explain_quantised,
+    packed_name,
+)
 from ke_ray.checkpoints.formats.layout import Layout, layout_of
 from ke_ray.errors import CheckpointError
 
@@ -107,6 +112,8 @@ class WeightFiles(Mapping[str, "torch.Tensor"]):
                 if key in stored:
                     raise CheckpointError(f"'{folder}' holds the tensor '{key}' twice.")
                 stored[key] = opened
+        if (packed := packed_name(stored)) is not None:
+            raise CheckpointError(explain_quantised(f"'{folder}'", f"it holds '{packed}'"))
         if indexed is not None:
             absent = sorted(set(indexed) - set(stored))
             if absent:

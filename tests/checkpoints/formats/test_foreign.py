@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from ke_ray.checkpoints.find.catalog import list_checkpoints
 from ke_ray.errors import CheckpointError, CheckpointSpecError
+from ke_ray.models.configuration import read_outline
 from ke_ray.models.loading import load_model
 
 SHARDED = ["config.yaml", "model/.metadata", "model/__0_0.distcp", "optim/.metadata", "train/r.pt"]
@@ -30,6 +32,9 @@ FORMATS = [
     (["model-q4.gguf"], "GGUF", "gguf_file"),
     (["config.json", "model-f16.gguf"], "GGUF", "gguf_file"),
     (["adapter_config.json", "adapter_model.safetensors"], "LoRA/PEFT", "merge_and_unload"),
+    (["adapter_model.bin", "README.md"], "LoRA/PEFT", "merge_and_unload"),
+    (["config.json", "quantize_config.json"], "quantised", r"original checkpoint.*dequantize"),
+    (["config.json", "gptq_model-4bit-128g.safetensors"], "quantised", "original checkpoint"),
     (["flax_model.msgpack", "config.json"], "Flax", "from_flax"),
     (["config.json", "weights.safetensors"], "another name", r"name it model\.safetensors"),
 ]
@@ -64,7 +69,9 @@ def test_a_folder_is_told_what_it_is_and_what_to_do(
         load_model(folder)
 
 
-@pytest.mark.parametrize("name", ["ckpt.pt", "last.ckpt", "m.gguf", "stories.bin"])
+@pytest.mark.parametrize(
+    "name", ["ckpt.pt", "last.ckpt", "m.gguf", "stories.bin", "adapter_model.safetensors"]
+)
 def test_a_single_file_is_told_what_it_is(tmp_path: Path, name: str) -> None:
     make(tmp_path, [name])
     with pytest.raises(CheckpointSpecError, match="is a file; it is a .*does not read"):
@@ -95,9 +102,30 @@ def test_one_broken_checkpoint_of_a_series_stays_in_it(tmp_path: Path) -> None:
     assert [ref.step for ref in list_checkpoints(str(tmp_path / "run"))] == [10, 20]
 
 
-def test_quantised_weights_say_by_what_method(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("settings", "method"),
+    [
+        ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
+        ({"quantization": {"group_size": 64, "bits": 4}}, "'quantization'"),  # MLX
+        ({"compression_config": {"quant_method": "compressed-tensors"}}, "compressed-tensors"),
+    ],
+)
+def test_quantised_weights_say_by_what_method(tmp_path: Path, settings: dict, method: str) -> None:
     make(tmp_path, ["model.safetensors"])
-    config = {"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=r"quantised.*gptq.*original.*dequantize"):
+    config = {"model_type": "llama", "vocab_size": 9, "max_position_embeddings": 9, **settings}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"eos_token_id": 1}))
+    message = rf"quantised.*{method}.*original.*dequantize"
+    with pytest.raises(CheckpointError, match=message):
+        load_model(tmp_path)
+    (ref,) = list_checkpoints(str(tmp_path))
+    with pytest.raises(CheckpointError, match=message):
+        read_outline(ref)
+
+
+@pytest.mark.parametrize("part", ["qweight", "absmax", "weight_scale_inv", "scales"])
+def test_packed_weights_without_a_word_in_the_configuration(tmp_path: Path, part: str) -> None:
+    tensors = {"model.layers.0.mlp.up_proj." + part: torch.zeros(2, 2)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(CheckpointError, match=rf"quantised.*up_proj\.{part}.*original"):
         load_model(tmp_path)
