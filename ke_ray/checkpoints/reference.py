@@ -11,7 +11,7 @@ from ke_ray.errors import CheckpointError
 from ke_ray.secrets import redact
 from ke_ray.storage import is_local, local_path
 
-CheckpointFormat = Literal["hf", "hub", "native"]
+CheckpointFormat = Literal["hf", "hub", "native", "nanochat", "lightning", "dcp"]
 
 
 @dataclass(frozen=True)
@@ -20,10 +20,11 @@ class CheckpointRef:
 
     Attributes:
         name: unique within its listing and usable as a file name.
-        location: a local folder, an fsspec URI of a folder, an ``http(s)://`` base URL, or
+        location: a local folder or file, an fsspec URI of a folder, an ``http(s)://`` base URL, or
             ``hf://org/repo`` or ``hf://org/repo:subfolder`` on the Hugging Face Hub.
-        format: ``hf`` (``config.json`` and weights), ``hub`` (the same, on the Hub) or
-            ``native`` (OLMo's own ``config.yaml`` with ``model.pt`` or ``model.safetensors``).
+        format: ``hf`` (``config.json`` and weights), ``hub`` (the same, on the Hub),
+            ``native`` (OLMo's own ``config.yaml`` with ``model.pt`` or ``model.safetensors``), or
+            a training tool's (:mod:`ke_ray.checkpoints.formats.local`).
         revision: branch, tag or commit on the Hub.
         commit: the commit the revision stood for when it was listed; fetched by it, so that a
             branch that moves meanwhile cannot mix two states.

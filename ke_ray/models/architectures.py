@@ -64,6 +64,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         query="qkv_proj",
         query_rows="first",
     ),
+    "nanochat": Architecture(second_projection="fc2", up="fc1", gate=None),
     "phi": Architecture(second_projection="fc2", up="fc1", gate=None, query_norm="q_layernorm"),
     "gpt_neox": Architecture(
         second_projection="dense_4h_to_h",

@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 from ke_ray.checkpoints.formats.foreign import explain_quantised
 from ke_ray.checkpoints.formats.layout import Layout
+from ke_ray.checkpoints.formats.local import base_folder
+from ke_ray.checkpoints.formats.nanochat import read_nanochat_config
 from ke_ray.checkpoints.formats.olmo import split
 from ke_ray.checkpoints.formats.olmo_config import read_native_config
 from ke_ray.checkpoints.formats.weights import WeightFiles, is_buffer, open_weights, read_layout
@@ -117,8 +119,10 @@ def config_from(folder: Path, layout: Layout) -> PreTrainedConfig:
         native = read_native_config(folder / layout.config)
         with _explained(folder):
             config = native.to_transformers()
+    elif layout.format == "nanochat":
+        config = read_nanochat_config(base_folder(folder) / layout.config)
     else:
-        config = _read_hf_config(folder / layout.config)
+        config = _read_hf_config(base_folder(folder) / layout.config)
     check_config(config)
     return config
 
@@ -180,7 +184,9 @@ def _build(
         named = split(weights, read_native_config(folder / layout.config), origin=f"'{folder}'")
         model, info = model_class.from_pretrained(None, state_dict=named, **options)
     elif layout.weights[0].endswith(".safetensors") and not (
-        weights.renamed or (layout.index and not (folder / layout.index).is_file())
+        weights.renamed
+        or layout.config != "config.json"  # elsewhere, which transformers does not expect
+        or (layout.index and not (folder / layout.index).is_file())
     ):
         model, info = model_class.from_pretrained(
             folder, use_safetensors=True, local_files_only=True, **options

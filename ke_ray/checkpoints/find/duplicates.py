@@ -14,7 +14,7 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
-from ke_ray.checkpoints.formats.layout import layout_of
+from ke_ray.checkpoints.formats.local import base_folder, local_layout
 from ke_ray.checkpoints.reference import CheckpointRef
 from ke_ray.storage import local_path
 
@@ -64,10 +64,10 @@ def folder_fingerprint(folder: Path) -> str | None:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    if not folder.is_dir():
+    layout = local_layout(folder)
+    if layout is None:
         return []
-    layout = layout_of(entry.name for entry in folder.iterdir() if entry.is_file())
-    return [folder / name for name in layout.weights] if layout else []
+    return [base_folder(folder) / name for name in layout.weights]
 
 
 def _content(folder: Path) -> str:

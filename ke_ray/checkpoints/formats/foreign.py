@@ -23,6 +23,7 @@ QUANTISED_REMEDY = (
     "none, AutoModelForCausalLM.from_pretrained(FOLDER).dequantize() and save_pretrained("
     "NEW_FOLDER) make a plain one"
 )
+_CONFIG = "on this machine, put transformers' config.json of the same model"
 _SAVE = "model.save_pretrained(FOLDER)"
 _REBUILD = (
     "build the transformers model, load the tensors with "
@@ -53,8 +54,8 @@ _FORMATS: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (
         (r"model_and_optim",),
         "an OLMo-core checkpoint",
-        "convert it with src/examples/huggingface/convert_checkpoint_to_hf.py of "
-        "github.com/allenai/OLMo-core",
+        f"{_CONFIG} one folder up (OLMo-core's own is another), or convert it with "
+        "src/examples/huggingface/convert_checkpoint_to_hf.py of github.com/allenai/OLMo-core",
     ),
     (
         (r"config\.yaml", r"model|optim|train|rank\d+\.pt|.*\.distcp"),
@@ -65,13 +66,14 @@ _FORMATS: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (
         (r".*\.distcp",),
         "a torch.distributed.checkpoint (DCP) folder",
-        "run `python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER model.pt`, "
-        f"then {_REBUILD}",
+        f"{_CONFIG} in it or one folder up. For names that ke_ray does not know, run `python -m "
+        f"torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER model.pt`, then {_REBUILD}",
     ),
     (
         (r"pytorch_model_fsdp_\d+",),
         "a sharded FSDP checkpoint of accelerate",
-        "run `accelerate merge-weights FOLDER/pytorch_model_fsdp_0 FOLDER`",
+        f"{_CONFIG} in it or one folder up, or run `accelerate merge-weights "
+        "FOLDER/pytorch_model_fsdp_0 FOLDER`",
     ),
     (
         (r"zero_to_fp32\.py|global_step\d+|zero_pp_rank_.*",),
@@ -97,9 +99,13 @@ _FORMATS: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (
         (r".*\.ckpt",),
         "a Lightning checkpoint",
-        "take its 'state_dict' out: torch.load(FILE, weights_only=True)['state_dict'], take the "
-        "prefix of the LightningModule's attribute (often 'model.') off the names, load them into "
-        f"the transformers model, then {_SAVE}",
+        f"{_CONFIG} beside it or one folder up",
+    ),
+    (
+        (r"model_\d+\.pt",),
+        "a nanochat checkpoint",
+        "put it with its meta_<step>.json into a folder on this machine (`hf download REPO "
+        "--local-dir FOLDER` fetches both) and give that",
     ),
     (
         (r"flax_model.*\.msgpack|tf_model.*\.h5|.*\.ckpt\.index|_CHECKPOINT_METADATA",),
@@ -142,7 +148,7 @@ def explain_foreign(names: Iterable[str]) -> str | None:
             for pattern in patterns
         ]
         if None not in matches:
-            return f"it is {kind} ('{matches[-1]}'), which ke_ray does not read: {remedy}."
+            return f"it is {kind} ('{matches[-1]}'), which ke_ray does not read as it is: {remedy}."
     return None
 
 
