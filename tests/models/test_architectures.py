@@ -12,6 +12,7 @@ from ke_ray.models.architectures import check_config, describe, supported_model_
 ALL = [
     *("olmo", "olmo2", "olmo3", "llama", "mistral", "qwen2", "qwen3"),
     *("gemma", "gemma2", "gemma3_text", "phi", "phi3", "gpt_neox", "gpt2"),
+    "nanochat",
 ]
 
 
@@ -33,8 +34,8 @@ def test_layout_is_in_forward_order_and_has_the_config_sizes(tiny_decoder, model
     assert order == [0, 1]
     for hook in hooks:
         hook.remove()
-    assert layouts[0].gated is (model_type not in ("phi", "gpt_neox", "gpt2"))
-    assert layouts[0].activation in ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh")
+    assert layouts[0].gated is (model_type not in ("phi", "gpt_neox", "gpt2", "nanochat"))
+    assert layouts[0].activation in ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu2")
 
 
 @pytest.mark.parametrize("model_type", ALL)

@@ -21,6 +21,7 @@ from ke_ray.models.saving import save_model
 FAMILIES = [
     *("olmo", "olmo2", "olmo3", "llama", "mistral", "qwen2", "qwen3"),
     *("gemma", "gemma2", "gemma3_text", "phi", "phi3", "gpt_neox", "gpt2"),
+    "nanochat",
 ]
 IDS = torch.arange(3, 43).reshape(2, 20)
 

@@ -25,6 +25,7 @@ MEASURES = (
 ALL = [
     *("olmo", "olmo2", "olmo3", "llama", "mistral", "qwen2", "qwen3"),
     *("gemma", "gemma2", "gemma3_text", "phi", "phi3", "gpt_neox", "gpt2"),
+    "nanochat",
 ]
 
 
@@ -49,6 +50,9 @@ def inside(model_type: str, ffn: Any, x: torch.Tensor) -> tuple[torch.Tensor, to
     if model_type == "phi":
         pre = ffn.fc1.weight @ x + ffn.fc1.bias
         return gelu_tanh(pre), torch.maximum(pre, relu)
+    if model_type == "nanochat":
+        pre = torch.maximum(ffn.fc1.weight @ x, relu)
+        return pre * pre, pre
     if model_type == "gpt_neox":
         pre = ffn.dense_h_to_4h.weight @ x + ffn.dense_h_to_4h.bias
         return gelu(pre), torch.maximum(pre, relu)

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from ke_ray.checkpoints.find.catalog import list_checkpoints
 from ke_ray.checkpoints.formats.fingerprint import tensors_sha256, weights_sha256
 from ke_ray.checkpoints.formats.tool_names import TABLES, NameTable
+from ke_ray.checkpoints.formats.weights import open_weights
 from ke_ray.errors import CheckpointError, CheckpointSpecError
 from ke_ray.models.loading import load_model
 from ke_ray.models.saving import save_model
@@ -356,6 +357,27 @@ def test_a_distributed_folder_that_would_run_code_is_refused(
     assert not mark.exists()
     pickle.loads((folder / ".metadata").read_bytes())  # noqa: S301 (it is ours)
     assert mark.exists(), "the bomb does not work"
+
+
+@pytest.mark.parametrize("written_by", ["pickle", "torch.save"])
+def test_a_piece_that_would_run_code_is_refused(
+    tmp_path: Path, tiny_decoder, written_by: str
+) -> None:
+    folder = with_config(tiny_decoder("llama"), tmp_path / "step1")
+    dcp.save({"model": {"norm.weight": torch.ones(2)}}, checkpoint_id=folder)
+    mark = tmp_path / "executed"
+    metadata = FileSystemReader(folder).read_metadata()
+    (info,) = metadata.storage_data.values()
+    with (folder / info.relative_path).open("wb") as file:
+        if written_by == "pickle":
+            pickle.dump(Bomb(mark), file)
+        else:
+            torch.save(Bomb(mark), file)
+        info.offset, info.length = 0, file.tell()
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CheckpointError, match=r"cannot read 'model\.norm\.weight'"):
+        open_weights(folder)["model.norm.weight"]
+    assert not mark.exists()
 
 
 @pytest.mark.parametrize("damage", ["metadata", "file", "shape", "path"])

@@ -3,7 +3,8 @@
 =============================================  =====================================================
 SPEC                                           checkpoints
 =============================================  =====================================================
-``runs/pretrain/checkpoints/step100``          one folder, in transformers' or OLMo's own layout
+``runs/pretrain/checkpoints/step100``          one folder or file, in a layout of
+                                               ``ke_ray.checkpoints.formats``
 ``runs/pretrain/checkpoints``                  every checkpoint folder inside it
 ``trainer_output``                             the ``checkpoint-N`` inside, and the final weights
                                                beside them at the step of ``trainer_state.json``
@@ -11,8 +12,8 @@ SPEC                                           checkpoints
 ``s3://bucket/run`` (any fsspec URI)           the same, elsewhere
 ``allenai/OLMo-1B-hf``, ``hf://org/repo@rev``  revisions of a Hugging Face repository, see
                                                ``ke_ray.checkpoints.find.hub_series``
-``"org/repo:sub/step*"``, ``"org/repo#step*"``  its subfolders, or the commits with such a title;
-``"org/name-*"``                               repositories: ``ke_ray.checkpoints.find.hub_places``
+``org/repo:sub/step*``, ``org/repo#title*``,   its subfolders, the commits with such titles, or
+``org/name-*``                                 repositories, see ``find.hub_places``
 ``https://host/run/step1000-unsharded/``       a native checkpoint at a base URL
 ``OLMo-1B.csv``                                a list of step and folder, URL or Hub repository
 =============================================  =====================================================
