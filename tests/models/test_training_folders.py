@@ -119,8 +119,10 @@ def test_lightnings_files(tmp_path: Path, tiny_decoder, attribute: str, beside: 
     for ref, model in zip(refs, reversed(models), strict=True):
         assert_same(load_model(ref), model)
         assert weights_sha256(ref) == tensors_sha256(model.state_dict())
-    shutil.copyfile(refs[0].location, folder / "last.ckpt")
-    assert list_checkpoints(str(folder))[-1].duplicate_of == refs[0].name
+    # Another name and another note of the same weights.
+    last = torch.load(refs[0].location) | {"callbacks": {"a": {"b": "another"}}}
+    torch.save(last, folder / "last.ckpt")
+    assert [ref.duplicate_of for ref in list_checkpoints(str(folder))] == [None, None, refs[0].name]
 
 
 def test_lightnings_objects_are_refused(tmp_path: Path, tiny_decoder) -> None:
@@ -212,6 +214,16 @@ def test_nanochats_files_compute_what_nanochat_computes(nanochat: tuple[Path, Na
     assert weights_sha256(refs[0]) != weights_sha256(refs[1])
 
 
+def test_equal_weights_in_nanochats_files_are_flagged(nanochat: tuple[Path, Nanochat]) -> None:
+    folder, _ = nanochat
+    shutil.copyfile(folder / "meta_000020.json", folder / "meta_000030.json")
+    torch.save(torch.load(folder / "model_000020.pt"), folder / "model_000030.pt")
+    original = (folder / "model_000020.pt").read_bytes()
+    assert original != (folder / "model_000030.pt").read_bytes()  # which holds its name
+    refs = list_checkpoints(str(folder))
+    assert [ref.duplicate_of for ref in refs] == [None, refs[0].name, None]
+
+
 def test_nanochats_other_variants_are_refused_by_name(nanochat: tuple[Path, Nanochat]) -> None:
     folder, _ = nanochat
     path, meta_path = folder / "model_001000.pt", folder / "meta_001000.json"
@@ -296,8 +308,13 @@ def test_olmo_cores_folder(tmp_path: Path, tiny_decoder) -> None:
     (ref,) = list_checkpoints(str(folder.parent))
     assert (ref.step, ref.format) == (1000, "dcp")
     assert_same(load_model(ref), model)
-    shutil.copytree(folder, folder.parent / "step2000")
-    assert [r.duplicate_of for r in list_checkpoints(str(folder.parent))] == [None, "step1000"]
+    # The same weights beside another optimizer, and other weights.
+    state["optim"] = {"state": {"x": {"exp_avg": torch.ones(3)}}, "step": 5}
+    dcp.save(state, checkpoint_id=folder.parent / "step2000" / "model_and_optim")
+    state["model"] = {name: tensor + 1 for name, tensor in own.items()}
+    dcp.save(state, checkpoint_id=folder.parent / "step3000" / "model_and_optim")
+    flagged = [r.duplicate_of for r in list_checkpoints(str(folder.parent))]
+    assert flagged == [None, "step1000", None]
 
 
 @torch.no_grad()

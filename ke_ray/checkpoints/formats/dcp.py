@@ -137,6 +137,15 @@ class DcpFile:
         """Names as they were stored."""
         return list(self._tensors)
 
+    def spans(self) -> list[tuple[Path, int, int]]:
+        """File, first byte and bytes of every piece, in the order of names and offsets."""
+        pieces = [
+            piece
+            for name in sorted(self._tensors)
+            for piece in sorted(self._tensors[name].pieces, key=lambda piece: piece.offsets)
+        ]
+        return [(self._folder / piece.file, piece.start, piece.num_bytes) for piece in pieces]
+
     def get_slice(self, name: str) -> StoredTensor:
         """Shape and dtype of a tensor."""
         return self._tensors[name]
