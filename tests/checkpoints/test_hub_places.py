@@ -153,6 +153,14 @@ def test_mistakes_about_subfolders_are_explained(hub: FakeHub, subfolders: Path)
     assert [ref.step for ref in list_checkpoints("org/lm:step*")] == [1000, 20000]
 
 
+def test_a_repository_of_too_many_files_is_never_listed_in_part(
+    hub: FakeHub, subfolders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ke_ray.checkpoints.hub_api._MAX_ENTRIES", 1)
+    with pytest.raises(CheckpointSpecError, match="lists more than 1 files; download the folders"):
+        list_checkpoints("org/lm:step*")
+
+
 def test_tags_stand_beside_branches(hub: FakeHub, checkpoints: list[Path]) -> None:
     repo = hub.root / "org" / "tagged"
     shutil.copytree(checkpoints[0], repo / "main")
@@ -217,7 +225,10 @@ def test_repositories_of_an_organisation_make_a_series(
         ("lab/base-step30", 30), ("lab/base-step2000", 2000)
     ]  # fmt: skip
     assert [ref.commit for ref in refs] == [organisation.commit(str(r.repo), "main") for r in refs]
-    assert list_checkpoints("hf://lab/base-*@main") == refs
+    listing = find_checkpoints("lab/base-*")
+    assert listing.notes == ("2 repositories match; of each its revision 'main' is listed.",)
+    listing = find_checkpoints("hf://lab/base-*@main")
+    assert (list(listing.checkpoints), listing.notes) == (refs, ())
     with Store(tmp_path / "cache", policy=QUICK) as store:
         folder = store.fetch(refs[0])
     assert weights_sha256(folder) == weights_sha256(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import pickle
@@ -9,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -293,13 +295,35 @@ def test_distributed_pieces_are_put_together(tmp_path: Path, tiny_decoder) -> No
     assert weights_sha256(ref) == tensors_sha256(model.state_dict())
 
 
-def test_olmo_cores_folder(tmp_path: Path, tiny_decoder) -> None:
+def as_olmo_core_names_it(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OLMo-core has a class of its own for where a piece lies."""
+    module = types.ModuleType("olmo_core.distributed.checkpoint.filesystem")
+    fields = ("relative_path", "offset", "length")
+    own = dataclasses.make_dataclass("_StorageInfo", fields)
+    own.__module__ = module.__name__
+    metadata = FileSystemReader(path.parent).read_metadata()
+    metadata.storage_data = {
+        index: own(info.relative_path, info.offset, info.length)
+        for index, info in metadata.storage_data.items()
+    }
+    with monkeypatch.context() as patch:
+        module._StorageInfo = own
+        packages = module.__name__.split(".")
+        for end in range(1, len(packages)):
+            name = ".".join(packages[:end])
+            patch.setitem(sys.modules, name, types.ModuleType(name))
+        patch.setitem(sys.modules, module.__name__, module)
+        path.write_bytes(pickle.dumps(metadata))
+
+
+def test_olmo_cores_folder(tmp_path: Path, tiny_decoder, monkeypatch) -> None:
     model = tiny_decoder("olmo2", seed=4)
     table = next(table for table in TABLES if table.tool == "OLMo-core")
     own = dict(tool_names(model, table))
     folder = tmp_path / "run" / "step1000"
     state = {"model": own, "optim": {"state": {"x": {"exp_avg": torch.zeros(3)}}, "step": 4}}
     dcp.save(state, checkpoint_id=folder / "model_and_optim")
+    as_olmo_core_names_it(folder / "model_and_optim" / ".metadata", monkeypatch)
     (folder / "config.json").write_text('{"model": {"_CLASS_": "olmo_core.TransformerConfig"}}')
     (folder / ".metadata.json").write_text("{}")
     with pytest.raises(CheckpointSpecError, match=r"OLMo-core.*config\.json of.*one folder up"):
@@ -339,6 +363,9 @@ def test_torchtitans_folder_with_rows_in_metas_order(
     (ref,) = list_checkpoints(str(tmp_path))
     assert ref.step == 100
     assert_same(load_model(ref), model)
+    with_config(tiny_decoder("qwen2"), folder)
+    with pytest.raises(CheckpointError, match="configuration of a Llama.*'qwen2'"):
+        load_model(ref)
 
 
 def tool_names(model: PreTrainedModel, table: NameTable) -> Iterator[tuple[str, torch.Tensor]]:

@@ -25,6 +25,7 @@ from ke_ray.checkpoints import hub
 from ke_ray.checkpoints.find.names import CheckpointName, parse_checkpoint_name
 from ke_ray.checkpoints.find.series import few
 from ke_ray.checkpoints.formats.foreign import explain_foreign
+from ke_ray.checkpoints.hub_api import endpoint_url
 from ke_ray.checkpoints.reference import CheckpointRef
 from ke_ray.errors import CheckpointSpecError, nearest
 from ke_ray.storage import slug
@@ -188,7 +189,7 @@ def list_repositories(spec: HubSpec, endpoint: str | None) -> list[CheckpointRef
             refs.append(hub_reference(repo, revision, parse_checkpoint_name(name), name))
     if not refs:
         raise CheckpointSpecError(
-            f"'{owner}' has {len(commits)} model repositories on {hub.endpoint_url(endpoint)}, "
+            f"'{owner}' has {len(commits)} model repositories on {endpoint_url(endpoint)}, "
             f"none of which matches '{spec.repo}'.{nearest(spec.repo, commits)}"
         )
     return refs

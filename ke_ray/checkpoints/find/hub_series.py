@@ -44,7 +44,9 @@ def list_hub(
     parts = parse_hub_spec(spec)
     repo, name = parts.repo, parts.revision
     if glob.has_magic(repo):
-        return list_repositories(parts, endpoint), []
+        refs = list_repositories(parts, endpoint)
+        notes = [f"{len(refs)} repositories match; of each its revision 'main' is listed."]
+        return refs, [] if name else notes
     if parts.subfolder:
         return list_subfolders(parts, endpoint), []
     if parts.title:

@@ -291,14 +291,16 @@ def _ask_for(path: Path) -> str:
 
 
 def _head_width(config: Path) -> int:
-    """Width of an attention head in transformers' configuration."""
+    """Width of an attention head in transformers' configuration of a Llama."""
     try:
         values = json.loads(config.read_bytes())
+        if values["model_type"] != "llama":
+            raise ValueError(f"its model_type is {values['model_type']!r}")
         return int(values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise CheckpointError(
-            f"'{config}' does not tell the width of an attention head ({error}); expected "
-            "transformers' config.json."
+            f"'{config}' is not transformers' configuration of a Llama, the one model of which the "
+            f"order of torchtitan's rows is known ({error})."
         ) from error
 
 
