@@ -3,7 +3,7 @@
     reference    one checkpoint: its location, and what its name tells
     find/        the checkpoints that a SPEC names: one module per kind of source, names, duplicates
     fetch/       one checkpoint into the node's cache, within a budget and under a lease
-    formats/     checkpoint files, Hugging Face, native OLMo and training tools: layout, tensors, hash
+    formats/     checkpoint files of Hugging Face, OLMo and training tools: layout, tensors, hash
     transfer     HTTP and retries, for ``find`` and ``fetch``
     hub          the Hugging Face Hub, for both too; ``hub_api`` makes its requests
 
