@@ -3,9 +3,9 @@
     reference    one checkpoint: its location, and what its name tells
     find/        the checkpoints that a SPEC names: one module per kind of source, names, duplicates
     fetch/       one checkpoint into the node's cache, within a budget and under a lease
-    formats/     checkpoint files, Hugging Face and native OLMo: layout, tensors, hash, writing
+    formats/     checkpoint files of Hugging Face, OLMo and training tools: layout, tensors, hash
     transfer     HTTP and retries, for ``find`` and ``fetch``
-    hub          the client of the Hugging Face Hub, for both too
+    hub          the Hugging Face Hub, for both too; ``hub_api`` makes its requests
 
 Models in memory are the subject of ``ke_ray.models``.
 """

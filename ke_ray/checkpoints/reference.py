@@ -11,7 +11,7 @@ from ke_ray.errors import CheckpointError
 from ke_ray.secrets import redact
 from ke_ray.storage import is_local, local_path
 
-CheckpointFormat = Literal["hf", "hub", "native"]
+CheckpointFormat = Literal["hf", "hub", "native", "nanochat", "lightning", "dcp"]
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,12 @@ class CheckpointRef:
 
     Attributes:
         name: unique within its listing and usable as a file name.
-        location: a local folder, an fsspec URI of a folder, an ``http(s)://`` base URL, or
-            ``hf://org/repo`` on the Hugging Face Hub.
-        format: ``hf`` (``config.json`` and weights), ``hub`` (the same, on the Hub) or
-            ``native`` (OLMo's own ``config.yaml`` with ``model.pt`` or ``model.safetensors``).
-        revision: branch or tag on the Hub.
+        location: a local folder or file, an fsspec URI of a folder, an ``http(s)://`` base URL, or
+            ``hf://org/repo`` or ``hf://org/repo:subfolder`` on the Hugging Face Hub.
+        format: ``hf`` (``config.json`` and weights), ``hub`` (the same, on the Hub),
+            ``native`` (OLMo's own ``config.yaml`` with ``model.pt`` or ``model.safetensors``), or
+            a training tool's (:mod:`ke_ray.checkpoints.formats.local`).
+        revision: branch, tag or commit on the Hub.
         commit: the commit the revision stood for when it was listed; fetched by it, so that a
             branch that moves meanwhile cannot mix two states.
         step: optimizer step, from the name, the CSV list or ``trainer_state.json``.
@@ -61,12 +62,20 @@ class CheckpointRef:
     @property
     def repo(self) -> str | None:
         """``org/repo`` of a checkpoint on the Hub."""
-        return self.location.removeprefix("hf://") if self.format == "hub" else None
+        location = self.location.removeprefix("hf://")
+        return location.partition(":")[0] if self.format == "hub" else None
+
+    @property
+    def subfolder(self) -> str:
+        """The folder of a checkpoint in its Hub repository; empty at the repository's root."""
+        return self.location.removeprefix("hf://").partition(":")[2] if self.repo else ""
 
     @property
     def label(self) -> str:
         """Its name in messages: location (no password) and, on the Hub, revision."""
-        return f"{self.location}@{self.revision}" if self.revision else redact(self.location)
+        if not self.revision:
+            return redact(self.location)
+        return f"hf://{self.repo}@{self.revision}" + (f":{s}" if (s := self.subfolder) else "")
 
 
 def order_key(ref: CheckpointRef) -> tuple[bool, int, int, int, bool, str]:

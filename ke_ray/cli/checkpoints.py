@@ -23,8 +23,9 @@ Spec = Annotated[
     str,
     typer.Argument(
         metavar="SPEC",
-        help="A checkpoint folder, a folder or glob of them, a Hugging Face repo, a native OLMo "
-        "folder or URL, or a CSV list of step and URL.",
+        help="A checkpoint folder, a folder or glob of them, a Hugging Face repo (org/name, "
+        "org/name:subfolder*, 'org/name#title of commits*', 'org/name-*'), a native OLMo folder "
+        "or URL, or a CSV list of step and folder, URL or repo.",
     ),
 ]
 Revisions = Annotated[

@@ -12,6 +12,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from ke_ray.data.text_file import read_text
 from ke_ray.errors import DataError
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|padding|>")
-_REPO = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
+_REPO = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?(:[\w./-]+)?")
 _FILE_NAME = "tokenizer.json"
 _KIND = "a tokenizer.json"
 
@@ -33,7 +34,8 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:
 
     Args:
         source: a ``tokenizer.json`` (any name), a folder or URL that holds one, or a Hub repo
-            ``org/name`` or ``org/name@revision``.
+            ``org/name``, ``org/name@revision`` or ``org/name@revision:subfolder``; what a
+            subfolder lacks is taken from the repository's root.
 
     Raises:
         DataError: nothing is there (reported within 20 seconds when there is no network), or it is
@@ -68,12 +70,18 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:
 
 
 def _download(repo: str) -> str:
-    name, _, revision = repo.partition("@")
+    head, _, subfolder = repo.partition(":")
+    name, _, revision = head.partition("@")
 
     def fetch() -> str:
         from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
 
-        return str(hf_hub_download(name, _FILE_NAME, revision=revision or None, etag_timeout=10))
+        options: dict[str, Any] = {"revision": revision or None, "etag_timeout": 10}
+        if subfolder:
+            with suppress(EntryNotFoundError):
+                return str(hf_hub_download(name, f"{subfolder}/{_FILE_NAME}", **options))
+        return str(hf_hub_download(name, _FILE_NAME, **options))
 
     return within(
         START_TIMEOUT_S,

@@ -80,6 +80,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         query="qkv_proj",
         query_rows="first",
     ),
+    "nanochat": Architecture(second_projection="fc2", up="fc1", gate=None),
     "phi": Architecture(second_projection="fc2", up="fc1", gate=None, query_norm="q_layernorm"),
     "opt": Architecture(
         layers="decoder.layers", ffn="", second_projection="fc2", up="fc1", gate=None

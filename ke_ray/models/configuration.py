@@ -30,6 +30,8 @@ _POLICY = RetryPolicy(attempts=2)
 
 #: What the set-up of a scan needs of a configuration.
 _OUTLINE = ("model_type", "vocab_size", "max_position_embeddings", "eos_token_id")
+# Let config_from refuse these.
+_QUANTISED = {"quantization_config", "quantization", "compression_config"}
 
 
 def read_config(ref: CheckpointRef) -> PreTrainedConfig:
@@ -64,7 +66,7 @@ def read_outline(ref: CheckpointRef) -> Any:
     """
     with _config_folder(ref) as (folder, layout):
         values = _plain_values(folder / layout.config) if layout.format == "hf" else {}
-        if not all(name in values for name in _OUTLINE) or "quantization_config" in values:
+        if not all(name in values for name in _OUTLINE) or _QUANTISED & values.keys():
             return config_from(folder, layout)
     outline = SimpleNamespace(**values)
     check_config(outline)
@@ -95,7 +97,8 @@ def _config_folder(ref: CheckpointRef) -> Iterator[tuple[Path, Layout]]:
         folder = Path(name)
         if ref.repo is not None:
             commit = ref.commit or ref.revision or "main"
-            hub.download_files(ref.repo, commit, ["config.json"], folder, policy=_POLICY)
+            path = f"{ref.subfolder}/config.json".lstrip("/")
+            hub.download_files(ref.repo, commit, {"config.json": path}, folder, policy=_POLICY)
         elif not any(_fetch(ref, name, folder) for name in _NAMES):
             raise CheckpointError(
                 f"'{public_url(ref.location)}' has neither {' nor '.join(_NAMES)}; "

@@ -20,7 +20,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ke_ray.checkpoints.formats.foreign import explain_quantised
 from ke_ray.checkpoints.formats.layout import Layout
+from ke_ray.checkpoints.formats.local import base_folder
+from ke_ray.checkpoints.formats.nanochat import read_nanochat_config
 from ke_ray.checkpoints.formats.olmo import native_config, split
 from ke_ray.checkpoints.formats.weights import WeightFiles, is_buffer, open_weights, read_layout
 from ke_ray.checkpoints.reference import CheckpointRef, local_folder
@@ -111,11 +114,13 @@ def config_from(folder: Path, layout: Layout, *, must_be_known: bool = True) -> 
         CheckpointError: malformed.
         UnsupportedArchitectureError: it ``must_be_known``, and ke_ray cannot score it.
     """
-    if (native := native_config(folder, layout)) is not None:
+    if layout.format == "nanochat":
+        config = read_nanochat_config(base_folder(folder) / layout.config)
+    elif (native := native_config(base_folder(folder), layout)) is not None:
         with _explained(folder):
             config = native.to_transformers()
     else:
-        config = _read_hf_config(folder / layout.config)
+        config = _read_hf_config(base_folder(folder) / layout.config)
     if must_be_known:
         check_config(config)
     return config
@@ -132,15 +137,11 @@ def _read_hf_config(path: Path) -> PreTrainedConfig:
         raise CheckpointError(f"'{path}' is not JSON: {error}.") from error
     if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
         raise CheckpointError(f"'{path}' names no model_type; expected a transformers config.")
-    if values.get("quantization_config"):
-        quantization = values["quantization_config"]
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        raise CheckpointError(
-            f"'{path}': quantised weights ({method or 'of an unnamed method'}) are not supported: "
-            "their values are not those that were trained. Give the original checkpoint; where "
-            "there is none, AutoModelForCausalLM.from_pretrained(FOLDER).dequantize() and "
-            "save_pretrained(NEW_FOLDER) make a plain one."
-        )
+    # "quantization" is MLX's, "compression_config" that of older compressed-tensors.
+    for key in ("quantization_config", "quantization", "compression_config"):
+        if quantization := values.get(key):
+            method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+            raise CheckpointError(explain_quantised(f"'{path}'", method or f"'{key}'"))
     _check_integers(values, path)
     try:
         return AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
@@ -180,11 +181,13 @@ def _build(
     }
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
-    if (native := native_config(folder, layout)) is not None:
+    if (native := native_config(base_folder(folder), layout)) is not None:
         named = split(weights, native, origin=f"'{folder}'")
         model, info = model_class.from_pretrained(None, state_dict=named, **options)
     elif layout.weights[0].endswith(".safetensors") and not (
-        weights.renamed or (layout.index and not (folder / layout.index).is_file())
+        weights.renamed
+        or layout.config != "config.json"  # elsewhere, which transformers does not expect
+        or (layout.index and not (folder / layout.index).is_file())
     ):
         model, info = model_class.from_pretrained(
             folder, use_safetensors=True, local_files_only=True, **options

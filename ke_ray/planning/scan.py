@@ -412,5 +412,5 @@ def _tokenizer(study: ScanStudy, ref: CheckpointRef | None) -> Tokenizer:
             "from_pretrained(FOLDER).save_pretrained(FOLDER) makes one of other tokenizer files."
         )
     if ref and ref.repo and ref.revision:
-        source = f"{source}@{ref.revision}"
+        source = f"{source}@{ref.revision}" + (f":{ref.subfolder}" if ref.subfolder else "")
     return load_tokenizer(source)

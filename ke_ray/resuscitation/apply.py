@@ -228,6 +228,11 @@ def _query_parts(
 ) -> list[tuple[Tensor, float]]:
     """Views of the weights that scale the queries last, and the offset that is added to each."""
     norm = getattr(attention, entry.query_norm, None)
+    if norm is not None and not list(norm.parameters()):
+        raise UnsupportedArchitectureError(
+            f"{config.model_type} normalises its queries without weights, so an attention "
+            "temperature cannot be written into its weights"
+        )
     if norm is not None:  # one, or (StableLM) one for each head
         return [
             (parameter, entry.norm_offset if name.endswith("weight") else 0.0)

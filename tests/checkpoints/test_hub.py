@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import http.server
-import json
 import logging
 import shutil
 import socket
-import threading
 import time
-import urllib.parse
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from fake_hub import FakeHub, serving
 
 from ke_ray.checkpoints.fetch.cache import Store
 from ke_ray.checkpoints.find.catalog import find_checkpoints, list_checkpoints
@@ -30,119 +26,6 @@ QUICK = RetryPolicy(attempts=3, backoff_s=0.02, max_retry_after_s=1.0, timeout_s
 TOKEN = "hf_planted_secret_0123456789"
 
 
-class FakeHub(http.server.ThreadingHTTPServer):
-    """``<root>/<org>/<repo>/<revision>/`` behind the few endpoints that ke_ray uses."""
-
-    daemon_threads = True
-
-    def __init__(self, root: Path) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.root = root
-        self.requests: list[str] = []
-        self.tokens: list[str | None] = []
-        self.refuse: list[tuple[str, int, dict[str, str]]] = []
-        self.lock = threading.Lock()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-    def commit(self, repo: str, revision: str) -> str:
-        return hashlib.sha1(f"{repo}@{revision}".encode()).hexdigest()
-
-    def folder(self, repo: str, commit: str) -> Path | None:
-        base = self.root / repo
-        for revision in base.iterdir() if base.is_dir() else ():
-            if commit in (revision.name, self.commit(repo, revision.name)):
-                return revision
-        return None
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    server: FakeHub
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *args: object) -> None:
-        pass
-
-    def do_HEAD(self) -> None:
-        self.answer()
-
-    def do_GET(self) -> None:
-        self.answer()
-
-    def send(self, status: int, data: bytes = b"", **headers: str) -> None:
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(data)))
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(data)
-
-    def answer(self) -> None:
-        path = urllib.parse.unquote(self.path.partition("?")[0]).strip("/")
-        with self.server.lock:
-            self.server.requests.append(f"{self.command} {path}")
-            self.server.tokens.append(self.headers.get("Authorization"))
-            refusals = [item for item in self.server.refuse if item[0] in path]
-            if refusals:
-                self.server.refuse.remove(refusals[0])
-        if refusals:
-            _, status, headers = refusals[0]
-            self.send(status, b"{}", **headers)
-        elif path.startswith("api/models/") and path.endswith("/refs"):
-            self.refs(path.removeprefix("api/models/").removesuffix("/refs"))
-        elif path.startswith("api/models/") and "/tree/" in path:
-            self.tree(*path.removeprefix("api/models/").split("/tree/"))
-        elif "/resolve/" in path:
-            repo, rest = path.split("/resolve/")
-            self.file(repo, *rest.split("/", 1))
-        else:
-            self.send(404)
-
-    def refs(self, repo: str) -> None:
-        base = self.server.root / repo
-        if not base.is_dir():
-            self.send(404, X_Error_Code="RepoNotFound")
-            return
-        branches = [
-            {"name": entry.name, "ref": "", "targetCommit": self.server.commit(repo, entry.name)}
-            for entry in sorted(base.iterdir(), reverse=True)
-        ]
-        answer = {"branches": branches, "tags": [], "converts": []}
-        self.send(200, json.dumps(answer).encode(), Content_Type="application/json")
-
-    def tree(self, repo: str, commit: str) -> None:
-        folder = self.server.folder(repo, commit)
-        if folder is None:
-            self.send(404, X_Error_Code="RevisionNotFound")
-            return
-        entries = []
-        for file in sorted(folder.iterdir()):
-            data = file.read_bytes()
-            entry = {"type": "file", "path": file.name, "size": len(data), "oid": "0" * 40}
-            if file.suffix in (".safetensors", ".bin"):
-                digest = hashlib.sha256(data).hexdigest()
-                entry["lfs"] = {"oid": digest, "size": len(data), "pointerSize": 134}
-            entries.append(entry)
-        # Two pages, as for a large repository.
-        second = "cursor=2" in self.path
-        page = entries[1:] if second else entries[:1]
-        link = f'<{self.server.url}{self.path}?cursor=2>; rel="next"'
-        headers = {} if second else {"Link": link}
-        self.send(200, json.dumps(page).encode(), **headers)
-
-    def file(self, repo: str, commit: str, name: str) -> None:
-        folder = self.server.folder(repo, commit)
-        if folder is None or not (folder / name).is_file():
-            self.send(404, X_Error_Code="EntryNotFound")
-            return
-        data = (folder / name).read_bytes()
-        digest = hashlib.sha256(data).hexdigest()
-        self.send(200, data, ETag=f'"{digest}"', X_Repo_Commit=commit)
-
-
 @pytest.fixture
 def hub(tmp_path: Path, tiny_decoder, monkeypatch) -> Iterator[FakeHub]:
     root = tmp_path / "hub"
@@ -150,16 +33,12 @@ def hub(tmp_path: Path, tiny_decoder, monkeypatch) -> Iterator[FakeHub]:
     for step in (0, 1, 2, 1000):
         save_model(tiny_decoder("llama", seed=step), repo / f"step{step}-tokens{step}B")
     shutil.copytree(repo / "step1000-tokens1000B", repo / "main")
-    server = FakeHub(root)
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
-    thread.start()
-    monkeypatch.setenv("HF_ENDPOINT", server.url)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    yield server
-    server.shutdown()
-    server.server_close()
+    with serving(root) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        yield server
 
 
 def test_revisions_with_a_step_are_the_series(hub: FakeHub) -> None:

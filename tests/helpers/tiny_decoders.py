@@ -63,6 +63,7 @@ TINY: dict[str, dict[str, Any]] = {
         "query_pre_attn_scalar": 11,
         "layer_types": ["sliding_attention", "full_attention"],
     },
+    "nanochat": GROUPED,
     "phi": {**GROUPED, "qk_layernorm": True},
     "phi3": {**GROUPED, "original_max_position_embeddings": 64},
     "gpt_neox": {**BASE, "hidden_act": "gelu"},

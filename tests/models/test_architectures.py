@@ -16,11 +16,11 @@ NAMED = [
     *("apertus", "smollm3", "stablelm", "granite", "cohere", "cohere2", "exaone4", "helium"),
     *("arcee", "nemotron", "starcoder2", "gpt_neo", "gptj", "falcon", "opt", "bloom", "mpt"),
     *("qwen3_5_text", "qwen3_next", "lfm2", "falcon_h1", "gemma3n_text"),
-    *("olmo_hybrid", "nemotron_h"),
+    *("olmo_hybrid", "nemotron_h", "nanochat"),
 ]
 UNGATED = {
     *("phi", "gpt_neox", "gpt2", "apertus", "arcee", "nemotron", "starcoder2", "gpt_neo"),
-    *("gptj", "falcon", "opt", "bloom", "mpt", "nemotron_h"),
+    *("gptj", "falcon", "opt", "bloom", "mpt", "nemotron_h", "nanochat"),
 }
 
 

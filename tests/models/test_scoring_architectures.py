@@ -79,10 +79,13 @@ UNGATED = {
     "mpt": "up_proj",
     "persimmon": "dense_h_to_4h",
     "nemotron_h": "up_proj",
+    "nanochat": "fc1",
 }
 ACTIVATIONS = {
     **dict.fromkeys(("gpt_neox", "falcon", "mpt"), gelu),
-    **dict.fromkeys(("arcee", "nemotron", "nemotron_h", "persimmon"), lambda x: relu(x) ** 2),
+    **dict.fromkeys(
+        ("arcee", "nemotron", "nemotron_h", "persimmon", "nanochat"), lambda x: relu(x) ** 2
+    ),
     "opt": relu,
 }
 

@@ -183,6 +183,8 @@ def test_bad_requests_change_nothing(tiny_decoder):
         apply_attention_temperature(model, 2.0)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name])
+    with pytest.raises(UnsupportedArchitectureError, match="normalises its queries without"):
+        apply_attention_temperature(tiny_decoder("nanochat"), 2.0)
 
 
 def test_bfloat16_weights_keep_their_dtype(tiny_decoder):

@@ -46,6 +46,25 @@ def bomb(mark: Path) -> bytes:
     return content
 
 
+@pytest.mark.parametrize("written_by", ["pickle", "torch.save"])
+@pytest.mark.parametrize("name", ["model_000001.pt", "meta_000001.json", "step=1.ckpt"])
+def test_in_a_file_of_a_training_tool(
+    tmp_path: Path, mark: Path, bomb: bytes, name: str, written_by: str
+) -> None:
+    from ke_ray.checkpoints.find.catalog import list_checkpoints
+    from ke_ray.models.loading import load_model
+
+    sizes = dict.fromkeys(("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head"), 2)
+    (tmp_path / "meta_000001.json").write_text(json.dumps({"model_config": {**sizes, "n_embd": 8}}))
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    torch.save({}, tmp_path / "model_000001.pt")
+    content = bomb if written_by == "pickle" else torch_bytes({"state_dict": {"x": Bomb(mark)}})
+    (tmp_path / name).write_bytes(content)
+    file = tmp_path / (name if name.endswith(".ckpt") else "model_000001.pt")
+    list_checkpoints(str(file))
+    refused(mark, lambda: load_model(file))
+
+
 def refused(mark: Path, read: Callable[[], object]) -> str:
     """Reading raises one of ke_ray's own errors, and nothing was executed."""
     with pytest.raises(KeRayError) as caught:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,12 +66,10 @@ def fetch_into(
 
 
 def _hub_revision(ref: CheckpointRef, endpoint: str | None) -> hub.HubRevision:
-    repo = ref.repo or ""
-    if ref.commit is None:
-        revision = hub.find_revision(repo, ref.revision or "main", endpoint=endpoint)
-    else:
-        revision = hub.HubRevision(ref.revision or ref.commit, ref.commit)
-    return hub.inspect_revisions(repo, [revision], endpoint=endpoint)[0]
+    revision = hub.HubRevision(
+        ref.revision or ref.commit or "main", ref.commit or "", subfolder=ref.subfolder
+    )
+    return hub.inspect_revisions([(ref.repo or "", revision)], endpoint=endpoint)[0]
 
 
 def _fetch_hub(ref: CheckpointRef, folder: Path, endpoint: str | None, policy: RetryPolicy) -> None:
@@ -83,20 +80,19 @@ def _fetch_hub(ref: CheckpointRef, folder: Path, endpoint: str | None, policy: R
     layout = revision.layout
     if layout is None or not layout.weights:
         raise CheckpointError(f"'{ref.label}' holds no config.json with weights.")
-    sizes = {file.name: file.size_bytes for file in revision.files}
-    names = [name for name in layout.files if name in sizes]
+    files = [file for file in revision.files if file.name in layout.files]
+    paths = {file.name: file.path for file in files}
     hub.download_files(
-        ref.repo or "", revision.commit, names, folder, endpoint=endpoint, policy=policy
+        ref.repo or "", revision.commit, paths, folder, endpoint=endpoint, policy=policy
     )
-    for name in names:
-        size_bytes = (folder / name).stat().st_size
-        if size_bytes != sizes[name]:
-            (folder / name).unlink()
+    for file in files:
+        size_bytes = (folder / file.name).stat().st_size
+        if size_bytes != file.size_bytes:
+            (folder / file.name).unlink()
             raise CheckpointError(
-                f"'{ref.label}': {name} has {size_bytes:,} bytes after the download, but the Hub "
-                f"states {sizes[name]:,}; run the same command again."
+                f"'{ref.label}': {file.name} has {size_bytes:,} bytes after the download, but the "
+                f"Hub states {file.size_bytes:,}; run the same command again."
             )
-    shutil.rmtree(folder / ".cache", ignore_errors=True)  # the Hub client's own notes
 
 
 def _fetch_http(

@@ -3,7 +3,8 @@
 =============================================  =====================================================
 SPEC                                           checkpoints
 =============================================  =====================================================
-``runs/pretrain/checkpoints/step100``          one folder, in transformers' or OLMo's own layout
+``runs/pretrain/checkpoints/step100``          one folder or file, in a layout of
+                                               ``ke_ray.checkpoints.formats``
 ``runs/pretrain/checkpoints``                  every checkpoint folder inside it
 ``trainer_output``                             the ``checkpoint-N`` inside, and the final weights
                                                beside them at the step of ``trainer_state.json``
@@ -11,8 +12,10 @@ SPEC                                           checkpoints
 ``s3://bucket/run`` (any fsspec URI)           the same, elsewhere
 ``allenai/OLMo-1B-hf``, ``hf://org/repo@rev``  revisions of a Hugging Face repository, see
                                                ``ke_ray.checkpoints.find.hub_series``
+``org/repo:sub/step*``, ``org/repo#title*``,   its subfolders, the commits with such titles, or
+``org/name-*``                                 repositories, see ``find.hub_places``
 ``https://host/run/step1000-unsharded/``       a native checkpoint at a base URL
-``OLMo-1B.csv``                                a list of step and folder or URL
+``OLMo-1B.csv``                                a list of step and folder, URL or Hub repository
 =============================================  =====================================================
 
 A glob on revision or name, a range of steps and every n-th narrow the selection, and checkpoints
@@ -32,6 +35,7 @@ from dataclasses import dataclass, replace
 from ke_ray.checkpoints.find.csv_list import read_csv_list
 from ke_ray.checkpoints.find.duplicates import flag_duplicates
 from ke_ray.checkpoints.find.folder import from_folder, from_glob, from_location, shown
+from ke_ray.checkpoints.find.hub_places import may_be_hub
 from ke_ray.checkpoints.find.hub_series import inspect_hub, list_hub
 from ke_ray.checkpoints.find.series import few, listing_notes, with_series
 from ke_ray.checkpoints.reference import CheckpointRef, order_key
@@ -41,7 +45,6 @@ from ke_ray.storage import exists, is_local, slug
 
 log = logging.getLogger(__name__)
 
-_REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _STEPS = re.compile(r"\s*([0-9]{0,15})\s*(:?)\s*([0-9]{0,15})\s*")
 _FIRST_ANSWER_S = 15.0
 
@@ -155,10 +158,10 @@ def _find(
         return _from_url(spec)
     if not is_local(spec) or exists(spec):
         return from_folder(spec)
-    if glob.has_magic(spec):
+    is_hub = may_be_hub(spec)
+    if glob.has_magic(spec) and (not is_hub or exists(spec.partition("/")[0])):
         return from_glob(spec)
-    repo = spec.partition("@")[0]
-    if _REPO.fullmatch(repo):
+    if is_hub:
         try:
             return from_hub(spec)
         except CheckpointSpecError as error:
@@ -197,7 +200,7 @@ def _matches(ref: CheckpointRef, revisions: str | None) -> bool:
 
 
 def _no_match(spec: str, revisions: str | None, available: list[CheckpointRef]) -> str:
-    names = [ref.revision or ref.name for ref in available]
+    names = [ref.name for ref in available]
     return (
         f"No revision of '{spec}' matches '{revisions}'; it has {len(names)}, "
         f"for example '{names[0]}'.{nearest(revisions or '', names)}"

@@ -1,8 +1,10 @@
-"""Lists of checkpoints: CSV files with a step and a folder or URL in each row.
+"""Lists of checkpoints: CSV files with a step and a folder, URL or Hub repository in each row.
 
 The published lists have the header ``Step,Checkpoint Directory`` (OLMo-2's second stage has
 ``Ingredient`` too); any header with a step and a location column is understood, and so is a file
-without header whose rows are ``step,location``. Relative paths start at the CSV's own folder.
+without header whose rows are ``step,location``. Relative paths start at the CSV's own folder. A
+Hub repository is ``hf://org/name[@revision][:subfolder]``; a column named ``repository`` needs no
+``hf://``.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ _LOCATIONS = (
     "path",
     "folder",
     "directory",
+    "repository",
 )
 _STEP, _INGREDIENT = "step", "ingredient"
 
@@ -83,10 +86,12 @@ def parse_csv_list(data: bytes, *, base: str, origin: str) -> list[Row]:
 
 def _columns(header: list[str]) -> dict[str, int] | None:
     names = [name.lower() for name in header]
-    location = next((names.index(name) for name in _LOCATIONS if name in names), None)
+    location = next((name for name in _LOCATIONS if name in names), None)
     if location is None:
         return None
-    columns = {"location": location}
+    columns = {"location": names.index(location)}
+    if location == "repository":
+        columns["repository"] = names.index(location)
     columns.update({name: names.index(name) for name in (_STEP, _INGREDIENT) if name in names})
     return columns
 
@@ -107,6 +112,8 @@ def _row(row: list[str], columns: dict[str, int], base: str, origin: str) -> Row
     location = cell("location")
     if not location or "\0" in location:
         raise CheckpointSpecError(f"{origin}: no folder or URL; got {','.join(row)[:80]!r}.")
+    if "repository" in columns and "://" not in location:
+        location = f"hf://{location}"
     if "://" not in location and not Path(location).is_absolute():
         location = f"{base}/{location}" if not is_local(base) else str(Path(base) / location)
     return Row(location, integer(_STEP), integer(_INGREDIENT))

@@ -4,23 +4,33 @@ Published branches can hold the weights of another step, which would put a false
 curve. On the Hub the API states the sha256 of each weight file. In folders, sizes are compared
 first, then a hash of samples spread over each file (1 MiB a file, whatever its size), and only
 files that agree so far are read whole.
+
+Files that ``torch.save`` wrote differ where their names do, and a DCP folder also holds the
+optimizer: of these the bytes of the tensors are compared (of the model's alone in a DCP folder).
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
+import struct
+import zipfile
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
-from ke_ray.checkpoints.formats.layout import layout_of
+from ke_ray.checkpoints.formats.dcp import DcpFile
+from ke_ray.checkpoints.formats.local import base_folder, local_layout
 from ke_ray.checkpoints.reference import CheckpointRef
+from ke_ray.errors import CheckpointError
 from ke_ray.storage import local_path
 
 _SAMPLE = 64 * 2**10  # bytes
 _SAMPLES = 16
 _CHUNK = 4 * 2**20
+_RECORD = re.compile(r"[^/]+/data/[0-9]+")  # a tensor's bytes in a file of torch.save
 
 
 def flag_duplicates(refs: list[CheckpointRef]) -> list[CheckpointRef]:
@@ -52,47 +62,78 @@ def flag_duplicates(refs: list[CheckpointRef]) -> list[CheckpointRef]:
 
 
 def folder_fingerprint(folder: Path) -> str | None:
-    """``sampled-sha256:…`` over name, size and samples of each weight file; None without any."""
-    files = _weight_files(folder)
-    if not files:
+    """``sampled-sha256:…`` over sizes and samples of all weights; None without any."""
+    spans = list(_weight_spans(folder))
+    if not spans:
         return None
     total = hashlib.sha256()
-    for path in files:
-        status = path.stat()
-        total.update(_sampled(str(path), status.st_size, status.st_mtime_ns))
+    for span in spans:
+        total.update(_sampled(*span))
     return f"sampled-sha256:{total.hexdigest()}"
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    layout = layout_of(entry.name for entry in folder.iterdir() if entry.is_file())
-    return [folder / name for name in layout.weights] if layout else []
 
 
 def _content(folder: Path) -> str:
     total = hashlib.sha256()
-    for path in _weight_files(folder):
-        status = path.stat()
-        total.update(_whole(str(path), status.st_size, status.st_mtime_ns))
+    for span in _weight_spans(folder):
+        total.update(_whole(*span))
     return total.hexdigest()
+
+
+def _weight_spans(folder: Path) -> Iterator[tuple[str, int, int, int, int]]:
+    """Path, modification time, first byte, bytes and number of samples of parts with weights."""
+    layout = local_layout(folder)
+    if layout is None:
+        return
+    paths = [base_folder(folder) / name for name in layout.weights]
+    parts: list[tuple[Path, int, int]] = []
+    if layout.format == "dcp":
+        try:
+            spans = DcpFile(paths[0].parent).spans()
+            parts = [span for span in spans if span[0].is_file()]
+        except CheckpointError:
+            parts = []  # loading says what is wrong
+    elif paths and paths[0].suffix in (".pt", ".bin", ".ckpt"):
+        parts = [part for path in paths for part in _records(path)]
+    for path, start, num_bytes in parts:
+        yield str(path), path.stat().st_mtime_ns, start, num_bytes, 1
+    for path in paths if not parts else ():
+        status = path.stat()
+        yield str(path), status.st_mtime_ns, 0, status.st_size, _SAMPLES
+
+
+def _records(path: Path) -> list[tuple[Path, int, int]]:
+    """The tensors in a file of ``torch.save``; none where it is not one of today's zip archives."""
+    try:
+        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+            parts = []
+            for entry in archive.infolist():
+                if _RECORD.fullmatch(entry.filename) and entry.compress_type == zipfile.ZIP_STORED:
+                    file.seek(entry.header_offset + 26)
+                    lengths = struct.unpack("<HH", file.read(4))  # of the name and extra field
+                    parts.append((path, entry.header_offset + 30 + sum(lengths), entry.file_size))
+            return parts
+    except (zipfile.BadZipFile, struct.error, OSError):
+        return []
 
 
 # Size and modification time are part of the key, so that a changed file is read again.
 @lru_cache(maxsize=65_536)
-def _sampled(path: str, size: int, mtime_ns: int) -> bytes:
-    digest = hashlib.sha256(str(size).encode())
+def _sampled(path: str, mtime_ns: int, start: int, num_bytes: int, num_samples: int) -> bytes:
+    digest = hashlib.sha256(str(num_bytes).encode())
     with Path(path).open("rb") as file:
-        for index in range(_SAMPLES):
-            file.seek(max(0, size - _SAMPLE) * index // (_SAMPLES - 1))
-            digest.update(file.read(_SAMPLE))
+        for index in range(num_samples):
+            offset = max(0, num_bytes - _SAMPLE) * index // max(1, num_samples - 1)
+            file.seek(start + offset)
+            digest.update(file.read(min(_SAMPLE, num_bytes)))
     return digest.digest()
 
 
 @lru_cache(maxsize=65_536)
-def _whole(path: str, size: int, mtime_ns: int) -> bytes:
+def _whole(path: str, mtime_ns: int, start: int, num_bytes: int, num_samples: int) -> bytes:
     digest = hashlib.sha256()
     with Path(path).open("rb") as file:
-        while chunk := file.read(_CHUNK):
+        file.seek(start)
+        while num_bytes > 0 and (chunk := file.read(min(_CHUNK, num_bytes))):
             digest.update(chunk)
+            num_bytes -= len(chunk)
     return digest.digest()

@@ -6,20 +6,21 @@ several, or both (the output of transformers' Trainer).
 
 from __future__ import annotations
 
-import fnmatch
 import glob
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import fsspec
 
 from ke_ray.checkpoints.find.csv_list import Row
+from ke_ray.checkpoints.find.hub_places import one_on_hub, path_matches
 from ke_ray.checkpoints.find.names import parse_checkpoint_name
 from ke_ray.checkpoints.find.series import read_small_json
 from ke_ray.checkpoints.formats.foreign import explain_file, explain_foreign
-from ke_ray.checkpoints.formats.layout import layout_of
+from ke_ray.checkpoints.formats.layout import Layout, layout_of
+from ke_ray.checkpoints.formats.local import base_folder, is_whole, local_layout, nanochat_step
 from ke_ray.checkpoints.reference import CheckpointRef
 from ke_ray.checkpoints.transfer import public_url
 from ke_ray.errors import CheckpointSpecError
@@ -32,38 +33,40 @@ _MAX_EXAMINED = 20  # folders inside one, which may show why it holds no checkpo
 
 def from_location(location: str, row: Row | None = None, name: str | None = None) -> CheckpointRef:
     """A reference to one folder or URL, described by its name and its files."""
-    parsed = parse_checkpoint_name(location)
-    last = name or shown(location).rstrip("/").rsplit("/", 1)[-1]
-    ref = CheckpointRef(
-        name=slug(last),
-        location=location,
-        format="native",
-        step=parsed.step,
-        pretraining_tokens=parsed.tokens,
-        stage=parsed.stage,
-        ingredient=parsed.ingredient,
-    )
+    if location.startswith("hf://"):
+        ref = one_on_hub(location)
+    else:
+        parsed = parse_checkpoint_name(location)
+        last = name or shown(location).rstrip("/").rsplit("/", 1)[-1]
+        ref = CheckpointRef(
+            name=slug(last),
+            location=location,
+            format="native",
+            step=parsed.step,
+            pretraining_tokens=parsed.tokens,
+            stage=parsed.stage,
+            ingredient=parsed.ingredient,
+        )
     if row is not None:
         ref = replace(
             ref,
             step=row.step if row.step is not None else ref.step,
             ingredient=row.ingredient if row.ingredient is not None else ref.ingredient,
         )
-    if location.startswith("hf://"):
-        repo, _, revision = location.removeprefix("hf://").partition("@")
-        return replace(ref, location=f"hf://{repo}", format="hub", revision=revision or "main")
-    if location.startswith(("http://", "https://")):
+    if location.startswith(("hf://", "http://", "https://")):
         return ref
     names = _file_names(location)
     if ref.step is None and "trainer_state.json" in names:
         step = read_small_json(join(location, "trainer_state.json")).get("global_step")
         ref = replace(ref, step=step if type(step) is int and 0 <= step < 10**15 else None)
-    layout = layout_of(names)
+    if ref.step is None:
+        ref = replace(ref, step=nanochat_step(last))
+    layout = _layout(location)
     if layout is None:
         return ref
     size = None
     if is_local(location):
-        folder = local_path(location)
+        folder = base_folder(local_path(location))
         sizes = [
             (folder / file).stat().st_size for file in layout.files if (folder / file).exists()
         ]
@@ -72,7 +75,7 @@ def from_location(location: str, row: Row | None = None, name: str | None = None
 
 
 def from_locations(locations: list[str]) -> list[CheckpointRef]:
-    if not any(_is_whole(_file_names(location)) for location in locations):
+    if not any(_is_whole(location) for location in locations):
         _refuse_foreign(locations[0])
     return [from_location(location) for location in locations]
 
@@ -92,23 +95,33 @@ def _file_names(location: str) -> list[str]:
         raise CheckpointSpecError(f"Cannot list '{public_url(location)}': {error}.") from error
 
 
+def _layout(location: str) -> Layout | None:
+    if is_local(location):
+        return local_layout(local_path(location))
+    return layout_of(_file_names(location))
+
+
 def _is_checkpoint(location: str) -> bool:
-    names = _file_names(location)
-    if layout_of(names) is None:
+    if _layout(location) is None:
         return False
     # A folder with only half of the files is a broken checkpoint if its name says so.
-    return _is_whole(names) or parse_checkpoint_name(location).step is not None
+    is_folder = not (is_local(location) and local_path(location).is_file())
+    return _is_whole(location) or (is_folder and parse_checkpoint_name(location).step is not None)
 
 
-def _is_whole(names: list[str]) -> bool:
+def _is_whole(location: str) -> bool:
+    if is_local(location):
+        return is_whole(local_path(location))
+    names = _file_names(location)
     layout = layout_of(names)
     return layout is not None and bool(layout.weights) and layout.config in names
 
 
 def _refuse_foreign(location: str) -> None:
     """Raise CheckpointSpecError for a folder in a format of another program."""
-    names = _file_names(location)
-    foreign = None if _is_whole(names) else explain_foreign(names)
+    is_file = is_local(location) and local_path(location).is_file()
+    names = [local_path(location).name] if is_file else _file_names(location)
+    foreign = None if _is_whole(location) else explain_foreign(names)
     if foreign is not None:
         raise CheckpointSpecError(
             f"'{shown(location)}' is no checkpoint that can be read: {foreign}"
@@ -119,16 +132,19 @@ def from_folder(spec: str) -> list[CheckpointRef]:
     local = is_local(spec)
     base = str(local_path(spec)) if local else spec.rstrip("/")
     if local and Path(base).is_file():
+        if _is_whole(base):
+            return [from_location(base)]
         raise CheckpointSpecError(f"'{spec}' is a file; {explain_file(Path(base).name)}")
     if not local and glob.has_magic(base):
         return _from_remote_glob(base)
     names = _file_names(base)
-    layout = layout_of(names)
+    layout = _layout(base)
     if layout is not None:
-        _refuse_foreign(base)
         # A Trainer's output folder: final weights at the top, the series beside them.
-        inside = [join(base, n) for n in names if parse_checkpoint_name(n).step is not None]
+        inside = [join(base, n) for n in names if _may_be_of_a_series(n)]
         refs = [from_location(location) for location in inside if _is_checkpoint(location)]
+        if not refs:
+            _refuse_foreign(base)
         if layout.weights or not refs:
             refs.append(from_location(base, name=Path(base).resolve().name if local else None))
         return refs
@@ -143,6 +159,10 @@ def from_folder(spec: str) -> list[CheckpointRef]:
         f"'{spec if local else public_url(spec)}' holds no checkpoint: neither it nor a folder "
         "in it has config.json (or OLMo's config.yaml) and weights."
     )
+
+
+def _may_be_of_a_series(name: str) -> bool:
+    return parse_checkpoint_name(name).step is not None or name.endswith(".ckpt")
 
 
 def _glob(spec: str) -> Iterator[str]:
@@ -173,26 +193,13 @@ def _glob(spec: str) -> Iterator[str]:
                 "holds the series in front of '**'."
             )
         below = os.path.relpath(folder, root).split(os.sep)
-        if _matches([] if below == ["."] else below, pattern):
+        if path_matches([] if below == ["."] else below, pattern):
             yield folder
-
-
-def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
-    """Whether the parts of a path match those of a pattern; ``**`` stands for any number."""
-    if not pattern:
-        return not parts
-    if pattern[0] == "**":
-        return any(_matches(parts[skipped:], pattern[1:]) for skipped in range(len(parts) + 1))
-    return (
-        bool(parts)
-        and fnmatch.fnmatchcase(parts[0], pattern[0])
-        and _matches(parts[1:], pattern[1:])
-    )
 
 
 def from_glob(spec: str) -> list[CheckpointRef]:
     folders = sorted({str(Path(path)) for path in _glob(spec)})
-    checkpoints = [path for path in folders if Path(path).is_dir() and _is_checkpoint(path)]
+    checkpoints = [path for path in folders if _is_checkpoint(path)]
     if not checkpoints:
         for path in folders[:_MAX_EXAMINED]:
             _refuse_foreign(path)

@@ -4,20 +4,28 @@ Without a glob the series is every revision whose name gives a step, and ``main`
 its weights are not those of the last one (Amber's ``main`` follows ``ckpt_358``). Where no name
 gives a step it is ``main`` alone. A note counts and names the revisions left out; a glob takes
 them, with an unknown step.
+
+Subfolders, commits and globs over repositories are in ``ke_ray.checkpoints.find.hub_places``.
 """
 
 from __future__ import annotations
 
-import re
+import glob
 from dataclasses import replace
 
 from ke_ray.checkpoints import hub
+from ke_ray.checkpoints.find.hub_places import (
+    hub_reference,
+    list_commits,
+    list_repositories,
+    list_subfolders,
+    parse_hub_spec,
+)
 from ke_ray.checkpoints.find.names import parse_checkpoint_name
 from ke_ray.checkpoints.find.series import few
 from ke_ray.checkpoints.formats.foreign import explain_foreign
 from ke_ray.checkpoints.reference import CheckpointRef, order_key
 from ke_ray.errors import CheckpointSpecError
-from ke_ray.storage import slug
 
 
 def list_hub(
@@ -26,16 +34,23 @@ def list_hub(
     """The checkpoints of a repository, and notes about revisions that were left out.
 
     Args:
-        spec: ``org/repo`` or ``org/repo@revision``.
+        spec: ``org/repo`` or ``org/repo@revision``, or one of ``hub_places``.
         everything: take every revision, because a glob is going to choose.
         with_main: whether ``main`` may join a series of steps.
 
     Raises:
         CheckpointSpecError: no such repository or revision, or it cannot be reached.
     """
-    repo, _, name = spec.strip("/").partition("@")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo) or ".." in repo:
-        raise CheckpointSpecError(f"'{repo}' is not a Hub repository; expected org/name.")
+    parts = parse_hub_spec(spec)
+    repo, name = parts.repo, parts.revision
+    if glob.has_magic(repo):
+        refs = list_repositories(parts, endpoint)
+        notes = [f"{len(refs)} repositories match; of each its revision 'main' is listed."]
+        return refs, [] if name else notes
+    if parts.subfolder:
+        return list_subfolders(parts, endpoint), []
+    if parts.title:
+        return list_commits(parts, endpoint), []
     if name:
         return [_reference(repo, hub.find_revision(repo, name, endpoint=endpoint))], []
     refs = [_reference(repo, rev) for rev in hub.list_revisions(repo, endpoint=endpoint)]
@@ -66,18 +81,7 @@ def list_hub(
 
 
 def _reference(repo: str, revision: hub.HubRevision) -> CheckpointRef:
-    parsed = parse_checkpoint_name(revision.name)
-    return CheckpointRef(
-        name=slug(revision.name),
-        location=f"hf://{repo}",
-        format="hub",
-        revision=revision.name,
-        commit=revision.commit,
-        step=parsed.step,
-        pretraining_tokens=parsed.tokens,
-        stage=parsed.stage,
-        ingredient=parsed.ingredient,
-    )
+    return hub_reference(repo, revision, parse_checkpoint_name(revision.name), revision.name)
 
 
 def _is_of_its_own(main: CheckpointRef, last: CheckpointRef, endpoint: str | None) -> bool:
@@ -111,24 +115,34 @@ def _inspected(
     refs: list[CheckpointRef], endpoint: str | None
 ) -> tuple[list[CheckpointRef], list[str], list[str]]:
     """The checkpoints, the revisions that hold none, and the files of all revisions."""
-    inspected: dict[tuple[str | None, str | None], hub.HubRevision] = {}
-    for repo in {ref.repo for ref in refs if ref.repo}:
-        revisions = [
-            hub.HubRevision(ref.revision or "main", ref.commit or ref.revision or "main")
-            for ref in refs
-            if ref.repo == repo
-        ]
-        for revision in hub.inspect_revisions(repo, revisions, endpoint=endpoint):
-            inspected[repo, revision.name] = revision
+    # Subfolders were inspected when they were listed.
+    asked = [ref for ref in refs if ref.repo and not (ref.subfolder and ref.size_bytes is not None)]
+    revisions = hub.inspect_revisions(
+        [
+            (
+                ref.repo or "",
+                hub.HubRevision(ref.revision or "main", ref.commit or "", subfolder=ref.subfolder),
+            )
+            for ref in asked
+        ],
+        endpoint=endpoint,
+    )
+    inspected = dict(zip(asked, revisions, strict=True))
     result, empty = [], []
     for ref in refs:
-        details = inspected.get((ref.repo, ref.revision))
+        details = inspected.get(ref)
         if details is None:
             result.append(ref)
         elif ref.step is not None or (details.layout and details.layout.weights):
-            size, identity = details.size_bytes, details.weights_fingerprint
-            result.append(replace(ref, size_bytes=size, weights_fingerprint=identity))
+            result.append(
+                replace(
+                    ref,
+                    commit=details.commit,
+                    size_bytes=details.size_bytes,
+                    weights_fingerprint=details.weights_fingerprint,
+                )
+            )
         else:
-            empty.append(ref.revision or ref.name)
-    files = [file.name for revision in inspected.values() for file in revision.files]
+            empty.append(ref.name)
+    files = [file.name for revision in revisions for file in revision.files]
     return result, empty, files

@@ -48,8 +48,8 @@ def with_series(refs: Sequence[CheckpointRef]) -> list[CheckpointRef]:
 def _series_of(ref: CheckpointRef) -> str | None:
     if ref.format == "hub" or ref.location.startswith(("http://", "https://")):
         return None
-    name = "config.json" if ref.format == "hf" else "config.yaml"
-    content = _read_small(join(ref.location, name))
+    name = {"hf": "config.json", "native": "config.yaml"}.get(ref.format)
+    content = _read_small(join(ref.location, name)) if name else None
     return None if content is None else _label_of(ref.format, content)
 
 

@@ -14,6 +14,16 @@ _OWN = re.compile(
     r"model(-\d+-of-\d+)?\.safetensors|pytorch_model(-\d+-of-\d+)?\.bin|model\.pt|(optim|train)\.pt"
     r"|optimizer\.(pt|bin)|scheduler\.pt|scaler\.pt|training_args\.bin|rng_state.*\.pth"
 )
+# Names of the parts of packed weights, as GPTQ, AWQ, bitsandbytes, MLX and others store them.
+_PACKED = re.compile(
+    r".*\.(qweight|qzeros|g_idx|absmax|quant_map|SCB|weight_packed|weight_scale(_inv)?|scales)"
+)
+QUANTISED_REMEDY = (
+    "their values are not those that were trained; give the original checkpoint. Where there is "
+    "none, AutoModelForCausalLM.from_pretrained(FOLDER).dequantize() and save_pretrained("
+    "NEW_FOLDER) make a plain one"
+)
+_CONFIG = "on this machine, put transformers' config.json of the same model"
 _SAVE = "model.save_pretrained(FOLDER)"
 _REBUILD = (
     "build the transformers model, load the tensors with "
@@ -23,7 +33,7 @@ _REBUILD = (
 # (all of these patterns match a name, what it is, what to do), the most telling first.
 _FORMATS: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (
-        (r"adapter_config\.json",),
+        (r"adapter_config\.json|adapter_model\.(safetensors|bin)",),
         "a LoRA/PEFT adapter, not a whole model",
         "merge it into its base model: peft.AutoPeftModelForCausalLM.from_pretrained(FOLDER)"
         ".merge_and_unload().save_pretrained(NEW_FOLDER)",
@@ -35,10 +45,17 @@ _FORMATS: tuple[tuple[tuple[str, ...], str, str], ...] = (
         f"FOLDER, gguf_file=FILE) reads it, then {_SAVE} (values stay those of the quantisation)",
     ),
     (
+        (
+            r"quantize_config\.json|quant_config\.json|(gptq_model|.*-4bit-).*\.(safetensors|pt|bin)",
+        ),
+        "a checkpoint of quantised weights",
+        QUANTISED_REMEDY,
+    ),
+    (
         (r"model_and_optim",),
         "an OLMo-core checkpoint",
-        "convert it with src/examples/huggingface/convert_checkpoint_to_hf.py of "
-        "github.com/allenai/OLMo-core",
+        f"{_CONFIG} one folder up (OLMo-core's own is another), or convert it with "
+        "src/examples/huggingface/convert_checkpoint_to_hf.py of github.com/allenai/OLMo-core",
     ),
     (
         (r"config\.yaml", r"model|optim|train|rank\d+\.pt|.*\.distcp"),
@@ -49,13 +66,14 @@ _FORMATS: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (
         (r".*\.distcp",),
         "a torch.distributed.checkpoint (DCP) folder",
-        "run `python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER model.pt`, "
-        f"then {_REBUILD}",
+        f"{_CONFIG} in it or one folder up. For names that ke_ray does not know, run `python -m "
+        f"torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER model.pt`, then {_REBUILD}",
     ),
     (
         (r"pytorch_model_fsdp_\d+",),
         "a sharded FSDP checkpoint of accelerate",
-        "run `accelerate merge-weights FOLDER/pytorch_model_fsdp_0 FOLDER`",
+        f"{_CONFIG} in it or one folder up, or run `accelerate merge-weights "
+        "FOLDER/pytorch_model_fsdp_0 FOLDER`",
     ),
     (
         (r"zero_to_fp32\.py|global_step\d+|zero_pp_rank_.*",),
@@ -81,9 +99,13 @@ _FORMATS: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (
         (r".*\.ckpt",),
         "a Lightning checkpoint",
-        "take its 'state_dict' out: torch.load(FILE, weights_only=True)['state_dict'], take the "
-        "prefix of the LightningModule's attribute (often 'model.') off the names, load them into "
-        f"the transformers model, then {_SAVE}",
+        f"{_CONFIG} beside it or one folder up",
+    ),
+    (
+        (r"model_\d+\.pt",),
+        "a nanochat checkpoint",
+        "put it with its meta_<step>.json into a folder on this machine (`hf download REPO "
+        "--local-dir FOLDER` fetches both) and give that",
     ),
     (
         (r"flax_model.*\.msgpack|tf_model.*\.h5|.*\.ckpt\.index|_CHECKPOINT_METADATA",),
@@ -126,5 +148,18 @@ def explain_foreign(names: Iterable[str]) -> str | None:
             for pattern in patterns
         ]
         if None not in matches:
-            return f"it is {kind} ('{matches[-1]}'), which ke_ray does not read: {remedy}."
+            return f"it is {kind} ('{matches[-1]}'), which ke_ray does not read as it is: {remedy}."
     return None
+
+
+def explain_quantised(origin: str, method: str | None) -> str:
+    """What to do instead of giving the quantised weights at ``origin``."""
+    return (
+        f"{origin}: quantised weights ({method or 'of an unnamed method'}) are not supported: "
+        f"{QUANTISED_REMEDY}."
+    )
+
+
+def packed_name(names: Iterable[str]) -> str | None:
+    """A tensor among ``names`` that is part of a quantised weight, or None."""
+    return next((name for name in names if _PACKED.fullmatch(name)), None)

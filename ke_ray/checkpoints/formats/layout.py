@@ -22,14 +22,14 @@ class Layout:
     """The files of one checkpoint, as names within its folder.
 
     Attributes:
-        format: ``hf`` or ``native``.
+        format: ``hf`` or ``native``; on this machine those of ``formats.local`` too.
         config: ``config.json`` or ``config.yaml``; it may be missing from a broken checkpoint.
         weights: weight files, never both safetensors and pickles; empty when there are none.
         index: the index of a sharded checkpoint.
         extras: tokenizer and generation files to take along.
     """
 
-    format: Literal["hf", "native"]
+    format: Literal["hf", "native", "nanochat", "lightning", "dcp"]
     config: str
     weights: tuple[str, ...]
     index: str | None = None

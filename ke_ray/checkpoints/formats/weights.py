@@ -2,7 +2,8 @@
 
 safetensors files are memory-mapped: a tensor costs nothing until its bytes are used, and each
 byte is read once. Pickled files (``model.pt``, ``pytorch_model.bin``) are read by
-``torch.load(weights_only=True)``, which builds tensors and refuses every other object.
+``torch.load(weights_only=True)``, which builds tensors and refuses every other object. Tensors of
+training tools come under transformers' names.
 """
 
 from __future__ import annotations
@@ -15,8 +16,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ke_ray.checkpoints.formats.foreign import explain_file, explain_foreign
-from ke_ray.checkpoints.formats.layout import Layout, layout_of
+from ke_ray.checkpoints.formats.dcp import METADATA, DcpFile
+from ke_ray.checkpoints.formats.foreign import (
+    explain_file,
+    explain_foreign,
+    explain_quantised,
+    packed_name,
+)
+from ke_ray.checkpoints.formats.layout import Layout
+from ke_ray.checkpoints.formats.local import base_folder, local_layout
+from ke_ray.checkpoints.formats.tool_names import transformers_names
 from ke_ray.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -62,15 +71,15 @@ def read_layout(folder: str | Path) -> Layout:
         CheckpointError: no such folder, or the configuration or the weights are missing.
     """
     path = Path(folder)
-    if not path.is_dir():
-        if path.is_file():
-            raise CheckpointError(f"'{path}' is a file; {explain_file(path.name)}")
+    if not path.exists():
         raise CheckpointError(f"There is no checkpoint folder '{path}'.")
-    entries = list(path.iterdir())
-    names = [entry.name for entry in entries if entry.is_file()]
-    layout = layout_of(names)
-    whole = layout is not None and layout.weights and layout.config in names
-    foreign = None if whole else explain_foreign(entry.name for entry in entries)
+    layout = local_layout(path)
+    has_config = layout is not None and (base_folder(path) / layout.config).is_file()
+    if layout is not None and layout.weights and has_config:
+        return layout
+    if path.is_file():
+        raise CheckpointError(f"'{path}' is a file; {explain_file(path.name)}")
+    foreign = explain_foreign(entry.name for entry in path.iterdir())
     if foreign is not None:
         raise CheckpointError(f"'{path}' is no checkpoint that can be loaded: {foreign}")
     expected = (
@@ -79,11 +88,9 @@ def read_layout(folder: str | Path) -> Layout:
     )
     if layout is None:
         raise CheckpointError(f"'{path}' is not a checkpoint; expected {expected}.")
-    if layout.config not in names:
-        raise CheckpointError(f"'{path}' has no {layout.config}; expected {expected}.")
-    if not layout.weights:
-        raise CheckpointError(f"'{path}' holds no weights; expected {expected}.")
-    return layout
+    if not has_config:
+        raise CheckpointError(f"'{path}' has no {Path(layout.config).name}; expected {expected}.")
+    raise CheckpointError(f"'{path}' holds no weights; expected {expected}.")
 
 
 class WeightFiles(Mapping[str, "torch.Tensor"]):
@@ -100,13 +107,16 @@ class WeightFiles(Mapping[str, "torch.Tensor"]):
         self._handles: list[Any] = []
         stored: dict[str, Any] = {}
         indexed = _read_index(folder, layout)
-        for name in layout.weights if indexed is None else sorted(set(indexed.values())):
+        names = layout.weights if indexed is None else sorted(set(indexed.values()))
+        for name in names[:1] if layout.format == "dcp" else names:
             opened = _open_file(folder / name)
             self._handles.append(opened)
             for key in opened.keys():  # noqa: SIM118 (safe_open is no mapping)
                 if key in stored:
                     raise CheckpointError(f"'{folder}' holds the tensor '{key}' twice.")
                 stored[key] = opened
+        if (packed := packed_name(stored)) is not None:
+            raise CheckpointError(explain_quantised(f"'{folder}'", f"it holds '{packed}'"))
         if indexed is not None:
             absent = sorted(set(indexed) - set(stored))
             if absent:
@@ -115,7 +125,13 @@ class WeightFiles(Mapping[str, "torch.Tensor"]):
                     f"hold, the first '{absent[0]}'; fetch the checkpoint again."
                 )
         self._source: dict[str, tuple[Any, str]] = {}
-        for key, short in plain_names(stored).items():
+        plain, self._d_head = plain_names(stored), 0
+        if layout.format in ("nanochat", "lightning", "dcp"):
+            origin = f"'{folder / layout.weights[0]}'"
+            renamed, self._interleaved = transformers_names(plain.values(), origin)
+            plain = {key: renamed[short] for key, short in plain.items()}
+            self._d_head = _head_width(folder / layout.config) if self._interleaved else 0
+        for key, short in plain.items():
             if short in self._source:
                 raise CheckpointError(
                     f"'{folder}' holds the tensor '{short}' twice, under '{key}' and "
@@ -127,9 +143,12 @@ class WeightFiles(Mapping[str, "torch.Tensor"]):
     def __getitem__(self, name: str) -> torch.Tensor:
         source, stored = self._source[name]
         try:
-            return source[stored] if isinstance(source, dict) else source.get_tensor(stored)
+            tensor = source[stored] if isinstance(source, dict) else source.get_tensor(stored)
         except Exception as error:
             raise CheckpointError(f"'{self._folder}': cannot read '{name}': {error}.") from error
+        if self._d_head and name.endswith(self._interleaved):
+            return _halves(tensor, self._d_head)
+        return tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._source)
@@ -170,7 +189,7 @@ def open_weights(folder: str | Path, layout: Layout | None = None) -> WeightFile
             but tensors (which is refused, never executed).
     """
     path = Path(folder)
-    return WeightFiles(path, layout or read_layout(path))
+    return WeightFiles(base_folder(path), layout or read_layout(path))
 
 
 def safetensors_dtype(name: str) -> torch.dtype | None:
@@ -194,6 +213,8 @@ def safetensors_dtype(name: str) -> torch.dtype | None:
 def _open_file(path: Path) -> Any:
     if not path.is_file():
         raise CheckpointError(f"The weight file '{path}' is missing; fetch the checkpoint again.")
+    if path.name == METADATA:
+        return DcpFile(path.parent)
     return _open_safetensors(path) if path.suffix == ".safetensors" else _open_pickle(path)
 
 
@@ -240,7 +261,7 @@ def _open_pickle(path: Path) -> dict[str, torch.Tensor]:
         if "Unsupported" in str(error) or "GLOBAL" in str(error):
             raise CheckpointError(
                 f"'{path}' is a pickle that holds code or objects other than tensors. It was "
-                "refused and nothing of it was executed; ask for a safetensors file."
+                f"refused and nothing of it was executed; {_ask_for(path)}."
             ) from error
         raise CheckpointError(f"'{path}' is truncated or not a weight file.") from error
     except Exception as error:
@@ -248,6 +269,8 @@ def _open_pickle(path: Path) -> dict[str, torch.Tensor]:
         raise CheckpointError(
             f"'{path}' is truncated or not a weight file: {first}. Fetch it again."
         ) from error
+    if path.suffix == ".ckpt" and isinstance(loaded, dict):
+        loaded = loaded.get("state_dict")  # Lightning's
     if not isinstance(loaded, dict):
         raise CheckpointError(f"'{path}' holds a {type(loaded).__name__}, expected named tensors.")
     for name, value in loaded.items():
@@ -256,6 +279,34 @@ def _open_pickle(path: Path) -> dict[str, torch.Tensor]:
                 f"'{path}' holds a {type(value).__name__} under {name!r}, expected only tensors."
             )
     return loaded
+
+
+def _ask_for(path: Path) -> str:
+    if path.suffix != ".ckpt":
+        return "ask for a safetensors file"
+    return (
+        "its hyper_parameters are the usual cause: where you trust the file, save it again with "
+        "torch.save({'state_dict': torch.load(FILE, weights_only=False)['state_dict']}, FILE)"
+    )
+
+
+def _head_width(config: Path) -> int:
+    """Width of an attention head in transformers' configuration of a Llama."""
+    try:
+        values = json.loads(config.read_bytes())
+        if values["model_type"] != "llama":
+            raise ValueError(f"its model_type is {values['model_type']!r}")
+        return int(values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise CheckpointError(
+            f"'{config}' is not transformers' configuration of a Llama, the one model of which the "
+            f"order of torchtitan's rows is known ({error})."
+        ) from error
+
+
+def _halves(rows: torch.Tensor, d_head: int) -> torch.Tensor:
+    """Rows [heads · d_head, d_model] in Meta's order, pairs (2j, 2j + 1), as (j, j + d_head/2)."""
+    return rows.view(-1, d_head // 2, 2, rows.shape[-1]).transpose(1, 2).reshape(rows.shape)
 
 
 def _read_index(folder: Path, layout: Layout) -> dict[str, str] | None:
