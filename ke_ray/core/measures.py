@@ -51,6 +51,8 @@ class Measure:
         parameter: the argument of `evaluate` that `values` takes beside the mean.
         is_smooth: whether the jackknife holds; a measure that is not smooth has no error.
         is_default: whether a scan evaluates it where its study names no measures.
+        by_expert: whether `values` takes, last, the memories of each expert of these layers
+            (`core.experts`). A scan of a mixture of experts evaluates such a measure by default.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Measure:
     parameter: Literal["top_k_fraction", "dormant_threshold"] | None = None
     is_smooth: bool = True
     is_default: bool = True
+    by_expert: bool = False
 
 
 def _core(module: str, function: str) -> Callable[..., Tensor]:
@@ -166,6 +169,28 @@ MEASURES: dict[str, Measure] = {
             total="mean",
             parameter="dormant_threshold",
             is_smooth=False,
+        ),
+        Measure(
+            name="routing_entropy",
+            title="Routing entropy",
+            doc="H(π), π the experts' shares of ΣC̄ˡ; 0 in a dense layer",
+            unit="nats",
+            needs="coefficients",
+            values=_core("experts", "routing_entropy"),
+            total="sum",
+            is_default=False,
+            by_expert=True,
+        ),
+        Measure(
+            name="within_expert_entropy",
+            title="Entropy within experts",
+            doc="Σ π_e H_e = `knowledge_entropy` − `routing_entropy`",
+            unit="nats",
+            needs="coefficients",
+            values=_core("experts", "within_expert_entropy"),
+            total="sum",
+            is_default=False,
+            by_expert=True,
         ),
     )
 }
@@ -320,7 +345,8 @@ def evaluate(
                 if number > 0 and not measure.is_smooth:
                     continue
                 arguments = [parameters[measure.parameter]] if measure.parameter else []
-                columns[measure.name].append(measure.values(mean, *arguments).cpu().numpy())
+                by_layer = _layer_values(measure, mean, arguments, sums.expert_sizes)
+                columns[measure.name].append(by_layer.cpu().numpy())
     counts = sums.counts.numpy().copy()
     rows: list[MeasureRow] = []
     replicates: dict[tuple[int | None, str], npt.NDArray[np.float64]] = {}
@@ -339,6 +365,29 @@ def _means(sums: GroupSums, table: str) -> Iterator[Tensor]:
     """The mean over all instances, then the means that leave one group out."""
     yield sums.mean(table)
     yield from sums.leave_one_out(table)
+
+
+def _layer_values(
+    measure: Measure, mean: Tensor, arguments: list[float], expert_sizes: Tensor | None
+) -> Tensor:
+    """The measure of each layer; layers of one shape together, without the zeros at their end."""
+    import torch
+
+    if not measure.needs.startswith("coefficients"):
+        return measure.values(mean, *arguments)
+    if expert_sizes is None:
+        n_layers, d_mlp = mean.shape
+        expert_sizes = torch.full((n_layers, 1), d_mlp)
+    shapes = expert_sizes.unique(dim=0)
+    values = mean.new_empty(len(mean))
+    for shape in shapes:
+        sizes = [size for size in shape.tolist() if size]
+        experts = [sizes] if measure.by_expert else []
+        if len(shapes) == 1:
+            return measure.values(mean, *arguments, *experts)
+        layers = (expert_sizes == shape).all(dim=1).to(mean.device)
+        values[layers] = measure.values(mean[layers, : sum(sizes)], *arguments, *experts)
+    return values
 
 
 def _series(

@@ -12,6 +12,8 @@ Source: Algorithm 1 of arXiv 2410.01380. C̄ may have any scale: only ratios wit
     p        resuscitation ratio, in (0, 1]
     q        amplifying factor, above 0
     K        up projection, [m, d_model]: `up_proj`; the first m rows of OLMo's fused `ff_proj`
+    widths   m of each layer, where layers differ (a mixture of experts with dense layers); C̄ then
+             has zeros behind the memories of narrower layers, which are neither selected nor scaled
 
 What the scaling does. In a gated FFN without biases the coefficient is f(gate(x)) · K_i x, linear
 in row i, so with the layer's inputs held fixed C̄'_i = u_i C̄_i, that is q · mean(C̄) on idx: exact in
@@ -35,6 +37,7 @@ Departures, each only where the algorithm leaves a number undefined:
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import numpy as np
@@ -69,12 +72,15 @@ def check_parameters(ratio: float, factor: float, control: str | None = None) ->
         )
 
 
-def select_rows(mean_coefficients: Tensor, ratio: float) -> Tensor:
+def select_rows(
+    mean_coefficients: Tensor, ratio: float, widths: Sequence[int] | None = None
+) -> Tensor:
     """Rows at or below the `ratio`-quantile of their layer's coefficients.
 
     Args:
         mean_coefficients: C̄ [n_layers, m], non-negative, any real dtype and scale.
         ratio: p in (0, 1].
+        widths: [n_layers], at most m; None: all are m.
 
     Returns:
         bool [n_layers, m]; floor(p (m − 1)) + 1 rows are true in each layer, more only where
@@ -85,11 +91,13 @@ def select_rows(mean_coefficients: Tensor, ratio: float) -> Tensor:
     """
     check_parameters(ratio, 1.0)
     coefficients = _checked(mean_coefficients)
-    position = math.floor(ratio * (coefficients.shape[-1] - 1)) + 1
-    return coefficients <= coefficients.kthvalue(position, dim=-1, keepdim=True).values
+    sizes = _sizes(coefficients, widths)
+    memories = coefficients.masked_fill(~_is_memory(coefficients, sizes), torch.inf)
+    position = (ratio * (sizes - 1)).floor().to(torch.int64)
+    return memories <= memories.sort(dim=-1).values.gather(-1, position)
 
 
-def dead_rows(mean_coefficients: Tensor) -> Tensor:
+def dead_rows(mean_coefficients: Tensor, widths: Sequence[int] | None = None) -> Tensor:
     """Memories whose coefficient is zero for this purpose: C̄_i ≤ 1e-12 · mean(C̄).
 
     Returns:
@@ -99,7 +107,9 @@ def dead_rows(mean_coefficients: Tensor) -> Tensor:
         UserError: C̄ is not a finite, non-negative matrix.
     """
     coefficients = _checked(mean_coefficients)
-    return coefficients <= DEAD_RELATIVE * coefficients.mean(dim=-1, keepdim=True)
+    sizes = _sizes(coefficients, widths)
+    mean = coefficients.sum(dim=-1, keepdim=True) / sizes
+    return _is_memory(coefficients, sizes) & (coefficients <= DEAD_RELATIVE * mean)
 
 
 def multipliers(
@@ -110,6 +120,7 @@ def multipliers(
     control: Control | str | None = None,
     seed: int = 0,
     up_row_norms: Tensor | None = None,
+    widths: Sequence[int] | None = None,
 ) -> Tensor:
     """The factor for every row of every layer's up projection.
 
@@ -138,6 +149,7 @@ def multipliers(
         seed: of the random control.
         up_row_norms: ‖K_i‖ [n_layers, m], the Euclidean norms of the up projection's rows; needed
             by 'matched_norm' only.
+        widths: as `select_rows`.
 
     Returns:
         float64 [n_layers, m] on the input's device, finite and above 0; 1 where nothing changes.
@@ -148,13 +160,15 @@ def multipliers(
     """
     check_parameters(ratio, factor, control)
     coefficients = _checked(mean_coefficients)
-    scaled = select_rows(coefficients, ratio) & ~dead_rows(coefficients)
-    mean = coefficients.mean(dim=-1, keepdim=True)
+    selected = select_rows(coefficients, ratio, widths)
+    scaled = selected & ~dead_rows(coefficients, widths)
+    sizes = _sizes(coefficients, widths)
+    mean = coefficients.sum(dim=-1, keepdim=True) / sizes
     # The inner `where` keeps 0/0 out of the rows that are not scaled.
     raised = factor * (mean / torch.where(scaled, coefficients, 1.0))
     result = torch.where(scaled, raised, 1.0)
     if control == "random":
-        return _shuffled(result, select_rows(coefficients, ratio), seed)
+        return _shuffled(result, selected, sizes.flatten().tolist(), seed)
     if control == "matched_norm":
         return _matched_norm(result, up_row_norms)
     return result
@@ -213,14 +227,24 @@ def _checked(mean_coefficients: Tensor) -> Tensor:
     return coefficients
 
 
-def _shuffled(result: Tensor, selected: Tensor, seed: int) -> Tensor:
+def _sizes(coefficients: Tensor, widths: Sequence[int] | None) -> Tensor:
+    """Memories of each layer, float64 [n_layers, 1]."""
+    sizes = [coefficients.shape[-1]] * len(coefficients) if widths is None else widths
+    return torch.tensor(sizes, dtype=torch.float64, device=coefficients.device)[:, None]
+
+
+def _is_memory(coefficients: Tensor, sizes: Tensor) -> Tensor:
+    return torch.arange(coefficients.shape[-1], device=coefficients.device) < sizes
+
+
+def _shuffled(result: Tensor, selected: Tensor, sizes: list[float], seed: int) -> Tensor:
     """The selected rows' multipliers on other rows, chosen at random in each layer."""
     values, is_selected = result.cpu().numpy(), selected.cpu().numpy()
     shuffled = np.ones_like(values)
     for layer in range(values.shape[0]):
         generator = np.random.Generator(np.random.PCG64([seed, layer]))
         amounts = generator.permutation(values[layer, is_selected[layer]])
-        rows = generator.permutation(values.shape[1])[: amounts.size]
+        rows = generator.permutation(int(sizes[layer]))[: amounts.size]
         shuffled[layer, rows] = amounts
     return torch.from_numpy(shuffled).to(result.device)
 

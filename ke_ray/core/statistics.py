@@ -9,13 +9,16 @@ from the merged sums. Sums and counts are kept apart and divided once, at the en
     N             instances of the dataset D, `num_instances`
     G             jackknife groups, contiguous in D, min(64, N) equal ones unless sizes are given
     n_layers      decoder layers
-    d_mlp         memories (coefficients) of one layer
+    d_mlp         memories (coefficients) of one layer; of a mixture, those of all its experts
+    n_experts     experts of one layer, shared ones included
+                  (narrower layers, and those with fewer experts, have zeros at the end)
 
     table               shape               sum over instances of the token mean of
     coefficients        [G, n_layers, d_mlp]  |C|
     coefficients_relu   [G, n_layers, d_mlp]  |ReLU variant of C|
     attention_entropy   [G, n_layers]         attention entropy averaged over heads (nats)
     next_token_entropy  [G]                   entropy of softmax(logits) (nats)
+    expert_load         [G, n_layers, n_experts]  1 where the token is routed to the expert
 
 Everything is float64: the whole signal of a series is about 0.4 nats of 144, and a sum in float64
 of float32 means agrees to 1e-13 whatever the order, the batches or the split. An instance without
@@ -37,6 +40,7 @@ TABLES: dict[str, tuple[str, ...]] = {
     "coefficients_relu": ("n_layers", "d_mlp"),
     "attention_entropy": ("n_layers",),
     "next_token_entropy": (),
+    "expert_load": ("n_layers", "n_experts"),
 }
 
 
@@ -50,12 +54,15 @@ class GroupSums:
         counts: int64 [G] instances added so far, on the CPU.
         num_tokens: int64 [G] real tokens of those instances, on the CPU.
         tables: float64 sums by name (module docstring), only those that are needed.
+        expert_sizes: int64 [n_layers, n_experts] memories of each expert, in the order of the
+            coefficients, on the CPU; None where every layer is one expert of d_mlp memories.
     """
 
     sizes: Tensor
     counts: Tensor
     num_tokens: Tensor
     tables: dict[str, Tensor]
+    expert_sizes: Tensor | None = None
 
     @classmethod
     def empty(
@@ -67,6 +74,7 @@ class GroupSums:
         d_mlp: int,
         device: torch.device | str = "cpu",
         sizes: Sequence[int] | None = None,
+        expert_sizes: Tensor | None = None,
     ) -> GroupSums:
         """Zero sums for a dataset of `num_instances` (the whole of D, not a shard).
 
@@ -74,6 +82,7 @@ class GroupSums:
             sizes: instances in each group, which are contiguous; None makes equal groups.
             names: which tables to keep, of `TABLES`.
             device: where the tables are kept; counts stay on the CPU.
+            expert_sizes: int64 [n_layers, n_experts], of a mixture of experts.
 
         Raises:
             ValueError: an unknown table, or a size below 1.
@@ -87,7 +96,8 @@ class GroupSums:
         if int(group.sum()) != num_instances or int(group.min()) < 1:
             raise ValueError(f"groups of sizes {group.tolist()} do not make {num_instances}")
         num_groups = group.numel()
-        axes = {"n_layers": n_layers, "d_mlp": d_mlp}
+        n_experts = 1 if expert_sizes is None else expert_sizes.shape[1]
+        axes = {"n_layers": n_layers, "d_mlp": d_mlp, "n_experts": n_experts}
         return cls(
             sizes=group,
             counts=torch.zeros(num_groups, dtype=torch.int64),
@@ -101,6 +111,7 @@ class GroupSums:
                 for name in TABLES
                 if name in names
             },
+            expert_sizes=expert_sizes,
         )
 
     @property
@@ -223,8 +234,8 @@ class GroupSums:
         A work item covers few of the 64 groups, so this is far smaller than the tables.
 
         Returns:
-            `sizes` int64 [G], `groups`, `counts`, `num_tokens` int64 [K] and
-            `sum.<table>` float64 [K, …].
+            `sizes` int64 [G], `groups`, `counts`, `num_tokens` int64 [K],
+            `sum.<table>` float64 [K, …] and, of a mixture, `expert_sizes`.
         """
         groups = self.counts.nonzero()[:, 0]
         flat = {
@@ -235,6 +246,8 @@ class GroupSums:
         }
         for name, table in self.tables.items():
             flat[f"sum.{name}"] = table[groups.to(table.device)].cpu().contiguous()
+        if self.expert_sizes is not None:
+            flat["expert_sizes"] = self.expert_sizes
         return flat
 
     @classmethod
@@ -250,6 +263,7 @@ class GroupSums:
                 for name in TABLES
                 if f"sum.{name}" in flat
             },
+            expert_sizes=flat.get("expert_sizes"),
         )
         return sums.merge_tensors(flat)
 

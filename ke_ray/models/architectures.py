@@ -10,20 +10,24 @@ gated          coefficients = act(gate(x)) · up(x)    (SwiGLU, GeGLU)
 ungated        coefficients = act(up(x))              (GPT-2, GPT-NeoX, Phi)
 =============  ==========================================================================
 
-Mixtures of experts are refused: their experts are fused tensors that no hook on a projection
-sees, and an average over tokens that an expert never saw would be a number without a meaning.
+In a mixture of experts ``experts`` names the module that holds them as fused tensors, ``shared``
+the expert that every token goes through, ``shared_gate`` what weighs it (``models.experts``). A
+layer without such a module is an ordinary FFN of the other names (DeepSeek's first layers).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ke_ray.errors import UnsupportedArchitectureError, nearest
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+    from ke_ray.models.experts import MixtureLayout
 
 
 @dataclass(frozen=True)
@@ -40,11 +44,18 @@ class Architecture:
     query: str = "q_proj"
     query_rows: Literal["all", "first", "per_head"] = "all"
     query_norm: str = "q_norm"
+    low_rank_query: str | None = None  # in the place of ``query`` where the layer has it
     norm_offset: float = 0.0  # Gemma's RMSNorm multiplies by (1 + weight)
+    experts: str | None = None
+    shared: str | None = None
+    shared_gate: str | None = None
+    up_offset: float = 0.0  # gpt-oss: coefficients = act(gate) · (up + 1)
 
 
 _GATED = Architecture()
 _GEMMA = Architecture(norm_offset=1.0)
+_MIXTURE = Architecture(experts="experts")
+_DEEPSEEK = Architecture(experts="experts", shared="shared_experts", low_rank_query="q_b_proj")
 
 ARCHITECTURES: dict[str, Architecture] = {
     "olmo": _GATED,
@@ -82,6 +93,15 @@ ARCHITECTURES: dict[str, Architecture] = {
         query="c_attn",
         query_rows="first",
     ),
+    "olmoe": _MIXTURE,
+    "mixtral": _MIXTURE,
+    "qwen2_moe": Architecture(
+        experts="experts", shared="shared_expert", shared_gate="shared_expert_gate"
+    ),
+    "qwen3_moe": _MIXTURE,
+    "deepseek_v2": _DEEPSEEK,
+    "deepseek_v3": _DEEPSEEK,
+    "gpt_oss": Architecture(experts="experts", up_offset=1.0),
 }
 
 _MIXTURE_SIGNS = (
@@ -123,6 +143,17 @@ _UNMEASURABLE = {
 }
 
 
+class KeyRows(NamedTuple):
+    """Some memory keys, as views of the model's own storage.
+
+    ``bias_offset`` is a constant that the model adds to the bias (gpt-oss: 1).
+    """
+
+    weight: torch.Tensor  # [rows, d_model]
+    bias: torch.Tensor | None  # [rows]
+    bias_offset: float = 0.0
+
+
 @dataclass(frozen=True)
 class FFNLayout:
     """The parts of one decoder layer that the measures and resuscitation need.
@@ -152,6 +183,15 @@ class FFNLayout:
         """Whether coefficients are a product of a gate and ``up``."""
         return self.gate is not None
 
+    @property
+    def expert_sizes(self) -> tuple[int, ...]:
+        """A dense FFN is one expert."""
+        return (self.d_mlp,)
+
+    def key_rows(self) -> Iterator[KeyRows]:
+        """The memory keys in the order of the coefficients; here all at once."""
+        yield KeyRows(self.up_weight(), self.up_bias())
+
     def up_weight(self) -> torch.Tensor:
         """The memory keys K as a view [d_mlp, d_model] of the model's own storage."""
         weight: Any = self.up.weight
@@ -178,18 +218,22 @@ def check_config(config: Any) -> Architecture:
         config: a ``PreTrainedConfig`` (anything with ``model_type``).
 
     Raises:
-        UnsupportedArchitectureError: for a mixture of experts, bidirectional attention, or an
-            architecture that is not in the table; the message names what is supported.
+        UnsupportedArchitectureError: for bidirectional attention, or an architecture that is not
+            in the table; the message names what is supported.
     """
     model_type = str(getattr(config, "model_type", "") or "")
     supported = ", ".join(supported_model_types())
-    if any((getattr(config, sign, None) or 0) for sign in _MIXTURE_SIGNS):
-        raise UnsupportedArchitectureError(
-            f"model type '{model_type}' is a mixture of experts: its memory coefficients lie in "
-            "fused expert tensors and an expert sees only the tokens routed to it, so they are not "
-            f"measured. Give a dense decoder; supported: {supported}."
-        )
     entry = ARCHITECTURES.get(model_type)
+    if (entry is None or entry.experts is None) and any(
+        (getattr(config, sign, None) or 0) for sign in _MIXTURE_SIGNS
+    ):
+        mixtures = sorted(name for name, row in ARCHITECTURES.items() if row.experts is not None)
+        raise UnsupportedArchitectureError(
+            f"model type '{model_type}' is a mixture of experts that ke_ray does not know: it has "
+            "to know which module holds the fused experts, and whether others are shared by all "
+            f"tokens. Supported mixtures: {', '.join(mixtures)}; dense decoders: "
+            f"{', '.join(name for name in supported_model_types() if name not in mixtures)}."
+        )
     if model_type in _UNMEASURABLE:
         raise UnsupportedArchitectureError(
             f"model type '{model_type}' is {_UNMEASURABLE[model_type]}. Supported: {supported}."
@@ -208,6 +252,12 @@ def check_config(config: Any) -> Architecture:
     return entry
 
 
+def is_mixture(config: Any) -> bool:
+    """Whether the layers of a supported config have experts."""
+    entry = ARCHITECTURES.get(str(getattr(config, "model_type", "")))
+    return entry is not None and entry.experts is not None
+
+
 def lacks_head(config: Any) -> bool:
     """Whether a config says that its checkpoint is a base model without language-model head.
 
@@ -219,14 +269,14 @@ def lacks_head(config: Any) -> bool:
     return bool(classes) and is_base and not getattr(config, "tie_word_embeddings", True)
 
 
-def describe(model: nn.Module) -> tuple[FFNLayout, ...]:
+def describe(model: nn.Module) -> tuple[FFNLayout | MixtureLayout, ...]:
     """Where a loaded model keeps its memories, layer by layer.
 
     Args:
         model: a causal language model of transformers, or its bare body.
 
     Returns:
-        One ``FFNLayout`` per layer, in the order of the forward pass.
+        One layout per layer, in the order of the forward pass.
 
     Raises:
         UnsupportedArchitectureError: as ``check_config``, or when the modules are not where the
@@ -245,8 +295,27 @@ def describe(model: nn.Module) -> tuple[FFNLayout, ...]:
         ) from error
 
 
-def _layout(entry: Architecture, layer: nn.Module, config: Any) -> FFNLayout:
+def _layout(entry: Architecture, layer: nn.Module, config: Any) -> FFNLayout | MixtureLayout:
     ffn = layer.get_submodule(entry.ffn)
+    attention = layer.get_submodule(entry.attention)
+    if entry.experts is None or not hasattr(ffn, entry.experts):
+        return _ffn_layout(entry, ffn, attention, config)
+    from ke_ray.models.experts import MixtureLayout  # needs torch, which a config does not
+
+    shared = None if entry.shared is None else ffn.get_submodule(entry.shared)
+    return MixtureLayout(
+        ffn=ffn,
+        experts=ffn.get_submodule(entry.experts),
+        shared=None if shared is None else _ffn_layout(entry, shared, attention, config),
+        shared_gate=None if entry.shared_gate is None else ffn.get_submodule(entry.shared_gate),
+        attention=attention,
+        up_offset=entry.up_offset,
+    )
+
+
+def _ffn_layout(
+    entry: Architecture, ffn: nn.Module, attention: nn.Module, config: Any
+) -> FFNLayout:
     second = ffn.get_submodule(entry.second_projection)
     weight: Any = second.weight
     transposed = not hasattr(second, "in_features")  # Conv1D has nx/nf and stores [in, out]
@@ -262,7 +331,7 @@ def _layout(entry: Architecture, layer: nn.Module, config: Any) -> FFNLayout:
         second_projection=second,
         up=ffn.get_submodule(entry.up),
         gate=None if entry.gate is None else ffn.get_submodule(entry.gate),
-        attention=layer.get_submodule(entry.attention),
+        attention=attention,
         fused=entry.fused,
         d_mlp=weight.shape[0] if transposed else weight.shape[1],
         activation=activation,

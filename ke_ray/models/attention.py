@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ke_ray.core.attention import attention_entropy, rows_entropy
 from ke_ray.errors import UnsupportedArchitectureError
 from ke_ray.models.architectures import FFNLayout
+from ke_ray.models.experts import MixtureLayout
 
 IMPLEMENTATION = "ke_ray_entropy"
 _SINK = "_ke_ray_entropy_sink"
@@ -31,7 +32,9 @@ _REFUSED = ("s_aux", "sinks", "position_bias", "head_mask", "alibi", "cache")
 
 @contextmanager
 def measure_attention(
-    model: Any, layouts: Sequence[FFNLayout], sink: Callable[[int, Tensor], None]
+    model: Any,
+    layouts: Sequence[FFNLayout | MixtureLayout],
+    sink: Callable[[int, Tensor], None],
 ) -> Iterator[None]:
     """Within the context every forward pass reports its attention entropies.
 

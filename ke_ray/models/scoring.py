@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from ke_ray.core.measures import Evaluation, check_measures, evaluate, required_sums
 from ke_ray.core.statistics import GroupSums
@@ -130,13 +131,22 @@ def score_instances(
     target = torch.device(device) if device is not None else _device_of(model)
     if batch_size < 1:
         raise DataError(f"batch_size is {batch_size}; expected at least 1")
+    names = required_sums(chosen)
+    d_mlp = max(layout.d_mlp for layout in layouts)
+    sizes = [layout.expert_sizes for layout in layouts]
+    expert_sizes = None
+    if set(sizes) != {(d_mlp,)}:
+        expert_sizes = pad_sequence([torch.tensor(row) for row in sizes], batch_first=True)
+        if "coefficients" in names:
+            names = (*names, "expert_load")
     sums = GroupSums.empty(
         num_instances,
-        required_sums(chosen),
+        names,
         n_layers=len(layouts),
-        d_mlp=layouts[0].d_mlp,
+        d_mlp=d_mlp,
         device=target,
         sizes=group_sizes,
+        expert_sizes=expert_sizes,
     )
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode())

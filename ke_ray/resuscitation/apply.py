@@ -12,6 +12,11 @@ gated FFN (OLMo, Llama, Gemma, …)      rows of ``up_proj`` and of its bias whe
                                        C̄'_i = u_i C̄_i exactly. The bias goes with its row
                                        because C = act(gate) · (K_i x + b_i)
 Phi-3                                  the second half of the fused ``gate_up_proj``; exact too
+mixture of experts (OLMoE, …)          the same rows of every expert, the shared one included;
+                                       the quantile is over all memories of the layer. Routing
+                                       does not see these weights, so it is as exact as in a
+                                       gated FFN. gpt-oss has C = act(gate) · (K_i x + b_i + 1)
+                                       up to a clamp: b_i + 1 is scaled
 ungated FFN (GPT-2, GPT-NeoX, Phi)     rows (columns of GPT-2's Conv1D) and bias of the first
                                        projection: the *pre-activation* becomes u_i (K_i x + b_i)
                                        exactly, the coefficient only approximately, since GELU
@@ -35,6 +40,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from ke_ray.core.entropy import entropy_nats
 from ke_ray.core.resuscitation import dead_rows, multipliers, predicted_entropy_nats, select_rows
@@ -85,6 +91,7 @@ def resuscitate(
         apply_attention_temperature(model, settings.factor)
         return ResuscitationRecord()
     mean = torch.from_numpy(coefficients.values)
+    widths = [layout.d_mlp for layout in describe(model)]
     rows = scale_memories(
         model,
         mean,
@@ -96,8 +103,8 @@ def resuscitate(
     return ResuscitationRecord(
         coefficients=redact(coefficients.source),
         coefficients_verified=coefficients.verified,
-        selected_rows=select_rows(mean, settings.ratio).sum(dim=-1).tolist(),
-        dead_rows=dead_rows(mean).sum(dim=-1).tolist(),
+        selected_rows=select_rows(mean, settings.ratio, widths).sum(dim=-1).tolist(),
+        dead_rows=dead_rows(mean, widths).sum(dim=-1).tolist(),
         entropy_nats=entropy_nats(mean.double()).tolist(),
         predicted_entropy_nats=predicted_entropy_nats(mean, rows).tolist(),
     )
@@ -134,20 +141,33 @@ def scale_memories(
             "scan of this model wrote"
         )
     rows = multipliers(
-        mean_coefficients, ratio, factor, control=control, seed=seed, up_row_norms=norms
+        mean_coefficients,
+        ratio,
+        factor,
+        control=control,
+        seed=seed,
+        up_row_norms=norms,
+        widths=[layout.d_mlp for layout in describe(model)],
     )
     apply_multipliers(model, rows)
     return rows
 
 
 def up_row_norms(model: nn.Module) -> Tensor:
-    """Euclidean norms of the memory keys, float64 [n_layers, d_mlp] on the CPU (bias left out)."""
-    return torch.stack(
-        [
-            torch.linalg.vector_norm(layout.up_weight().detach(), dim=1, dtype=torch.float64).cpu()
-            for layout in describe(model)
-        ]
-    )
+    """Euclidean norms of the memory keys, float64 [n_layers, d_mlp] on the CPU (bias left out).
+
+    Zeros stand behind the memories of a layer that is narrower than others.
+    """
+    layers = [
+        torch.cat(
+            [
+                torch.linalg.vector_norm(rows.weight.detach(), dim=1, dtype=torch.float64).cpu()
+                for rows in layout.key_rows()
+            ]
+        )
+        for layout in describe(model)
+    ]
+    return pad_sequence(layers, batch_first=True)
 
 
 @torch.no_grad()
@@ -162,18 +182,20 @@ def apply_multipliers(model: nn.Module, row_multipliers: Tensor) -> None:
         UserError: the shape is not the model's, or a multiplier is not finite.
     """
     layouts = describe(model)
-    expected = (len(layouts), layouts[0].d_mlp)
+    expected = (len(layouts), max(layout.d_mlp for layout in layouts))
     if tuple(row_multipliers.shape) != expected:
         raise UserError(
             f"multipliers have shape {tuple(row_multipliers.shape)}; this model needs {expected}"
         )
     if not bool(torch.isfinite(row_multipliers).all()):
         raise UserError("multipliers hold infinite or NaN values; nothing was changed")
-    for layout, rows in zip(layouts, row_multipliers, strict=True):
-        weight, bias = layout.up_weight(), layout.up_bias()
-        _scale(weight, rows.to(weight.device)[:, None])
-        if bias is not None:
-            _scale(bias, rows.to(bias.device))
+    for layout, multipliers_of_layer in zip(layouts, row_multipliers, strict=True):
+        keys = list(layout.key_rows())
+        used = multipliers_of_layer[: layout.d_mlp]
+        for rows, factors in zip(keys, used.split([len(r.weight) for r in keys]), strict=True):
+            _scale(rows.weight, factors.to(rows.weight.device)[:, None])
+            if rows.bias is not None:
+                _scale(rows.bias, factors.to(rows.bias.device), rows.bias_offset)
 
 
 @torch.no_grad()
@@ -212,7 +234,8 @@ def _query_parts(
         parts = [(norm.weight, entry.norm_offset)]
         bias = getattr(norm, "bias", None)
         return parts if bias is None else [*parts, (bias, 0.0)]
-    projection = attention.get_submodule(entry.query)
+    low_rank = getattr(attention, entry.low_rank_query or "", None)
+    projection = attention.get_submodule(entry.query) if low_rank is None else low_rank
     weight = projection.weight
     assert isinstance(weight, Tensor)
     if not hasattr(projection, "in_features"):  # Conv1D stores [in, out]

@@ -27,6 +27,7 @@ from ke_ray.errors import UserError
 from ke_ray.studies.scan import ScanStudy
 
 N_LAYERS, D_MLP, NUM_INSTANCES = 3, 40, 100
+EXPERTS = [10, 5, 25]  # the memories of a layer as those of three experts
 SMOOTH = [name for name, measure in MEASURES.items() if measure.is_smooth]
 
 
@@ -37,6 +38,7 @@ def _values(seed: int = 0) -> dict[str, torch.Tensor]:
         "coefficients_relu": (N_LAYERS, D_MLP),
         "attention_entropy": (N_LAYERS,),
         "next_token_entropy": (),
+        "expert_load": (N_LAYERS, len(EXPERTS)),
     }
     return {
         name: torch.rand((NUM_INSTANCES, *shape), generator=generator).double() ** 2
@@ -47,7 +49,13 @@ def _values(seed: int = 0) -> dict[str, torch.Tensor]:
 def _sums(
     values: dict[str, torch.Tensor], names: tuple[str, ...] = tuple(TABLES), batch_size: int = 16
 ) -> GroupSums:
-    sums = GroupSums.empty(NUM_INSTANCES, names, n_layers=N_LAYERS, d_mlp=D_MLP)
+    sums = GroupSums.empty(
+        NUM_INSTANCES,
+        names,
+        n_layers=N_LAYERS,
+        d_mlp=D_MLP,
+        expert_sizes=torch.tensor([EXPERTS] * N_LAYERS),
+    )
     for batch in torch.arange(NUM_INSTANCES).split(batch_size):
         sums.count(batch, torch.full((len(batch),), 7))
         for name in names:
@@ -68,8 +76,22 @@ def _direct(measure: str, values: dict[str, torch.Tensor]) -> np.ndarray:
         "gini": concentration.gini,
         "top_k_mass": lambda x: concentration.top_k_mass(x, 0.05),
         "dormant_share": lambda x: concentration.dormant_share(x, 0.9),
+        "routing_entropy": lambda x: _split_entropy(x)[0],
+        "within_expert_entropy": lambda x: _split_entropy(x)[1],
     }
     return np.asarray(functions[measure](mean).numpy())
+
+
+def _split_entropy(mean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """H(π) and Σ π_e H_e of each layer, from their definition."""
+    routing, within = [], []
+    for layer in mean:
+        parts = layer.split(EXPERTS)
+        shares = [float(part.sum() / layer.sum()) for part in parts]
+        routing.append(-sum(share * math.log(share) for share in shares))
+        inner = [-sum(p * math.log(p) for p in (part / part.sum()).tolist()) for part in parts]
+        within.append(sum(s * h for s, h in zip(shares, inner, strict=True)))
+    return torch.tensor(routing, dtype=torch.float64), torch.tensor(within, dtype=torch.float64)
 
 
 def _total(measure: str, per_layer: np.ndarray) -> float:
@@ -80,6 +102,8 @@ def _total(measure: str, per_layer: np.ndarray) -> float:
         "knowledge_entropy_relu",
         "attention_entropy",
         "effective_memories",
+        "routing_entropy",
+        "within_expert_entropy",
     }
     return float(per_layer.sum() if measure in in_sum else per_layer.mean())
 
@@ -99,11 +123,14 @@ def test_names_and_units_are_the_published_ones() -> None:
         "gini": "fraction",
         "top_k_mass": "fraction",
         "dormant_share": "fraction",
+        "routing_entropy": "nats",
+        "within_expert_entropy": "nats",
     }
 
 
-def test_all_but_the_relu_variant_are_measured_by_default() -> None:
-    assert set(MEASURES) - set(DEFAULT_MEASURES) == {"knowledge_entropy_relu"}
+def test_all_but_the_relu_variant_and_those_of_experts_are_measured_by_default() -> None:
+    others = {"knowledge_entropy_relu", "routing_entropy", "within_expert_entropy"}
+    assert set(MEASURES) - set(DEFAULT_MEASURES) == others
 
 
 @pytest.fixture
@@ -253,7 +280,7 @@ def test_one_instance_has_values_but_no_errors() -> None:
 def test_only_the_tables_that_are_needed_are_asked_for() -> None:
     assert required_sums(["knowledge_entropy", "gini", "dormant_share"]) == ("coefficients",)
     assert required_sums(["next_token_entropy"]) == ("next_token_entropy",)
-    assert set(required_sums(list(MEASURES))) == set(TABLES)
+    assert set(required_sums(list(MEASURES))) == set(TABLES) - {"expert_load"}
     values = _values()
     only = _sums(values, ("coefficients",))
     assert len(evaluate(only, ["knowledge_entropy"]).rows) == N_LAYERS + 1
@@ -307,3 +334,32 @@ def test_names_errors_and_acquisition_need_no_torch() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
     )
     assert result.stdout.strip() == "False"
+
+
+def test_layers_of_different_shapes_are_measured_as_each_alone() -> None:
+    generator = torch.Generator().manual_seed(5)
+    shapes = [[40], [8, 4], [8, 4], [40]]
+    mean = [torch.rand(sum(shape), generator=generator).double() for shape in shapes]
+    padded = torch.nn.utils.rnn.pad_sequence(mean, batch_first=True)
+    rows = [torch.tensor(shape) for shape in shapes]
+    sizes = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    names = [name for name, m in MEASURES.items() if m.needs == "coefficients"]
+
+    def evaluated(values: torch.Tensor, expert_sizes: torch.Tensor) -> Evaluation:
+        sums = GroupSums.empty(
+            1,
+            ["coefficients"],
+            n_layers=len(values),
+            d_mlp=values.shape[1],
+            expert_sizes=expert_sizes,
+        )
+        sums.count(torch.tensor([0]), torch.tensor([3]))
+        sums.add("coefficients", torch.tensor([0]), values[None])
+        return _evaluate(sums, names)
+
+    together = evaluated(padded, sizes)
+    for layer, (values, row) in enumerate(zip(mean, rows, strict=True)):
+        alone = evaluated(values[None], row[None])
+        for name in names:
+            assert together.row(name, layer).value == alone.row(name, 0).value
+    assert together.row("routing_entropy", 0).value == 0.0

@@ -27,6 +27,20 @@ BASE = {
 GROUPED = {**BASE, "num_key_value_heads": 2}
 GEMMA = {**GROUPED, "head_dim": 8}
 
+EXPERTS = {**GROUPED, "moe_intermediate_size": 12, "num_experts_per_tok": 2}
+DEEPSEEK = {
+    **EXPERTS,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 4,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,  # the first layer is dense and wider than the second
+    "routed_scaling_factor": 1.5,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 8,
+}
+
 TINY: dict[str, dict[str, Any]] = {
     "olmo": BASE,
     "olmo2": GROUPED,
@@ -67,6 +81,26 @@ TINY: dict[str, dict[str, Any]] = {
         "bos_token_id": 1,
         "eos_token_id": 2,
     },
+    "olmoe": {**EXPERTS, "intermediate_size": 12, "num_experts": 4},
+    "mixtral": {**EXPERTS, "intermediate_size": 12, "num_local_experts": 4},
+    "qwen2_moe": {**EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 20},
+    "qwen3_moe": {**EXPERTS, "num_experts": 4, "head_dim": 16, "mlp_only_layers": [0]},
+    "deepseek_v2": {
+        **DEEPSEEK,
+        "q_lora_rank": None,
+        "topk_method": "group_limited_greedy",
+        "n_group": 2,
+        "topk_group": 1,
+    },
+    "deepseek_v3": {**DEEPSEEK, "q_lora_rank": 24, "n_group": 2, "topk_group": 1},
+    "gpt_oss": {
+        **EXPERTS,
+        "intermediate_size": 12,
+        "num_local_experts": 4,
+        "head_dim": 8,
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
 }
 
 
@@ -83,6 +117,9 @@ def tiny_decoder() -> Callable[..., Any]:
         with torch.no_grad():
             for parameter in model.parameters():  # biases and norms start at 0 and 1 otherwise
                 parameter.add_(0.15 * torch.randn_like(parameter))
+            for name, buffer in model.named_buffers():
+                if name.endswith("e_score_correction_bias"):
+                    buffer.add_(0.15 * torch.randn_like(buffer))
         return model.eval()
 
     return build

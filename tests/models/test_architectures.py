@@ -15,8 +15,13 @@ ALL = [
 ]
 
 
+MIXTURES = [
+    *("olmoe", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "gpt_oss"),
+]
+
+
 def test_the_table_names_what_the_issue_asks_for():
-    assert sorted(ALL) == list(supported_model_types())
+    assert sorted(ALL + MIXTURES) == list(supported_model_types())
 
 
 @pytest.mark.parametrize("model_type", ALL)
@@ -60,16 +65,6 @@ def test_up_weight_is_a_view_of_the_memory_keys(tiny_decoder, model_type):
     hook.remove()
     moved = (seen[0] - seen[1]).abs().amax(dim=(0, 1)) > 1e-3
     assert moved.nonzero()[:, 0].tolist() == [7]
-
-
-@pytest.mark.parametrize(
-    "model_type", ["mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "gpt_oss", "deepseek_v3"]
-)
-def test_mixtures_of_experts_are_refused_from_the_config_alone(model_type):
-    from transformers import AutoConfig
-
-    with pytest.raises(UnsupportedArchitectureError, match=r"mixture of experts.*olmo2"):
-        check_config(AutoConfig.for_model(model_type))
 
 
 @pytest.mark.parametrize("model_type", ["bloom", "opt", "falcon"])
