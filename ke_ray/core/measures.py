@@ -370,24 +370,13 @@ def _means(sums: GroupSums, table: str) -> Iterator[Tensor]:
 def _layer_values(
     measure: Measure, mean: Tensor, arguments: list[float], expert_sizes: Tensor | None
 ) -> Tensor:
-    """The measure of each layer; layers of one shape together, without the zeros at their end."""
-    import torch
+    from ke_ray.core.experts import values_by_shape
 
     if not measure.needs.startswith("coefficients"):
         return measure.values(mean, *arguments)
-    if expert_sizes is None:
-        n_layers, d_mlp = mean.shape
-        expert_sizes = torch.full((n_layers, 1), d_mlp)
-    shapes = expert_sizes.unique(dim=0)
-    values = mean.new_empty(len(mean))
-    for shape in shapes:
-        sizes = [size for size in shape.tolist() if size]
-        experts = [sizes] if measure.by_expert else []
-        if len(shapes) == 1:
-            return measure.values(mean, *arguments, *experts)
-        layers = (expert_sizes == shape).all(dim=1).to(mean.device)
-        values[layers] = measure.values(mean[layers, : sum(sizes)], *arguments, *experts)
-    return values
+    if measure.by_expert:
+        return values_by_shape(measure.values, mean, expert_sizes)
+    return values_by_shape(lambda part, _: measure.values(part, *arguments), mean, expert_sizes)
 
 
 def _series(

@@ -137,7 +137,7 @@ def score_instances(
     expert_sizes = None
     if set(sizes) != {(d_mlp,)}:
         expert_sizes = pad_sequence([torch.tensor(row) for row in sizes], batch_first=True)
-        if "coefficients" in names:
+        if "coefficients" in names and expert_sizes.shape[1] > 1:
             names = (*names, "expert_load")
     sums = GroupSums.empty(
         num_instances,

@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from ke_ray import storage
+from ke_ray.core.measures import MEASURES
 from ke_ray.report import runs, series
 from ke_ray.report.charts import comparison
 from ke_ray.report.charts.continual import continual_figures
@@ -149,7 +150,8 @@ def _scan(scan: Result, prefix: str) -> dict[str, Any]:
     if not held:
         missing.append("No checkpoint has been scored yet, so there is no figure.")
     else:
-        wanted = [name for name in series.MEASURE_TITLES if name not in held]
+        # Nobody misses the measures of experts in a dense model.
+        wanted = [n for n in series.MEASURE_TITLES if n not in held and not MEASURES[n].by_expert]
         missing += [_why_missing(scan, name) for name in wanted]
         if scan.table("replicates").empty:
             missing.append("Paired errors of changes: no leave-one-out values to read.")

@@ -87,7 +87,7 @@ _ENTROPY = (
     Column("weights_sha256", "string", "canonical: equal for all layouts of the same weights"),
     Column("series", "string", "architecture and sizes; checkpoints of one make a curve"),
     Column("n_layers", "int32", "layers L"),
-    Column("d_mlp", "int32", "memories per layer; the ceiling is L · ln d_mlp"),
+    Column("d_mlp", "int32", "memories of the widest layer; the ceiling is L · ln d_mlp"),
     Column("data_sha256", "string", "fingerprint of the real token ids"),
     Column("duplicate_of", "string", "earliest checkpoint with the same weights"),
     _STATUS,
@@ -102,6 +102,18 @@ _REPLICATES = (
     Column("measure", "string", "see below"),
     Column("group", "int32", "the jackknife group that is left out"),
     Column("value", "float64", "the measure without that group"),
+)
+
+_EXPERTS = (
+    _CHECKPOINT,
+    _STEP,
+    Column("corpus", "string", "name of the corpus"),
+    Column("layer", "int32", "0 … L−1"),
+    Column("expert", "int32", "0 … E−1, and the shared expert after them; 0 in a dense layer"),
+    Column("num_memories", "int32", "memories of the expert; C̄ˡ has them in this order"),
+    Column("load", "float64", "share of tokens routed to the expert; 1 where all are", "fraction"),
+    Column("mass", "float64", "π_e, its share of ΣC̄ˡ", "fraction"),
+    Column("entropy_nats", "float64", "H_e; null where no token was routed to it", "nats"),
 )
 
 _RESUSCITATION = (
@@ -301,6 +313,7 @@ _SETTINGS = (
 TABLES: Mapping[str, tuple[Column, ...]] = {
     "entropy": _ENTROPY,
     "replicates": _REPLICATES,
+    "experts": _EXPERTS,
     "resuscitation": _RESUSCITATION,
     "train": _TRAIN,
     "runs": _RUNS,

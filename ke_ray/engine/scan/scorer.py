@@ -323,7 +323,7 @@ class CheckpointScorer:
 def _identity(model: Any) -> dict[str, Any]:
     """What tells a model's series from others: architecture and sizes, from the model itself."""
     config, layers = model.config, describe(model)
-    n_layers, d_mlp = len(layers), layers[0].d_mlp
+    n_layers, d_mlp = len(layers), max(layer.d_mlp for layer in layers)
     series = series_label(config.model_type, n_layers, config.hidden_size, d_mlp)
     return {"series": series, "n_layers": n_layers, "d_mlp": d_mlp}
 
