@@ -90,11 +90,14 @@ def entropy(values: list[float]) -> float:
 
 
 def brute_force(model_type: str, model: Any, rows: list[list[int]]) -> list[dict[str, Any]]:
-    """Per layer: C̄ by expert (and its ReLU variant), and the share of tokens of each expert."""
+    """Per layer: C̄ by expert, its ReLU variant, the tokens' share of each, attention entropy."""
     model = copy.deepcopy(model).double().requires_grad_(False)
     model.set_experts_implementation("eager")
+    model.set_attn_implementation("eager")
     blocks = [layer.mlp for layer in model.model.layers]
-    layers: list[dict[str, Any]] = [{"c": {}, "relu": {}, "load": {}} for _ in blocks]
+    layers: list[dict[str, Any]] = [
+        {"c": {}, "relu": {}, "load": {}, "attention": 0.0} for _ in blocks
+    ]
     for row in rows:
         inputs: list[torch.Tensor] = []
         hooks = [
@@ -102,10 +105,13 @@ def brute_force(model_type: str, model: Any, rows: list[list[int]]) -> list[dict
             for b in blocks
         ]
         with torch.no_grad():
-            model(torch.tensor([row]), use_cache=False)
+            out = model(torch.tensor([row]), use_cache=False, output_attentions=True)
         for hook in hooks:
             hook.remove()
         share = 1 / (len(rows) * len(row))
+        for sums, rows_of_heads in zip(layers, out.attentions, strict=True):
+            p = rows_of_heads[0].double()  # [heads, T, T]
+            sums["attention"] += float(torch.special.entr(p).sum()) * share / len(p)
         for block, sums, tokens in zip(blocks, layers, inputs, strict=True):
             for x in tokens:
                 drawn = []  # (expert, weight, C, ReLU variant)
@@ -145,8 +151,10 @@ def test_measures_and_load_of_a_mixture_equal_the_definition(tiny_decoder, model
     model = tiny_decoder(model_type)
     rows, ids, mask = example()
     ids, lengths = compact(ids, mask)
-    scored = score_instances(model, ids, lengths, measures=MEASURES, num_instances=4, batch_size=3)
-    got, load = evaluate(scored, MEASURES), scored.mean("expert_load")
+    # The sinks of gpt-oss have no place in the definition of attention entropy.
+    measures = MEASURES if model_type == "gpt_oss" else (*MEASURES, "attention_entropy")
+    scored = score_instances(model, ids, lengths, measures=measures, num_instances=4, batch_size=3)
+    got, load = evaluate(scored, measures), scored.mean("expert_load")
     for layer, sums in enumerate(brute_force(model_type, model, rows)):
         masses = [float(c.sum()) for c in sums["c"].values()]
         routing = entropy(masses)
@@ -164,6 +172,8 @@ def test_measures_and_load_of_a_mixture_equal_the_definition(tiny_decoder, model
             "gini": float(differences / (2 * len(vector) ** 2 * vector.mean())),
             "dormant_share": float((vector <= 0.1 * vector.mean()).double().mean()),
         }
+        if "attention_entropy" in measures:
+            expected["attention_entropy"] = sums["attention"]
         assert expected["knowledge_entropy"] == pytest.approx(routing + within, abs=1e-12)
         for measure, value in expected.items():
             assert got.row(measure, layer).value == pytest.approx(value, abs=1e-5), measure
