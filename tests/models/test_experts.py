@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ke_ray.core.experts import expert_entropies, expert_masses
 from ke_ray.core.measures import evaluate
@@ -221,6 +222,43 @@ def test_ids_in_the_padding_are_not_routed(tiny_decoder):
     for table in ("coefficients", "expert_load"):
         assert torch.equal(values[0].tables[table], values[1].tables[table])
     assert float(values[0].mean("expert_load")[0].sum()) == pytest.approx(2.0)
+
+
+class LargestTensor(TorchDispatchMode):
+    """The largest number of elements that an operation returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and not tensor._is_view():
+                self.num_elements = max(self.num_elements, tensor.numel())
+        return result
+
+
+def test_no_tensor_has_the_coefficients_of_all_experts_for_all_tokens(tiny_decoder):
+    model = tiny_decoder("olmoe", num_experts=16, intermediate_size=64)
+    ids = torch.randint(3, 97, (2, 64), generator=torch.Generator().manual_seed(2))
+    with LargestTensor() as largest:
+        score_model(model, ids, measures=("knowledge_entropy", "knowledge_entropy_relu"))
+    num_tokens, d_expert = 128, 64
+    assert largest.num_elements <= num_tokens * 2 * d_expert  # gate and up, were all routed there
+
+
+@pytest.mark.parametrize("model_type", MIXTURES)
+def test_knowledge_entropy_alone_ends_before_the_last_second_projections(tiny_decoder, model_type):
+    model = tiny_decoder(model_type)
+    ids = torch.tensor([[3, 4, 5, 6]])
+    expected = score_model(model, ids).row("knowledge_entropy").value
+    for name, parameter in model.model.layers[1].mlp.named_parameters():
+        if "down_proj" in name:
+            parameter.data.fill_(torch.nan)
+    assert score_model(model, ids).row("knowledge_entropy").value == expected
+    beside = score_model(model, ids, measures=("knowledge_entropy", "next_token_entropy"))
+    assert math.isnan(beside.row("next_token_entropy").value)
 
 
 @pytest.mark.parametrize("model_type", MIXTURES)
