@@ -88,10 +88,13 @@ def _fields_at(model: type[BaseModel], path: Sequence[Any]) -> list[str]:
             continue
         options = [field.annotation, *getattr(field.annotation, "__args__", ())]
         options += [a for o in options for a in getattr(o, "__args__", ())]
-        current = next(
-            (o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None
-        )
-    return sorted(getattr(current, "model_fields", {}))
+        current = next((o for o in options if isinstance(o, type) and _keys_of(o)), None)
+    return sorted(_keys_of(current))
+
+
+def _keys_of(schema: Any) -> Mapping[str, Any]:
+    """The fields of a model or of a dataclass; empty for anything else."""
+    return getattr(schema, "model_fields", None) or getattr(schema, "__dataclass_fields__", {})
 
 
 def describe_problems(error: ValidationError, model: type[BaseModel]) -> str:
@@ -100,7 +103,7 @@ def describe_problems(error: ValidationError, model: type[BaseModel]) -> str:
     for item in error.errors()[:5]:
         path = [part for part in item["loc"] if not str(part).startswith("function-")]
         name = f"{'.'.join(str(part) for part in path):.100}"
-        if item["type"] == "extra_forbidden":
+        if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             valid = _fields_at(model, path[:-1])
             hint = nearest(str(path[-1]), valid)
             listing = f" Valid keys: {', '.join(valid)}." if valid and not hint else ""

@@ -12,6 +12,8 @@ from rich.table import Table
 
 from ke_ray.checkpoints.find.catalog import find_checkpoints
 from ke_ray.checkpoints.find.series import stage_label
+from ke_ray.checkpoints.reference import CheckpointRef
+from ke_ray.cli.options import ArchitectureFile
 from ke_ray.secrets import redact
 
 Spec = Annotated[
@@ -37,11 +39,21 @@ def checkpoints(
     every: Every = None,
     limit: Limit = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_explained: Annotated[
+        bool,
+        typer.Option(
+            "--explain", help="Show where the first checkpoint's model keeps what is measured."
+        ),
+    ] = False,
+    architecture: ArchitectureFile = None,
 ) -> None:
     """List the checkpoints that SPEC names, with step, size and duplicates."""
 
     listing = find_checkpoints(spec, revisions=revisions, steps=steps, every=every, limit=limit)
     refs = listing.checkpoints
+    if as_explained:
+        _explain(refs[0], architecture)
+        return
     if as_json:
         for note in listing.notes:
             typer.echo(f"note: {note}", err=True)
@@ -77,6 +89,18 @@ def checkpoints(
     )
     for note in listing.notes:
         console.print(f"note: {note}", markup=False, highlight=False)
+
+
+def _explain(ref: CheckpointRef, architecture: str | None) -> None:
+    from ke_ray.models.architectures import use_description
+    from ke_ray.models.configuration import read_any_config
+    from ke_ray.models.explain import explain
+    from ke_ray.studies.architecture import read_architecture
+
+    if architecture is not None:
+        use_description(read_architecture(architecture))
+    for line in [ref.label, *explain(read_any_config(ref))]:
+        typer.echo(line)
 
 
 def register(app: typer.Typer) -> None:

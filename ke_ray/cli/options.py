@@ -23,6 +23,12 @@ MlflowUri = Annotated[
     str | None, typer.Option("--mlflow-uri", help="Default: MLFLOW_TRACKING_URI, else SQLite.")
 ]
 NoMlflow = Annotated[bool, typer.Option("--no-mlflow", help="Do not log to MLflow.")]
+ArchitectureFile = Annotated[
+    str | None,
+    typer.Option(
+        "--architecture", metavar="FILE", help="YAML description of a decoder unknown to ke_ray."
+    ),
+]
 Resuscitate = Annotated[
     str | None,
     typer.Option(

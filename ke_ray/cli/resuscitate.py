@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from ke_ray.cli.checkpoints import Revisions
+from ke_ray.cli.options import ArchitectureFile
 from ke_ray.errors import ConfigError
 from ke_ray.studies.parts import EvaluationText
 
@@ -41,12 +42,17 @@ def resuscitate(
     ] = None,
     tokenizer: Annotated[str | None, typer.Option(help="Default: the checkpoint's.")] = None,
     revisions: Revisions = None,
+    architecture: ArchitectureFile = None,
     cache_dir: Annotated[str | None, typer.Option(help="Folder for fetched checkpoints.")] = None,
 ) -> None:
     """Scale the weights of the least used memories (Algorithm 1), or a control of it."""
     from ke_ray.data.corpus import parse_data_option
+    from ke_ray.models.architectures import use_description
     from ke_ray.resuscitation.export import check_request, single_checkpoint, write_resuscitated
+    from ke_ray.studies.architecture import read_architecture
 
+    if architecture is not None:
+        use_description(read_architecture(architecture))
     if layout not in ("hf", "native"):
         raise ConfigError(f"--layout is {layout!r}; expected 'hf' or 'native'.")
     settings = check_request(

@@ -9,6 +9,7 @@ import typer
 
 from ke_ray.cli.checkpoints import Every, Limit, Revisions, Steps
 from ke_ray.cli.options import (
+    ArchitectureFile,
     DryRun,
     MlflowUri,
     NoMlflow,
@@ -58,6 +59,7 @@ def scan(
     cache_dir: Annotated[str | None, typer.Option(help="Where fetched checkpoints lie.")] = None,
     cache_bytes: Annotated[int | None, typer.Option(min=1, help="Its disk budget.")] = None,
     resuscitate: Resuscitate = None,
+    architecture: ArchitectureFile = None,
     output: Output = None,
     mlflow_uri: MlflowUri = None,
     no_mlflow: NoMlflow = False,
@@ -87,6 +89,7 @@ def scan(
         "cache_dir": cache_dir,
         "cache_bytes": cache_bytes,
         "resuscitation": parse_resuscitate(resuscitate) if resuscitate is not None else None,
+        "architecture": architecture,
         "output": output,
         "mlflow.uri": mlflow_uri,
         "mlflow.enabled": False if no_mlflow else None,

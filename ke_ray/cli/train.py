@@ -9,6 +9,7 @@ import typer
 import yaml
 
 from ke_ray.cli.options import (
+    ArchitectureFile,
     DryRun,
     MlflowUri,
     NoMlflow,
@@ -93,6 +94,7 @@ def continual(
     study: Study,
     output: Output = None,
     resuscitate: Resuscitate = None,
+    architecture: ArchitectureFile = None,
     mlflow_uri: MlflowUri = None,
     no_mlflow: NoMlflow = False,
     overrides: Set = None,
@@ -100,7 +102,7 @@ def continual(
 ) -> None:
     """Train on from checkpoints while facts are injected; measure acquisition and forgetting."""
 
-    options = given(output, mlflow_uri, no_mlflow)
+    options = given(output, mlflow_uri, no_mlflow) | {"architecture": architecture}
     if resuscitate is not None:
         options["resuscitation"] = parse_resuscitate(resuscitate)
     loaded = read_study(study, ContinualStudy, options, overrides, "ke-ray continual")

@@ -143,6 +143,20 @@ def rows_entropy(
     return entropy.clamp_min_(0.0), output
 
 
+def probabilities_entropy(probabilities: Tensor, *, rows: int = _ROWS) -> Tensor:
+    """Entropy of attention rows that are given, ``rows`` of them at a time.
+
+    Args:
+        probabilities: [batch, heads, T, S], softmax(s); any float dtype.
+
+    Returns:
+        float32 (float64 for float64 inputs) [batch, heads, T], nats.
+    """
+    dtype = torch.float64 if probabilities.dtype == torch.float64 else torch.float32
+    parts = probabilities.split(rows, dim=2)
+    return torch.cat([torch.special.entr(part.to(dtype)).sum(dim=-1) for part in parts], dim=2)
+
+
 def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
 

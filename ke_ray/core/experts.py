@@ -24,7 +24,7 @@ for knowledge entropy.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -65,26 +65,3 @@ def within_expert_entropy(mean_coefficients: Tensor, sizes: Sequence[int]) -> Te
     weighted = shares * expert_entropies(mean_coefficients, sizes)
     within = torch.where(shares == 0.0, 0.0, weighted).sum(dim=-1)
     return torch.where(torch.isfinite(entropy_nats(mean_coefficients)), within, torch.nan)
-
-
-def values_by_shape(
-    function: Callable[[Tensor, list[int]], Tensor], mean: Tensor, expert_sizes: Tensor | None
-) -> Tensor:
-    """A function of layers of one shape, applied to layers of any shapes.
-
-    Args:
-        function: from [k, width] and the sizes of the experts of all k layers, to [k].
-        mean: [n_layers, d_mlp] with zeros behind the memories of narrower layers, which the
-            function does not see.
-        expert_sizes: int64 [n_layers, n_experts], 0 where a layer has fewer experts; None: one
-            expert of d_mlp memories in every layer.
-    """
-    if expert_sizes is None:
-        return function(mean, [mean.shape[-1]])
-    shapes = expert_sizes.unique(dim=0)
-    values = mean.new_empty(len(mean))
-    for shape in shapes:
-        sizes = [size for size in shape.tolist() if size]
-        layers = (expert_sizes == shape).all(dim=1).to(mean.device)
-        values[layers] = function(mean[layers, : sum(sizes)], sizes)
-    return values

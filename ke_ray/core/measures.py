@@ -29,6 +29,7 @@ from ke_ray.errors import UserError, nearest
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ke_ray.core.layers import Layers
     from ke_ray.core.statistics import GroupSums
 
 MEASURE_VERSION = 1
@@ -222,9 +223,12 @@ def register(measure: Measure) -> None:
 
 @dataclass(frozen=True)
 class MeasureRow:
-    """One value: a measure at a layer, or its total (layer None).
+    """One value: a measure at a layer, or its total over the layers that have one (layer None).
 
-    `stderr` is NaN where there is none: of one instance, and of a measure that is not smooth.
+    Attributes:
+        value: NaN where the measure has no meaning at the layer, and `reason` says why.
+        stderr: NaN where there is none: of one instance, and of a measure that is not smooth.
+        d_mlp: memories of the layer; of a total, of every layer, None where they differ.
     """
 
     layer: int | None
@@ -232,6 +236,8 @@ class MeasureRow:
     value: float
     stderr: float
     unit: str
+    d_mlp: int | None = None
+    reason: str | None = None
 
 
 @dataclass(frozen=True)
@@ -275,8 +281,8 @@ class Evaluation:
         )
 
     def is_finite(self) -> bool:
-        """Whether every value is a finite number (errors may be NaN)."""
-        return all(np.isfinite(row.value) for row in self.rows)
+        """Whether every value that has a meaning is a finite number (errors may be NaN)."""
+        return all(np.isfinite(row.value) for row in self.rows if row.reason is None)
 
 
 def check_measures(names: str | Sequence[str]) -> tuple[str, ...]:
@@ -345,19 +351,25 @@ def evaluate(
                 if number > 0 and not measure.is_smooth:
                     continue
                 arguments = [parameters[measure.parameter]] if measure.parameter else []
-                by_layer = _layer_values(measure, mean, arguments, sums.expert_sizes)
-                columns[measure.name].append(by_layer.cpu().numpy())
+                values = sums.layers.per_layer(
+                    table, mean, measure.values, *arguments, by_expert=measure.by_expert
+                )
+                columns[measure.name].append(values.cpu().numpy())
     counts = sums.counts.numpy().copy()
     rows: list[MeasureRow] = []
     replicates: dict[tuple[int | None, str], npt.NDArray[np.float64]] = {}
     for name in requested:
-        values = np.stack(columns[name], axis=-1)  # [n_layers, 1 + G], or [1 + G] without layers
-        for layer, series in _series(values, MEASURES[name].total):
+        measure = MEASURES[name]
+        series = np.stack(columns[name], axis=-1)  # [n_layers, 1 + G], or [1 + G] without layers
+        for layer, (value, *left_out) in _series(series, measure, sums.layers):
+            absence = sums.layers.absence(measure.needs, layer)
             error = np.nan
-            if MEASURES[name].is_smooth:
-                error = float(standard_error(series[0], series[1:], counts))
-                replicates[(layer, name)] = series[1:].copy()
-            rows.append(MeasureRow(layer, name, float(series[0]), error, MEASURES[name].unit))
+            if measure.is_smooth and not absence:
+                error = float(standard_error(value, left_out, counts))
+                replicates[(layer, name)] = np.array(left_out)
+            d_mlp = sums.layers.common_d_mlp if layer is None else sums.layers.d_mlp[layer]
+            reason = absence.reason or None
+            rows.append(MeasureRow(layer, name, float(value), error, measure.unit, d_mlp, reason))
     return Evaluation(tuple(rows), replicates, counts, sums.total_instances, sums.total_tokens)
 
 
@@ -367,27 +379,21 @@ def _means(sums: GroupSums, table: str) -> Iterator[Tensor]:
     yield from sums.leave_one_out(table)
 
 
-def _layer_values(
-    measure: Measure, mean: Tensor, arguments: list[float], expert_sizes: Tensor | None
-) -> Tensor:
-    from ke_ray.core.experts import values_by_shape
-
-    if not measure.needs.startswith("coefficients"):
-        return measure.values(mean, *arguments)
-    if measure.by_expert:
-        return values_by_shape(measure.values, mean, expert_sizes)
-    return values_by_shape(lambda part, _: measure.values(part, *arguments), mean, expert_sizes)
-
-
 def _series(
-    values: npt.NDArray[np.float64], total: str
+    values: npt.NDArray[np.float64], measure: Measure, layers: Layers
 ) -> Iterator[tuple[int | None, npt.NDArray[np.float64]]]:
-    """(layer, [1 + G]) for every layer, then for the total."""
-    if total == "only":
+    """(layer, [1 + G]) for every layer, then for the total over the layers that have a value."""
+    if measure.total == "only":
         yield None, values
         return
     yield from enumerate(values)
-    yield None, values.sum(axis=0) if total == "sum" else values.mean(axis=0)
+    present = [i for i in range(len(values)) if not layers.absence(measure.needs, i)]
+    if not present:
+        yield None, np.full(values.shape[1], np.nan)
+    elif measure.total == "sum":
+        yield None, values[present].sum(axis=0)
+    else:
+        yield None, values[present].mean(axis=0)
 
 
 def _checked_parameters(top_k_fraction: float, dormant_threshold: float) -> dict[str, float]:

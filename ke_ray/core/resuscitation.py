@@ -8,12 +8,11 @@
 Source: Algorithm 1 of arXiv 2410.01380. C̄ may have any scale: only ratios within a layer enter.
 
     symbol   meaning
-    C̄ˡ_i     mean absolute coefficient of memory i in layer l, [n_layers, m] with m = d_mlp
+    C̄ˡ_i     mean absolute coefficient of memory i in layer l, [n_layers, m] with m = d_mlp of the
+             widest layer; NaN beyond the memories of a narrower one
     p        resuscitation ratio, in (0, 1]
     q        amplifying factor, above 0
     K        up projection, [m, d_model]: `up_proj`; the first m rows of OLMo's fused `ff_proj`
-    widths   m of each layer, where layers differ (a mixture of experts with dense layers); C̄ then
-             has zeros behind the memories of narrower layers, which are neither selected nor scaled
 
 What the scaling does. In a gated FFN without biases the coefficient is f(gate(x)) · K_i x, linear
 in row i, so with the layer's inputs held fixed C̄'_i = u_i C̄_i, that is q · mean(C̄) on idx: exact in
@@ -37,7 +36,6 @@ Departures, each only where the algorithm leaves a number undefined:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Literal, get_args
 
 import numpy as np
@@ -72,32 +70,30 @@ def check_parameters(ratio: float, factor: float, control: str | None = None) ->
         )
 
 
-def select_rows(
-    mean_coefficients: Tensor, ratio: float, widths: Sequence[int] | None = None
-) -> Tensor:
+def select_rows(mean_coefficients: Tensor, ratio: float) -> Tensor:
     """Rows at or below the `ratio`-quantile of their layer's coefficients.
 
     Args:
         mean_coefficients: C̄ [n_layers, m], non-negative, any real dtype and scale.
         ratio: p in (0, 1].
-        widths: [n_layers], at most m; None: all are m.
 
     Returns:
-        bool [n_layers, m]; floor(p (m − 1)) + 1 rows are true in each layer, more only where
-        coefficients tie with the threshold.
+        bool [n_layers, m]; floor(p (m − 1)) + 1 rows are true in each layer, with m its own
+        memories, more only where coefficients tie with the threshold.
 
     Raises:
         UserError: the ratio is out of range, or C̄ is not a finite, non-negative matrix.
     """
     check_parameters(ratio, 1.0)
     coefficients = _checked(mean_coefficients)
-    sizes = _sizes(coefficients, widths)
-    memories = coefficients.masked_fill(~_is_memory(coefficients, sizes), torch.inf)
-    position = (ratio * (sizes - 1)).floor().to(torch.int64)
-    return memories <= memories.sort(dim=-1).values.gather(-1, position)
+    ascending = coefficients.sort(dim=-1).values  # NaN, where a layer has no memory, comes last
+    last = [math.floor(ratio * max(own - 1, 0)) for own in _num_memories(coefficients).tolist()]
+    return coefficients <= ascending.gather(
+        -1, torch.tensor(last, device=ascending.device)[:, None]
+    )
 
 
-def dead_rows(mean_coefficients: Tensor, widths: Sequence[int] | None = None) -> Tensor:
+def dead_rows(mean_coefficients: Tensor) -> Tensor:
     """Memories whose coefficient is zero for this purpose: C̄_i ≤ 1e-12 · mean(C̄).
 
     Returns:
@@ -107,9 +103,7 @@ def dead_rows(mean_coefficients: Tensor, widths: Sequence[int] | None = None) ->
         UserError: C̄ is not a finite, non-negative matrix.
     """
     coefficients = _checked(mean_coefficients)
-    sizes = _sizes(coefficients, widths)
-    mean = coefficients.sum(dim=-1, keepdim=True) / sizes
-    return _is_memory(coefficients, sizes) & (coefficients <= DEAD_RELATIVE * mean)
+    return coefficients <= DEAD_RELATIVE * coefficients.nanmean(dim=-1, keepdim=True)
 
 
 def multipliers(
@@ -120,7 +114,6 @@ def multipliers(
     control: Control | str | None = None,
     seed: int = 0,
     up_row_norms: Tensor | None = None,
-    widths: Sequence[int] | None = None,
 ) -> Tensor:
     """The factor for every row of every layer's up projection.
 
@@ -147,9 +140,8 @@ def multipliers(
         factor: q above 0.
         control: None, 'random' or 'matched_norm'.
         seed: of the random control.
-        up_row_norms: ‖K_i‖ [n_layers, m], the Euclidean norms of the up projection's rows; needed
-            by 'matched_norm' only.
-        widths: as `select_rows`.
+        up_row_norms: ‖K_i‖ [n_layers, m], the Euclidean norms of the up projection's rows, 0 where
+            there is none; needed by 'matched_norm' only.
 
     Returns:
         float64 [n_layers, m] on the input's device, finite and above 0; 1 where nothing changes.
@@ -160,17 +152,16 @@ def multipliers(
     """
     check_parameters(ratio, factor, control)
     coefficients = _checked(mean_coefficients)
-    selected = select_rows(coefficients, ratio, widths)
-    scaled = selected & ~dead_rows(coefficients, widths)
-    sizes = _sizes(coefficients, widths)
-    mean = coefficients.sum(dim=-1, keepdim=True) / sizes
+    scaled = select_rows(coefficients, ratio) & ~dead_rows(coefficients)
+    mean = coefficients.nanmean(dim=-1, keepdim=True)
     # The inner `where` keeps 0/0 out of the rows that are not scaled.
     raised = factor * (mean / torch.where(scaled, coefficients, 1.0))
     result = torch.where(scaled, raised, 1.0)
     if control == "random":
-        return _shuffled(result, selected, sizes.flatten().tolist(), seed)
+        selected = select_rows(coefficients, ratio)
+        return _shuffled(result, selected, _num_memories(coefficients).tolist(), seed)
     if control == "matched_norm":
-        return _matched_norm(result, up_row_norms)
+        return torch.where(coefficients.isnan(), 1.0, _matched_norm(result, up_row_norms))
     return result
 
 
@@ -206,7 +197,7 @@ def predicted_entropy_nats(mean_coefficients: Tensor, row_multipliers: Tensor) -
     Raises:
         UserError, ValueError: as `predicted_coefficients`.
     """
-    return entropy_nats(predicted_coefficients(mean_coefficients, row_multipliers))
+    return entropy_nats(predicted_coefficients(mean_coefficients, row_multipliers).nan_to_num())
 
 
 def _checked(mean_coefficients: Tensor) -> Tensor:
@@ -217,7 +208,9 @@ def _checked(mean_coefficients: Tensor) -> Tensor:
             "[n_layers, d_mlp], as a scan writes them."
         )
     coefficients = mean_coefficients.detach().to(torch.float64)
-    bad = ~torch.isfinite(coefficients) | (coefficients < 0.0)
+    beyond = torch.arange(coefficients.shape[1], device=coefficients.device)
+    is_memory = beyond < _num_memories(coefficients)[:, None]
+    bad = is_memory & (~torch.isfinite(coefficients) | (coefficients < 0.0))
     if bool(bad.any()):
         layer = int(bad.any(dim=-1).nonzero()[0])
         raise UserError(
@@ -227,24 +220,20 @@ def _checked(mean_coefficients: Tensor) -> Tensor:
     return coefficients
 
 
-def _sizes(coefficients: Tensor, widths: Sequence[int] | None) -> Tensor:
-    """Memories of each layer, float64 [n_layers, 1]."""
-    sizes = [coefficients.shape[-1]] * len(coefficients) if widths is None else widths
-    return torch.tensor(sizes, dtype=torch.float64, device=coefficients.device)[:, None]
+def _num_memories(coefficients: Tensor) -> Tensor:
+    """Memories of each layer: what stands before the NaN at its end."""
+    columns = torch.arange(1, coefficients.shape[1] + 1, device=coefficients.device)
+    return torch.where(coefficients.isnan(), 0, columns).amax(dim=-1)
 
 
-def _is_memory(coefficients: Tensor, sizes: Tensor) -> Tensor:
-    return torch.arange(coefficients.shape[-1], device=coefficients.device) < sizes
-
-
-def _shuffled(result: Tensor, selected: Tensor, sizes: list[float], seed: int) -> Tensor:
+def _shuffled(result: Tensor, selected: Tensor, num_memories: list[int], seed: int) -> Tensor:
     """The selected rows' multipliers on other rows, chosen at random in each layer."""
     values, is_selected = result.cpu().numpy(), selected.cpu().numpy()
     shuffled = np.ones_like(values)
     for layer in range(values.shape[0]):
         generator = np.random.Generator(np.random.PCG64([seed, layer]))
         amounts = generator.permutation(values[layer, is_selected[layer]])
-        rows = generator.permutation(int(sizes[layer]))[: amounts.size]
+        rows = generator.permutation(num_memories[layer])[: amounts.size]
         shuffled[layer, rows] = amounts
     return torch.from_numpy(shuffled).to(result.device)
 

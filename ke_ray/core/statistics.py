@@ -9,9 +9,8 @@ from the merged sums. Sums and counts are kept apart and divided once, at the en
     N             instances of the dataset D, `num_instances`
     G             jackknife groups, contiguous in D, min(64, N) equal ones unless sizes are given
     n_layers      decoder layers
-    d_mlp         memories (coefficients) of one layer; of a mixture, those of all its experts
-    n_experts     experts of one layer, shared ones included
-                  (narrower layers, and those with fewer experts, have zeros at the end)
+    d_mlp         memories (coefficients) of one layer, of the widest where layers differ
+    n_experts     experts of one layer, shared ones included, of the layer with the most
 
     table               shape               sum over instances of the token mean of
     coefficients        [G, n_layers, d_mlp]  |C|
@@ -19,6 +18,8 @@ from the merged sums. Sums and counts are kept apart and divided once, at the en
     attention_entropy   [G, n_layers]         attention entropy averaged over heads (nats)
     next_token_entropy  [G]                   entropy of softmax(logits) (nats)
     expert_load         [G, n_layers, n_experts]  1 where the token is routed to the expert
+
+What lies beyond a layer's own memories, and a layer without a value, is NaN (`core.layers`).
 
 Everything is float64: the whole signal of a series is about 0.4 nats of 144, and a sum in float64
 of float32 means agrees to 1e-13 whatever the order, the batches or the split. An instance without
@@ -34,6 +35,7 @@ import torch
 from torch import Tensor
 
 from ke_ray.core.jackknife import group_sizes
+from ke_ray.core.layers import Layers
 
 TABLES: dict[str, tuple[str, ...]] = {
     "coefficients": ("n_layers", "d_mlp"),
@@ -54,15 +56,14 @@ class GroupSums:
         counts: int64 [G] instances added so far, on the CPU.
         num_tokens: int64 [G] real tokens of those instances, on the CPU.
         tables: float64 sums by name (module docstring), only those that are needed.
-        expert_sizes: int64 [n_layers, n_experts] memories of each expert, in the order of the
-            coefficients, on the CPU; None where every layer is one expert of d_mlp memories.
+        layers: what layers lack, and how many memories each has.
     """
 
     sizes: Tensor
     counts: Tensor
     num_tokens: Tensor
     tables: dict[str, Tensor]
-    expert_sizes: Tensor | None = None
+    layers: Layers
 
     @classmethod
     def empty(
@@ -70,19 +71,20 @@ class GroupSums:
         num_instances: int,
         names: Sequence[str],
         *,
-        n_layers: int,
-        d_mlp: int,
+        n_layers: int = 1,
+        d_mlp: int = 1,
+        layers: Layers | None = None,
         device: torch.device | str = "cpu",
         sizes: Sequence[int] | None = None,
-        expert_sizes: Tensor | None = None,
     ) -> GroupSums:
         """Zero sums for a dataset of `num_instances` (the whole of D, not a shard).
 
         Args:
-            sizes: instances in each group, which are contiguous; None makes equal groups.
             names: which tables to keep, of `TABLES`.
+            n_layers, d_mlp: of a model whose layers are alike.
+            layers: of any model, instead of these two.
+            sizes: instances in each group, which are contiguous; None makes equal groups.
             device: where the tables are kept; counts stay on the CPU.
-            expert_sizes: int64 [n_layers, n_experts], of a mixture of experts.
 
         Raises:
             ValueError: an unknown table, or a size below 1.
@@ -96,22 +98,33 @@ class GroupSums:
         if int(group.sum()) != num_instances or int(group.min()) < 1:
             raise ValueError(f"groups of sizes {group.tolist()} do not make {num_instances}")
         num_groups = group.numel()
-        n_experts = 1 if expert_sizes is None else expert_sizes.shape[1]
-        axes = {"n_layers": n_layers, "d_mlp": d_mlp, "n_experts": n_experts}
+        layers = layers or Layers((d_mlp,) * n_layers)
+        axes = {
+            "n_layers": len(layers.d_mlp),
+            "d_mlp": max(layers.d_mlp),
+            "n_experts": max(map(len, layers.expert_sizes)),
+        }
+        tables = {
+            name: torch.zeros(
+                (num_groups, *(axes[axis] for axis in TABLES[name])),
+                dtype=torch.float64,
+                device=device,
+            )
+            for name in TABLES
+            if name in names
+        }
+        for name, table in tables.items():
+            for layer, width in enumerate(layers.d_mlp):
+                if layers.absence(name, layer):
+                    table[:, layer] = torch.nan
+                elif "d_mlp" in TABLES[name]:
+                    table[:, layer, width:] = torch.nan
         return cls(
             sizes=group,
             counts=torch.zeros(num_groups, dtype=torch.int64),
             num_tokens=torch.zeros(num_groups, dtype=torch.int64),
-            tables={
-                name: torch.zeros(
-                    (num_groups, *(axes[axis] for axis in TABLES[name])),
-                    dtype=torch.float64,
-                    device=device,
-                )
-                for name in TABLES
-                if name in names
-            },
-            expert_sizes=expert_sizes,
+            tables=tables,
+            layers=layers,
         )
 
     @property
@@ -235,7 +248,7 @@ class GroupSums:
 
         Returns:
             `sizes` int64 [G], `groups`, `counts`, `num_tokens` int64 [K],
-            `sum.<table>` float64 [K, …] and, of a mixture, `expert_sizes`.
+            `sum.<table>` float64 [K, …], and the layers.
         """
         groups = self.counts.nonzero()[:, 0]
         flat = {
@@ -243,11 +256,10 @@ class GroupSums:
             "groups": groups,
             "counts": self.counts[groups],
             "num_tokens": self.num_tokens[groups],
+            **self.layers.to_tensors(),
         }
         for name, table in self.tables.items():
             flat[f"sum.{name}"] = table[groups.to(table.device)].cpu().contiguous()
-        if self.expert_sizes is not None:
-            flat["expert_sizes"] = self.expert_sizes
         return flat
 
     @classmethod
@@ -263,7 +275,7 @@ class GroupSums:
                 for name in TABLES
                 if f"sum.{name}" in flat
             },
-            expert_sizes=flat.get("expert_sizes"),
+            layers=Layers.from_tensors(flat),
         )
         return sums.merge_tensors(flat)
 

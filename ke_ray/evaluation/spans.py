@@ -33,7 +33,7 @@ from ke_ray.evaluation.forward import (
     read_logits,
 )
 from ke_ray.evaluation.prefix_tree import PrefixTree, Span, build_trees, plan_batches
-from ke_ray.models.architectures import supported_model_types
+from ke_ray.models.architectures import can_share_prefixes
 
 _BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
 #: What a pass costs beyond its tokens (weights read once, kernels launched), in tokens.
@@ -61,7 +61,7 @@ def _can_share(model: Any, longest: int) -> bool:
     config = model.config
     window = getattr(config, "sliding_window", None)
     return (
-        config.model_type in supported_model_types()
+        can_share_prefixes(config.model_type)
         and getattr(config, "_attn_implementation", None) in ("sdpa", "eager")
         and (window is None or longest <= window)
     )

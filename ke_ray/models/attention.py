@@ -6,6 +6,9 @@ keys (after QK-norm and rotary embedding) to ``core.attention``, then attends as
 modelling code is forked. Setting an implementation changes the model's shared config, so the
 former one is put back on the way out, also after an exception.
 
+Older modelling code (GPT-Neo, GPT-J, Falcon) does not use the interface: there the model attends
+eagerly, and the entropy is that of the rows which its attention modules return.
+
 Shared key heads are repeated, the module's own scaling and sliding window are respected.
 Soft-capped scores (Gemma-2) take the exact chunked rows; attention sinks and learned position
 biases are refused.
@@ -14,16 +17,15 @@ biases are refused.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ke_ray.core.attention import attention_entropy, rows_entropy
+from ke_ray.core.attention import attention_entropy, probabilities_entropy, rows_entropy
 from ke_ray.errors import UnsupportedArchitectureError
-from ke_ray.models.architectures import FFNLayout
-from ke_ray.models.experts import MixtureLayout
+from ke_ray.models.layout import FFNLayout
 
 IMPLEMENTATION = "ke_ray_entropy"
 _SINK = "_ke_ray_entropy_sink"
@@ -32,34 +34,63 @@ _REFUSED = ("s_aux", "sinks", "position_bias", "head_mask", "alibi", "cache")
 
 @contextmanager
 def measure_attention(
-    model: Any,
-    layouts: Sequence[FFNLayout | MixtureLayout],
-    sink: Callable[[int, Tensor], None],
+    model: Any, layouts: Sequence[FFNLayout], sink: Callable[[int, Tensor], None]
 ) -> Iterator[None]:
     """Within the context every forward pass reports its attention entropies.
 
     Args:
         model: a transformers model that ``describe`` accepts.
-        layouts: ``describe(model)``.
-        sink: called as ``sink(layer, entropy)`` before the layer's attention output is computed,
-            with entropy [batch, heads, pos], float32 (float64 for a float64 model), nats. Rows of
-            padding hold numbers too; leave them out. It may raise to end the forward pass.
+        layouts: ``describe(model)``; layers whose attention entropy has no meaning are left out.
+        sink: called as ``sink(layer, entropy)`` with entropy [batch, heads, pos], float32 (float64
+            for a float64 model), nats; before the layer's attention output is computed, or once it
+            is where the module returns its rows. Rows of padding hold numbers too; leave them
+            out. It may raise to end the forward pass.
 
     Raises:
         UnsupportedArchitectureError: from the forward pass, for scores that are more than a
             scaled product under a mask or soft-cap.
     """
+    measured = [
+        (layer, layout.attention, layout.returns_attention)
+        for layer, layout in enumerate(layouts)
+        if layout.attention is not None and not layout.no_attention_entropy
+    ]
+    if not measured:
+        yield
+        return
     _register()
     former = model.config._attn_implementation
-    for layer, layout in enumerate(layouts):
-        setattr(layout.attention, _SINK, _bound(sink, layer))
-    try:
-        model.set_attn_implementation(IMPLEMENTATION)
+    with ExitStack() as stack:
+        for layer, attention, returns in measured:
+            report = _bound(sink, layer)
+            if returns:
+                handle = attention.register_forward_hook(_reading(report))
+                stack.callback(handle.remove)
+            else:
+                setattr(attention, _SINK, report)
+                stack.callback(delattr, attention, _SINK)
+        if measured[0][2]:  # modelling code that reads the setting of the config at every call
+            stack.callback(setattr, model.config, "_attn_implementation", former)
+            model.config._attn_implementation = "eager"
+        else:
+            stack.callback(model.set_attn_implementation, former)
+            model.set_attn_implementation(IMPLEMENTATION)
         yield
-    finally:
-        model.set_attn_implementation(former)
-        for layout in layouts:
-            delattr(layout.attention, _SINK)
+
+
+def _reading(report: Callable[[Tensor], None]) -> Callable[..., None]:
+    """A hook that reports the entropy of the rows an attention module returns."""
+
+    def after(module: nn.Module, _inputs: Any, output: Any) -> None:
+        rows = output[1] if isinstance(output, tuple) and len(output) > 1 else None
+        if not isinstance(rows, Tensor) or rows.ndim != 4:
+            raise UnsupportedArchitectureError(
+                f"attention entropy of {type(module).__name__} is not measured: it does not return "
+                "its rows. Leave attention_entropy out of the measures."
+            )
+        report(probabilities_entropy(rows))
+
+    return after
 
 
 def _bound(sink: Callable[[int, Tensor], None], layer: int) -> Callable[[Tensor], None]:

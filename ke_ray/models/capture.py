@@ -15,16 +15,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ke_ray.core.coefficients import TokenMean, accumulation_dtype
 from ke_ray.core.prediction import streamed_entropy
-from ke_ray.models.architectures import FFNLayout
+from ke_ray.errors import UnsupportedArchitectureError
+from ke_ray.models.architectures import check_config
 from ke_ray.models.attention import measure_attention
-from ke_ray.models.experts import MixtureLayout, RoutedRows, measure_experts
+from ke_ray.models.experts import RoutedRows, measure_experts
+from ke_ray.models.layout import FFNLayout, layers_of
 from ke_ray.models.loading import require_head
 
 
@@ -32,29 +34,11 @@ class _Finished(Exception):  # noqa: N818 - ends a forward pass, it is no error
     """Every hook has run; the rest of the forward pass is not needed."""
 
 
-class _FFN(NamedTuple):
-    """A dense FFN: that of a layer, or the shared expert of a mixture.
-
-    ``memories`` is its part of the layer's coefficients, ``weight`` what they are multiplied by,
-    [batch, pos, 1]; ``None``: by one.
-    """
-
-    layer: int
-    layout: FFNLayout
-    memories: slice
-    weight: Callable[[], Tensor] | None = None
-    is_shared: bool = False
-
-
 class Capture:
     """Hooks on one model, and the per-instance means of the batch under way."""
 
     def __init__(
-        self,
-        model: Any,
-        layouts: Sequence[FFNLayout | MixtureLayout],
-        names: Collection[str],
-        device: torch.device,
+        self, model: Any, layouts: Sequence[FFNLayout], names: Collection[str], device: torch.device
     ) -> None:
         self.body = model.base_model
         self.model = model
@@ -69,17 +53,39 @@ class Capture:
         self.lengths: list[int] = []
         self.width = 0  # positions of the batch
         self.values: dict[str, Tensor] = {}
-        self.last_layer: set[tuple[str, bool]] = set()
-        self.gate_output: Tensor | None = None
-        self.shared_weight: Tensor | None = None
+        self.layers = layers_of(layouts)
+        self.expected = {
+            (name, layer)
+            for name in ("coefficients", "coefficients_relu", "attention_entropy")
+            if name in names
+            for layer in range(len(layouts))
+            if not self.layers.absence(name, layer)
+        }
+        for layer, layout in enumerate(layouts):
+            if layout.experts is None:
+                continue
+            for name in {"coefficients", "coefficients_relu"}.intersection(names):
+                self.expected.add((f"{name} of experts", layer))
+                if layout.second_projection is None:  # no shared expert
+                    self.expected.discard((name, layer))
+        self.unseen: set[tuple[str, int]] = set()
+        self.gate_pair: dict[str, Tensor] = {}
+        self.shared_weight: Tensor | None = None  # [batch, pos, 1]; None: one
         self.mean = TokenMean()
         self.stack = ExitStack()
 
     def __enter__(self) -> Capture:
         try:
+            for layer, layout in enumerate(self.layouts):
+                if layout.second_projection is None:
+                    continue
+                if layout.experts is not None and layout.experts.shared_gate is not None:
+                    self._hook_shared_gate(layout.experts.block, layout.experts.shared_gate)
+                if self.coefficients:
+                    self._hook_input(layer, layout.second_projection)
+                if self.relu:
+                    self._hook_relu(layer, layout)
             if self.coefficients or self.relu:
-                for layer, layout in enumerate(self.layouts):
-                    self._hook_layer(layer, layout)
                 self.stack.enter_context(measure_experts(self.model, self.layouts, self))
             if self.attention:
                 self.stack.enter_context(
@@ -96,108 +102,107 @@ class Capture:
     def run(self, batch: Tensor, lengths: list[int]) -> dict[str, Tensor]:
         """Per-instance means by table: [B, n_layers, d_mlp], [B, n_layers] or [B]."""
         self.lengths, self.width = lengths, batch.shape[1]
-        n_layers, d_mlp = len(self.layouts), max(layout.d_mlp for layout in self.layouts)
+        n_layers, d_mlp = len(self.layouts), max(self.layers.d_mlp)
         dtype = accumulation_dtype(next(self.body.parameters()).dtype)
         shape = (len(lengths), n_layers)
         self.values = {}
-        self.last_layer = set()
-        last = self.layouts[-1]
+        self.unseen = set(self.expected)
         for name, is_requested in (
             ("coefficients", self.coefficients),
             ("coefficients_relu", self.relu),
         ):
             if is_requested:
                 self.values[name] = torch.zeros((*shape, d_mlp), dtype=dtype, device=self.device)
-                self.last_layer.add((name, False))
-                if isinstance(last, MixtureLayout) and last.shared is not None:
-                    self.last_layer.add((name, True))
-        if self.load:
-            self.values["expert_load"] = self._load_of_dense(shape)
         if self.attention:
             self.values["attention_entropy"] = torch.zeros(
                 shape, dtype=torch.float64, device=self.device
             )
-            self.last_layer.add(("attention_entropy", False))
+        if self.load:
+            self.values["expert_load"] = self._load_of_unrouted(shape)
+        if not self.unseen and not self.prediction:
+            return self.values  # no layer has what was asked for
         try:
             hidden = self.body(input_ids=batch, use_cache=False).last_hidden_state
         except _Finished:
             return self.values
+        if self.unseen:
+            name, layer = min(self.unseen)
+            raise UnsupportedArchitectureError(
+                f"{name} of layer {layer} never came by: {type(self.model).__name__} does not call "
+                "the modules that its row or description names (BLOOM's slow_but_exact must be "
+                "false; an attention that does not use transformers' interface may return its "
+                "rows: returns_attention)."
+            )
         if self.head is not None:
             self.values["next_token_entropy"] = self._predict(hidden)
         return self.values
 
-    def _seen(self, name: str, layer: int, is_shared: bool = False) -> None:
-        if layer == len(self.layouts) - 1:
-            self.last_layer.discard((name, is_shared))
-            if not self.last_layer and not self.prediction:
-                raise _Finished
+    def _seen(self, name: str, layer: int) -> None:
+        self.unseen.discard((name, layer))
+        if not self.unseen and not self.prediction:
+            raise _Finished
 
-    def _hook_layer(self, layer: int, layout: FFNLayout | MixtureLayout) -> None:
-        ffn = None
-        if isinstance(layout, FFNLayout):
-            ffn = _FFN(layer, layout, slice(0, layout.d_mlp))
-        elif layout.shared is not None:
-            memories = slice(sum(layout.routed_sizes), layout.d_mlp)
-            gate = layout.shared_gate
-            weight = None if gate is None else self._hook_shared_gate(layout.ffn, gate)
-            ffn = _FFN(layer, layout.shared, memories, weight, is_shared=True)
-        if ffn is not None and self.coefficients:
-            self._hook_input(ffn)
-        if ffn is not None and self.relu:
-            self._hook_relu(ffn)
+    def _add(self, name: str, layer: int, means: Iterator[tuple[int, Tensor]]) -> None:
+        last = self.layouts[layer].d_mlp  # behind the routed experts, in a mixture
+        for n, mean in means:
+            self.values[name][n, layer, last - mean.numel() : last] = mean
+        self._seen(name, layer)
 
-    def _hook_shared_gate(self, block: nn.Module, gate: nn.Module) -> Callable[[], Tensor]:
+    def _hook_shared_gate(self, block: nn.Module, gate: nn.Module) -> None:
         """The weight of a shared expert, computed before the block that uses it later."""
 
         def before(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
             self.shared_weight = torch.sigmoid(gate(inputs[0]))
 
-        def weight() -> Tensor:
-            assert self.shared_weight is not None
-            return self.shared_weight
-
         self._keep(block.register_forward_pre_hook(before))
-        return weight
 
-    def _hook_input(self, ffn: _FFN) -> None:
+    def _hook_input(self, layer: int, projection: nn.Module) -> None:
         def before(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            for n, (rows,) in self._instances(*self._weighted(ffn, inputs[0])):
-                target = self.values["coefficients"][n, ffn.layer, ffn.memories]
-                target.copy_(self.mean.magnitude(rows))
-            self._seen("coefficients", ffn.layer, ffn.is_shared)
+            rows = self._instances(self._weighted(layer, inputs[0]))
+            self._add("coefficients", layer, ((n, self.mean.magnitude(own)) for n, (own,) in rows))
 
-        self._keep(ffn.layout.second_projection.register_forward_pre_hook(before))
+        self._keep(projection.register_forward_pre_hook(before))
 
-    def _hook_relu(self, ffn: _FFN) -> None:
+    def _hook_relu(self, layer: int, layout: FFNLayout) -> None:
         """|ReLU(gate's pre-activation) · up|, or ReLU(pre-activation) of an ungated FFN."""
-        layout = ffn.layout
+
+        def finish(*pair: Tensor) -> None:
+            rows = self._instances(*pair[:-1], self._weighted(layer, pair[-1]))
+            self._add("coefficients_relu", layer, ((n, self.mean.rectified(*r)) for n, r in rows))
+
+        def of_pair(part: str, values: Tensor) -> None:
+            self.gate_pair[part] = values  # gone as soon as the other has run
+            if len(self.gate_pair) == 2:
+                finish(self.gate_pair.pop("gate"), self.gate_pair.pop("up"))
 
         def after_gate(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-            self.gate_output = output  # gone as soon as `up` has run
+            of_pair("gate", output)
+
+        def before_activation(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            of_pair("gate", inputs[0])
 
         def after_up(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-            gate, up = self.gate_output, output
-            self.gate_output = None
             if layout.fused == "gate_up":
-                gate, up = output.chunk(2, dim=-1)
-            pair = (gate, up) if layout.gated else (up,)
-            for n, rows in self._instances(*self._weighted(ffn, *pair)):
-                target = self.values["coefficients_relu"][n, ffn.layer, ffn.memories]
-                target.copy_(self.mean.rectified(*rows))
-            self._seen("coefficients_relu", ffn.layer, ffn.is_shared)
+                finish(*output.chunk(2, dim=-1))
+            elif layout.gated:
+                of_pair("up", output)
+            else:
+                finish(output)
 
-        if layout.gate is not None and layout.fused is None:
-            self._keep(layout.gate.register_forward_hook(after_gate))
+        assert layout.up is not None
         self._keep(layout.up.register_forward_hook(after_up))
+        if layout.pre_activation is not None:
+            self._keep(layout.pre_activation.register_forward_pre_hook(before_activation))
+        elif layout.gate is not None and layout.fused is None:
+            self._keep(layout.gate.register_forward_hook(after_gate))
 
-    def _weighted(self, ffn: _FFN, *factors: Tensor | None) -> Iterator[Tensor | None]:
-        """Factors of the coefficients, [batch, pos, …], the last one with the expert's weight."""
-        for number, factor in enumerate(factors, start=1):
-            if factor is not None and factor.ndim == 2:  # Qwen2-MoE puts all tokens in one axis
-                factor = factor.view(len(self.lengths), self.width, -1)
-            if factor is not None and ffn.weight is not None and number == len(factors):
-                factor = factor * ffn.weight()
-            yield factor
+    def _weighted(self, layer: int, values: Tensor) -> Tensor:
+        """Values of the layer's FFN times its weight, where it is a shared expert with a gate."""
+        experts = self.layouts[layer].experts
+        if experts is None or experts.shared_gate is None:
+            return values
+        assert self.shared_weight is not None
+        return values * self.shared_weight.view(*values.shape[:-1], 1)
 
     def is_real(self) -> Tensor:
         """bool [batch · pos]: whether a token of the batch is real."""
@@ -205,13 +210,13 @@ class Capture:
         return (torch.arange(self.width, device=self.device) < lengths[:, None]).flatten()
 
     def needs_output(self, layer: int) -> bool:
-        """Whether anything is measured behind this layer's experts."""
-        return self.prediction or layer < len(self.layouts) - 1
+        """Whether anything is measured behind this layer."""
+        return self.prediction or any(other > layer for _, other in self.unseen)
 
     def see_expert(self, layer: int, rows: RoutedRows) -> None:
         """Add one expert: c = g_e · |C|, averaged over all real tokens of each instance."""
-        layout = self.layouts[layer]
-        assert isinstance(layout, MixtureLayout)
+        experts = self.layouts[layer].experts
+        assert experts is not None
         instances = rows.tokens // self.width
         lengths = torch.tensor(self.lengths, dtype=torch.float64, device=self.device)
         share = torch.zeros(
@@ -221,13 +226,13 @@ class Capture:
         if self.load:
             self.values["expert_load"][:, layer, rows.expert] = share.sum(dim=1)
         share *= rows.weights
-        size = layout.routed_sizes[rows.expert]
+        size = experts.sizes[rows.expert]
         memories = slice(rows.expert * size, (rows.expert + 1) * size)
         if self.coefficients:
             target = self.values["coefficients"][:, layer, memories]
             target.copy_(share.to(target.dtype) @ rows.coefficients.to(target.dtype).abs())
         if self.relu:
-            gate, up = layout.gate_and_up(rows.gate_up)
+            gate, up = experts.gate_and_up(rows.gate_up)
             target = self.values["coefficients_relu"][:, layer, memories]
             inside = gate.clamp_min(0.0).to(target.dtype).mul_(up).abs_()
             target.copy_(share.to(target.dtype) @ inside)
@@ -236,24 +241,28 @@ class Capture:
         """All routed experts of the layer have been added."""
         for name in ("coefficients", "coefficients_relu"):
             if name in self.values:
-                self._seen(name, layer)
+                self._seen(f"{name} of experts", layer)
 
-    def _load_of_dense(self, shape: tuple[int, int]) -> Tensor:
+    def _load_of_unrouted(self, shape: tuple[int, int]) -> Tensor:
         """[batch, n_layers, n_experts]: 1 for dense layers and shared experts, 0 for the others."""
         sizes = [layout.expert_sizes for layout in self.layouts]
         load = torch.zeros((*shape, max(map(len, sizes))), dtype=torch.float64, device=self.device)
         for layer, layout in enumerate(self.layouts):
-            if isinstance(layout, FFNLayout) or layout.shared is not None:
+            if layout.second_projection is not None:
                 load[:, layer, len(sizes[layer]) - 1] = 1.0
         return load
 
     def _keep(self, handle: Any) -> None:
         self.stack.callback(handle.remove)
 
-    def _instances(self, *tensors: Tensor | None) -> Iterator[tuple[int, list[Tensor]]]:
-        """Per instance n: its index and the real rows [T_n, …] of each tensor that is given."""
+    def _instances(self, *tensors: Tensor) -> Iterator[tuple[int, list[Tensor]]]:
+        """Per instance n: its index and the real rows [T_n, …] of each tensor.
+
+        Tensors are [batch, pos, d_mlp], or [batch · pos, d_mlp] (OPT).
+        """
+        batches = [tensor.view(len(self.lengths), -1, tensor.shape[-1]) for tensor in tensors]
         for n, length in enumerate(self.lengths):
-            yield n, [tensor[n, :length] for tensor in tensors if tensor is not None]
+            yield n, [tensor[n, :length] for tensor in batches]
 
     def _see_attention(self, layer: int, entropy: Tensor) -> None:
         per_token = entropy.mean(dim=1, dtype=torch.float64)  # [batch, pos]
@@ -272,13 +281,35 @@ class Capture:
 
 def _language_head(model: Any) -> Callable[[Tensor], Tensor]:
     projection = require_head(model, "next_token_entropy")
+    entry = check_config(model.config)
+    scale = float(getattr(model.config, entry.logit_multiplier)) if entry.logit_multiplier else 1.0
+    if entry.logit_divisor:
+        scale /= float(getattr(model.config, entry.logit_divisor))
     softcap = getattr(model.config, "final_logit_softcapping", None)
 
     def head(hidden: Tensor) -> Tensor:
         logits = projection(hidden)
+        if scale != 1.0:
+            logits = logits * scale
         if softcap is not None:
             logits = logits.float() if logits.dtype != torch.float64 else logits
             logits = logits.div_(softcap).tanh_().mul_(softcap)
         return logits
 
+    if entry.model_type:  # a user's description, which may lack something
+        _check_head(model, head)
     return head
+
+
+def _check_head(model: Any, head: Callable[[Tensor], Tensor]) -> None:
+    """Raise UnsupportedArchitectureError unless ``head`` makes the model's own logits."""
+    ids = torch.zeros((1, 2), dtype=torch.int64, device=next(model.parameters()).device)
+    with torch.inference_mode():
+        logits = model(input_ids=ids, use_cache=False).logits
+        own = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+    if not torch.allclose(own.float(), logits.float(), rtol=1e-2, atol=1e-2):
+        raise UnsupportedArchitectureError(
+            f"the logits of {type(model).__name__} are not its head applied to its final hidden "
+            "states. Name the keys of its configuration that scale them in the description "
+            "(logit_multiplier, logit_divisor), or leave next_token_entropy out of the measures."
+        )

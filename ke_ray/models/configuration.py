@@ -43,6 +43,16 @@ def read_config(ref: CheckpointRef) -> PreTrainedConfig:
         return config_from(folder, layout)
 
 
+def read_any_config(ref: CheckpointRef) -> PreTrainedConfig:
+    """As ``read_config``, also of an architecture that ke_ray does not know.
+
+    Raises:
+        CheckpointError: absent, malformed or out of reach.
+    """
+    with _config_folder(ref) as (folder, layout):
+        return config_from(folder, layout, must_be_known=False)
+
+
 def read_outline(ref: CheckpointRef) -> Any:
     """Model type, vocabulary, positions and end-of-text id (`_OUTLINE`) of any checkpoint.
 

@@ -9,87 +9,23 @@ memories]. Padding is not routed at all.
 
 The coefficient of memory i of expert e is g_e · |C_{e,i}| with the router's weight g_e, zero for a
 token that is not routed to e (``core.experts``: the definition, which is ours). A shared expert is
-an ordinary FFN, the last of the layer's experts, with weight one or the sigmoid of ``shared_gate``.
+the FFN of the layer's layout, with weight one or the sigmoid of ``shared_gate``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from ke_ray.models.architectures import FFNLayout, KeyRows
+from ke_ray.models.layout import FFNLayout
 
 IMPLEMENTATION = "ke_ray_experts"
 _SINK = "_ke_ray_experts_sink"
-
-
-@dataclass(frozen=True)
-class MixtureLayout:
-    """The parts of a decoder layer with experts that the measures and resuscitation need.
-
-    Attributes:
-        ffn: the whole block: router, experts and shared expert.
-        experts: the module with the fused tensors ``gate_up_proj`` and ``down_proj``.
-        shared: the expert that every token goes through, or ``None``.
-        shared_gate: the projection [1, d_model] whose sigmoid weighs it; ``None``: weight one.
-        attention: the attention module of the layer.
-        up_offset: what the model adds to the up projection's output.
-    """
-
-    ffn: nn.Module
-    experts: nn.Module
-    shared: FFNLayout | None
-    shared_gate: nn.Module | None
-    attention: nn.Module
-    up_offset: float
-
-    @property
-    def routed_sizes(self) -> tuple[int, ...]:
-        """Memories of each routed expert."""
-        down: Any = self.experts.down_proj  # [experts, d_model, m], or [experts, m, d_model]
-        return (down.shape[1 if self.experts.is_transposed else 2],) * len(down)
-
-    @property
-    def expert_sizes(self) -> tuple[int, ...]:
-        """Memories of each expert, the shared one last."""
-        return self.routed_sizes + (() if self.shared is None else (self.shared.d_mlp,))
-
-    @property
-    def d_mlp(self) -> int:
-        """Memories of the layer."""
-        return sum(self.expert_sizes)
-
-    def key_rows(self) -> Iterator[KeyRows]:
-        """The memory keys expert by expert, in the order of the coefficients."""
-        module: Any = self.experts
-        for expert in range(len(module.down_proj)):
-            weight = module.gate_up_proj[expert]
-            rows = self._up(weight.t() if module.is_transposed else weight)
-            bias = self._up(module.gate_up_proj_bias[expert]) if module.has_bias else None
-            yield KeyRows(rows, bias, self.up_offset)
-        if self.shared is not None:
-            yield from self.shared.key_rows()
-
-    def gate_and_up(self, gate_up: Tensor) -> tuple[Tensor, Tensor]:
-        """Both factors [tokens, m] of an expert's coefficients, the gate before its activation."""
-        halves = gate_up.transpose(0, -1)
-        gate, up = self._gate(halves).transpose(0, -1), self._up(halves).transpose(0, -1)
-        limit = getattr(self.experts, "limit", None)
-        if limit is not None:
-            gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-        return gate, up + self.up_offset
-
-    def _gate(self, rows: Tensor) -> Tensor:
-        return rows[: len(rows) // 2] if self.experts.is_concatenated else rows[::2]
-
-    def _up(self, rows: Tensor) -> Tensor:
-        return rows[len(rows) // 2 :] if self.experts.is_concatenated else rows[1::2]
 
 
 class RoutedRows(NamedTuple):
@@ -119,16 +55,14 @@ class ExpertSink(Protocol):
 
 
 @contextmanager
-def measure_experts(
-    model: Any, layouts: Sequence[FFNLayout | MixtureLayout], sink: ExpertSink
-) -> Iterator[None]:
+def measure_experts(model: Any, layouts: Sequence[FFNLayout], sink: ExpertSink) -> Iterator[None]:
     """Within the context every forward pass hands the inside of its routed experts to ``sink``.
 
     Args:
         model: a transformers model that ``describe`` accepts.
         layouts: ``describe(model)``; without a mixture among them nothing is done.
     """
-    mixtures = {n: layout for n, layout in enumerate(layouts) if isinstance(layout, MixtureLayout)}
+    mixtures = {n: layout.experts.module for n, layout in enumerate(layouts) if layout.experts}
     if not mixtures:
         yield
         return
@@ -136,15 +70,15 @@ def measure_experts(
 
     ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _forward)
     former = model.config._experts_implementation
-    for layer, layout in mixtures.items():
-        setattr(layout.experts, _SINK, (sink, layer))
+    for layer, module in mixtures.items():
+        setattr(module, _SINK, (sink, layer))
     try:
         model.set_experts_implementation(IMPLEMENTATION)
         yield
     finally:
         model.set_experts_implementation(former)
-        for layout in mixtures.values():
-            delattr(layout.experts, _SINK)
+        for module in mixtures.values():
+            delattr(module, _SINK)
 
 
 def _forward(

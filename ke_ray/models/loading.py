@@ -21,12 +21,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ke_ray.checkpoints.formats.layout import Layout
-from ke_ray.checkpoints.formats.olmo import split
-from ke_ray.checkpoints.formats.olmo_config import read_native_config
+from ke_ray.checkpoints.formats.olmo import native_config, split
 from ke_ray.checkpoints.formats.weights import WeightFiles, is_buffer, open_weights, read_layout
 from ke_ray.checkpoints.reference import CheckpointRef, local_folder
 from ke_ray.errors import CheckpointError, UnsupportedArchitectureError, UserError
-from ke_ray.models.architectures import check_config
+from ke_ray.models.architectures import check_config, check_measurable
 
 if TYPE_CHECKING:
     import torch
@@ -105,20 +104,20 @@ def check_finite(model: PreTrainedModel, origin: str) -> None:
         )
 
 
-def config_from(folder: Path, layout: Layout) -> PreTrainedConfig:
+def config_from(folder: Path, layout: Layout, *, must_be_known: bool = True) -> PreTrainedConfig:
     """The transformers configuration that a folder's config file describes; needs no weights.
 
     Raises:
         CheckpointError: malformed.
-        UnsupportedArchitectureError: ke_ray cannot score this architecture.
+        UnsupportedArchitectureError: it ``must_be_known``, and ke_ray cannot score it.
     """
-    if layout.format == "native":
-        native = read_native_config(folder / layout.config)
+    if (native := native_config(folder, layout)) is not None:
         with _explained(folder):
             config = native.to_transformers()
     else:
         config = _read_hf_config(folder / layout.config)
-    check_config(config)
+    if must_be_known:
+        check_config(config)
     return config
 
 
@@ -146,9 +145,11 @@ def _read_hf_config(path: Path) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever a wrong value happens to cause
+        check_measurable(values["model_type"])
+        code = " Code that comes with a checkpoint is never run." if "auto_map" in values else ""
         raise CheckpointError(
             f"'{path}' (model_type {values['model_type']!r}) is not understood by transformers: "
-            f"{_first_line(error)}"
+            f"{_first_line(error)}{code}"
         ) from error
 
 
@@ -179,8 +180,8 @@ def _build(
     }
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
-    if layout.format == "native":
-        named = split(weights, read_native_config(folder / layout.config), origin=f"'{folder}'")
+    if (native := native_config(folder, layout)) is not None:
+        named = split(weights, native, origin=f"'{folder}'")
         model, info = model_class.from_pretrained(None, state_dict=named, **options)
     elif layout.weights[0].endswith(".safetensors") and not (
         weights.renamed or (layout.index and not (folder / layout.index).is_file())

@@ -27,13 +27,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from ke_ray.core.measures import Evaluation, check_measures, evaluate, required_sums
 from ke_ray.core.statistics import GroupSums
 from ke_ray.errors import DataError
-from ke_ray.models.architectures import describe
 from ke_ray.models.capture import Capture
+from ke_ray.models.layout import describe, layers_of
 
 
 def score_model(
@@ -131,22 +130,15 @@ def score_instances(
     target = torch.device(device) if device is not None else _device_of(model)
     if batch_size < 1:
         raise DataError(f"batch_size is {batch_size}; expected at least 1")
-    names = required_sums(chosen)
-    d_mlp = max(layout.d_mlp for layout in layouts)
-    sizes = [layout.expert_sizes for layout in layouts]
-    expert_sizes = None
-    if set(sizes) != {(d_mlp,)}:
-        expert_sizes = pad_sequence([torch.tensor(row) for row in sizes], batch_first=True)
-        if "coefficients" in names and expert_sizes.shape[1] > 1:
-            names = (*names, "expert_load")
+    names, layers = required_sums(chosen), layers_of(layouts)
+    if "coefficients" in names and layers.experts:
+        names = (*names, "expert_load")
     sums = GroupSums.empty(
         num_instances,
         names,
-        n_layers=len(layouts),
-        d_mlp=d_mlp,
+        layers=layers,
         device=target,
         sizes=group_sizes,
-        expert_sizes=expert_sizes,
     )
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode())

@@ -28,7 +28,7 @@ from ke_ray.errors import (
     ResultsError,
     UnsupportedArchitectureError,
 )
-from ke_ray.models.architectures import is_mixture, lacks_head
+from ke_ray.models.architectures import is_mixture, lacks_head, use_description
 from ke_ray.models.configuration import read_outline
 from ke_ray.planning.scan_items import CheckpointWork, CorpusWork
 from ke_ray.results import ScanFolder, new_manifest, read_manifest
@@ -110,6 +110,7 @@ def prepare_scan(study: ScanStudy) -> ScanSetup:
     """
     started = time.monotonic()
     check_claim(study.output, "scan")
+    use_description(study.architecture)
     refs = select_checkpoints(study.checkpoints)
     config, ref = _first_config(refs, study)
     study = _without_head(study.of_mixture() if is_mixture(config) else study, config, ref)
@@ -121,6 +122,7 @@ def prepare_scan(study: ScanStudy) -> ScanSetup:
         "top_k_fraction": study.top_k_fraction,
         "dormant_threshold": study.dormant_threshold,
         "resuscitation": _resuscitation(study, corpora),
+        "architecture": study.architecture and study.architecture.described(),
         "corpora": {name: corpus.sha256 for name, corpus in corpora.items()},
         "sampling": {name: corpus.sampling for name, corpus in corpora.items()},
         "groups": {name: corpus.grouping for name, corpus in corpora.items()},

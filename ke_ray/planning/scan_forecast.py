@@ -12,7 +12,7 @@ from ke_ray.checkpoints.fetch.cache import Store
 from ke_ray.checkpoints.fetch.checkpoint import size_to_fetch
 from ke_ray.checkpoints.reference import CheckpointRef
 from ke_ray.errors import CheckpointError
-from ke_ray.models.architectures import is_mixture
+from ke_ray.models.architectures import check_config, is_mixture, use_description
 from ke_ray.models.configuration import read_config
 from ke_ray.planning.scan import select_checkpoints
 from ke_ray.planning.scan_items import (
@@ -42,16 +42,20 @@ def num_body_parameters(config: Any) -> int:
     mixture counts the experts that a token is routed to and the shared ones.
     """
     d_model, n_layers = config.hidden_size, config.num_hidden_layers
-    d_mlp = getattr(config, "intermediate_size", None) or 4 * d_model
+    names = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
+    widths = (getattr(config, name, None) for name in names)
+    d_mlp = next((width for width in widths if width), 4 * d_model)
     if is_mixture(config):
         size = getattr(config, "moe_intermediate_size", None) or d_mlp
         shared = (getattr(config, "n_shared_experts", None) or 0) * size
         shared = getattr(config, "shared_expert_intermediate_size", None) or shared
         d_mlp = config.num_experts_per_tok * size + shared
+    if isinstance(d_mlp, list):  # one for each layer
+        d_mlp = sum(d_mlp) / n_layers
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     attention = d_model * d_model * (2 + 2 * kv_heads / heads)
-    matrices = 2 if config.model_type in ("gpt2", "gpt_neox", "phi") else 3
+    matrices = 2 if check_config(config).gate is None else 3
     return int(n_layers * (attention + matrices * d_model * d_mlp))
 
 
@@ -116,6 +120,7 @@ def _sizes(refs: list[CheckpointRef]) -> tuple[list[int], int]:
 
 def forecast(study: ScanStudy) -> str:
     """The plan of a scan as text: the resolved study, then the figures behind it."""
+    use_description(study.architecture)
     refs = select_checkpoints(study.checkpoints)
     store = Store(study.cache_dir)
     fetched = [ref for ref in refs if not store.is_cached(ref)]

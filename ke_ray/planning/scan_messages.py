@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import TypeAdapter
 
+from ke_ray.core.architecture import Architecture
 from ke_ray.core.measures import evaluate
 from ke_ray.errors import CheckpointError
 from ke_ray.planning.scan_items import WorkItem
@@ -35,7 +36,6 @@ OUTPUT_SCHEMA = pa.schema(
         ("weights_sha256", pa.string()),
         ("series", pa.string()),
         ("n_layers", pa.int32()),
-        ("d_mlp", pa.int32()),
         # Either partial sums (safetensors), or, where the item is all of the corpus, their
         # evaluation: rows and replicates (Arrow IPC), mean coefficients (safetensors) and, of a
         # mixture, load and mass of its experts (Arrow IPC).
@@ -66,6 +66,7 @@ class ScorerSettings:
     cache_dir: str | None
     cache_bytes: int | None
     resuscitation: Resuscitation | None = None
+    architecture: Architecture | None = None
 
 
 def evaluated_columns(
@@ -84,7 +85,7 @@ def evaluated_columns(
         dormant_threshold=settings.dormant_threshold,
     )
     if not evaluation.is_finite():
-        bad = next(row for row in evaluation.rows if not np.isfinite(row.value))
+        bad = next(r for r in evaluation.rows if r.reason is None and not np.isfinite(r.value))
         part = "its total" if bad.layer is None else f"layer {bad.layer}"
         raise CheckpointError(
             f"{bad.measure} is {bad.value} at {part}: the activations overflow or the weights "
@@ -108,11 +109,12 @@ def _experts_table(sums: GroupSums) -> pa.Table:
     """One row per layer and expert, in the columns of ``experts`` that are not the checkpoint's."""
     from ke_ray.core.experts import expert_entropies, expert_masses
 
-    assert sums.expert_sizes is not None
     means = zip(sums.mean("coefficients"), sums.mean("expert_load"), strict=True)
     tables = []
     for layer, (mean, load) in enumerate(means):
-        sizes = [size for size in sums.expert_sizes[layer].tolist() if size]
+        sizes = sums.layers.expert_sizes[layer]
+        if not sum(sizes):
+            continue  # no feed-forward part
         masses = expert_masses(mean[: sum(sizes)], sizes)
         entropies = expert_entropies(mean[: sum(sizes)], sizes).cpu().numpy()
         columns = {
@@ -133,9 +135,11 @@ def _rows_table(evaluation: Evaluation) -> pa.Table:
         {
             "layer": pa.array([row.layer for row in rows], pa.int32()),
             "measure": [row.measure for row in rows],
-            "value": [row.value for row in rows],
+            "value": pa.array([row.value for row in rows], pa.float64(), from_pandas=True),
             "stderr": pa.array([row.stderr for row in rows], pa.float64(), from_pandas=True),
             "unit": [row.unit for row in rows],
+            "d_mlp": pa.array([row.d_mlp for row in rows], pa.int32()),
+            "reason": pa.array([row.reason for row in rows], pa.string()),
         }
     )
 

@@ -59,7 +59,8 @@ def log_scan_metrics(
         step = row["step"] if setup.steps_rise and row["step"] is not None else index
         part = "total" if row["layer"] is None else f"layer_{row['layer']:02d}"
         corpus = f"/{row['corpus']}" if len(setup.study.data) > 1 else ""
-        metrics[f"{row['measure']}{corpus}/{part}_{row['unit']}"] = row["value"]
+        if row["value"] is not None:
+            metrics[f"{row['measure']}{corpus}/{part}_{row['unit']}"] = row["value"]
     if not ok:
         return
     run.log_metrics(metrics, step, _created_ms(setup))

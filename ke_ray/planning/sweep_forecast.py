@@ -15,6 +15,7 @@ import yaml
 from ke_ray import storage
 from ke_ray.checkpoints.find.catalog import list_checkpoints
 from ke_ray.errors import KeRayError
+from ke_ray.models.architectures import use_description
 from ke_ray.models.loading import load_config
 from ke_ray.planning.scan_forecast import num_body_parameters
 from ke_ray.planning.speed import H100_FLOPS_PER_S, measured_speed
@@ -78,6 +79,7 @@ def measure_sweep(study: SweepStudy) -> SweepForecast:
 def _parameters(study: SweepStudy) -> tuple[float | None, str]:
     """Weights in matrix products: from a local config, else from the model's name."""
     spec = study.base.starts.spec
+    use_description(study.base.architecture)
     if storage.is_local(spec) and storage.exists(spec):
         try:
             config = load_config(list_checkpoints(spec)[-1])

@@ -150,9 +150,11 @@ def _scan(scan: Result, prefix: str) -> dict[str, Any]:
     if not held:
         missing.append("No checkpoint has been scored yet, so there is no figure.")
     else:
+        absent = series.absent(scan)
         # Nobody misses the measures of experts in a dense model.
-        wanted = [n for n in series.MEASURE_TITLES if n not in held and not MEASURES[n].by_expert]
-        missing += [_why_missing(scan, name) for name in wanted]
+        of_any = (name for name in series.MEASURE_TITLES if not MEASURES[name].by_expert)
+        wanted = [name for name in of_any if name not in {*held, *absent}]
+        missing += [*absent.values(), *(_why_missing(scan, name) for name in wanted)]
         if scan.table("replicates").empty:
             missing.append("Paired errors of changes: no leave-one-out values to read.")
         if not any(figure.id.endswith("-distribution") for figure in figures):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,17 +36,21 @@ _LEAST_FACTOR = 1.05  # a smaller one is lost in the error of the error itself
 
 @dataclass(frozen=True)
 class Ceiling:
-    """Largest possible knowledge entropy, ``n_layers * ln(d_mlp)`` nats."""
+    """Largest possible knowledge entropy, Σ ln(d_mlp) nats over the layers.
 
-    n_layers: int
-    d_mlp: int
+    Attributes:
+        widths: (number of layers, their d_mlp), for every d_mlp that occurs.
+    """
+
+    widths: tuple[tuple[int, int], ...]
 
     @property
     def nats(self) -> float:
-        return self.n_layers * math.log(self.d_mlp)
+        return sum(n_layers * math.log(d_mlp) for n_layers, d_mlp in self.widths)
 
     def __str__(self) -> str:
-        return f"ceiling {self.n_layers}·ln {self.d_mlp} = {self.nats:.4g} nats"
+        terms = " + ".join(f"{n_layers}·ln {d_mlp}" for n_layers, d_mlp in self.widths)
+        return f"ceiling {terms} = {self.nats:.4g} nats"
 
 
 def _entropy(scan: Result) -> pd.DataFrame:
@@ -58,6 +63,28 @@ def _entropy(scan: Result) -> pd.DataFrame:
 def _good(scan: Result) -> pd.DataFrame:
     table = _entropy(scan)
     return table[(table["status"] == "ok") & table["measure"].notna()]
+
+
+def _valued(scan: Result) -> pd.DataFrame:
+    """The rows of measures that have a meaning where they stand."""
+    table = _good(scan)
+    return table[table["value"].notna()]
+
+
+def absent(scan: Result) -> dict[str, str]:
+    """Measure → a sentence on the layers where it has no meaning, for measures with such layers."""
+    table = _good(scan)
+    if "reason" not in table:
+        return {}
+    rows = table[table["layer"].notna()].drop_duplicates(["series", "layer", "measure"])
+    sentences = {}
+    for measure, part in rows[rows["reason"].notna()].groupby("measure", sort=False):
+        num_layers = int((rows["measure"] == measure).sum())
+        reasons = "; ".join(part["reason"].unique())
+        sentences[str(measure)] = (
+            f"{measure} is null in {len(part)} of {num_layers} layers: {reasons}."
+        )
+    return sentences
 
 
 def curves(scan: Result) -> list[tuple[str, Result]]:
@@ -115,8 +142,8 @@ def _restricted(scan: Result, names: set[str], places: pd.Series) -> Result:
 
 
 def measures(scan: Result) -> list[str]:
-    """The measures that the scan holds, in the order of display; unknown ones last."""
-    held = [str(name) for name in _good(scan)["measure"].unique()]
+    """The measures that the scan has values of, in the order of display; unknown ones last."""
+    held = [str(name) for name in _valued(scan)["measure"].unique()]
     known = [name for name in MEASURE_TITLES if name in held]
     return known + sorted(set(held) - set(known))
 
@@ -152,7 +179,7 @@ def has_steps(scan: Result) -> bool:
 
 def totals(scan: Result, measure: str, corpus: str) -> pd.DataFrame:
     """The model-wide value of a measure per checkpoint: [checkpoint, step, x, value, stderr]."""
-    table = _good(scan)
+    table = _valued(scan)
     table = table[
         (table["measure"] == measure) & (table["corpus"] == corpus) & table["layer"].isna()
     ]
@@ -170,8 +197,9 @@ def layer_matrix(scan: Result, measure: str, corpus: str) -> tuple[pd.DataFrame,
     order = order[order["checkpoint"].isin(table["checkpoint"])].reset_index(drop=True)
     if table.empty:
         return order, np.empty((0, len(order)))
+    layers = range(int(table["layer"].max()) + 1)
     values = table.pivot_table(index="layer", columns="checkpoint", values="value", aggfunc="first")
-    return order, values.reindex(columns=order["checkpoint"]).to_numpy(dtype=float)
+    return order, values.reindex(layers, columns=order["checkpoint"]).to_numpy(dtype=float)
 
 
 def failed(scan: Result) -> pd.DataFrame:
@@ -210,19 +238,29 @@ def num_layers(scan: Result) -> int:
 
 def ceiling(scan: Result) -> Ceiling | None:
     """From the rows, the manifest, or a coefficients file; None where none of them tells."""
-    n_layers, d_mlp = num_layers(scan), _of_rows(scan, "d_mlp") or setting(scan, "d_mlp")
-    if d_mlp is None:
+    widths = _layer_widths(scan)
+    if not widths and (d_mlp := _of_rows(scan, "d_mlp") or setting(scan, "d_mlp")):
+        widths = [int(d_mlp)] * num_layers(scan)
+    if not widths:
         folder = storage.join(scan.path, "coefficients")
         kept = set(storage.list_dir(folder))
         for name in checkpoints(scan)["checkpoint"]:
             if f"{storage.slug(name)}.safetensors" in kept:
                 array = coefficients(scan, name)
                 if array is not None and array.ndim == 2:
-                    n_layers, d_mlp = array.shape
+                    widths = [int(width) for width in (~np.isnan(array)).sum(axis=1)]
                 break
-    if n_layers > 0 and d_mlp is not None and d_mlp > 1:
-        return Ceiling(n_layers, int(d_mlp))
-    return None
+    counts = Counter(width for width in widths if width > 1)
+    return Ceiling(tuple((number, width) for width, number in counts.items())) if counts else None
+
+
+def _layer_widths(scan: Result) -> list[int]:
+    """Memories of every layer that has some, from the rows; empty where they do not agree."""
+    table = _good(scan)
+    if "d_mlp" not in table:
+        return []
+    own = table[table["layer"].notna() & (table["d_mlp"] > 0)].groupby("layer")["d_mlp"]
+    return [int(width) for width in own.first()] if (own.nunique() == 1).all() else []
 
 
 def paired_change(scan: Result, measure: str, corpus: str, base: str | None = None) -> pd.DataFrame:
@@ -308,6 +346,7 @@ def _sizes(scan: Result, corpus: str) -> np.ndarray:
 def coefficients(scan: Result, checkpoint: str, corpus: str | None = None) -> np.ndarray | None:
     """``mean_abs_coefficients`` [n_layers, d_mlp] float32 of one checkpoint; None where not kept.
 
+    NaN beyond the memories of a layer that is narrower than the widest.
     ``corpus`` None means the scan's first corpus.
     """
 

@@ -67,6 +67,7 @@ _COLUMNS: dict[tuple[str, str], dict[str, str]] = {
         "n_layers": _NUMBER,
         "d_mlp": _NUMBER,
         "data_sha256": _TEXT,
+        "reason": _TEXT,
         "duplicate_of": _TEXT,
         "status": _TEXT,
         "error": _TEXT,
@@ -107,7 +108,7 @@ _COLUMNS[("continual", "runs")] = {"run": _TEXT, **_RUN_COLUMNS}
 _COLUMNS[("sweep", "trials")] = {"trial_id": _TEXT, **_RUN_COLUMNS}
 # Filling these says nothing about a file's age: a study may rightly lack them.
 _OPTIONAL = {"revision", "duplicate_of", "error", "mlflow_run_id", "control", "weights_sha256"}
-_OPTIONAL |= {"stage", "ingredient", "series", "n_layers", "d_mlp"}
+_OPTIONAL |= {"stage", "ingredient", "series", "n_layers", "d_mlp", "reason"}
 _OPTIONAL |= {name for name in _RUN_COLUMNS if name.endswith(("_before", "_after", "_nats"))}
 
 

@@ -77,7 +77,7 @@ def _scan_rows(scan: Result) -> list[dict[str, Any]]:
         frame["corpus"] = corpus
         frame["status"] = "ok"
         frame["error"] = None
-        for measure in series.measures(scan):
+        for measure in dict.fromkeys([*series.measures(scan), *series.absent(scan)]):
             columns = series.totals(scan, measure, corpus)[["checkpoint", "value", "stderr"]]
             renamed = columns.rename(columns={"value": measure, "stderr": f"{measure}_stderr"})
             frame = frame.merge(renamed, on="checkpoint", how="left")
@@ -230,6 +230,9 @@ def _print_scan(scan: Result, console: Console) -> None:
         if caution := series.caution(scan, corpus):
             console.print(Text(f"  {caution}"))
         console.print(table)
+        if corpus == series.corpora(curve)[-1]:
+            for sentence in series.absent(curve).values():
+                console.print(Text(f"  {sentence}"))
     failed = series.failed(scan)
     for _, row in failed.iterrows():
         console.print(Text(f"  failed: {row['checkpoint']}: {row['error']}", style="red"))

@@ -6,7 +6,8 @@
     entropy.parquet           one row per checkpoint, corpus, layer and measure
     replicates.parquet        leave-one-group-out values of the same
     experts.parquet           of mixtures of experts: load, mass and entropy of each expert
-    coefficients/X.safetensors   mean_abs_coefficients [n_layers, d_mlp] float32
+    coefficients/X.safetensors   mean_abs_coefficients [n_layers, d_mlp] float32, as wide as the
+                              widest layer; NaN beyond a layer's own memories
     parts/                    checkpoints finished since the tables were last written
 
 Each finished checkpoint is first written to ``parts/`` and later merged into the tables, so that n

@@ -17,7 +17,7 @@ mixture of experts (OLMoE, …)          the same rows of every expert, the shar
                                        does not see these weights, so it is as exact as in a
                                        gated FFN. gpt-oss has C = act(gate) · (K_i x + b_i + 1)
                                        up to a clamp: b_i + 1 is scaled
-ungated FFN (GPT-2, GPT-NeoX, Phi)     rows (columns of GPT-2's Conv1D) and bias of the first
+ungated FFN (GPT-2, OPT, Apertus, …)   rows (columns of GPT-2's Conv1D) and bias of the first
                                        projection: the *pre-activation* becomes u_i (K_i x + b_i)
                                        exactly, the coefficient only approximately, since GELU
                                        is not linear
@@ -42,10 +42,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from ke_ray.core.entropy import entropy_nats
+from ke_ray.core.architecture import Architecture
+from ke_ray.core.layers import Absence
 from ke_ray.core.resuscitation import dead_rows, multipliers, predicted_entropy_nats, select_rows
 from ke_ray.errors import UnsupportedArchitectureError, UserError
-from ke_ray.models.architectures import Architecture, check_config, describe
+from ke_ray.models.architectures import check_config
+from ke_ray.models.layout import describe
 from ke_ray.resuscitation.coefficients import Coefficients
 from ke_ray.secrets import redact
 from ke_ray.studies.parts import Resuscitation
@@ -91,7 +93,6 @@ def resuscitate(
         apply_attention_temperature(model, settings.factor)
         return ResuscitationRecord()
     mean = torch.from_numpy(coefficients.values)
-    widths = [layout.d_mlp for layout in describe(model)]
     rows = scale_memories(
         model,
         mean,
@@ -103,9 +104,9 @@ def resuscitate(
     return ResuscitationRecord(
         coefficients=redact(coefficients.source),
         coefficients_verified=coefficients.verified,
-        selected_rows=select_rows(mean, settings.ratio, widths).sum(dim=-1).tolist(),
-        dead_rows=dead_rows(mean, widths).sum(dim=-1).tolist(),
-        entropy_nats=entropy_nats(mean.double()).tolist(),
+        selected_rows=select_rows(mean, settings.ratio).sum(dim=-1).tolist(),
+        dead_rows=dead_rows(mean).sum(dim=-1).tolist(),
+        entropy_nats=predicted_entropy_nats(mean, torch.ones_like(mean)).tolist(),
         predicted_entropy_nats=predicted_entropy_nats(mean, rows).tolist(),
     )
 
@@ -123,7 +124,8 @@ def scale_memories(
 
     Args:
         model: changed in place.
-        mean_coefficients: C̄ [n_layers, d_mlp] of this model, from a scan; any scale.
+        mean_coefficients: C̄ [n_layers, d_mlp] of this model, from a scan; any scale. NaN beyond
+            the memories of a layer that is narrower than the widest.
         ratio, factor, control, seed: as ``core.resuscitation.multipliers``.
 
     Returns:
@@ -133,21 +135,19 @@ def scale_memories(
         UserError: a parameter is out of range or the coefficients are those of another shape.
         UnsupportedArchitectureError: the model is not in the table of architectures.
     """
-    norms = up_row_norms(model)
-    if mean_coefficients.shape != norms.shape:
+    widths = [layout.d_mlp for layout in describe(model)]
+    given = (~mean_coefficients.isnan()).sum(dim=-1).tolist()
+    if mean_coefficients.shape != (len(widths), max(widths)) or given != widths:
+        sizes = ", ".join(map(str, dict.fromkeys(widths)))
         raise UserError(
-            f"the coefficients have shape {tuple(mean_coefficients.shape)} but the model has "
-            f"{norms.shape[0]} layers of {norms.shape[1]} memories; give the coefficients that a "
-            "scan of this model wrote"
+            f"the coefficients have shape {tuple(mean_coefficients.shape)}, with values for "
+            f"{', '.join(map(str, dict.fromkeys(given)))} memories, but the model has "
+            f"{len(widths)} layers of {sizes} memories; give the coefficients that a scan of this "
+            "model wrote"
         )
+    norms = up_row_norms(model)
     rows = multipliers(
-        mean_coefficients,
-        ratio,
-        factor,
-        control=control,
-        seed=seed,
-        up_row_norms=norms,
-        widths=[layout.d_mlp for layout in describe(model)],
+        mean_coefficients, ratio, factor, control=control, seed=seed, up_row_norms=norms
     )
     apply_multipliers(model, rows)
     return rows
@@ -156,11 +156,12 @@ def scale_memories(
 def up_row_norms(model: nn.Module) -> Tensor:
     """Euclidean norms of the memory keys, float64 [n_layers, d_mlp] on the CPU (bias left out).
 
-    Zeros stand behind the memories of a layer that is narrower than others.
+    As wide as the widest layer; 0 where a layer has no memory.
     """
     layers = [
         torch.cat(
-            [
+            [torch.zeros(0, dtype=torch.float64)]
+            + [
                 torch.linalg.vector_norm(rows.weight.detach(), dim=1, dtype=torch.float64).cpu()
                 for rows in layout.key_rows()
             ]
@@ -176,7 +177,7 @@ def apply_multipliers(model: nn.Module, row_multipliers: Tensor) -> None:
 
     Args:
         model: changed in place; its dtype and device stay.
-        row_multipliers: [n_layers, d_mlp], finite.
+        row_multipliers: [n_layers, d_mlp] of the widest layer, finite.
 
     Raises:
         UserError: the shape is not the model's, or a multiplier is not finite.
@@ -189,13 +190,15 @@ def apply_multipliers(model: nn.Module, row_multipliers: Tensor) -> None:
         )
     if not bool(torch.isfinite(row_multipliers).all()):
         raise UserError("multipliers hold infinite or NaN values; nothing was changed")
-    for layout, multipliers_of_layer in zip(layouts, row_multipliers, strict=True):
-        keys = list(layout.key_rows())
-        used = multipliers_of_layer[: layout.d_mlp]
-        for rows, factors in zip(keys, used.split([len(r.weight) for r in keys]), strict=True):
-            _scale(rows.weight, factors.to(rows.weight.device)[:, None])
+    for layout, every in zip(layouts, row_multipliers, strict=True):
+        start = 0
+        for rows in layout.key_rows():
+            stop = start + len(rows.weight)
+            factors = every[start:stop].to(rows.weight.device)
+            _scale(rows.weight, factors[:, None])
             if rows.bias is not None:
-                _scale(rows.bias, factors.to(rows.bias.device), rows.bias_offset)
+                _scale(rows.bias, factors, rows.bias_offset)
+            start = stop
 
 
 @torch.no_grad()
@@ -208,8 +211,8 @@ def apply_attention_temperature(model: nn.Module, temperature: float) -> None:
 
     Raises:
         UserError: the temperature is not a finite number above 0.
-        UnsupportedArchitectureError: queries are clipped after the projection (``clip_qkv``), so
-            no change of weights is a change of temperature.
+        UnsupportedArchitectureError: queries are clipped after the projection (``clip_qkv``), or
+            scores carry ALiBi's penalty: no change of weights is a change of temperature.
     """
     if not (math.isfinite(temperature) and temperature > 0):
         raise UserError(f"attention temperature is {temperature}; expected a number above 0")
@@ -221,8 +224,14 @@ def apply_attention_temperature(model: nn.Module, temperature: float) -> None:
             "scores, so an attention temperature cannot be written into its weights"
         )
     for layout in describe(model):
-        for part, offset in _query_parts(entry, layout.attention, config):
-            _scale(part, 1.0 / temperature, offset)
+        if layout.no_attention_entropy is Absence.ALIBI:
+            raise UnsupportedArchitectureError(
+                "this model adds ALiBi's penalty of distance to its scores, which stands in no "
+                "weight, so an attention temperature cannot be written into its weights"
+            )
+        if layout.attention is not None:
+            for part, offset in _query_parts(entry, layout.attention, config):
+                _scale(part, 1.0 / temperature, offset)
 
 
 def _query_parts(
@@ -230,10 +239,11 @@ def _query_parts(
 ) -> list[tuple[Tensor, float]]:
     """Views of the weights that scale the queries last, and the offset that is added to each."""
     norm = getattr(attention, entry.query_norm, None)
-    if norm is not None:
-        parts = [(norm.weight, entry.norm_offset)]
-        bias = getattr(norm, "bias", None)
-        return parts if bias is None else [*parts, (bias, 0.0)]
+    if norm is not None:  # one, or (StableLM) one for each head
+        return [
+            (parameter, entry.norm_offset if name.endswith("weight") else 0.0)
+            for name, parameter in norm.named_parameters()
+        ]
     low_rank = getattr(attention, entry.low_rank_query or "", None)
     projection = attention.get_submodule(entry.query) if low_rank is None else low_rank
     weight = projection.weight
@@ -253,7 +263,8 @@ def _query_rows(entry: Architecture, rows: Tensor, config: Any) -> Tensor:
     d_head = getattr(config, "head_dim", None) or config.hidden_size // heads
     if entry.query_rows == "first":
         return rows[: heads * d_head]
-    return rows.view(heads, 3, d_head, *rows.shape[1:])[:, 0]
+    groups = (rows.shape[0] // d_head - heads) // 2  # as many as there are keys, and values
+    return rows.view(groups, heads // groups + 2, d_head, *rows.shape[1:])[:, :-2]
 
 
 def _scale(target: Tensor, factor: Tensor | float, offset: float = 0.0) -> None:

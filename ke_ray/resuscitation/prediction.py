@@ -15,6 +15,7 @@ has the same table.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 from ke_ray import storage
@@ -83,7 +84,7 @@ def _rows(folder: ScanFolder) -> list[dict[str, Any]]:
 
     rows = []
     for row in folder.entropy().to_pylist():
-        if row["measure"] != _MEASURE or row["status"] != "ok":
+        if row["measure"] != _MEASURE or row["status"] != "ok" or row["value"] is None:
             continue
         record = record_of(row["checkpoint"])
         if record is None:
@@ -104,7 +105,7 @@ def _rows(folder: ScanFolder) -> list[dict[str, Any]]:
 def _at(values: list[float] | None, layer: int | None) -> float | None:
     if not values:
         return None
-    return sum(values) if layer is None else values[layer]
+    return sum(v for v in values if not math.isnan(v)) if layer is None else values[layer]
 
 
 def write_record(output: str, checkpoint: str, record: str) -> None:

@@ -13,6 +13,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ke_ray.config import Key, Strict
 from ke_ray.errors import nearest
+from ke_ray.studies.architecture import ArchitectureKey
 from ke_ray.studies.parts import (
     CheckpointSelection,
     EvaluationText,
@@ -165,6 +166,9 @@ class ContinualStudy(TrainingSettings):
     )
     entropy: EvaluationText | None = Field(
         None, description="text for knowledge entropy before and after; null: none"
+    )
+    architecture: ArchitectureKey = Field(
+        None, description="description of a decoder that ke_ray does not know, or a file with it"
     )
     resuscitation: Resuscitation | None = None
     seeds: tuple[int, ...] = Field(

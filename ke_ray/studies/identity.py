@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from ke_ray.core.architecture import Architecture
 from ke_ray.errors import ResultsError
 from ke_ray.secrets import redact
 
@@ -94,6 +95,8 @@ def _plain(value: Any) -> Any:
                 ):
                     keys[name] = plain
         return keys
+    if isinstance(value, Architecture):
+        return value.described()
     if isinstance(value, Mapping):
         return {str(key): _plain(child) for key, child in value.items()}
     if isinstance(value, list | tuple):

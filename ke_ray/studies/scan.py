@@ -9,6 +9,7 @@ from pydantic import Field, field_validator
 from ke_ray.config import Key, Strict
 from ke_ray.core.measures import DEFAULT_MEASURES, MEASURES, check_measures
 from ke_ray.errors import UserError
+from ke_ray.studies.architecture import ArchitectureKey
 from ke_ray.studies.parts import CheckpointSelection, Resuscitation, Sampling, TrackingSettings
 
 
@@ -47,6 +48,9 @@ class ScanStudy(Strict):
     )
     cache_bytes: int | None = Key(
         None, affects_result=False, ge=1, description="disk budget of the cache per node"
+    )
+    architecture: ArchitectureKey = Field(
+        None, description="description of a decoder that ke_ray does not know, or a file with it"
     )
     resuscitation: Resuscitation | None = Field(
         None,

@@ -22,6 +22,7 @@ from ke_ray.data.probes import build_probes
 from ke_ray.data.tokenizer import load_tokenizer
 from ke_ray.data.training_set import PackedDataset, prepare_training_set
 from ke_ray.errors import CheckpointSpecError, DataError
+from ke_ray.models.architectures import use_description
 from ke_ray.models.loading import load_config
 from ke_ray.studies.continual import ContinualStudy
 from ke_ray.studies.parts import EvaluationText
@@ -64,6 +65,7 @@ def read_start(study: ContinualStudy, ref: CheckpointRef, folder: str) -> StartC
     Raises:
         CheckpointSpecError: no tokenizer, no end-of-text id, or fewer positions than a row has.
     """
+    use_description(study.architecture)
     config = load_config(folder)
     tokenizer = study.tokenizer or find_tokenizer(folder)
     if tokenizer is None:

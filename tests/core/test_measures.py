@@ -12,6 +12,7 @@ import torch
 
 from ke_ray.core import concentration, entropy
 from ke_ray.core.jackknife import group_of, group_sizes, standard_error
+from ke_ray.core.layers import Absence, Layers
 from ke_ray.core.measures import (
     DEFAULT_MEASURES,
     MEASURES,
@@ -52,9 +53,7 @@ def _sums(
     sums = GroupSums.empty(
         NUM_INSTANCES,
         names,
-        n_layers=N_LAYERS,
-        d_mlp=D_MLP,
-        expert_sizes=torch.tensor([EXPERTS] * N_LAYERS),
+        layers=Layers.of([tuple(EXPERTS)] * N_LAYERS, [Absence.NONE] * N_LAYERS),
     )
     for batch in torch.arange(NUM_INSTANCES).split(batch_size):
         sums.count(batch, torch.full((len(batch),), 7))
@@ -336,30 +335,23 @@ def test_names_errors_and_acquisition_need_no_torch() -> None:
     assert result.stdout.strip() == "False"
 
 
-def test_layers_of_different_shapes_are_measured_as_each_alone() -> None:
+def test_layers_with_and_without_experts_are_measured_as_each_alone() -> None:
     generator = torch.Generator().manual_seed(5)
-    shapes = [[40], [8, 4], [8, 4], [40]]
-    mean = [torch.rand(sum(shape), generator=generator).double() for shape in shapes]
+    experts = [(40,), (8, 4), (8, 4), (40,)]
+    mean = [torch.rand(sum(sizes), generator=generator).double() for sizes in experts]
     padded = torch.nn.utils.rnn.pad_sequence(mean, batch_first=True)
-    rows = [torch.tensor(shape) for shape in shapes]
-    sizes = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     names = [name for name, m in MEASURES.items() if m.needs == "coefficients"]
 
-    def evaluated(values: torch.Tensor, expert_sizes: torch.Tensor) -> Evaluation:
-        sums = GroupSums.empty(
-            1,
-            ["coefficients"],
-            n_layers=len(values),
-            d_mlp=values.shape[1],
-            expert_sizes=expert_sizes,
-        )
+    def evaluated(values: torch.Tensor, sizes: list[tuple[int, ...]]) -> Evaluation:
+        layers = Layers.of(sizes, [Absence.NONE] * len(sizes))
+        sums = GroupSums.empty(1, ["coefficients"], layers=layers)
         sums.count(torch.tensor([0]), torch.tensor([3]))
         sums.add("coefficients", torch.tensor([0]), values[None])
-        return _evaluate(sums, names)
+        return _evaluate(GroupSums.from_tensors(sums.to_tensors()), names)
 
-    together = evaluated(padded, sizes)
-    for layer, (values, row) in enumerate(zip(mean, rows, strict=True)):
-        alone = evaluated(values[None], row[None])
+    together = evaluated(padded, experts)
+    for layer, (values, sizes) in enumerate(zip(mean, experts, strict=True)):
+        alone = evaluated(values[None], [sizes])
         for name in names:
             assert together.row(name, layer).value == alone.row(name, 0).value
     assert together.row("routing_entropy", 0).value == 0.0

@@ -26,6 +26,16 @@ BASE = {
 }
 GROUPED = {**BASE, "num_key_value_heads": 2}
 GEMMA = {**GROUPED, "head_dim": 8}
+LINEAR = {
+    **GROUPED,
+    "head_dim": 8,
+    "num_hidden_layers": 3,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
 
 EXPERTS = {**GROUPED, "moe_intermediate_size": 12, "num_experts_per_tok": 2}
 DEEPSEEK = {
@@ -101,7 +111,116 @@ TINY: dict[str, dict[str, Any]] = {
         "sliding_window": 5,
         "layer_types": ["sliding_attention", "full_attention"],
     },
+    "apertus": GROUPED,
+    "arcee": {**GROUPED, "hidden_act": "relu2", "mlp_bias": True},
+    "nemotron": {**GROUPED, "mlp_bias": True},
+    "smollm3": {**GROUPED, "no_rope_layers": [1, 0]},
+    "exaone4": {
+        **GROUPED,
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "helium": {**GROUPED, "head_dim": 8, "mlp_bias": True},
+    "stablelm": {**GROUPED, "qk_layernorm": True, "use_parallel_residual": True},
+    "granite": {
+        **GROUPED,
+        "logits_scaling": 1.7,
+        "attention_multiplier": 0.4,
+        "embedding_multiplier": 2.0,
+        "residual_multiplier": 0.5,
+    },
+    "cohere": {**GROUPED, "logit_scale": 0.6, "use_qk_norm": True},
+    "cohere2": {
+        **GROUPED,
+        "logit_scale": 0.6,
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "starcoder2": {**GROUPED, "sliding_window": 5},
+    "gpt_neo": {
+        **{key: value for key, value in BASE.items() if not key.startswith("num_")},
+        "num_layers": 2,
+        "num_heads": 4,
+        "attention_types": [[["global", "local"], 1]],
+        "window_size": 5,
+    },
+    "gptj": {
+        "vocab_size": 97,
+        "n_embd": 32,
+        "n_inner": 48,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 64,
+        "rotary_dim": 4,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+    "falcon": {
+        **BASE,
+        "ffn_hidden_size": 48,
+        "new_decoder_architecture": True,
+        "num_kv_heads": 2,
+        "bias": True,
+    },
+    "opt": {
+        **BASE,
+        "ffn_dim": 48,
+        "word_embed_proj_dim": 16,
+        "do_layer_norm_before": False,
+    },
+    "bloom": {**BASE, "n_layer": 2, "n_head": 4},
+    "mpt": {"vocab_size": 97, "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64},
+    "qwen3_next": {**LINEAR, "num_experts": 0},
+    "qwen3_5_text": LINEAR,
+    "lfm2": {
+        **GROUPED,
+        "num_hidden_layers": 3,
+        "block_auto_adjust_ff_dim": False,
+        "layer_types": ["conv", "full_attention", "conv"],
+    },
+    "falcon_h1": {
+        **GROUPED,
+        "head_dim": 8,
+        "mamba_d_ssm": 32,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 8,
+        "mamba_d_state": 8,
+        "mamba_chunk_size": 8,
+        "lm_head_multiplier": 0.7,
+        "mlp_multipliers": [0.8, 1.3],
+        "key_multiplier": 0.9,
+        "attention_in_multiplier": 1.1,
+        "attention_out_multiplier": 0.9,
+        "ssm_multipliers": [1.1, 0.9, 1.2, 0.8, 1.0],
+    },
+    "gemma3n_text": {
+        **GEMMA,
+        "intermediate_size": [48, 64, 48],
+        "num_hidden_layers": 3,
+        "num_kv_shared_layers": 1,
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        "activation_sparsity_pattern": [0.8, 0.0, 0.0],
+        "final_logit_softcapping": 3.0,
+        "vocab_size_per_layer_input": 97,
+        "hidden_size_per_layer_input": 8,
+        "laurel_rank": 4,
+        "altup_num_inputs": 2,
+    },
 }
+
+
+def random_decoder(model_type: str, config: dict[str, Any], seed: int = 0) -> Any:
+    """A model with every parameter random, of any type that transformers has."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    built = AutoConfig.for_model(model_type, **config)
+    model = AutoModelForCausalLM.from_config(built, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():  # biases and norms start at 0 and 1 otherwise
+            parameter.add_(0.15 * torch.randn_like(parameter))
+    return model.eval()
 
 
 @pytest.fixture(scope="session")
@@ -121,6 +240,7 @@ def tiny_decoder() -> Callable[..., Any]:
                 if name.endswith("e_score_correction_bias"):
                     buffer.add_(0.15 * torch.randn_like(buffer))
         return model.eval()
+        return random_decoder(model_type, {**TINY[model_type], **overrides}, seed)
 
     return build
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_decoders import TINY
 
 from ke_ray.checkpoints.reference import CheckpointRef, find_tokenizer
 from ke_ray.errors import CheckpointError, UnsupportedArchitectureError
@@ -18,10 +19,7 @@ from ke_ray.models.configuration import read_config, read_outline
 from ke_ray.models.loading import load_config, load_model, move
 from ke_ray.models.saving import save_model
 
-FAMILIES = [
-    *("olmo", "olmo2", "olmo3", "llama", "mistral", "qwen2", "qwen3"),
-    *("gemma", "gemma2", "gemma3_text", "phi", "phi3", "gpt_neox", "gpt2"),
-]
+FAMILIES = list(TINY)
 IDS = torch.arange(3, 43).reshape(2, 20)
 
 
@@ -356,6 +354,17 @@ def test_code_in_a_checkpoint_is_never_run(folder: Path, tmp_path: Path) -> None
 def test_unknown_architecture_names_what_is_supported(folder: Path) -> None:
     reconfigure(folder, model_type="bert")
     with pytest.raises(UnsupportedArchitectureError, match="olmo2"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("model_type", ["openelm", "surely_new"])
+def test_an_architecture_that_only_remote_code_knows_is_refused_with_the_reason(
+    folder: Path, model_type: str
+) -> None:
+    reconfigure(folder, model_type=model_type, auto_map={"AutoConfig": "code.Config"})
+    with pytest.raises(
+        (CheckpointError, UnsupportedArchitectureError), match="never run|runs no code"
+    ):
         load_model(folder)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from ke_ray.core.measures import MEASURES
 from ke_ray.errors import DataError, UnsupportedArchitectureError, UserError
-from ke_ray.models.architectures import describe
+from ke_ray.models.layout import describe
 from ke_ray.models.scoring import compact, score_instances, score_model
 
 ENTROPIES = (

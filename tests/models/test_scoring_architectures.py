@@ -13,7 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_decoders import GROUPED, TINY, random_decoder
 
+from ke_ray.core.architecture import Architecture
+from ke_ray.errors import UnsupportedArchitectureError
+from ke_ray.models import architectures
 from ke_ray.models.scoring import score_model
 
 MEASURES = (
@@ -22,10 +26,6 @@ MEASURES = (
     "attention_entropy",
     "next_token_entropy",
 )
-ALL = [
-    *("olmo", "olmo2", "olmo3", "llama", "mistral", "qwen2", "qwen3"),
-    *("gemma", "gemma2", "gemma3_text", "phi", "phi3", "gpt_neox", "gpt2"),
-]
 
 
 def silu(x: torch.Tensor) -> torch.Tensor:
@@ -40,47 +40,118 @@ def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
+def relu(x: torch.Tensor) -> torch.Tensor:
+    return torch.maximum(x, torch.zeros(()))
+
+
+def xielu(ffn: Any, x: torch.Tensor) -> torch.Tensor:
+    """arXiv 2411.13010, Eq. 12, with α_p = softplus(p) and α_n = β + softplus(n), β = 0.5."""
+    alpha_p = math.log1p(math.exp(ffn.act_fn.alpha_p.item()))
+    alpha_n = 0.5 + math.log1p(math.exp(ffn.act_fn.alpha_n.item()))
+    negative = alpha_n * (torch.exp(x.clamp(max=0)) - 1 - x) + 0.5 * x
+    return torch.where(x > 0, alpha_p * x * x + 0.5 * x, negative)
+
+
+def thinned(x: torch.Tensor, share: float) -> torch.Tensor:
+    """Gemma-3n's Gaussian top-k: what exceeds the quantile of a normal fitted to the values."""
+    quantile = math.sqrt(2) * float(torch.erfinv(torch.tensor(2 * share - 1, dtype=torch.float64)))
+    std = (x - x.mean()).square().mean().sqrt()
+    return relu(x - (x.mean() + std * quantile)) if share > 0 else x
+
+
+# The first projection of ungated FFNs; the others have a gate.
+UNGATED = {
+    "gpt2": "c_fc",
+    "phi": "fc1",
+    "gpt_neox": "dense_h_to_4h",
+    "apertus": "up_proj",
+    "arcee": "up_proj",
+    "nemotron": "up_proj",
+    "starcoder2": "c_fc",
+    "gpt_neo": "c_fc",
+    "gptj": "fc_in",
+    "falcon": "dense_h_to_4h",
+    "opt": "fc1",
+    "bloom": "dense_h_to_4h",
+    "mpt": "up_proj",
+}
+ACTIVATIONS = {
+    **dict.fromkeys(("gpt_neox", "falcon", "mpt"), gelu),
+    **dict.fromkeys(("arcee", "nemotron"), lambda x: relu(x) ** 2),
+    "opt": relu,
+}
+
+
 def inside(model_type: str, ffn: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(C, ReLU variant) for one token x [d_model], from raw weights."""
-    relu = torch.zeros(())
-    if model_type == "gpt2":
-        pre = ffn.c_fc.weight.T @ x + ffn.c_fc.bias
-        return gelu_tanh(pre), torch.maximum(pre, relu)
-    if model_type == "phi":
-        pre = ffn.fc1.weight @ x + ffn.fc1.bias
-        return gelu_tanh(pre), torch.maximum(pre, relu)
-    if model_type == "gpt_neox":
-        pre = ffn.dense_h_to_4h.weight @ x + ffn.dense_h_to_4h.bias
-        return gelu(pre), torch.maximum(pre, relu)
+    if model_type in UNGATED:
+        projection = getattr(ffn, UNGATED[model_type])
+        weight = projection.weight.T if model_type == "gpt2" else projection.weight
+        pre = weight @ x
+        if projection.bias is not None:
+            pre = pre + projection.bias
+        if model_type == "apertus":
+            return xielu(ffn, pre), relu(pre)
+        return ACTIVATIONS.get(model_type, gelu_tanh)(pre), relu(pre)
     if model_type == "phi3":
         gate, up = (ffn.gate_up_proj.weight @ x).split(48)
+    elif model_type == "lfm2":
+        gate, up = ffn.w1.weight @ x, ffn.w3.weight @ x
     else:
         gate, up = ffn.gate_proj.weight @ x, ffn.up_proj.weight @ x
         if ffn.gate_proj.bias is not None:
             gate, up = gate + ffn.gate_proj.bias, up + ffn.up_proj.bias
+    if model_type == "gemma3n_text":
+        gate = thinned(gate, ffn.activation_sparsity)
+    elif model_type == "falcon_h1":
+        gate = gate * 0.8  # mlp_multipliers[0]
     act = gelu_tanh if model_type.startswith("gemma") else silu
-    return act(gate) * up, torch.maximum(gate, relu) * up
+    return act(gate) * up, relu(gate) * up
+
+
+def blocks_of(model_type: str, model: Any) -> list[Any]:
+    """Every layer's FFN."""
+    body = model.base_model
+    if model_type == "opt":
+        return list(body.decoder.layers)
+    layers = next(getattr(body, name) for name in ("layers", "h", "blocks") if hasattr(body, name))
+    names = ("mlp", "feed_forward", "ffn")
+    return [getattr(layer, next(n for n in names if hasattr(layer, n))) for layer in layers]
+
+
+def with_attention(model: Any, n_layers: int) -> list[int]:
+    """The layers whose attention entropy has a meaning."""
+    model_type = model.config.model_type
+    if model_type in ("bloom", "mpt") or getattr(model.config, "alibi", False):
+        return []
+    hybrid = model_type in ("lfm2", "qwen3_next", "qwen3_5_text")
+    return [1] if hybrid else list(range(n_layers))
 
 
 def entropy(p: torch.Tensor) -> float:
     return -sum(float(v) * math.log(float(v)) for v in p.flatten() if float(v) > 0)
 
 
-def brute_force(model_type: str, model: Any, rows: list[list[int]]) -> dict[str, list[float]]:
+def brute_force(model_type: str, model: Any, rows: list[list[int]]) -> dict[str, list[Any]]:
+    """Values per layer; None where a measure has no meaning."""
     model = copy.deepcopy(model).double()
-    model.set_attn_implementation("eager")
-    blocks = [
-        layer.mlp for layer in getattr(model.base_model, "layers", None) or model.base_model.h
-    ]
+    if model_type == "falcon":
+        model.config._attn_implementation = "eager"
+    else:
+        model.set_attn_implementation("eager")
+    blocks = blocks_of(model_type, model)
     n_layers = len(blocks)
-    mean_c = torch.zeros(n_layers, 48, dtype=torch.float64)
-    mean_relu = torch.zeros_like(mean_c)
-    attention = [0.0] * n_layers
+    mean_c: list[Any] = [0.0] * n_layers
+    mean_relu: list[Any] = [0.0] * n_layers
+    attending = with_attention(model, n_layers)
+    attention = [0.0 if layer in attending else None for layer in range(n_layers)]
     prediction = 0.0
     for row in rows:
         inputs: list[torch.Tensor] = []
         hooks = [
-            b.register_forward_pre_hook(lambda _m, a, to=inputs: to.append(a[0].detach()[0]))
+            (b.fc1 if model_type == "opt" else b).register_forward_pre_hook(
+                lambda _m, a, to=inputs: to.append(a[0].detach().reshape(-1, a[0].shape[-1]))
+            )
             for b in blocks
         ]
         with torch.no_grad():
@@ -90,10 +161,11 @@ def brute_force(model_type: str, model: Any, rows: list[list[int]]) -> dict[str,
         share = 1 / (len(rows) * len(row))
         for layer in range(n_layers):
             for x in inputs[layer]:
-                c, relu = inside(model_type, blocks[layer], x)
+                c, variant = inside(model_type, blocks[layer], x)
                 mean_c[layer] += c.detach().abs() * share
-                mean_relu[layer] += relu.detach().abs() * share
-            probabilities = out.attentions[layer][0].double()  # [heads, T, T]
+                mean_relu[layer] += variant.detach().abs() * share
+        for layer, given in zip(attending, out.attentions if attending else (), strict=True):
+            probabilities = given[0].double()  # [heads, T, T]
             heads = probabilities.shape[0]
             attention[layer] += entropy(probabilities) * share / heads
         for logits in out.logits[0].double():
@@ -104,16 +176,31 @@ def brute_force(model_type: str, model: Any, rows: list[list[int]]) -> dict[str,
         "knowledge_entropy_relu": [entropy(c / c.sum()) for c in mean_relu],
         "attention_entropy": attention,
         "next_token_entropy": [prediction],
+        "d_mlp": [len(c) for c in mean_c],
     }
 
 
-@pytest.mark.parametrize("model_type", ALL)
-def test_all_measures_equal_the_equations(tiny_decoder, model_type):
-    model = tiny_decoder(model_type)
+FALCON_7B = {"new_decoder_architecture": False, "num_kv_heads": None, "multi_query": True}
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    *((model_type, {}) for model_type in TINY),
+    ("falcon", FALCON_7B),
+    ("falcon", {**FALCON_7B, "multi_query": False, "parallel_attn": False}),
+    ("falcon", {**FALCON_7B, "alibi": True}),
+    ("opt", {"do_layer_norm_before": True, "word_embed_proj_dim": 32}),
+    ("stablelm", {"qk_layernorm": False, "use_parallel_residual": False}),
+]
+
+
+@pytest.mark.parametrize(("model_type", "overrides"), VARIANTS)
+def test_all_measures_equal_the_equations(tiny_decoder, model_type, overrides):
+    model = tiny_decoder(model_type, **overrides)
+    if overrides.get("alibi"):  # elsewhere transformers rounds Falcon's penalty to bfloat16
+        model.config._attn_implementation = "eager"
     generator = torch.Generator().manual_seed(1)
     lengths = [12, 7, 1, 9]
     rows = [torch.randint(3, 97, (n,), generator=generator).tolist() for n in lengths]
     expected = brute_force(model_type, model, rows)
+    d_mlp = expected.pop("d_mlp")
     ids = torch.zeros(4, 12, dtype=torch.int64)
     mask = torch.zeros(4, 12, dtype=torch.int64)
     for n, row in enumerate(rows):  # left padding, so that compaction is part of what is tested
@@ -121,7 +208,74 @@ def test_all_measures_equal_the_equations(tiny_decoder, model_type):
         mask[n, 12 - len(row) :] = 1
     got = score_model(model, ids, mask, measures=MEASURES, batch_size=3)
     for measure, values in expected.items():
-        layers = [None] if measure == "next_token_entropy" else range(len(values))
-        for layer, value in zip(layers, values, strict=True):
-            assert got.row(measure, layer).value == pytest.approx(value, abs=1e-5), measure
+        total = got.row(measure)
+        if measure == "next_token_entropy":
+            assert total.value == pytest.approx(values[0], abs=1e-5)
+            continue
+        for layer, value in enumerate(values):
+            row = got.row(measure, layer)
+            assert row.d_mlp == d_mlp[layer]
+            if value is None:
+                assert math.isnan(row.value), (measure, layer)
+                assert row.reason, (measure, layer)
+            else:
+                assert row.value == pytest.approx(value, abs=1e-5), (measure, layer)
+                assert row.reason is None
+        present = [value for value in values if value is not None]
+        if present:
+            assert total.value == pytest.approx(sum(present), abs=1e-5 * len(present))
+        else:
+            assert math.isnan(total.value)
+            assert total.reason
+        assert total.d_mlp == (d_mlp[0] if len(set(d_mlp)) == 1 else None)
     assert got.num_tokens == sum(lengths)
+    assert got.is_finite()
+
+
+@pytest.fixture
+def described(monkeypatch):
+    """A function that gives this process a description, until the test ends."""
+    monkeypatch.setattr(architectures, "_DESCRIBED", {})
+    return lambda **row: architectures.use_description(Architecture(**row))
+
+
+def test_a_decoder_that_its_user_describes_equals_the_equations(described, tiny_decoder):
+    model = random_decoder("seed_oss", {**GROUPED, "head_dim": 8})
+    ids = torch.randint(3, 97, (3, 9), generator=torch.Generator().manual_seed(1))
+    with pytest.raises(UnsupportedArchitectureError, match=r"not known.*--architecture FILE"):
+        score_model(model, ids)
+    described(model_type="seed_oss")
+    expected = brute_force("seed_oss", model, ids.tolist())
+    got = score_model(model, ids, measures=MEASURES)
+    for measure in MEASURES[:3]:
+        for layer, value in enumerate(expected[measure]):
+            assert got.row(measure, layer).value == pytest.approx(value, abs=1e-5)
+    assert got.row("next_token_entropy").value == pytest.approx(
+        expected["next_token_entropy"][0], abs=1e-5
+    )
+
+
+def test_a_description_without_the_scale_of_the_logits_is_refused(described, tiny_decoder):
+    model = tiny_decoder("granite")
+    ids = torch.tensor([[3, 4, 5]])
+    described(model_type="granite")
+    with pytest.raises(UnsupportedArchitectureError, match="logit_divisor"):
+        score_model(model, ids, measures="next_token_entropy")
+    described(model_type="granite", logit_divisor="logits_scaling")
+    assert score_model(model, ids, measures="next_token_entropy").is_finite()
+
+
+def test_a_description_of_modules_that_never_run_is_refused(described, tiny_decoder):
+    model = tiny_decoder("gptj")
+    described(
+        model_type="gptj", layers="h", second_projection="fc_out", up="fc_in", gate=None,
+        attention="attn",
+    )  # fmt: skip
+    with pytest.raises(UnsupportedArchitectureError, match="returns_attention"):
+        score_model(model, torch.tensor([[3, 4, 5]]), measures="attention_entropy")
+
+
+def test_a_bloom_that_goes_around_its_second_projection_is_refused(tiny_decoder):
+    model = tiny_decoder("bloom", slow_but_exact=True, pretraining_tp=2)
+    with pytest.raises(UnsupportedArchitectureError, match="slow_but_exact"):
+        score_model(model, torch.tensor([[3, 4, 5]]), measures="knowledge_entropy")

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ke_ray.models.architectures import describe
 from ke_ray.models.attention import measure_attention
+from ke_ray.models.layout import describe
 from ke_ray.models.scoring import compact, score_instances, score_model
 
 ENTROPIES = (

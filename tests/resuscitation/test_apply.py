@@ -6,10 +6,11 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_decoders import TINY
 
 from ke_ray.core.resuscitation import predicted_entropy_nats
 from ke_ray.errors import UnsupportedArchitectureError, UserError
-from ke_ray.models.architectures import describe
+from ke_ray.models.layout import describe
 from ke_ray.models.scoring import score_instances, score_model
 from ke_ray.resuscitation.apply import (
     apply_attention_temperature,
@@ -18,11 +19,9 @@ from ke_ray.resuscitation.apply import (
     up_row_norms,
 )
 
-ALL = [
-    *("olmo", "olmo2", "olmo3", "llama", "mistral", "qwen2", "qwen3"),
-    *("gemma", "gemma2", "gemma3_text", "phi", "phi3", "gpt_neox", "gpt2"),
-]
-UNGATED = ("phi", "gpt_neox", "gpt2")
+ALL = list(TINY)
+WITH_ALIBI = ("bloom", "mpt")
+TEMPERED = [model_type for model_type in ALL if model_type not in WITH_ALIBI]
 IDS = torch.randint(3, 97, (6, 11), generator=torch.Generator().manual_seed(0))
 
 
@@ -51,19 +50,22 @@ def test_selected_memories_of_the_first_layer_get_factor_times_the_mean(tiny_dec
     ]
     rows = scale_memories(model, before, ratio=0.5, factor=2.0)
     after, up_after = coefficients(model), first_up_output(model)
-    selected = rows[0] != 1
-    assert int(selected.sum()) == 24
-    if model_type in UNGATED:  # exact before the activation, whatever it is
-        torch.testing.assert_close(up_after.double(), up_before * rows[0], rtol=2e-5, atol=2e-5)
-        assert float(after[0, selected].sum()) > 1.5 * float(before[0, selected].sum())
+    first = describe(model)[0]
+    rows, before, after = (table[0, : first.d_mlp] for table in (rows, before, after))
+    selected = rows != 1
+    half = first.d_mlp // 2
+    assert int(selected.sum()) == half
+    if not first.gated:  # exact before the activation, whatever it is
+        torch.testing.assert_close(up_after.double(), up_before * rows, rtol=2e-5, atol=2e-5)
+        assert float(after[selected].sum()) > 1.5 * float(before[selected].sum())
     else:
         torch.testing.assert_close(
-            after[0, selected],
-            (2.0 * before[0].mean()).expand(24),
+            after[selected],
+            (2.0 * before.mean()).expand(half),
             rtol=1e-5,
             atol=0,
         )
-    torch.testing.assert_close(after[0, ~selected], before[0, ~selected], rtol=1e-6, atol=0)
+    torch.testing.assert_close(after[~selected], before[~selected], rtol=1e-6, atol=0)
     for layout, gate in zip(describe(model), gate_before, strict=True):
         assert gate is None or torch.equal(layout.gate.weight, gate)
 
@@ -94,12 +96,29 @@ def test_controls_scale_as_much(tiny_decoder, control):
         assert moved.sum(dim=1).tolist() == [24, 24]
 
 
-@pytest.mark.parametrize("model_type", ALL)
+def divide_queries(model_type, attention, temperature):
+    """Divide what becomes the scores, in the module's own terms."""
+    if model_type in ("gpt_neo", "gptj"):
+        attention.q_proj.register_forward_hook(lambda _m, _a, output: output / temperature)
+    elif model_type == "falcon":  # rows: for each of two keys, two queries, the key, its value
+
+        def divided(_module, _inputs, output):
+            parts = output.clone().view(*output.shape[:2], 2, 4, 8)
+            parts[..., :2, :] /= temperature
+            return parts.flatten(2)
+
+        attention.query_key_value.register_forward_hook(divided)
+    else:
+        attention.scaling /= temperature
+
+
+@pytest.mark.parametrize("model_type", TEMPERED)
 def test_temperature_divides_the_scores(tiny_decoder, model_type):
     model = tiny_decoder(model_type)
     reference = copy.deepcopy(model)
     for layout in describe(reference):
-        layout.attention.scaling /= 1.7
+        if layout.attention is not None:
+            divide_queries(model_type, layout.attention, 1.7)
     apply_attention_temperature(model, 1.7)
     with torch.no_grad():
         torch.testing.assert_close(model(IDS).logits, reference(IDS).logits, rtol=1e-4, atol=1e-4)
@@ -108,6 +127,26 @@ def test_temperature_divides_the_scores(tiny_decoder, model_type):
     original = tiny_decoder(model_type).state_dict()
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(tensor, original[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("model_type", WITH_ALIBI)
+def test_no_weights_hold_the_temperature_of_scores_with_alibi(tiny_decoder, model_type):
+    with pytest.raises(UnsupportedArchitectureError, match="ALiBi"):
+        apply_attention_temperature(tiny_decoder(model_type), 2.0)
+
+
+@pytest.mark.parametrize("control", [None, "random", "matched_norm"])
+def test_narrow_layers_choose_among_their_own_memories(tiny_decoder, control):
+    model = tiny_decoder("gemma3n_text")
+    before = coefficients(model)
+    assert before.isnan().sum(dim=1).tolist() == [16, 0, 16]
+    rows = scale_memories(model, before, ratio=0.5, factor=2.0, control=control)
+    assert bool((rows[before.isnan()] == 1).all())
+    changed = (rows != 1).sum(dim=1).tolist()
+    assert changed == ([48, 64, 48] if control == "matched_norm" else [24, 32, 24])
+    measured = score_model(model, IDS).row("knowledge_entropy", 0).value
+    predicted = float(predicted_entropy_nats(before, rows)[0])
+    assert measured == pytest.approx(predicted, abs=1e-5)
 
 
 def test_temperature_raises_attention_entropy_and_survives_saving(tiny_decoder, tmp_path):

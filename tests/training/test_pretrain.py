@@ -114,7 +114,7 @@ def test_every_supported_architecture_can_be_trained_from_scratch(kind: str) -> 
     architecture = ModelShape(model_type=kind, n_layers=1, d_model=16, d_mlp=24, n_heads=2)
     config = build_config(architecture, vocab_size=64, sequence_length=32, eos_token_id=0)
     model = build_model(config, seed=0)
-    from ke_ray.models.architectures import describe
+    from ke_ray.models.layout import describe
 
     assert describe(model)[0].d_mlp == 24
     loss = model(input_ids=torch.arange(12)[None], labels=torch.arange(12)[None]).loss

@@ -23,14 +23,16 @@ from ke_ray.storage import join, open_read
 _LIMIT = 16 * 2**20  # bytes of a configuration or a trainer's state
 _READERS = 8
 # Names of a size in the configurations of transformers.
-_LAYERS = ("num_hidden_layers", "n_layer")
-_WIDTH = ("hidden_size", "n_embd")
-_MEMORIES = ("intermediate_size", "n_inner")
+_LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+_WIDTH = ("hidden_size", "n_embd", "d_model")
+_MEMORIES = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
 
 
-def series_label(model_type: str, n_layers: int, d_model: int, d_mlp: int) -> str:
+def series_label(model_type: str, n_layers: int, d_model: int, d_mlp: int | Sequence[int]) -> str:
     """What tells the series of one architecture and size from others, for people and tables."""
-    return f"{model_type}, {n_layers} layers, d_model {d_model}, d_mlp {d_mlp}"
+    widths = sorted({d_mlp} if isinstance(d_mlp, int) else set(d_mlp))
+    memories = "–".join(dict.fromkeys((str(widths[0]), str(widths[-1]))))
+    return f"{model_type}, {n_layers} layers, d_model {d_model}, d_mlp {memories}"
 
 
 def with_series(refs: Sequence[CheckpointRef]) -> list[CheckpointRef]:
@@ -65,7 +67,13 @@ def _label_of(layout: str, content: bytes) -> str | None:
     n_layers, d_model = _size(values, _LAYERS), _size(values, _WIDTH)
     if not isinstance(model_type, str) or n_layers is None or d_model is None:
         return None
-    return series_label(model_type, n_layers, d_model, _size(values, _MEMORIES) or 4 * d_model)
+    if model_type == "hf_olmo" or values.get("block_auto_adjust_ff_dim", model_type == "lfm2"):
+        return None  # the sizes follow from the configuration by rules of the model's own
+    d_mlp: int | list[int] = _size(values, _MEMORIES) or 4 * d_model
+    widths = values.get("intermediate_size")
+    if isinstance(widths, list) and widths and all(type(width) is int for width in widths):
+        d_mlp = widths
+    return series_label(model_type, n_layers, d_model, d_mlp)
 
 
 def _size(values: dict[str, Any], names: Iterable[str]) -> int | None:

@@ -3,7 +3,7 @@
 One table says which tensors of the one layout are which rows of the other. Rows of a fused tensor
 are stacked in the order given: ``att_proj`` is [q; k; v] (k and v smaller under grouped-query
 attention), ``ff_proj`` is [up; gate]. OLMo-2 adds norms *after* attention and feed-forward, and
-norms of queries and keys.
+norms of queries and keys; models that are Llama to transformers have norms with weights *before*.
 
 A configuration that transformers' OLMo and OLMo-2 classes do not reproduce exactly is refused.
 """
@@ -12,9 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ke_ray.checkpoints.formats.olmo_config import NativeConfig
+from ke_ray.checkpoints.formats.layout import Layout
+from ke_ray.checkpoints.formats.olmo_config import (
+    NativeConfig,
+    read_hf_olmo_config,
+    read_native_config,
+)
 from ke_ray.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -43,18 +49,36 @@ _BOTH = (
     _Rule(f"{_BLOCK}ff_out.weight", (f"{_LAYER}mlp.down_proj.weight",)),
 )
 _UNTIED = (_Rule("transformer.ff_out.weight", ("lm_head.weight",)),)
+_FINAL_NORM = (_Rule("transformer.ln_f.weight", ("model.norm.weight",)),)
+_LLAMA = (
+    _Rule(f"{_BLOCK}attn_norm.weight", (f"{_LAYER}input_layernorm.weight",)),
+    _Rule(f"{_BLOCK}ff_norm.weight", (f"{_LAYER}post_attention_layernorm.weight",)),
+    *_FINAL_NORM,
+)
 _OLMO2 = (
     _Rule(f"{_BLOCK}q_norm.weight", (f"{_LAYER}self_attn.q_norm.weight",)),
     _Rule(f"{_BLOCK}k_norm.weight", (f"{_LAYER}self_attn.k_norm.weight",)),
     _Rule(f"{_BLOCK}attn_norm.weight", (f"{_LAYER}post_attention_layernorm.weight",)),
     _Rule(f"{_BLOCK}ff_norm.weight", (f"{_LAYER}post_feedforward_layernorm.weight",)),
-    _Rule("transformer.ln_f.weight", ("model.norm.weight",)),
+    *_FINAL_NORM,
 )
+_NORMS: dict[str, tuple[_Rule, ...]] = {"olmo": (), "llama": _LLAMA, "olmo2": _OLMO2}
+
+
+def native_config(folder: Path, layout: Layout) -> NativeConfig | None:
+    """The configuration of a checkpoint whose tensors have OLMo's names; None for all others.
+
+    Raises:
+        CheckpointError, UnsupportedArchitectureError: as ``read_native_config``.
+    """
+    if layout.format == "native":
+        return read_native_config(folder / layout.config)
+    return read_hf_olmo_config(folder / layout.config)
 
 
 def _rules(config: NativeConfig) -> Iterable[tuple[str, tuple[str, ...], _Rows]]:
     table = _BOTH + (() if config.tied else _UNTIED)
-    table += _OLMO2 if config.model_type == "olmo2" else ()
+    table += _NORMS[config.model_type]
     for rule in table:
         for i in range(config.n_layers) if "{i}" in rule.native else (0,):
             yield rule.native.format(i=i), tuple(n.format(i=i) for n in rule.hf), rule.rows
@@ -146,8 +170,8 @@ def check_shapes(shapes: Mapping[str, tuple[int, ...]], config: NativeConfig, or
     # Every layer has at least one tensor: do not spell out a million layers nobody stored.
     if config.n_layers > len(shapes):
         raise CheckpointError(
-            f"{origin}: config.yaml describes {config.n_layers:,} layers, but the weights hold "
-            f"{len(shapes)} tensors; they do not belong together."
+            f"{origin}: the configuration describes {config.n_layers:,} layers, but the weights "
+            f"hold {len(shapes)} tensors; they do not belong together."
         )
     expected = native_shapes(config)
     missing = sorted(set(expected) - set(shapes))
@@ -155,11 +179,13 @@ def check_shapes(shapes: Mapping[str, tuple[int, ...]], config: NativeConfig, or
     if missing or unexpected:
         parts = [f"{len(missing)} missing (first '{missing[0]}')"] if missing else []
         parts += [f"{len(unexpected)} unexpected (first '{unexpected[0]}')"] if unexpected else []
-        raise CheckpointError(f"{origin}: tensors do not match config.yaml: {', '.join(parts)}.")
+        raise CheckpointError(
+            f"{origin}: tensors do not match the configuration: {', '.join(parts)}."
+        )
     for name, shape in expected.items():
         if shapes[name] != shape:
             raise CheckpointError(
-                f"{origin}: '{name}' has shape {list(shapes[name])}, config.yaml asks for "
+                f"{origin}: '{name}' has shape {list(shapes[name])}, the configuration asks for "
                 f"{list(shape)}."
             )
 

@@ -2,11 +2,24 @@
 
 Only the ``model`` section is read. Missing keys take the defaults of OLMo's own ``ModelConfig``;
 a key whose effect transformers' classes cannot reproduce is refused by name and value.
+
+A ``config.json`` of model type ``hf_olmo`` (DataDecide, the first OLMo repositories) holds the same
+keys beside transformers' own; OLMo's code, which such repositories ask to run, is not needed.
+
+==========================================  ==================================================
+norms                                       class of transformers that computes the same
+==========================================  ==================================================
+layer norm without weights                  OLMo
+RMS with weights, before the block          Llama (OLMo's ladder, DataDecide)
+RMS with weights, after, and of q and k     OLMo-2
+==========================================  ==================================================
 """
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -44,6 +57,13 @@ _OLMO1: dict[str, tuple[tuple[Any, ...], Any]] = {
     "attention_layer_norm": ((False, None), False),
     "layer_norm_eps": ((1e-5,), 1e-5),
 }
+_LLAMA: dict[str, tuple[tuple[Any, ...], Any]] = {
+    "layer_norm_type": (("rms",), "default"),
+    "layer_norm_with_affine": ((True,), True),
+    "attention_layer_norm": ((False, None), False),
+    "bias_for_layer_norm": ((False, None), None),
+    "clip_qkv": ((None,), None),
+}
 _OLMO2: dict[str, tuple[tuple[Any, ...], Any]] = {
     "layer_norm_type": (("rms",), "default"),
     "layer_norm_with_affine": ((True,), True),
@@ -52,6 +72,7 @@ _OLMO2: dict[str, tuple[tuple[Any, ...], Any]] = {
     "bias_for_layer_norm": ((False, None), None),
     "clip_qkv": ((None,), None),
 }
+_RULES = {"olmo": _OLMO1, "llama": _LLAMA, "olmo2": _OLMO2}
 _READ = {
     *("d_model", "n_heads", "n_layers", "n_kv_heads", "multi_query_attention", "mlp_hidden_size"),
     *("mlp_ratio", "vocab_size", "embedding_size", "max_sequence_length", "rope_theta"),
@@ -61,6 +82,13 @@ _READ = {
     *_OLMO1,
     *_OLMO2,
 }
+# What transformers adds to a config.json.
+_OF_TRANSFORMERS = {
+    *("architectures", "auto_map", "dtype", "model_type", "tie_word_embeddings", "torch_dtype"),
+    *("transformers_version", "use_cache", "_name_or_path"),
+}
+
+_Kind = Literal["olmo", "llama", "olmo2"]
 
 
 @dataclass(frozen=True)
@@ -71,7 +99,7 @@ class NativeConfig:
     SwiGLU), ``vocab_size`` the number of rows of the embedding (OLMo's ``embedding_size``).
     """
 
-    model_type: Literal["olmo", "olmo2"]
+    model_type: _Kind
     d_model: int
     n_heads: int
     n_kv_heads: int
@@ -92,8 +120,8 @@ class NativeConfig:
         return self.d_model // self.n_heads * self.n_kv_heads
 
     def to_transformers(self) -> PreTrainedConfig:
-        """The OlmoConfig or Olmo2Config of the same model."""
-        from transformers import Olmo2Config, OlmoConfig
+        """The OlmoConfig, LlamaConfig or Olmo2Config of the same model."""
+        from transformers import LlamaConfig, Olmo2Config, OlmoConfig
 
         shared: dict[str, Any] = {
             "vocab_size": self.vocab_size,
@@ -110,7 +138,10 @@ class NativeConfig:
         }
         if self.model_type == "olmo":
             return OlmoConfig(**shared, clip_qkv=self.clip_qkv, architectures=["OlmoForCausalLM"])
-        return Olmo2Config(**shared, rms_norm_eps=self.norm_eps, architectures=["Olmo2ForCausalLM"])
+        shared["rms_norm_eps"] = self.norm_eps
+        if self.model_type == "llama":
+            return LlamaConfig(**shared, architectures=["LlamaForCausalLM"])
+        return Olmo2Config(**shared, architectures=["Olmo2ForCausalLM"])
 
     @classmethod
     def from_transformers(cls, config: PreTrainedConfig) -> NativeConfig:
@@ -215,12 +246,38 @@ def read_native_config(path: str | Path) -> NativeConfig:
         raise CheckpointError(f"'{file}' is not UTF-8 text: {error}.") from error
 
 
+def read_hf_olmo_config(path: str | Path) -> NativeConfig | None:
+    """Read a ``config.json`` of model type ``hf_olmo``; None where it is another file.
+
+    Raises:
+        CheckpointError, UnsupportedArchitectureError: as ``read_native_config``.
+    """
+    file = Path(path)
+    if not file.is_file() or file.stat().st_size > _FILE_LIMIT:
+        return None
+    try:
+        values = json.loads(file.read_bytes())
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(values, dict) or values.get("model_type") != "hf_olmo":
+        return None
+    own = {key: value for key, value in values.items() if key not in _OF_TRANSFORMERS}
+    return _checked(own, origin=str(file))
+
+
 def parse_native_config(text: str, *, origin: str = "config.yaml") -> NativeConfig:
     """Parse the text of a ``config.yaml``; see :func:`read_native_config`."""
-    values = _model_section(text, origin)
-    second = bool(values.get("norm_after"))
-    rules = _REQUIRED | (_OLMO2 if second else _OLMO1)
-    kind = "OLMo-2" if second else "OLMo"
+    return _checked(_model_section(text, origin), origin)
+
+
+def _checked(values: Mapping[str, Any], origin: str) -> NativeConfig:
+    model_type: _Kind = "olmo"
+    if values.get("norm_after"):
+        model_type = "olmo2"
+    elif values.get("layer_norm_type") == "rms":
+        model_type = "llama"
+    rules = _REQUIRED | _RULES[model_type]
+    kind = {"olmo": "OLMo", "llama": "Llama", "olmo2": "OLMo-2"}[model_type]
     for key, (allowed, default) in rules.items():
         value = values.get(key, default)
         if key == "layer_norm_eps" and value is not None:
@@ -236,12 +293,10 @@ def parse_native_config(text: str, *, origin: str = "config.yaml") -> NativeConf
                 f"{origin}: ke_ray does not know the key {key}={value!r} of OLMo's model "
                 "configuration and cannot reproduce its effect."
             )
-    return _build(values, "olmo2" if second else "olmo", origin)
+    return _build(values, model_type, origin)
 
 
-def _build(
-    values: dict[str, Any], model_type: Literal["olmo", "olmo2"], origin: str
-) -> NativeConfig:
+def _build(values: Mapping[str, Any], model_type: _Kind, origin: str) -> NativeConfig:
     def integer(key: str, default: int | None = None, least: int = 1) -> int:
         value = values.get(key)
         value = default if value is None else value
@@ -297,7 +352,7 @@ def _build(
     )
 
 
-def _token_id(values: dict[str, Any], key: str, rows: int, origin: str) -> int | None:
+def _token_id(values: Mapping[str, Any], key: str, rows: int, origin: str) -> int | None:
     value = values.get(key)
     if value is None:
         return None
@@ -306,7 +361,7 @@ def _token_id(values: dict[str, Any], key: str, rows: int, origin: str) -> int |
     return value
 
 
-def _number(values: dict[str, Any], key: str, default: Any, origin: str) -> float:
+def _number(values: Mapping[str, Any], key: str, default: Any, origin: str) -> float:
     value = values.get(key)
     value = default if value is None else value
     try:

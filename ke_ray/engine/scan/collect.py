@@ -125,7 +125,6 @@ class Collector:
             "weights_sha256": output.get("weights_sha256"),
             "series": output.get("series"),
             "n_layers": output.get("n_layers"),
-            "d_mlp": output.get("d_mlp"),
             "data_sha256": corpus.sha256,
             "status": output["status"],
             "error": output.get("error"),

@@ -122,6 +122,7 @@ def _score(setup: ScanSetup, run: TrackedRun, display: Display, outcome: ScanOut
         cache_dir=storage.absolute(study.cache_dir) if study.cache_dir else None,
         cache_bytes=study.cache_bytes,
         resuscitation=study.resuscitation,
+        architecture=study.architecture,
     )
     monitor = ray.remote(ScanMonitor).options(max_restarts=0, **beside_driver()).remote()
     arrays = {

@@ -31,7 +31,8 @@ from ke_ray.checkpoints.formats.fingerprint import weights_sha256
 from ke_ray.checkpoints.reference import CheckpointRef
 from ke_ray.engine.cluster.placement import granted_device
 from ke_ray.errors import KeRayError
-from ke_ray.models.architectures import describe
+from ke_ray.models.architectures import use_description
+from ke_ray.models.layout import describe
 from ke_ray.models.loading import load_model
 from ke_ray.planning.scan_items import RowRange, WorkItem
 from ke_ray.planning.scan_messages import (
@@ -134,6 +135,7 @@ class CheckpointScorer:
 
         if settings.threads:
             torch.set_num_threads(settings.threads)
+        use_description(settings.architecture)
         self._settings = settings
         self._checkpoints = checkpoints
         self._corpora = {name: ray.get(ref) for name, ref in corpora.items()}
@@ -323,9 +325,9 @@ class CheckpointScorer:
 def _identity(model: Any) -> dict[str, Any]:
     """What tells a model's series from others: architecture and sizes, from the model itself."""
     config, layers = model.config, describe(model)
-    n_layers, d_mlp = len(layers), max(layer.d_mlp for layer in layers)
-    series = series_label(config.model_type, n_layers, config.hidden_size, d_mlp)
-    return {"series": series, "n_layers": n_layers, "d_mlp": d_mlp}
+    widths = [layer.d_mlp for layer in layers]
+    series = series_label(config.model_type, len(layers), config.hidden_size, widths)
+    return {"series": series, "n_layers": len(layers)}
 
 
 class _SharedLock:

@@ -203,6 +203,8 @@ def _over_steps(scan: Result, measure: str, figure: Callable[..., Figure]) -> Fi
         caption += " Mean over layers."
     elif measure in series.MEASURE_TITLES and measure != "next_token_entropy":
         caption += " Sum over layers."
+    if measure in (absent := series.absent(scan)):
+        caption += f" Layers without a value are left out: {absent[measure]}"
     if measure == "top_k_mass":
         share = series.setting(scan, "top_k_fraction")
         caption += f" Largest {100 * share:.3g} % of a layer's memories." if share else ""
@@ -256,13 +258,17 @@ def layer_rows(scan: Result, measure: str, corpus: str) -> pd.DataFrame:
     if not matrix.size:
         return pd.DataFrame(columns=["checkpoint", "x", "layer", "value", "change"])
     rows = pd.concat([order] * len(matrix), ignore_index=True)
-    return rows.assign(
-        at=rows["x"].map("{:g}".format),
-        layer=np.repeat(np.arange(len(matrix)), len(order)),
-        value=matrix.ravel(),
-        change=(matrix - matrix[:, :1]).ravel(),
-        mark="line",  # one table of rows for curves and maps
-    ).drop(columns="step")
+    return (
+        rows.assign(
+            at=rows["x"].map("{:g}".format),
+            layer=np.repeat(np.arange(len(matrix)), len(order)),
+            value=matrix.ravel(),
+            change=(matrix - matrix[:, :1]).ravel(),
+            mark="line",  # one table of rows for curves and maps
+        )
+        .dropna(subset="value", ignore_index=True)
+        .drop(columns="step")
+    )
 
 
 def _layers(scan: Result, held: list[str], figure: Callable[..., Figure]) -> list[Figure]:
@@ -318,7 +324,7 @@ def _distributions(scan: Result, figure: Callable[..., Figure]) -> list[Figure]:
     chosen = list(dict.fromkeys([*order[:1], *order[len(order) // 2 :][:1], *order[-1:]]))
     arrays = {name: series.coefficients(scan, name) for name in chosen}
     shares = {
-        name: array / np.maximum(array.mean(axis=1, keepdims=True), 1e-30)
+        name: array / np.maximum(_mean_of_layers(array), 1e-30)
         for name, array in arrays.items()
         if array is not None and array.size
     }
@@ -341,6 +347,8 @@ def _distributions(scan: Result, figure: Callable[..., Figure]) -> list[Figure]:
     )
     histograms, lorenz = [Panel(("all layers",), density)], [Panel(("all layers",), mass)]
     for layer in range(min(len(array) for array in shares.values())):
+        if any(np.isnan(array[layer]).all() for array in shares.values()):
+            continue  # it has no feed-forward part
         one, key = slice(layer, layer + 1), (f"layer {layer}",)
         histograms.append(Panel(key, density.over(_by_checkpoint(_histogram, shares, one))))
         lorenz.append(Panel(key, mass.over(_by_checkpoint(_mass, shares, one))))
@@ -366,6 +374,12 @@ def _distributions(scan: Result, figure: Callable[..., Figure]) -> list[Figure]:
     ]
 
 
+def _mean_of_layers(array: np.ndarray) -> np.ndarray:
+    """[n_layers, 1], each over the layer's own memories."""
+    num_memories = np.maximum((~np.isnan(array)).sum(axis=1, keepdims=True), 1)
+    return np.asarray(np.nansum(array, axis=1, keepdims=True) / num_memories)
+
+
 def _by_checkpoint(
     rows_of: Callable[[np.ndarray, str], pd.DataFrame],
     shares: dict[str, np.ndarray],
@@ -377,7 +391,7 @@ def _by_checkpoint(
 
 def _histogram(shares: np.ndarray, name: str) -> pd.DataFrame:
     edges = np.linspace(-3.0, 2.0, 51)
-    logs = np.log10(np.clip(shares.ravel(), 1e-3, 1e2))
+    logs = np.log10(np.clip(shares[~np.isnan(shares)], 1e-3, 1e2))
     density = np.histogram(logs, edges)[0] / logs.size * 100
     centres = (edges[1:] + edges[:-1]) / 2
     return pd.DataFrame({"series": name, "s": centres.round(6), "value": density})
@@ -385,12 +399,17 @@ def _histogram(shares: np.ndarray, name: str) -> pd.DataFrame:
 
 def _mass(shares: np.ndarray, name: str) -> pd.DataFrame:
     """Cumulative share of the mass over the share of the memories, from the largest down."""
-    largest = np.sort(shares, axis=1)[:, ::-1]
-    total = np.maximum(largest.sum(axis=1, keepdims=True), 1e-30)
-    cumulative = (largest.cumsum(axis=1) / total).mean(axis=0) * 100
-    m = cumulative.size
+    m = shares.shape[1]
     at = np.unique(np.geomspace(1, m, 60).round().astype(int))
-    return pd.DataFrame({"series": name, "memories": at / m * 100, "value": cumulative[at - 1]})
+    curves = []
+    for layer in shares[~np.isnan(shares).all(axis=1)]:
+        largest = np.sort(layer[~np.isnan(layer)])[::-1]
+        cumulative = largest.cumsum() / np.maximum(largest.sum(), 1e-30) * 100
+        num_memories = np.arange(1, largest.size + 1) / largest.size
+        curves.append(np.interp(at / m, num_memories, cumulative))
+    return pd.DataFrame(
+        {"series": name, "memories": at / m * 100, "value": np.mean(curves, axis=0)}
+    )
 
 
 def failures(scan: Result) -> TextTable:

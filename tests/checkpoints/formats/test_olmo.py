@@ -155,7 +155,7 @@ def test_numbers_that_yaml_reads_as_text_are_numbers() -> None:
         (TINY + "  scale_logits: true\n", "scale_logits"),
         (TINY + "  attention_layer_norm: true\n", "attention_layer_norm"),
         (TINY + "  layer_norm_eps: 1.0e-6\n", "layer_norm_eps"),
-        (TINY + "  layer_norm_type: rms\n", "layer_norm_type"),
+        (TINY + "  layer_norm_type: rms\n", "layer_norm_with_affine"),
         (TINY + "  embedding_layer_norm: true\n", "embedding_layer_norm"),
         (TINY + "  moe_num_experts: 64\n", "moe_num_experts"),
         (OLMO2 + "  clip_qkv: 8.0\n", "clip_qkv"),
