@@ -252,8 +252,8 @@ def check_measurable(model_type: str) -> None:
 
 
 def is_mixture(config: Any) -> bool:
-    """Whether layers of this config have experts."""
-    return check_config(config).experts is not None
+    """Whether layers of this config have experts; False where there is no config."""
+    return config is not None and check_config(config).experts is not None
 
 
 def lacks_head(config: Any) -> bool:

@@ -91,26 +91,6 @@ TINY: dict[str, dict[str, Any]] = {
         "bos_token_id": 1,
         "eos_token_id": 2,
     },
-    "olmoe": {**EXPERTS, "intermediate_size": 12, "num_experts": 4},
-    "mixtral": {**EXPERTS, "intermediate_size": 12, "num_local_experts": 4},
-    "qwen2_moe": {**EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 20},
-    "qwen3_moe": {**EXPERTS, "num_experts": 4, "head_dim": 16, "mlp_only_layers": [0]},
-    "deepseek_v2": {
-        **DEEPSEEK,
-        "q_lora_rank": None,
-        "topk_method": "group_limited_greedy",
-        "n_group": 2,
-        "topk_group": 1,
-    },
-    "deepseek_v3": {**DEEPSEEK, "q_lora_rank": 24, "n_group": 2, "topk_group": 1},
-    "gpt_oss": {
-        **EXPERTS,
-        "intermediate_size": 12,
-        "num_local_experts": 4,
-        "head_dim": 8,
-        "sliding_window": 5,
-        "layer_types": ["sliding_attention", "full_attention"],
-    },
     "apertus": GROUPED,
     "arcee": {**GROUPED, "hidden_act": "relu2", "mlp_bias": True},
     "nemotron": {**GROUPED, "mlp_bias": True},
@@ -209,6 +189,29 @@ TINY: dict[str, dict[str, Any]] = {
     },
 }
 
+TINY_MIXTURES: dict[str, dict[str, Any]] = {
+    "olmoe": {**EXPERTS, "intermediate_size": 12, "num_experts": 4},
+    "mixtral": {**EXPERTS, "intermediate_size": 12, "num_local_experts": 4},
+    "qwen2_moe": {**EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 20},
+    "qwen3_moe": {**EXPERTS, "num_experts": 4, "head_dim": 16, "mlp_only_layers": [0]},
+    "deepseek_v2": {
+        **DEEPSEEK,
+        "q_lora_rank": None,
+        "topk_method": "group_limited_greedy",
+        "n_group": 2,
+        "topk_group": 1,
+    },
+    "deepseek_v3": {**DEEPSEEK, "q_lora_rank": 24, "n_group": 2, "topk_group": 1},
+    "gpt_oss": {
+        **EXPERTS,
+        "intermediate_size": 12,
+        "num_local_experts": 4,
+        "head_dim": 8,
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+}
+
 
 def random_decoder(model_type: str, config: dict[str, Any], seed: int = 0) -> Any:
     """A model with every parameter random, of any type that transformers has."""
@@ -220,6 +223,9 @@ def random_decoder(model_type: str, config: dict[str, Any], seed: int = 0) -> An
     with torch.no_grad():
         for parameter in model.parameters():  # biases and norms start at 0 and 1 otherwise
             parameter.add_(0.15 * torch.randn_like(parameter))
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):  # DeepSeek-V3's, which balances the load
+                buffer.add_(0.15 * torch.randn_like(buffer))
     return model.eval()
 
 
@@ -228,19 +234,8 @@ def tiny_decoder() -> Callable[..., Any]:
     """``tiny_decoder(model_type, seed=0, **config)``: a model with every parameter random."""
 
     def build(model_type: str, seed: int = 0, **overrides: Any) -> Any:
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        torch.manual_seed(seed)
-        config = AutoConfig.for_model(model_type, **{**TINY[model_type], **overrides})
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        with torch.no_grad():
-            for parameter in model.parameters():  # biases and norms start at 0 and 1 otherwise
-                parameter.add_(0.15 * torch.randn_like(parameter))
-            for name, buffer in model.named_buffers():
-                if name.endswith("e_score_correction_bias"):
-                    buffer.add_(0.15 * torch.randn_like(buffer))
-        return model.eval()
-        return random_decoder(model_type, {**TINY[model_type], **overrides}, seed)
+        config = {**(TINY | TINY_MIXTURES)[model_type], **overrides}
+        return random_decoder(model_type, config, seed)
 
     return build
 

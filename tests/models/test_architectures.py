@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny_decoders import TINY_MIXTURES
 from torch import nn
 
 from ke_ray.errors import UnsupportedArchitectureError
@@ -23,13 +24,8 @@ UNGATED = {
 }
 
 
-MIXTURES = [
-    *("olmoe", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "gpt_oss"),
-]
-
-
 def test_the_table_names_what_the_issue_asks_for():
-    assert sorted(NAMED + MIXTURES) == list(supported_model_types())
+    assert sorted([*NAMED, *TINY_MIXTURES]) == list(supported_model_types())
 
 
 @pytest.mark.parametrize("model_type", NAMED)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_decoders import TINY_MIXTURES
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ke_ray.core.experts import expert_entropies, expert_masses
@@ -22,15 +23,7 @@ from ke_ray.models.architectures import check_config, is_mixture
 from ke_ray.models.layout import describe
 from ke_ray.models.scoring import compact, score_instances, score_model
 
-MIXTURES = (
-    "olmoe",
-    "mixtral",
-    "qwen2_moe",
-    "qwen3_moe",
-    "deepseek_v2",
-    "deepseek_v3",
-    "gpt_oss",
-)
+MIXTURES = tuple(TINY_MIXTURES)
 SHARED = {"qwen2_moe": 20, "deepseek_v2": 24, "deepseek_v3": 24}
 DENSE_FIRST = ("qwen3_moe", "deepseek_v2", "deepseek_v3")
 BY_EXPERT = ("routing_entropy", "within_expert_entropy")

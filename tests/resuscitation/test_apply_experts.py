@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from tiny_decoders import TINY_MIXTURES
 
 from ke_ray.checkpoints.formats.fingerprint import weights_sha256
 from ke_ray.core.resuscitation import predicted_entropy_nats
@@ -15,15 +16,7 @@ from ke_ray.models.saving import save_model
 from ke_ray.models.scoring import score_instances, score_model
 from ke_ray.resuscitation.apply import apply_attention_temperature, scale_memories, up_row_norms
 
-MIXTURES = (
-    "olmoe",
-    "mixtral",
-    "qwen2_moe",
-    "qwen3_moe",
-    "deepseek_v2",
-    "deepseek_v3",
-    "gpt_oss",
-)
+MIXTURES = tuple(TINY_MIXTURES)
 IDS = torch.randint(3, 97, (6, 11), generator=torch.Generator().manual_seed(0))
 
 
