@@ -32,11 +32,18 @@ class Architecture:
         query: the projection that makes queries, of the attention module.
         query_rows: which of its rows do: all, the first heads · d_head, or, for each group of
             heads that shares a key, all but the last two blocks of d_head rows (its k and v).
+        low_rank_query: the projection that makes queries in its place, where there is one.
         query_norm: the norm of queries, of the attention module; there may be none.
         norm_offset: that norm multiplies by (offset + weight).
         returns_attention: the attention module forms its rows itself and returns them as its
             second output; the others call transformers' attention interface.
+        sinks: every attention row gives a share to a sink that is no token.
         alibi: scores carry ALiBi's penalty of distance, whatever the configuration says.
+        experts: the module with the fused experts, of the FFN (``models.experts``). A layer whose
+            FFN lacks it is an ordinary one.
+        shared: an expert that every token goes through, of the FFN; an FFN of the names above.
+        shared_gate: the projection whose sigmoid weighs the shared expert, of the FFN.
+        up_offset: what is added to an expert's up projection: coefficients = act(gate) · (up + it).
         hybrid: a layer may lack attention or FFN.
         shares_prefixes: a row may hold several sequences with a common beginning, told apart by a
             mask and by positions (``evaluation.spans``). Not where a layer also mixes tokens in
@@ -59,10 +66,16 @@ class Architecture:
     attention: str = "self_attn"
     query: str = "q_proj"
     query_rows: Literal["all", "first", "grouped"] = "all"
+    low_rank_query: str | None = None
     query_norm: str = "q_norm"
     norm_offset: float = 0.0
     returns_attention: bool = False
+    sinks: bool = False
     alibi: bool = False
+    experts: str | None = None
+    shared: str | None = None
+    shared_gate: str | None = None
+    up_offset: float = 0.0
     hybrid: bool = False
     shares_prefixes: bool = True
     logit_multiplier: str | None = None

@@ -1,7 +1,8 @@
 """Layers that differ: in how many memories they have, and in which measures have a meaning.
 
     symbol   meaning
-    m_l      memories of layer l, `d_mlp[l]`; 0 in a layer without feed-forward part
+    m_l      memories of layer l, `d_mlp[l]`; 0 in a layer without feed-forward part; of a mixture
+             of experts, those of all its experts
 
 Tables of coefficients are as wide as the widest layer; what lies beyond a layer's own m_l is NaN.
 A measure of a layer is computed from its own m_l columns alone. Where a layer has no value of a
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 
 class Absence(IntEnum):
@@ -26,6 +28,7 @@ class Absence(IntEnum):
     NO_FFN = 1
     NO_ATTENTION = 2
     ALIBI = 3
+    SINKS = 4
 
     @property
     def reason(self) -> str:
@@ -40,6 +43,8 @@ _REASONS = {
     "attention or a state space)",
     Absence.ALIBI: "attention scores carry ALiBi's fixed penalty of distance, so that a row's "
     "entropy tells the slope of its head more than what the model has learned",
+    Absence.SINKS: "attention rows give a share to a learned sink, so that what they give to "
+    "tokens is no distribution",
 }
 
 
@@ -51,21 +56,39 @@ class Layers:
         d_mlp: memories of each layer, 0 without feed-forward part.
         absent: by table of sums, why each layer has no value; tables that all layers have are
             left out.
+        experts: memories of each expert of each layer, in the order of the coefficients
+            (`core.experts`); empty where no layer has experts.
     """
 
     d_mlp: tuple[int, ...]
     absent: Mapping[str, tuple[Absence, ...]] = field(default_factory=dict)
+    experts: tuple[tuple[int, ...], ...] = ()
 
     @classmethod
-    def of(cls, d_mlp: Sequence[int], attention: Sequence[Absence]) -> Layers:
-        """Layers of these widths; `attention`: why they have no attention entropy."""
+    def of(
+        cls,
+        experts: Sequence[tuple[int, ...]],
+        attention: Sequence[Absence],
+    ) -> Layers:
+        """Layers with these experts (a dense layer has one, of all its memories).
+
+        Args:
+            attention: why they have no attention entropy.
+        """
+        d_mlp = [sum(sizes) for sizes in experts]
         absent: dict[str, tuple[Absence, ...]] = {}
         if not all(d_mlp):
             missing = tuple(Absence.NONE if width else Absence.NO_FFN for width in d_mlp)
             absent = dict.fromkeys(("coefficients", "coefficients_relu"), missing)
         if any(attention):
             absent["attention_entropy"] = tuple(attention)
-        return cls(tuple(d_mlp), absent)
+        is_mixture = any(len(sizes) > 1 for sizes in experts)
+        return cls(tuple(d_mlp), absent, tuple(experts) if is_mixture else ())
+
+    @property
+    def expert_sizes(self) -> tuple[tuple[int, ...], ...]:
+        """Memories of each expert of each layer; a dense layer is one expert."""
+        return self.experts or tuple((width,) for width in self.d_mlp)
 
     @property
     def common_d_mlp(self) -> int | None:
@@ -80,7 +103,12 @@ class Layers:
         return min(absent, default=Absence.NONE)
 
     def per_layer(
-        self, table: str, mean: Tensor, values: Callable[..., Tensor], *arguments: float
+        self,
+        table: str,
+        mean: Tensor,
+        values: Callable[..., Tensor],
+        *arguments: float,
+        by_expert: bool = False,
     ) -> Tensor:
         """The values of a measure at every layer, each from the layer's own columns.
 
@@ -88,21 +116,27 @@ class Layers:
             mean: of the table over instances, [n_layers, widest d_mlp] or [n_layers]; a table
                 without layers is passed on as it is.
             values: the measure, called as ``values(rows, *arguments)``; from [k, …] to [k].
+            by_expert: whether it takes, last, the sizes of the experts of these k layers.
 
         Returns:
             [n_layers]; NaN where a layer has no value.
         """
         absent = [bool(self.absence(table, layer)) for layer in range(len(self.d_mlp))]
         has_columns = mean.ndim == 2
-        if mean.ndim == 0 or (not any(absent) and (self.common_d_mlp or not has_columns)):
+        if mean.ndim == 0 or (not has_columns and not any(absent)):
             return values(mean, *arguments)
+        shapes: Sequence[tuple[int, ...]] = self.expert_sizes
+        if not by_expert:
+            shapes = [(width if has_columns else 1,) for width in self.d_mlp]
+        if not any(absent) and len(set(shapes)) == 1:
+            return values(mean, *arguments, *([shapes[0]] if by_expert else []))
         result = torch.full((len(absent),), torch.nan, dtype=torch.float64, device=mean.device)
-        widths = self.d_mlp if has_columns else (1,) * len(absent)
-        for width in set(widths):
-            chosen = [i for i, own in enumerate(widths) if own == width and not absent[i]]
+        for shape in set(shapes):
+            chosen = [i for i, own in enumerate(shapes) if own == shape and not absent[i]]
             if chosen:
-                rows = mean[chosen, :width] if has_columns else mean[chosen]
-                result[chosen] = values(rows, *arguments).double()
+                rows = mean[chosen, : sum(shape)] if has_columns else mean[chosen]
+                experts = [shape] if by_expert else []
+                result[chosen] = values(rows, *arguments, *experts).double()
         return result
 
     def to_tensors(self) -> dict[str, Tensor]:
@@ -110,6 +144,8 @@ class Layers:
         flat = {"d_mlp": torch.tensor(self.d_mlp, dtype=torch.int64)}
         for table, absent in self.absent.items():
             flat[f"absent.{table}"] = torch.tensor(absent, dtype=torch.int64)
+        if self.experts:
+            flat["experts"] = pad_sequence([torch.tensor(row) for row in self.experts], True)
         return flat
 
     @classmethod
@@ -120,4 +156,6 @@ class Layers:
             for name, codes in flat.items()
             if name.startswith("absent.")
         }
-        return cls(tuple(flat["d_mlp"].tolist()), absent)
+        rows = flat["experts"].tolist() if "experts" in flat else []
+        experts = tuple(tuple(size for size in row if size) for row in rows)
+        return cls(tuple(flat["d_mlp"].tolist()), absent, experts)

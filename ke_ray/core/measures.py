@@ -52,6 +52,8 @@ class Measure:
         parameter: the argument of `evaluate` that `values` takes beside the mean.
         is_smooth: whether the jackknife holds; a measure that is not smooth has no error.
         is_default: whether a scan evaluates it where its study names no measures.
+        by_expert: whether `values` takes, last, the memories of each expert of these layers
+            (`core.experts`). A scan of a mixture of experts evaluates such a measure by default.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Measure:
     parameter: Literal["top_k_fraction", "dormant_threshold"] | None = None
     is_smooth: bool = True
     is_default: bool = True
+    by_expert: bool = False
 
 
 def _core(module: str, function: str) -> Callable[..., Tensor]:
@@ -167,6 +170,28 @@ MEASURES: dict[str, Measure] = {
             total="mean",
             parameter="dormant_threshold",
             is_smooth=False,
+        ),
+        Measure(
+            name="routing_entropy",
+            title="Routing entropy",
+            doc="H(π), π the experts' shares of ΣC̄ˡ; 0 in a dense layer",
+            unit="nats",
+            needs="coefficients",
+            values=_core("experts", "routing_entropy"),
+            total="sum",
+            is_default=False,
+            by_expert=True,
+        ),
+        Measure(
+            name="within_expert_entropy",
+            title="Entropy within experts",
+            doc="Σ π_e H_e = `knowledge_entropy` − `routing_entropy`",
+            unit="nats",
+            needs="coefficients",
+            values=_core("experts", "within_expert_entropy"),
+            total="sum",
+            is_default=False,
+            by_expert=True,
         ),
     )
 }
@@ -326,7 +351,9 @@ def evaluate(
                 if number > 0 and not measure.is_smooth:
                     continue
                 arguments = [parameters[measure.parameter]] if measure.parameter else []
-                values = sums.layers.per_layer(table, mean, measure.values, *arguments)
+                values = sums.layers.per_layer(
+                    table, mean, measure.values, *arguments, by_expert=measure.by_expert
+                )
                 columns[measure.name].append(values.cpu().numpy())
     counts = sums.counts.numpy().copy()
     rows: list[MeasureRow] = []

@@ -10,12 +10,14 @@ from the merged sums. Sums and counts are kept apart and divided once, at the en
     G             jackknife groups, contiguous in D, min(64, N) equal ones unless sizes are given
     n_layers      decoder layers
     d_mlp         memories (coefficients) of one layer, of the widest where layers differ
+    n_experts     experts of one layer, shared ones included, of the layer with the most
 
     table               shape               sum over instances of the token mean of
     coefficients        [G, n_layers, d_mlp]  |C|
     coefficients_relu   [G, n_layers, d_mlp]  |ReLU variant of C|
     attention_entropy   [G, n_layers]         attention entropy averaged over heads (nats)
     next_token_entropy  [G]                   entropy of softmax(logits) (nats)
+    expert_load         [G, n_layers, n_experts]  1 where the token is routed to the expert
 
 What lies beyond a layer's own memories, and a layer without a value, is NaN (`core.layers`).
 
@@ -40,6 +42,7 @@ TABLES: dict[str, tuple[str, ...]] = {
     "coefficients_relu": ("n_layers", "d_mlp"),
     "attention_entropy": ("n_layers",),
     "next_token_entropy": (),
+    "expert_load": ("n_layers", "n_experts"),
 }
 
 
@@ -96,7 +99,11 @@ class GroupSums:
             raise ValueError(f"groups of sizes {group.tolist()} do not make {num_instances}")
         num_groups = group.numel()
         layers = layers or Layers((d_mlp,) * n_layers)
-        axes = {"n_layers": len(layers.d_mlp), "d_mlp": max(layers.d_mlp)}
+        axes = {
+            "n_layers": len(layers.d_mlp),
+            "d_mlp": max(layers.d_mlp),
+            "n_experts": max(map(len, layers.expert_sizes)),
+        }
         tables = {
             name: torch.zeros(
                 (num_groups, *(axes[axis] for axis in TABLES[name])),
@@ -110,7 +117,7 @@ class GroupSums:
             for layer, width in enumerate(layers.d_mlp):
                 if layers.absence(name, layer):
                     table[:, layer] = torch.nan
-                elif table.ndim == 3:
+                elif "d_mlp" in TABLES[name]:
                     table[:, layer, width:] = torch.nan
         return cls(
             sizes=group,

@@ -10,8 +10,8 @@ gated          coefficients = act(gate(x)) · up(x)    (SwiGLU, GeGLU)
 ungated        coefficients = act(up(x))              (GPT-2, OPT, Apertus' xIELU, ReLU²)
 =============  ==========================================================================
 
-Mixtures of experts are refused: their experts are fused tensors that no hook on a projection
-sees, and an average over tokens that an expert never saw would be a number without a meaning.
+In a mixture of experts ``experts`` names the module that holds them as fused tensors, ``shared``
+the expert that every token goes through, ``shared_gate`` what weighs it (``models.experts``).
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ _GATED = Architecture()
 _UNGATED = Architecture(gate=None)
 _GEMMA = Architecture(norm_offset=1.0)  # Gemma's RMSNorm multiplies by (1 + weight)
 _COHERE = Architecture(logit_multiplier="logit_scale")
+_MIXTURE = Architecture(experts="experts")
+_DEEPSEEK = Architecture(experts="experts", shared="shared_experts", low_rank_query="q_b_proj")
 _QWEN_HYBRID = Architecture(norm_offset=1.0, hybrid=True, shares_prefixes=False)
 _FALCON = Architecture(
     layers="h",
@@ -136,6 +138,13 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
 }
 
+ARCHITECTURES |= {
+    **dict.fromkeys(("olmoe", "mixtral", "qwen3_moe"), _MIXTURE),
+    "qwen2_moe": replace(_MIXTURE, shared="shared_expert", shared_gate="shared_expert_gate"),
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3"), _DEEPSEEK),
+    "gpt_oss": replace(_MIXTURE, up_offset=1.0, sinks=True),
+}
+
 # Descriptions that this process was given, by model_type.
 _DESCRIBED: dict[str, Architecture] = {}
 
@@ -207,18 +216,20 @@ def check_config(config: Any) -> Architecture:
         config: a ``PreTrainedConfig`` (anything with ``model_type``).
 
     Raises:
-        UnsupportedArchitectureError: for a mixture of experts, bidirectional attention, or an
-            architecture that is not in the table; the message names what is supported.
+        UnsupportedArchitectureError: for bidirectional attention, or an architecture that is not
+            in the table; the message names what is supported.
     """
     model_type = str(getattr(config, "model_type", "") or "")
     supported = ", ".join(supported_model_types())
-    if _has_experts(config, model_type):
-        raise UnsupportedArchitectureError(
-            f"model type '{model_type}' is a mixture of experts: its memory coefficients lie in "
-            "fused expert tensors and an expert sees only the tokens routed to it, so they are not "
-            f"measured. Give a dense decoder; supported: {supported}."
-        )
     entry = _DESCRIBED.get(model_type) or ARCHITECTURES.get(model_type)
+    if _has_experts(config, model_type) and not (entry and entry.experts):
+        mixtures = [name for name in supported_model_types() if ARCHITECTURES[name].experts]
+        raise UnsupportedArchitectureError(
+            f"model type '{model_type}' is a mixture of experts that ke_ray does not know: it has "
+            "to know which module holds the experts, and which are shared by all tokens. Supported "
+            f"mixtures: {', '.join(mixtures)}; describe others with --architecture FILE (experts, "
+            f"shared, shared_gate). All that is supported: {supported}."
+        )
     if entry is None:
         check_measurable(model_type)
         raise UnsupportedArchitectureError(
@@ -251,6 +262,11 @@ def check_measurable(model_type: str) -> None:
             f"model type '{model_type}' is {_UNMEASURABLE[model_type]}. Supported: "
             f"{', '.join(supported_model_types())}."
         )
+
+
+def is_mixture(config: Any) -> bool:
+    """Whether layers of this config have experts; False where there is no config."""
+    return config is not None and check_config(config).experts is not None
 
 
 def lacks_head(config: Any) -> bool:

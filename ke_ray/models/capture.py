@@ -5,6 +5,7 @@
                         from the outputs of the gate and up projections, which are only looked at
     attention_entropy   from the queries and keys of each layer (``models.attention``)
     next_token_entropy  from the final hidden states, through the LM head in chunks of tokens
+    expert_load         of a mixture of experts, with its coefficients (``models.experts``)
 
 Nothing is kept but one mean per instance and layer. When the last layer has run as far as the
 measures need, an exception that never leaves this module ends the forward pass.
@@ -24,6 +25,7 @@ from ke_ray.core.prediction import streamed_entropy
 from ke_ray.errors import UnsupportedArchitectureError
 from ke_ray.models.architectures import check_config
 from ke_ray.models.attention import measure_attention
+from ke_ray.models.experts import RoutedRows, measure_experts
 from ke_ray.models.layout import FFNLayout, layers_of
 from ke_ray.models.loading import require_head
 
@@ -47,7 +49,9 @@ class Capture:
         self.attention = "attention_entropy" in names
         self.prediction = "next_token_entropy" in names
         self.head = _language_head(model) if self.prediction else None
+        self.load = "expert_load" in names
         self.lengths: list[int] = []
+        self.width = 0  # positions of the batch
         self.values: dict[str, Tensor] = {}
         self.layers = layers_of(layouts)
         self.expected = {
@@ -57,8 +61,16 @@ class Capture:
             for layer in range(len(layouts))
             if not self.layers.absence(name, layer)
         }
+        for layer, layout in enumerate(layouts):
+            if layout.experts is None:
+                continue
+            for name in {"coefficients", "coefficients_relu"}.intersection(names):
+                self.expected.add((f"{name} of experts", layer))
+                if layout.second_projection is None:  # no shared expert
+                    self.expected.discard((name, layer))
         self.unseen: set[tuple[str, int]] = set()
         self.gate_pair: dict[str, Tensor] = {}
+        self.shared_weight: Tensor | None = None  # [batch, pos, 1]; None: one
         self.mean = TokenMean()
         self.stack = ExitStack()
 
@@ -67,10 +79,14 @@ class Capture:
             for layer, layout in enumerate(self.layouts):
                 if layout.second_projection is None:
                     continue
+                if layout.experts is not None and layout.experts.shared_gate is not None:
+                    self._hook_shared_gate(layout.experts.block, layout.experts.shared_gate)
                 if self.coefficients:
                     self._hook_input(layer, layout.second_projection)
                 if self.relu:
                     self._hook_relu(layer, layout)
+            if self.coefficients or self.relu:
+                self.stack.enter_context(measure_experts(self.model, self.layouts, self))
             if self.attention:
                 self.stack.enter_context(
                     measure_attention(self.model, self.layouts, self._see_attention)
@@ -85,7 +101,7 @@ class Capture:
 
     def run(self, batch: Tensor, lengths: list[int]) -> dict[str, Tensor]:
         """Per-instance means by table: [B, n_layers, d_mlp], [B, n_layers] or [B]."""
-        self.lengths = lengths
+        self.lengths, self.width = lengths, batch.shape[1]
         n_layers, d_mlp = len(self.layouts), max(self.layers.d_mlp)
         dtype = accumulation_dtype(next(self.body.parameters()).dtype)
         shape = (len(lengths), n_layers)
@@ -101,6 +117,8 @@ class Capture:
             self.values["attention_entropy"] = torch.zeros(
                 shape, dtype=torch.float64, device=self.device
             )
+        if self.load:
+            self.values["expert_load"] = self._load_of_unrouted(shape)
         if not self.unseen and not self.prediction:
             return self.values  # no layer has what was asked for
         try:
@@ -125,13 +143,22 @@ class Capture:
             raise _Finished
 
     def _add(self, name: str, layer: int, means: Iterator[tuple[int, Tensor]]) -> None:
+        last = self.layouts[layer].d_mlp  # behind the routed experts, in a mixture
         for n, mean in means:
-            self.values[name][n, layer, : mean.numel()] = mean
+            self.values[name][n, layer, last - mean.numel() : last] = mean
         self._seen(name, layer)
+
+    def _hook_shared_gate(self, block: nn.Module, gate: nn.Module) -> None:
+        """The weight of a shared expert, computed before the block that uses it later."""
+
+        def before(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            self.shared_weight = torch.sigmoid(gate(inputs[0]))
+
+        self._keep(block.register_forward_pre_hook(before))
 
     def _hook_input(self, layer: int, projection: nn.Module) -> None:
         def before(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            rows = self._instances(inputs[0])
+            rows = self._instances(self._weighted(layer, inputs[0]))
             self._add("coefficients", layer, ((n, self.mean.magnitude(own)) for n, (own,) in rows))
 
         self._keep(projection.register_forward_pre_hook(before))
@@ -140,7 +167,7 @@ class Capture:
         """|ReLU(gate's pre-activation) · up|, or ReLU(pre-activation) of an ungated FFN."""
 
         def finish(*pair: Tensor) -> None:
-            rows = self._instances(*pair)
+            rows = self._instances(*pair[:-1], self._weighted(layer, pair[-1]))
             self._add("coefficients_relu", layer, ((n, self.mean.rectified(*r)) for n, r in rows))
 
         def of_pair(part: str, values: Tensor) -> None:
@@ -168,6 +195,62 @@ class Capture:
             self._keep(layout.pre_activation.register_forward_pre_hook(before_activation))
         elif layout.gate is not None and layout.fused is None:
             self._keep(layout.gate.register_forward_hook(after_gate))
+
+    def _weighted(self, layer: int, values: Tensor) -> Tensor:
+        """Values of the layer's FFN times its weight, where it is a shared expert with a gate."""
+        experts = self.layouts[layer].experts
+        if experts is None or experts.shared_gate is None:
+            return values
+        assert self.shared_weight is not None
+        return values * self.shared_weight.view(*values.shape[:-1], 1)
+
+    def is_real(self) -> Tensor:
+        """bool [batch · pos]: whether a token of the batch is real."""
+        lengths = torch.tensor(self.lengths, device=self.device)
+        return (torch.arange(self.width, device=self.device) < lengths[:, None]).flatten()
+
+    def needs_output(self, layer: int) -> bool:
+        """Whether anything is measured behind this layer."""
+        return self.prediction or any(other > layer for _, other in self.unseen)
+
+    def see_expert(self, layer: int, rows: RoutedRows) -> None:
+        """Add one expert: c = g_e · |C|, averaged over all real tokens of each instance."""
+        experts = self.layouts[layer].experts
+        assert experts is not None
+        instances = rows.tokens // self.width
+        lengths = torch.tensor(self.lengths, dtype=torch.float64, device=self.device)
+        share = torch.zeros(
+            (len(self.lengths), len(instances)), dtype=torch.float64, device=self.device
+        )
+        share[instances, torch.arange(len(instances), device=self.device)] = 1 / lengths[instances]
+        if self.load:
+            self.values["expert_load"][:, layer, rows.expert] = share.sum(dim=1)
+        share *= rows.weights
+        size = experts.sizes[rows.expert]
+        memories = slice(rows.expert * size, (rows.expert + 1) * size)
+        if self.coefficients:
+            target = self.values["coefficients"][:, layer, memories]
+            target.copy_(share.to(target.dtype) @ rows.coefficients.to(target.dtype).abs())
+        if self.relu:
+            gate, up = experts.gate_and_up(rows.gate_up)
+            target = self.values["coefficients_relu"][:, layer, memories]
+            inside = gate.clamp_min(0.0).to(target.dtype).mul_(up).abs_()
+            target.copy_(share.to(target.dtype) @ inside)
+
+    def seen_experts(self, layer: int) -> None:
+        """All routed experts of the layer have been added."""
+        for name in ("coefficients", "coefficients_relu"):
+            if name in self.values:
+                self._seen(f"{name} of experts", layer)
+
+    def _load_of_unrouted(self, shape: tuple[int, int]) -> Tensor:
+        """[batch, n_layers, n_experts]: 1 for dense layers and shared experts, 0 for the others."""
+        sizes = [layout.expert_sizes for layout in self.layouts]
+        load = torch.zeros((*shape, max(map(len, sizes))), dtype=torch.float64, device=self.device)
+        for layer, layout in enumerate(self.layouts):
+            if layout.second_projection is not None:
+                load[:, layer, len(sizes[layer]) - 1] = 1.0
+        return load
 
     def _keep(self, handle: Any) -> None:
         self.stack.callback(handle.remove)

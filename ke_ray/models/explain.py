@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ke_ray.core.architecture import Architecture
 from ke_ray.core.layers import Absence
 from ke_ray.errors import CheckpointError, UnsupportedArchitectureError
 from ke_ray.models.architectures import check_config
@@ -39,8 +40,8 @@ def explain(config: PreTrainedConfig) -> list[str]:
         return [*lines, str(error), *_modules(model, config)]
     names = {module: name for name, module in model.named_modules()}
     start = 0
-    query = check_config(config).query
-    for text, same in groupby(_described(layout, names, query) for layout in layouts):
+    entry = check_config(config)
+    for text, same in groupby(_described(layout, names, entry) for layout in layouts):
         stop = start + len(list(same))
         numbers = f"layer {start}" if stop == start + 1 else f"layers {start} to {stop - 1}"
         lines += [f"{numbers}:", *(f"  {part}" for part in text)]
@@ -61,7 +62,9 @@ def _without_memory(config: PreTrainedConfig) -> Any:
         ) from error
 
 
-def _described(layout: FFNLayout, names: dict[nn.Module, str], query: str) -> tuple[str, ...]:
+def _described(
+    layout: FFNLayout, names: dict[nn.Module, str], entry: Architecture
+) -> tuple[str, ...]:
     """One layer, without its number, so that equal layers read the same."""
 
     def part(title: str, module: nn.Module | None, remark: str = "") -> str:
@@ -69,12 +72,17 @@ def _described(layout: FFNLayout, names: dict[nn.Module, str], query: str) -> tu
             return f"{title} none"
         return f"{title} {_general(names[module])} {_shape(module)}{remark}"
 
-    if layout.second_projection is None:
-        lines = ["no feed-forward part: no memories"]
-    else:
+    lines = []
+    if layout.experts is not None:
+        sizes, module = layout.experts.sizes, _general(names[layout.experts.module])
+        lines.append(f"experts: {len(sizes)} of {sizes[0]} memories, {module}")
+    elif layout.second_projection is None:
+        lines.append("no feed-forward part: no memories")
+    if layout.second_projection is not None:
         kind = "gated" if layout.gated else "ungated"
         act = f", {layout.activation}" if layout.activation else ""
-        lines = [f"FFN: {kind}{act}, d_mlp {layout.d_mlp}"]
+        title = "FFN" if layout.experts is None else "shared expert"
+        lines.append(f"{title}: {kind}{act}, d_mlp {layout.d_dense}")
         lines.append(part("coefficients: input of", layout.second_projection))
         lines.append(part("up:", layout.up, ", second half" if layout.fused else ""))
         lines.append(part("gate:", layout.gate, ", first half" if layout.fused else ""))
@@ -83,7 +91,8 @@ def _described(layout: FFNLayout, names: dict[nn.Module, str], query: str) -> tu
     lines.append(part("attention:", layout.attention))
     if layout.attention is not None:
         parts = dict(layout.attention.named_modules())
-        lines.append(part("queries:", parts.get(query)))
+        query = parts.get(entry.low_rank_query or entry.query, parts.get(entry.query))
+        lines.append(part("queries:", query))
     if layout.no_attention_entropy is not Absence.NONE:
         lines.append(f"attention_entropy: null, {layout.no_attention_entropy.reason}")
     return tuple(lines)

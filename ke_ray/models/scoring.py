@@ -130,10 +130,13 @@ def score_instances(
     target = torch.device(device) if device is not None else _device_of(model)
     if batch_size < 1:
         raise DataError(f"batch_size is {batch_size}; expected at least 1")
+    names, layers = required_sums(chosen), layers_of(layouts)
+    if "coefficients" in names and layers.experts:
+        names = (*names, "expert_load")
     sums = GroupSums.empty(
         num_instances,
-        required_sums(chosen),
-        layers=layers_of(layouts),
+        names,
+        layers=layers,
         device=target,
         sizes=group_sizes,
     )

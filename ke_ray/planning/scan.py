@@ -28,7 +28,7 @@ from ke_ray.errors import (
     ResultsError,
     UnsupportedArchitectureError,
 )
-from ke_ray.models.architectures import lacks_head, use_description
+from ke_ray.models.architectures import is_mixture, lacks_head, use_description
 from ke_ray.models.configuration import read_outline
 from ke_ray.planning.scan_items import CheckpointWork, CorpusWork
 from ke_ray.results import ScanFolder, new_manifest, read_manifest
@@ -120,7 +120,7 @@ def prepare_scan(study: ScanStudy) -> ScanSetup:
     use_description(study.architecture)
     refs = select_checkpoints(study.checkpoints)
     config, ref = _first_config(refs, study)
-    study = _without_head(study, config, ref)
+    study = _without_head(study.of_mixture() if is_mixture(config) else study, config, ref)
     _check_series(study, refs, config, ref)
     corpora = _build_corpora(study, config, ref)
     identity = {

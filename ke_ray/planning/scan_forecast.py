@@ -12,7 +12,7 @@ from ke_ray.checkpoints.fetch.cache import Store
 from ke_ray.checkpoints.fetch.checkpoint import size_to_fetch
 from ke_ray.checkpoints.reference import CheckpointRef
 from ke_ray.errors import CheckpointError
-from ke_ray.models.architectures import check_config, use_description
+from ke_ray.models.architectures import check_config, is_mixture, use_description
 from ke_ray.models.configuration import read_config
 from ke_ray.planning.scan import select_checkpoints
 from ke_ray.planning.scan_items import (
@@ -36,14 +36,20 @@ _EFFICIENCY = 0.6
 
 
 def num_body_parameters(config: Any) -> int:
-    """Weights of the decoder layers that take part in matrix products, from the config alone.
+    """Weights of the decoder layers that a token is multiplied with, from the config alone.
 
-    Attention 4·d² (fewer key and value heads counted), gated FFN 3·d·m, ungated 2·d·m.
+    Attention 4·d² (fewer key and value heads counted), gated FFN 3·d·m, ungated 2·d·m; m of a
+    mixture counts the experts that a token is routed to and the shared ones.
     """
     d_model, n_layers = config.hidden_size, config.num_hidden_layers
     names = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
     widths = (getattr(config, name, None) for name in names)
     d_mlp = next((width for width in widths if width), 4 * d_model)
+    if is_mixture(config):
+        size = getattr(config, "moe_intermediate_size", None) or d_mlp
+        shared = (getattr(config, "n_shared_experts", None) or 0) * size
+        shared = getattr(config, "shared_expert_intermediate_size", None) or shared
+        d_mlp = config.num_experts_per_tok * size + shared
     if isinstance(d_mlp, list):  # one for each layer
         d_mlp = sum(d_mlp) / n_layers
     heads = config.num_attention_heads

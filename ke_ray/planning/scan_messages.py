@@ -37,11 +37,13 @@ OUTPUT_SCHEMA = pa.schema(
         ("series", pa.string()),
         ("n_layers", pa.int32()),
         # Either partial sums (safetensors), or, where the item is all of the corpus, their
-        # evaluation: rows and replicates (Arrow IPC) and mean coefficients (safetensors).
+        # evaluation: rows and replicates (Arrow IPC), mean coefficients (safetensors) and, of a
+        # mixture, load and mass of its experts (Arrow IPC).
         ("sums", pa.large_binary()),
         ("rows", pa.large_binary()),
         ("replicates", pa.large_binary()),
         ("coefficients", pa.large_binary()),
+        ("experts", pa.large_binary()),
         # JSON of what resuscitation was predicted to do; on an item's first row.
         ("resuscitation", pa.string()),
         ("fetch_s", pa.float64()),
@@ -99,7 +101,33 @@ def evaluated_columns(
     if "coefficients" in sums.tables:
         mean = sums.mean("coefficients").float().cpu()
         columns["coefficients"] = save_tensors({"mean_abs_coefficients": mean})
+    if "expert_load" in sums.tables:
+        columns["experts"] = _to_ipc(_experts_table(sums))
     return columns
+
+
+def _experts_table(sums: GroupSums) -> pa.Table:
+    """One row per layer and expert, in the columns of ``experts`` that are not the checkpoint's."""
+    from ke_ray.core.experts import expert_entropies, expert_masses
+
+    means = zip(sums.mean("coefficients"), sums.mean("expert_load"), strict=True)
+    tables = []
+    for layer, (mean, load) in enumerate(means):
+        sizes = sums.layers.expert_sizes[layer]
+        if not sum(sizes):
+            continue  # no feed-forward part
+        masses = expert_masses(mean[: sum(sizes)], sizes)
+        entropies = expert_entropies(mean[: sum(sizes)], sizes).cpu().numpy()
+        columns = {
+            "layer": pa.array([layer] * len(sizes), pa.int32()),
+            "expert": pa.array(range(len(sizes)), pa.int32()),
+            "num_memories": pa.array(sizes, pa.int32()),
+            "load": load[: len(sizes)].cpu().numpy(),
+            "mass": (masses / masses.sum()).cpu().numpy(),
+            "entropy_nats": pa.array(entropies, pa.float64(), from_pandas=True),
+        }
+        tables.append(pa.table(columns))
+    return pa.concat_tables(tables)
 
 
 def _rows_table(evaluation: Evaluation) -> pa.Table:

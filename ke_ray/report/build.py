@@ -12,6 +12,7 @@ import pandas as pd
 from altair.utils.schemapi import debug_mode
 
 from ke_ray import storage
+from ke_ray.core.measures import MEASURES
 from ke_ray.report import runs, series
 from ke_ray.report.charts import comparison
 from ke_ray.report.charts.continual import continual_figures
@@ -153,7 +154,9 @@ def _scan(scan: Result, prefix: str) -> dict[str, Any]:
         missing.append("No checkpoint has been scored yet, so there is no figure.")
     else:
         absent = series.absent(scan)
-        wanted = [name for name in series.MEASURE_TITLES if name not in {*held, *absent}]
+        # Nobody misses the measures of experts in a dense model.
+        of_any = (name for name in series.MEASURE_TITLES if not MEASURES[name].by_expert)
+        wanted = [name for name in of_any if name not in {*held, *absent}]
         missing += [*absent.values(), *(_why_missing(scan, name) for name in wanted)]
         if scan.table("replicates").empty:
             missing.append("Paired errors of changes: no leave-one-out values to read.")

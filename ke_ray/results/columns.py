@@ -82,6 +82,18 @@ _REPLICATES = (
     Column("value", "float64", "the measure without that group"),
 )
 
+_EXPERTS = (
+    _CHECKPOINT,
+    _STEP,
+    Column("corpus", "string", "name of the corpus"),
+    Column("layer", "int32", "0 … L−1"),
+    Column("expert", "int32", "0 … E−1, and the shared expert after them; 0 in a dense layer"),
+    Column("num_memories", "int32", "memories of the expert; C̄ˡ has them in this order"),
+    Column("load", "float64", "share of tokens routed to the expert; 1 where all are", "fraction"),
+    Column("mass", "float64", "π_e, its share of ΣC̄ˡ", "fraction"),
+    Column("entropy_nats", "float64", "H_e; null where no token was routed to it", "nats"),
+)
+
 _RESUSCITATION = (
     _CHECKPOINT,
     Column("corpus", "string", "name of the corpus"),
@@ -249,6 +261,7 @@ _SETTINGS = (
 TABLES: Mapping[str, tuple[Column, ...]] = {
     "entropy": _ENTROPY,
     "replicates": _REPLICATES,
+    "experts": _EXPERTS,
     "resuscitation": _RESUSCITATION,
     "train": _TRAIN,
     "runs": _RUNS,

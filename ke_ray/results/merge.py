@@ -52,9 +52,11 @@ def _merge(uris: Sequence[str], output: str) -> ScanFolder:
         "merged_from": list(uris),
     }
     merged = ScanFolder(output, manifest)
-    for name in (*("parts", "coefficients"), *("entropy.parquet", "replicates.parquet")):
+    files = (f"{stem}.parquet" for stem in ("entropy", "replicates", "experts"))
+    for name in ("parts", "coefficients", *files):
         storage.remove(storage.join(output, name))  # of a merge that was killed
     replicates = [folder.replicates() for folder in folders]
+    experts = [folder.experts() for folder in folders]
     failed = False
     by_name = [_by_checkpoint(rows) for rows in tables]
     for name in dict.fromkeys(name for groups in by_name for name in groups):
@@ -67,6 +69,7 @@ def _merge(uris: Sequence[str], output: str) -> ScanFolder:
                 _of_rows(table, name, rows) for table, rows in zip(replicates, chosen, strict=True)
             ),
             _coefficients(name, folders, chosen),
+            _experts(name, experts, chosen),
         )
     merged.consolidate(final=True)
     if failed:
@@ -151,3 +154,20 @@ def _coefficients(
             if corpus not in by_corpus and folder.coefficients_name(name, corpus) in files:
                 by_corpus[corpus] = folder.mean_coefficients(name, corpus)
     return by_corpus
+
+
+def _experts(name: str, tables: Sequence[pa.Table], chosen: Sequence[Sequence[Row]]) -> pa.Table:
+    """The experts of checkpoint ``name``; of a corpus that several folders have, of the first."""
+    taken: set[str] = set()
+    parts = []
+    for table, rows in zip(tables, chosen, strict=True):
+        corpora = {row["corpus"] for row in rows if row["status"] == "ok"} - taken
+        own = table.filter(
+            pc.and_(
+                pc.equal(table["checkpoint"], name),
+                pc.is_in(table["corpus"], pa.array(sorted(corpora), pa.string())),
+            )
+        )
+        taken |= set(own["corpus"].to_pylist())
+        parts.append(own)
+    return pa.concat_tables(parts)

@@ -5,6 +5,7 @@
     manifest.json             config, versions, identity, corpora, checkpoints
     entropy.parquet           one row per checkpoint, corpus, layer and measure
     replicates.parquet        leave-one-group-out values of the same
+    experts.parquet           of mixtures of experts: load, mass and entropy of each expert
     coefficients/X.safetensors   mean_abs_coefficients [n_layers, d_mlp] float32, as wide as the
                               widest layer; NaN beyond a layer's own memories
     parts/                    checkpoints finished since the tables were last written
@@ -35,6 +36,7 @@ from ke_ray.results.manifest import read_manifest, write_manifest
 
 ENTROPY_SCHEMA = schema("entropy")
 REPLICATES_SCHEMA = schema("replicates")
+EXPERTS_SCHEMA = schema("experts")
 _KEY = ("checkpoint", "corpus", "layer", "measure")
 _POSITION = ("checkpoint", "step", "stage", "ingredient")
 _BY_CORPUS = ("corpora", "sampling", "groups")
@@ -137,13 +139,27 @@ class ScanFolder:
 
     def _replicates(self, without: Collection[str] = ()) -> Iterator[pa.Table]:
         """The same, a table for each checkpoint: there are 64 rows for each of entropy()."""
-        for tables in self._by_checkpoint("replicates", REPLICATES_SCHEMA, without):
+        key = ("corpus", "measure", "layer", "group")
+        return self._last_rows("replicates", REPLICATES_SCHEMA, key, without)
+
+    def experts(self) -> pa.Table:
+        """Load, mass and entropy of experts in the columns of ``EXPERTS_SCHEMA``."""
+        tables = list(self._experts())
+        return pa.concat_tables(tables) if tables else EXPERTS_SCHEMA.empty_table()
+
+    def _experts(self, without: Collection[str] = ()) -> Iterator[pa.Table]:
+        return self._last_rows("experts", EXPERTS_SCHEMA, ("corpus", "layer", "expert"), without)
+
+    def _last_rows(
+        self, stem: str, columns: pa.Schema, key: Sequence[str], without: Collection[str]
+    ) -> Iterator[pa.Table]:
+        """A table for each checkpoint, sorted by ``key``, of which the last row wins."""
+        for tables in self._by_checkpoint(stem, columns, without):
             table = pa.concat_tables(tables)
-            if len(tables) > 1:  # the last value of a key wins, as in entropy()
-                frame = table.to_pandas().drop_duplicates([*_KEY, "group"], keep="last")
-                table = pa.Table.from_pandas(frame, REPLICATES_SCHEMA, preserve_index=False)
-            order = [(key, "ascending") for key in ("corpus", "measure", "layer", "group")]
-            yield table.sort_by(order)
+            if len(tables) > 1:
+                frame = table.to_pandas().drop_duplicates([*key], keep="last")
+                table = pa.Table.from_pandas(frame, columns, preserve_index=False)
+            yield table.sort_by([(name, "ascending") for name in key])
 
     def _by_checkpoint(
         self, stem: str, columns: pa.Schema, without: Collection[str] = ()
@@ -236,6 +252,7 @@ class ScanFolder:
         rows: Sequence[Mapping[str, Any]],
         replicates: pa.Table | None = None,
         coefficients: Mapping[str, np.ndarray] | None = None,
+        experts: pa.Table | None = None,
     ) -> None:
         """Write finished results of one checkpoint; the rows are written last and make them valid.
 
@@ -243,6 +260,7 @@ class ScanFolder:
             rows: entropy rows of this checkpoint.
             replicates: their leave-one-out values.
             coefficients: corpus → C̄ float32 [n_layers, d_mlp].
+            experts: of a mixture, load, mass and entropy of its experts.
         """
         for corpus, array in (coefficients or {}).items():
             payload = save(
@@ -254,6 +272,8 @@ class ScanFolder:
         stem = storage.join(self.uri, "parts", _part_name(checkpoint, rows))
         if replicates is not None and replicates.num_rows:
             storage.write_table(f"{stem}.replicates.parquet", replicates)
+        if experts is not None and experts.num_rows:
+            storage.write_table(f"{stem}.experts.parquet", experts)
         storage.write_table(f"{stem}.entropy.parquet", _to_table(rows))
 
     def consolidate(self, *, final: bool = False, without: Collection[str] = ()) -> None:
@@ -271,8 +291,11 @@ class ScanFolder:
         if names or without or not storage.exists(storage.join(self.uri, "entropy.parquet")):
             for stem, columns, tables in (
                 ("replicates", REPLICATES_SCHEMA, self._replicates(without)),
+                ("experts", EXPERTS_SCHEMA, self._experts(without)),
                 ("entropy", ENTROPY_SCHEMA, self._entropy(without)),
             ):
+                if stem == "experts" and not self._uris(stem):
+                    continue  # dense models
                 storage.write_tables(storage.join(self.uri, f"{stem}.parquet"), columns, tables)
             for name in names:
                 storage.remove(storage.join(parts, name))

@@ -12,6 +12,11 @@ gated FFN (OLMo, Llama, Gemma, …)      rows of ``up_proj`` and of its bias whe
                                        C̄'_i = u_i C̄_i exactly. The bias goes with its row
                                        because C = act(gate) · (K_i x + b_i)
 Phi-3                                  the second half of the fused ``gate_up_proj``; exact too
+mixture of experts (OLMoE, …)          the same rows of every expert, the shared one included;
+                                       the quantile is over all memories of the layer. Routing
+                                       does not see these weights, so it is as exact as in a
+                                       gated FFN. gpt-oss has C = act(gate) · (K_i x + b_i + 1)
+                                       up to a clamp: b_i + 1 is scaled
 ungated FFN (GPT-2, OPT, Apertus, …)   rows (columns of GPT-2's Conv1D) and bias of the first
                                        projection: the *pre-activation* becomes u_i (K_i x + b_i)
                                        exactly, the coefficient only approximately, since GELU
@@ -35,6 +40,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from ke_ray.core.architecture import Architecture
 from ke_ray.core.layers import Absence
@@ -152,14 +158,17 @@ def up_row_norms(model: nn.Module) -> Tensor:
 
     As wide as the widest layer; 0 where a layer has no memory.
     """
-    layouts = describe(model)
-    norms = torch.zeros(len(layouts), max(layout.d_mlp for layout in layouts), dtype=torch.float64)
-    for own, layout in zip(norms, layouts, strict=True):
-        if layout.d_mlp:
-            own[: layout.d_mlp] = torch.linalg.vector_norm(
-                layout.up_weight().detach(), dim=1, dtype=torch.float64
-            )
-    return norms
+    layers = [
+        torch.cat(
+            [torch.zeros(0, dtype=torch.float64)]
+            + [
+                torch.linalg.vector_norm(rows.weight.detach(), dim=1, dtype=torch.float64).cpu()
+                for rows in layout.key_rows()
+            ]
+        )
+        for layout in describe(model)
+    ]
+    return pad_sequence(layers, batch_first=True)
 
 
 @torch.no_grad()
@@ -182,12 +191,14 @@ def apply_multipliers(model: nn.Module, row_multipliers: Tensor) -> None:
     if not bool(torch.isfinite(row_multipliers).all()):
         raise UserError("multipliers hold infinite or NaN values; nothing was changed")
     for layout, every in zip(layouts, row_multipliers, strict=True):
-        if not layout.d_mlp:
-            continue
-        rows, weight, bias = every[: layout.d_mlp], layout.up_weight(), layout.up_bias()
-        _scale(weight, rows.to(weight.device)[:, None])
-        if bias is not None:
-            _scale(bias, rows.to(bias.device))
+        start = 0
+        for rows in layout.key_rows():
+            stop = start + len(rows.weight)
+            factors = every[start:stop].to(rows.weight.device)
+            _scale(rows.weight, factors[:, None])
+            if rows.bias is not None:
+                _scale(rows.bias, factors, rows.bias_offset)
+            start = stop
 
 
 @torch.no_grad()
@@ -238,7 +249,8 @@ def _query_parts(
             (parameter, entry.norm_offset if name.endswith("weight") else 0.0)
             for name, parameter in norm.named_parameters()
         ]
-    projection = attention.get_submodule(entry.query)
+    low_rank = getattr(attention, entry.low_rank_query or "", None)
+    projection = attention.get_submodule(entry.query) if low_rank is None else low_rank
     weight = projection.weight
     assert isinstance(weight, Tensor)
     if not hasattr(projection, "in_features"):  # Conv1D stores [in, out]

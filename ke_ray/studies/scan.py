@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from ke_ray.config import Key, Strict
-from ke_ray.core.measures import DEFAULT_MEASURES, check_measures
+from ke_ray.core.measures import DEFAULT_MEASURES, MEASURES, check_measures
 from ke_ray.errors import UserError
 from ke_ray.studies.architecture import ArchitectureKey
 from ke_ray.studies.parts import CheckpointSelection, Resuscitation, Sampling, TrackingSettings
@@ -68,6 +68,15 @@ class ScanStudy(Strict):
     )
     output: str = Key(affects_result=False, description="folder or URI for the results")
     mlflow: TrackingSettings = Key(TrackingSettings(), affects_result=False)
+
+    def of_mixture(self) -> ScanStudy:
+        """The study for mixtures of experts: by default also what knowledge entropy consists of."""
+        if "measures" in self.model_fields_set:
+            return self
+        names = [name for name, measure in MEASURES.items() if measure.by_expert]
+        study = self.model_copy(update={"measures": check_measures([*self.measures, *names])})
+        study.model_fields_set.discard("measures")  # they are still the default
+        return study
 
     @field_validator("measures", mode="before")
     @classmethod

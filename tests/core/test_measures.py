@@ -12,6 +12,7 @@ import torch
 
 from ke_ray.core import concentration, entropy
 from ke_ray.core.jackknife import group_of, group_sizes, standard_error
+from ke_ray.core.layers import Absence, Layers
 from ke_ray.core.measures import (
     DEFAULT_MEASURES,
     MEASURES,
@@ -27,6 +28,7 @@ from ke_ray.errors import UserError
 from ke_ray.studies.scan import ScanStudy
 
 N_LAYERS, D_MLP, NUM_INSTANCES = 3, 40, 100
+EXPERTS = [10, 5, 25]  # the memories of a layer as those of three experts
 SMOOTH = [name for name, measure in MEASURES.items() if measure.is_smooth]
 
 
@@ -37,6 +39,7 @@ def _values(seed: int = 0) -> dict[str, torch.Tensor]:
         "coefficients_relu": (N_LAYERS, D_MLP),
         "attention_entropy": (N_LAYERS,),
         "next_token_entropy": (),
+        "expert_load": (N_LAYERS, len(EXPERTS)),
     }
     return {
         name: torch.rand((NUM_INSTANCES, *shape), generator=generator).double() ** 2
@@ -47,7 +50,11 @@ def _values(seed: int = 0) -> dict[str, torch.Tensor]:
 def _sums(
     values: dict[str, torch.Tensor], names: tuple[str, ...] = tuple(TABLES), batch_size: int = 16
 ) -> GroupSums:
-    sums = GroupSums.empty(NUM_INSTANCES, names, n_layers=N_LAYERS, d_mlp=D_MLP)
+    sums = GroupSums.empty(
+        NUM_INSTANCES,
+        names,
+        layers=Layers.of([tuple(EXPERTS)] * N_LAYERS, [Absence.NONE] * N_LAYERS),
+    )
     for batch in torch.arange(NUM_INSTANCES).split(batch_size):
         sums.count(batch, torch.full((len(batch),), 7))
         for name in names:
@@ -68,8 +75,22 @@ def _direct(measure: str, values: dict[str, torch.Tensor]) -> np.ndarray:
         "gini": concentration.gini,
         "top_k_mass": lambda x: concentration.top_k_mass(x, 0.05),
         "dormant_share": lambda x: concentration.dormant_share(x, 0.9),
+        "routing_entropy": lambda x: _split_entropy(x)[0],
+        "within_expert_entropy": lambda x: _split_entropy(x)[1],
     }
     return np.asarray(functions[measure](mean).numpy())
+
+
+def _split_entropy(mean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """H(π) and Σ π_e H_e of each layer, from their definition."""
+    routing, within = [], []
+    for layer in mean:
+        parts = layer.split(EXPERTS)
+        shares = [float(part.sum() / layer.sum()) for part in parts]
+        routing.append(-sum(share * math.log(share) for share in shares))
+        inner = [-sum(p * math.log(p) for p in (part / part.sum()).tolist()) for part in parts]
+        within.append(sum(s * h for s, h in zip(shares, inner, strict=True)))
+    return torch.tensor(routing, dtype=torch.float64), torch.tensor(within, dtype=torch.float64)
 
 
 def _total(measure: str, per_layer: np.ndarray) -> float:
@@ -80,6 +101,8 @@ def _total(measure: str, per_layer: np.ndarray) -> float:
         "knowledge_entropy_relu",
         "attention_entropy",
         "effective_memories",
+        "routing_entropy",
+        "within_expert_entropy",
     }
     return float(per_layer.sum() if measure in in_sum else per_layer.mean())
 
@@ -99,11 +122,14 @@ def test_names_and_units_are_the_published_ones() -> None:
         "gini": "fraction",
         "top_k_mass": "fraction",
         "dormant_share": "fraction",
+        "routing_entropy": "nats",
+        "within_expert_entropy": "nats",
     }
 
 
-def test_all_but_the_relu_variant_are_measured_by_default() -> None:
-    assert set(MEASURES) - set(DEFAULT_MEASURES) == {"knowledge_entropy_relu"}
+def test_all_but_the_relu_variant_and_those_of_experts_are_measured_by_default() -> None:
+    others = {"knowledge_entropy_relu", "routing_entropy", "within_expert_entropy"}
+    assert set(MEASURES) - set(DEFAULT_MEASURES) == others
 
 
 @pytest.fixture
@@ -253,7 +279,7 @@ def test_one_instance_has_values_but_no_errors() -> None:
 def test_only_the_tables_that_are_needed_are_asked_for() -> None:
     assert required_sums(["knowledge_entropy", "gini", "dormant_share"]) == ("coefficients",)
     assert required_sums(["next_token_entropy"]) == ("next_token_entropy",)
-    assert set(required_sums(list(MEASURES))) == set(TABLES)
+    assert set(required_sums(list(MEASURES))) == set(TABLES) - {"expert_load"}
     values = _values()
     only = _sums(values, ("coefficients",))
     assert len(evaluate(only, ["knowledge_entropy"]).rows) == N_LAYERS + 1
@@ -307,3 +333,25 @@ def test_names_errors_and_acquisition_need_no_torch() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
     )
     assert result.stdout.strip() == "False"
+
+
+def test_layers_with_and_without_experts_are_measured_as_each_alone() -> None:
+    generator = torch.Generator().manual_seed(5)
+    experts = [(40,), (8, 4), (8, 4), (40,)]
+    mean = [torch.rand(sum(sizes), generator=generator).double() for sizes in experts]
+    padded = torch.nn.utils.rnn.pad_sequence(mean, batch_first=True)
+    names = [name for name, m in MEASURES.items() if m.needs == "coefficients"]
+
+    def evaluated(values: torch.Tensor, sizes: list[tuple[int, ...]]) -> Evaluation:
+        layers = Layers.of(sizes, [Absence.NONE] * len(sizes))
+        sums = GroupSums.empty(1, ["coefficients"], layers=layers)
+        sums.count(torch.tensor([0]), torch.tensor([3]))
+        sums.add("coefficients", torch.tensor([0]), values[None])
+        return _evaluate(GroupSums.from_tensors(sums.to_tensors()), names)
+
+    together = evaluated(padded, experts)
+    for layer, (values, sizes) in enumerate(zip(mean, experts, strict=True)):
+        alone = evaluated(values[None], [sizes])
+        for name in names:
+            assert together.row(name, layer).value == alone.row(name, 0).value
+    assert together.row("routing_entropy", 0).value == 0.0

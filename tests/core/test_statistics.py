@@ -25,6 +25,7 @@ class Dataset:
             "coefficients_relu": torch.rand(num_instances, N_LAYERS, D_MLP, generator=generator),
             "attention_entropy": torch.rand(num_instances, N_LAYERS, generator=generator),
             "next_token_entropy": torch.rand(num_instances, generator=generator),
+            "expert_load": torch.rand(num_instances, N_LAYERS, 1, generator=generator),
         }
 
     def empty(self) -> GroupSums:

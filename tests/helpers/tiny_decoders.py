@@ -37,6 +37,20 @@ LINEAR = {
     "linear_value_head_dim": 8,
 }
 
+EXPERTS = {**GROUPED, "moe_intermediate_size": 12, "num_experts_per_tok": 2}
+DEEPSEEK = {
+    **EXPERTS,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 4,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,  # the first layer is dense and wider than the second
+    "routed_scaling_factor": 1.5,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 8,
+}
+
 TINY: dict[str, dict[str, Any]] = {
     "olmo": BASE,
     "olmo2": GROUPED,
@@ -187,6 +201,29 @@ TINY: dict[str, dict[str, Any]] = {
     },
 }
 
+TINY_MIXTURES: dict[str, dict[str, Any]] = {
+    "olmoe": {**EXPERTS, "intermediate_size": 12, "num_experts": 4},
+    "mixtral": {**EXPERTS, "intermediate_size": 12, "num_local_experts": 4},
+    "qwen2_moe": {**EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 20},
+    "qwen3_moe": {**EXPERTS, "num_experts": 4, "head_dim": 16, "mlp_only_layers": [0]},
+    "deepseek_v2": {
+        **DEEPSEEK,
+        "q_lora_rank": None,
+        "topk_method": "group_limited_greedy",
+        "n_group": 2,
+        "topk_group": 1,
+    },
+    "deepseek_v3": {**DEEPSEEK, "q_lora_rank": 24, "n_group": 2, "topk_group": 1},
+    "gpt_oss": {
+        **EXPERTS,
+        "intermediate_size": 12,
+        "num_local_experts": 4,
+        "head_dim": 8,
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+}
+
 
 def random_decoder(model_type: str, config: dict[str, Any], seed: int = 0) -> Any:
     """A model with every parameter random, of any type that transformers has."""
@@ -198,6 +235,9 @@ def random_decoder(model_type: str, config: dict[str, Any], seed: int = 0) -> An
     with torch.no_grad():
         for parameter in model.parameters():  # biases and norms start at 0 and 1 otherwise
             parameter.add_(0.15 * torch.randn_like(parameter))
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):  # DeepSeek-V3's, which balances the load
+                buffer.add_(0.15 * torch.randn_like(buffer))
     return model.eval()
 
 
@@ -206,7 +246,8 @@ def tiny_decoder() -> Callable[..., Any]:
     """``tiny_decoder(model_type, seed=0, **config)``: a model with every parameter random."""
 
     def build(model_type: str, seed: int = 0, **overrides: Any) -> Any:
-        return random_decoder(model_type, {**TINY[model_type], **overrides}, seed)
+        config = {**(TINY | TINY_MIXTURES)[model_type], **overrides}
+        return random_decoder(model_type, config, seed)
 
     return build
 

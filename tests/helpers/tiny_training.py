@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from command_process import start_process
-from transformers import OlmoConfig, OlmoForCausalLM
+from transformers import OlmoConfig, OlmoeConfig, OlmoeForCausalLM, OlmoForCausalLM
 
 from ke_ray.studies.training import TrainingSettings
 from ke_ray.training.loop import Hooks, train
@@ -58,6 +58,26 @@ def tiny_model(seed: int = 0) -> OlmoForCausalLM:
         attention_dropout=0.0,
     )
     return OlmoForCausalLM(config)
+
+
+def tiny_mixture(seed: int = 0) -> OlmoeForCausalLM:
+    """The same size with four experts, two for each token."""
+    torch.manual_seed(seed)
+    config = OlmoeConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=32,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=1,
+    )
+    return OlmoeForCausalLM(config)
 
 
 def tiny_rows(num_instances: int = 40, sequence_length: int = 12, seed: int = 0) -> ArrayRows:
@@ -119,7 +139,7 @@ def main(job: dict[str, Any]) -> None:
             rank=worker.rank,
             world_size=worker.world_size,
         )
-    model = tiny_model()
+    model = tiny_mixture() if job.get("mixture") else tiny_model()
     if job.get("dropout"):  # draws random numbers in every step
         model.config.attention_dropout = job["dropout"]
         for layer in model.model.layers:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ke_ray.planning import speed
-from ke_ray.planning.scan_forecast import forecast
+from ke_ray.planning.scan_forecast import forecast, num_body_parameters
 from ke_ray.planning.speed import H100_FLOPS_PER_S, Speed, measured_speed
 from ke_ray.studies.scan import ScanStudy
 
@@ -70,3 +70,15 @@ def test_the_speed_of_this_machine_is_measured() -> None:
     found = measured_speed("float32", use_gpu=False)
     assert (found.device, found.dtype, found.slowdown) == ("CPU", "float32", 1.0)
     assert found.flops_per_s > 1e8
+
+
+@pytest.mark.parametrize(
+    ("model_type", "memories"),
+    [("olmoe", 2 * 12), ("qwen2_moe", 2 * 12 + 20), ("deepseek_v2", 2 * 12 + 2 * 12)],
+)
+def test_a_token_is_multiplied_with_the_experts_that_it_is_routed_to(
+    tiny_decoder, model_type, memories
+):
+    config = tiny_decoder(model_type).config
+    heads = config.num_key_value_heads / 4
+    assert num_body_parameters(config) == 2 * (32**2 * (2 + 2 * heads) + 3 * 32 * memories)

@@ -17,6 +17,7 @@ import pytest
 from ke_ray import storage
 from ke_ray.errors import ResultsError
 from ke_ray.results import ScanFolder, merge_scans, new_manifest, read_manifest
+from ke_ray.results.columns import to_table
 from ke_ray.results.scan_folder import REPLICATES_SCHEMA, check_identity
 
 
@@ -170,6 +171,50 @@ def test_coefficients_of_each_corpus_come_back(tmp_path):
     np.testing.assert_allclose(again.mean_coefficients("x", "pubmed"), arrays["b"], rtol=1e-6)
     with pytest.raises(ResultsError, match=r"no coefficients of checkpoint 'y'.*it has: x, x@pub"):
         again.mean_coefficients("y")
+
+
+def experts(checkpoint: str, corpus: str, load: list[float]) -> pa.Table:
+    rows = [
+        {"checkpoint": checkpoint, "corpus": corpus, "layer": 0, "expert": e, "load": value}
+        for e, value in enumerate(load)
+    ]
+    return to_table("experts", rows)
+
+
+def test_experts_of_the_last_scan_count_and_a_dense_scan_has_no_such_table(tmp_path):
+    folder = make_folder(tmp_path / "mixture")
+    for load in ([0.5, 0.5], [0.25, 0.75]):
+        folder.write_part("x", [row("x", 1)], experts=experts("x", "dolma", load))
+        folder.consolidate()
+    folder.write_part("y", [row("y", 2)], experts=experts("y", "dolma", [1.0]))
+    assert folder.experts()["load"].to_pylist() == [0.25, 0.75, 1.0]
+    folder.consolidate(final=True, without=["x"])
+    again = ScanFolder.open(folder.uri)
+    assert again.experts().select(["checkpoint", "load"]).to_pylist() == [
+        {"checkpoint": "y", "load": 1.0}
+    ]
+    dense = make_folder(tmp_path / "dense")
+    dense.write_part("x", [row("x", 1)])
+    dense.consolidate(final=True)
+    assert not (tmp_path / "dense" / "experts.parquet").exists()
+    assert dense.experts().num_rows == 0
+
+
+def test_merge_takes_the_experts_of_a_corpus_from_the_first_folder_that_has_it(tmp_path):
+    for name, corpora, load in (("one", ("dolma",), 0.5), ("two", ("dolma", "c4"), 0.25)):
+        folder = make_folder(tmp_path / name, corpora=corpora, checkpoints=["a"])
+        for corpus in corpora:
+            table = experts("a", corpus, [load, 1 - load])
+            folder.write_part("a", [row("a", 1, corpus=corpus)], experts=table)
+        folder.consolidate(final=True)
+    merged = merge_scans([str(tmp_path / "one"), str(tmp_path / "two")], str(tmp_path / "all"))
+    found = {(r["corpus"], r["expert"]): r["load"] for r in merged.experts().to_pylist()}
+    assert found == {
+        ("dolma", 0): 0.5,
+        ("dolma", 1): 0.5,
+        ("c4", 0): 0.25,
+        ("c4", 1): 0.75,
+    }
 
 
 @pytest.mark.parametrize(

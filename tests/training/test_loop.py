@@ -85,6 +85,22 @@ def test_workers_change_nothing_beyond_rounding(
         np.testing.assert_allclose(together[name], expected, atol=2e-6, err_msg=name)
 
 
+@pytest.fixture(scope="module")
+def mixture_alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
+    return run_workers(tmp_path_factory.mktemp("mixture"), 1, mixture=True, num_steps=4)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_workers_train_a_mixture_of_experts_together(
+    tmp_path: Path, mixture_alone: dict[str, np.ndarray], strategy: str
+) -> None:
+    keys = {"num_workers": 2, "strategy": strategy}
+    together = run_workers(tmp_path, 2, mixture=True, num_steps=4, keys=keys)
+    assert any("experts.gate_up_proj" in name for name in together)
+    for name, expected in mixture_alone.items():
+        np.testing.assert_allclose(together[name], expected, atol=2e-6, err_msg=name)
+
+
 def test_bfloat16_and_checkpointing_follow_the_plain_path() -> None:
     def losses(**changes: object) -> list[float]:
         state = train(tiny_model(), tiny_rows(), tiny_keys(**changes), num_steps=5)

@@ -6,6 +6,7 @@
 It is a property of the function the weights define, not of the files:
 
 * OLMo's native layout is hashed under transformers' names, fused tensors by their rows;
+* experts are hashed one by one, as most files store them, also where they are fused (``experts``);
 * sharding, file format and order do not enter;
 * the prefix of the base model (``model.``, ``transformer.``, ``gpt_neox.``) is left out, because
   bare and headed models store the same tensors with and without it; so are the prefixes of
@@ -27,6 +28,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ke_ray.checkpoints.formats.experts import plain_expert_name, unfused
 from ke_ray.checkpoints.formats.olmo import native_config, split
 from ke_ray.checkpoints.formats.weights import is_buffer, open_weights, plain_names, read_layout
 from ke_ray.checkpoints.reference import CheckpointRef, local_folder
@@ -76,15 +78,17 @@ def tensors_sha256(
         HashingStoppedError: ``should_stop`` returned True.
     """
     digests: dict[str, tuple[str, bytes]] = {}
-    for name, plain in plain_names(tensors).items():
-        if is_buffer(plain):
-            continue
-        canonical = _canonical(plain)
-        if canonical in digests:
-            raise CheckpointError(f"Two tensors are both called '{canonical}'; which one counts?")
-        tensor = tensors[name]
-        shape = ",".join(str(size) for size in tensor.shape)
-        digests[canonical] = (shape, _digest(tensor, should_stop))
+    names = {
+        name: plain_expert_name(_canonical(plain))
+        for name, plain in plain_names(tensors).items()
+        if not is_buffer(plain)
+    }
+    for name, canonical in names.items():
+        for part, tensor in unfused(canonical, tensors[name], names.values()):
+            if part in digests:
+                raise CheckpointError(f"Two tensors are both called '{part}'; which one counts?")
+            shape = ",".join(str(size) for size in tensor.shape)
+            digests[part] = (shape, _digest(tensor, should_stop))
     if any(digests.get(_HEAD) == digests.get(name, ()) for name in _EMBEDDINGS):
         del digests[_HEAD]
     total = hashlib.sha256()

@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 from safetensors.numpy import load
 
+from ke_ray.checkpoints.reference import CheckpointRef
 from ke_ray.engine.cluster.metrics import ScanMeter
 from ke_ray.errors import KeRayError
 from ke_ray.outcomes import ScanOutcome
@@ -20,7 +21,7 @@ from ke_ray.planning.scan import ScanSetup
 from ke_ray.planning.scan_items import CheckpointWork
 from ke_ray.planning.scan_messages import ScorerSettings, evaluated_columns, sums_from_bytes
 from ke_ray.planning.scan_tracking import log_scan_metrics
-from ke_ray.results.scan_folder import REPLICATES_SCHEMA
+from ke_ray.results.scan_folder import EXPERTS_SCHEMA, REPLICATES_SCHEMA
 from ke_ray.resuscitation.prediction import write_record
 from ke_ray.tracking.run import TrackedRun
 
@@ -35,6 +36,7 @@ class _Pending:
     work: CheckpointWork
     rows: list[dict[str, Any]] = field(default_factory=list)
     replicates: list[pa.Table] = field(default_factory=list)
+    experts: list[pa.Table] = field(default_factory=list)
     coefficients: dict[str, Any] = field(default_factory=dict)
     sums: dict[str, Any] = field(default_factory=dict)
     done: set[str] = field(default_factory=set)
@@ -131,16 +133,12 @@ class Collector:
             pending.rows.append(common)
             return
         pending.rows += [{**common, **row} for row in _from_ipc(output["rows"]).to_pylist()]
-        replicates = _from_ipc(output["replicates"])
-        size = replicates.num_rows
-        for name, value, kind in (
-            ("corpus", corpus.name, pa.string()),
-            ("step", ref.step, pa.int64()),
-            ("checkpoint", ref.name, pa.string()),
+        for payload, tables, columns in (
+            (output["replicates"], pending.replicates, REPLICATES_SCHEMA),
+            (output.get("experts"), pending.experts, EXPERTS_SCHEMA),
         ):
-            column = pa.repeat(pa.scalar(value, kind), size)
-            replicates = replicates.add_column(0, pa.field(name, kind), column)
-        pending.replicates.append(replicates.cast(REPLICATES_SCHEMA))
+            if payload is not None:
+                tables.append(_labelled(_from_ipc(payload), ref, corpus.name).cast(columns))
         if output["coefficients"] is not None:
             pending.coefficients[corpus.name] = load(output["coefficients"])[
                 "mean_abs_coefficients"
@@ -155,6 +153,7 @@ class Collector:
             pending.rows,
             pa.concat_tables(pending.replicates) if pending.replicates else None,
             pending.coefficients,
+            pa.concat_tables(pending.experts) if pending.experts else None,
         )
         errors = list(dict.fromkeys(r["error"] for r in pending.rows if r["status"] != "ok"))
         if errors:
@@ -171,6 +170,17 @@ class Collector:
             folder.consolidate()
             ended = time.monotonic()
             self._fold_after = ended + max(_FOLD_EVERY_S, (ended - started) / _FOLD_SHARE)
+
+
+def _labelled(table: pa.Table, ref: CheckpointRef, corpus: str) -> pa.Table:
+    """The table with checkpoint, step and corpus in front, as the schemas have them."""
+    columns = {
+        "checkpoint": pa.repeat(pa.scalar(ref.name, pa.string()), table.num_rows),
+        "step": pa.repeat(pa.scalar(ref.step, pa.int64()), table.num_rows),
+        "corpus": pa.repeat(pa.scalar(corpus, pa.string()), table.num_rows),
+        **{name: table[name] for name in table.column_names},
+    }
+    return pa.table(columns)
 
 
 def _from_ipc(payload: bytes) -> pa.Table:

@@ -146,3 +146,18 @@ def test_what_cannot_be_hashed_is_an_error(tmp_path: Path, tiny_decoder) -> None
     )
     with pytest.raises(CheckpointError, match="truncated"):
         weights_sha256(tmp_path / "x")
+
+
+@pytest.mark.parametrize("model_type", ["olmoe", "mixtral", "deepseek_v3", "gpt_oss"])
+def test_experts_have_one_hash_fused_in_memory_and_as_files_store_them(
+    tmp_path, tiny_decoder, model_type
+):
+    model = tiny_decoder(model_type)
+    model.save_pretrained(tmp_path / "files")
+    before = weights_sha256(tmp_path / "files")
+    assert before == tensors_sha256(model.state_dict())
+    layer = model.model.layers[1].mlp.experts
+    layer.gate_up_proj.data[[0, 1]] = layer.gate_up_proj.data[[1, 0]]  # experts change places
+    assert tensors_sha256(model.state_dict()) != before
+    model.save_pretrained(tmp_path / "swapped")
+    assert weights_sha256(tmp_path / "swapped") == tensors_sha256(model.state_dict())
