@@ -20,8 +20,10 @@ import pyarrow.parquet as parquet
 from pyarrow import ArrowException
 
 from ke_ray import storage
+from ke_ray.core.position import POSITION
 from ke_ray.errors import KeRayError, UserError
 from ke_ray.results import SCHEMA_VERSION, ScanFolder
+from ke_ray.results.columns import with_branch
 
 # Kind -> its tables; the first one identifies a folder that has no manifest.
 KINDS: dict[str, tuple[str, ...]] = {
@@ -51,8 +53,12 @@ _COLUMNS: dict[tuple[str, str], dict[str, str]] = {
     ("scan", "entropy"): {
         "checkpoint": _TEXT,
         "step": _NUMBER,
+        "tokens": _NUMBER,
+        "words": _NUMBER,
         "stage": _NUMBER,
-        "ingredient": _NUMBER,
+        "stage_label": _TEXT,
+        "seed": _TEXT,
+        "branch": _TEXT,
         "revision": _TEXT,
         "corpus": _TEXT,
         "layer": _NUMBER,
@@ -107,7 +113,7 @@ _COLUMNS[("continual", "runs")] = {"run": _TEXT, **_RUN_COLUMNS}
 _COLUMNS[("sweep", "trials")] = {"trial_id": _TEXT, **_RUN_COLUMNS}
 # Filling these says nothing about a file's age: a study may rightly lack them.
 _OPTIONAL = {"revision", "duplicate_of", "error", "mlflow_run_id", "control", "weights_sha256"}
-_OPTIONAL |= {"stage", "ingredient", "series", "n_layers", "d_mlp"}
+_OPTIONAL |= {*POSITION[1:], "series", "n_layers", "d_mlp"}
 _OPTIONAL |= {name for name in _RUN_COLUMNS if name.endswith(("_before", "_after", "_nats"))}
 
 
@@ -225,7 +231,7 @@ def read_result(path: str, kind: str) -> Result:
         if f"{table}.parquet" not in names and not live:
             continue
         try:
-            frame = _read_table(path, table, live, manifest).to_pandas()
+            frame = with_branch(_read_table(path, table, live, manifest)).to_pandas()
         except (KeRayError, OSError, ArrowException) as error:
             notes.append(f"{table}.parquet cannot be read: {error}")
             continue

@@ -16,11 +16,11 @@ from pathlib import Path
 import fsspec
 
 from ke_ray.checkpoints.find.csv_list import Row
-from ke_ray.checkpoints.find.names import parse_checkpoint_name
+from ke_ray.checkpoints.find.names import parse_checkpoint_name, stage_of
 from ke_ray.checkpoints.find.series import read_small_json
 from ke_ray.checkpoints.formats.foreign import explain_file, explain_foreign
 from ke_ray.checkpoints.formats.layout import layout_of
-from ke_ray.checkpoints.reference import CheckpointRef
+from ke_ray.checkpoints.reference import CheckpointRef, with_name
 from ke_ray.checkpoints.transfer import public_url
 from ke_ray.errors import CheckpointSpecError
 from ke_ray.storage import is_local, join, list_dir, local_path, slug
@@ -32,24 +32,21 @@ _MAX_EXAMINED = 20  # folders inside one, which may show why it holds no checkpo
 
 def from_location(location: str, row: Row | None = None, name: str | None = None) -> CheckpointRef:
     """A reference to one folder or URL, described by its name and its files."""
-    parsed = parse_checkpoint_name(location)
+    is_hub = location.startswith("hf://")
+    parsed = parse_checkpoint_name(location.replace("@", "/") if is_hub else location)
     last = name or shown(location).rstrip("/").rsplit("/", 1)[-1]
-    ref = CheckpointRef(
-        name=slug(last),
-        location=location,
-        format="native",
-        step=parsed.step,
-        pretraining_tokens=parsed.tokens,
-        stage=parsed.stage,
-        ingredient=parsed.ingredient,
-    )
+    ref = with_name(CheckpointRef(name=slug(last), location=location, format="native"), parsed)
     if row is not None:
-        ref = replace(
-            ref,
-            step=row.step if row.step is not None else ref.step,
-            ingredient=row.ingredient if row.ingredient is not None else ref.ingredient,
-        )
-    if location.startswith("hf://"):
+        given = {
+            column: value
+            for column in ("step", "tokens", "seed", "branch")
+            if (value := getattr(row, column)) is not None
+        }
+        ref = replace(ref, **given)
+        if row.stage is not None:
+            number, label = stage_of(row.stage)
+            ref = replace(ref, stage=number, stage_label=label)
+    if is_hub:
         repo, _, revision = location.removeprefix("hf://").partition("@")
         return replace(ref, location=f"hf://{repo}", format="hub", revision=revision or "main")
     if location.startswith(("http://", "https://")):
@@ -97,7 +94,7 @@ def _is_checkpoint(location: str) -> bool:
     if layout_of(names) is None:
         return False
     # A folder with only half of the files is a broken checkpoint if its name says so.
-    return _is_whole(names) or parse_checkpoint_name(location).step is not None
+    return _is_whole(names) or parse_checkpoint_name(location).is_numbered
 
 
 def _is_whole(names: list[str]) -> bool:
@@ -127,7 +124,7 @@ def from_folder(spec: str) -> list[CheckpointRef]:
     if layout is not None:
         _refuse_foreign(base)
         # A Trainer's output folder: final weights at the top, the series beside them.
-        inside = [join(base, n) for n in names if parse_checkpoint_name(n).step is not None]
+        inside = [join(base, n) for n in names if parse_checkpoint_name(n).is_numbered]
         refs = [from_location(location) for location in inside if _is_checkpoint(location)]
         if layout.weights or not refs:
             refs.append(from_location(base, name=Path(base).resolve().name if local else None))

@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 from safetensors.numpy import load
 
+from ke_ray.checkpoints.reference import position
 from ke_ray.engine.cluster.metrics import ScanMeter
 from ke_ray.errors import KeRayError
 from ke_ray.outcomes import ScanOutcome
@@ -113,9 +114,7 @@ class Collector:
         corpus = self._setup.corpora[output["corpus"]]
         common = {
             "checkpoint": ref.name,
-            "step": ref.step,
-            "stage": ref.stage,
-            "ingredient": ref.ingredient,
+            **position(ref),
             "revision": ref.revision,
             "corpus": corpus.name,
             "num_instances": output.get("num_instances"),
@@ -134,14 +133,14 @@ class Collector:
         pending.rows += [{**common, **row} for row in _from_ipc(output["rows"]).to_pylist()]
         replicates = _from_ipc(output["replicates"])
         size = replicates.num_rows
-        for name, value, kind in (
-            ("corpus", corpus.name, pa.string()),
-            ("step", ref.step, pa.int64()),
-            ("checkpoint", ref.name, pa.string()),
-        ):
-            column = pa.repeat(pa.scalar(value, kind), size)
-            replicates = replicates.add_column(0, pa.field(name, kind), column)
-        pending.replicates.append(replicates.cast(REPLICATES_SCHEMA))
+        columns = [
+            replicates[column.name]
+            if column.name in replicates.column_names
+            else pa.repeat(pa.scalar(common[column.name], column.type), size)
+            for column in REPLICATES_SCHEMA
+        ]
+        table = pa.Table.from_arrays(columns, names=REPLICATES_SCHEMA.names)
+        pending.replicates.append(table.cast(REPLICATES_SCHEMA))
         if output["coefficients"] is not None:
             pending.coefficients[corpus.name] = load(output["coefficients"])[
                 "mean_abs_coefficients"
