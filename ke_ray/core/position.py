@@ -48,15 +48,15 @@ def position_key(position: Mapping[str, Any]) -> tuple[Any, ...]:
     units = (position.get(unit) for unit in ("step", "tokens", "words"))
     numbers = [number for number in units if number is not None]
     return (
-        _natural(position.get("seed")),
+        natural_key(position.get("seed")),
         not numbers,
         stage_key(position.get("stage"), position.get("stage_label")),
-        _natural(position.get("branch")),
+        natural_key(position.get("branch")),
         numbers[:1],
     )
 
 
-def _natural(text: str | None) -> list[tuple[int, str]]:
+def natural_key(text: str | None) -> list[tuple[int, str]]:
     """Sort key by which "ingredient10" follows "ingredient9", and None comes first."""
     parts = re.findall(r"([0-9]{1,15})|([^0-9]+)", text or "")
     return [(int(digits or 0), other) for digits, other in parts]
