@@ -141,7 +141,7 @@ def test_stages_follow_on_along_a_curve_and_branches_are_curves(tmp_path: Path) 
     print_results([folder], Console(file=text, width=120))
     assert text.getvalue().count("first") == 3
     # A branch of its own goes on along the run.
-    _with_columns(folder, branch=branches[:4] + [None, None])
+    _with_columns(folder, branch=[*branches[:4], None, None])
     ((label, curve),) = series.curves(find_results([folder])[0])
     assert (label, list(series.checkpoints(curve)["x"])) == ("", [10, 20, 30, 30, 40, 50])
 

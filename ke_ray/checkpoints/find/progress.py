@@ -69,31 +69,28 @@ def missing_checkpoints(refs: Sequence[CheckpointRef]) -> list[str]:
         holes, spacing = _holes(numbers)
         if not holes:
             continue
-        largest = sorted(holes, key=lambda hole: hole[0] - hole[1])[:_MOST_HOLES]
-        shown = "; ".join(
-            f"{low:,} to {high:,} ({round((high - low) / spacing) - 1})"
-            for low, high in sorted(largest)
-        )
-        num_missing = sum(round((high - low) / spacing) - 1 for low, high in holes)
+        missing = {hole: round((hole[1] - hole[0]) / spacing) - 1 for hole in holes}
+        largest = sorted(sorted(missing, key=lambda hole: -missing[hole])[:_MOST_HOLES])
+        shown = "; ".join(f"{low:,} to {high:,} ({missing[low, high]})" for low, high in largest)
+        if len(holes) > _MOST_HOLES:
+            shown = f"{len(holes)} holes, the largest {shown}"
         first = members[0]
         labels = (first.series, first.seed and f"seed {first.seed}", first.stage_label)
         named = ", ".join(filter(None, (*labels, first.branch))) if len(series) > 1 else ""
         notes.append(
-            f"{num_missing} checkpoints are missing{f' in {named}' if named else ''}: most are "
-            f"{spacing:,} {unit if unit != 'step' else 'steps'} apart, but there are "
-            f"{len(holes)} holes"
-            + (f", the largest {shown}." if len(holes) > _MOST_HOLES else f": {shown}.")
+            f"Most checkpoints{f' of {named}' if named else ''} are {spacing:,} "
+            f"{'steps' if unit == 'step' else unit} apart, but {sum(missing.values()):,} are "
+            f"missing: {shown}."
         )
     return notes
 
 
 def _holes(numbers: Sequence[int]) -> tuple[list[tuple[int, int]], int]:
     """(the pairs of neighbours between which others are missing, the regular distance)."""
-    gaps = [high - low for low, high in itertools.pairwise(numbers)]
     if len(numbers) < _LEAST_CHECKPOINTS:
         return [], 0
-    spacing, count = Counter(gaps).most_common(1)[0]
-    if 2 * count < len(gaps):
-        return [], 0
-    pairs = itertools.pairwise(numbers)
-    return [(low, high) for low, high in pairs if high - low >= 1.5 * spacing], spacing
+    pairs = list(itertools.pairwise(numbers))
+    spacing, count = Counter(high - low for low, high in pairs).most_common(1)[0]
+    holes = [(low, high) for low, high in pairs if high - low >= 1.5 * spacing]
+    is_regular = 2 * count >= len(pairs) and 2 * len(holes) <= count
+    return holes if is_regular else [], spacing
