@@ -34,11 +34,11 @@ from ke_ray.checkpoints.find.csv_list import read_csv_list
 from ke_ray.checkpoints.find.duplicates import flag_duplicates
 from ke_ray.checkpoints.find.folder import from_folder, from_glob, from_location, shown
 from ke_ray.checkpoints.find.hub_series import inspect_hub, list_hub
-from ke_ray.checkpoints.find.names import parse_checkpoint_name
+from ke_ray.checkpoints.find.names import CheckpointName, with_pattern
 from ke_ray.checkpoints.find.names import step_pattern as compile_pattern
 from ke_ray.checkpoints.find.progress import missing_checkpoints, with_tokens
 from ke_ray.checkpoints.find.series import few, listing_notes, with_series
-from ke_ray.checkpoints.reference import CheckpointRef, order_key, with_name
+from ke_ray.checkpoints.reference import CheckpointRef, order_key, position, with_name
 from ke_ray.checkpoints.transfer import call_within, probe, public_url
 from ke_ray.errors import CheckpointSpecError, StorageError, nearest
 from ke_ray.storage import exists, is_local, slug
@@ -126,9 +126,9 @@ def find_checkpoints(
     try:
         # A final checkpoint whose name gives no step lies outside every range of steps.
         available = _find(spec, revisions, endpoint, notes, pattern, with_main=steps is None)
-        available = with_series(_unique_names(available))
         if pattern is not None and not spec.lower().endswith(".csv"):
             available = [_read(ref, pattern) for ref in available]
+        available = with_series(_unique_names(available))
         available = with_tokens(available, tokens_per_step)
     except StorageError as error:
         raise CheckpointSpecError(str(error)) from error
@@ -154,10 +154,8 @@ def find_checkpoints(
 
 def _read(ref: CheckpointRef, pattern: re.Pattern[str]) -> CheckpointRef:
     """The reference at the position that a step pattern finds in its name; else as it was."""
-    name = f"{ref.repo}/{ref.revision}" if ref.revision else ref.location.rstrip("/")
-    if not pattern.search(name.rsplit("/", 1)[-1]):
-        return ref
-    return with_name(ref, parse_checkpoint_name(name, pattern))
+    name = ref.name if ref.repo else ref.location.rstrip("/").rsplit("/", 1)[-1]
+    return with_name(ref, with_pattern(CheckpointName(**position(ref)), pattern, name))
 
 
 def _evenly(refs: list[CheckpointRef], limit: int | None) -> list[CheckpointRef]:

@@ -126,7 +126,16 @@ def parse_checkpoint_name(name: str, pattern: re.Pattern[str] | None = None) -> 
         branch=f"ingredient{branch.group(1)}" if branch else None,
         seed=_seed(parts),
     )
-    match = pattern.search(last) if pattern else None
+    return with_pattern(parsed, pattern, last) if pattern else parsed
+
+
+def with_pattern(parsed: CheckpointName, pattern: re.Pattern[str], name: str) -> CheckpointName:
+    """What is known already, and in its place what a step pattern finds in ``name``.
+
+    Raises:
+        CheckpointSpecError: a group of the pattern is no number where one is expected.
+    """
+    match = pattern.search(name)
     return parsed if match is None else _with_groups(parsed, match)
 
 

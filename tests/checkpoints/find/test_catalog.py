@@ -221,6 +221,28 @@ def test_several_stages_and_shared_steps_are_said(tmp_path: Path) -> None:
     assert "3 checkpoints share their step" in repeated
 
 
+def test_a_step_pattern_reads_folders_that_are_not_understood(tmp_path: Path) -> None:
+    for name in ("model-e1", "model-e2", "model-e10", "final"):
+        make(tmp_path / name, name.encode())
+    refs = list_checkpoints(str(tmp_path), step_pattern=r"-e(\d+)$")
+    assert steps(refs) == [1, 2, 10, None]
+    refs = list_checkpoints(str(tmp_path), step_pattern=r"-e(\d+)$", tokens_per_step=100)
+    assert [ref.tokens for ref in refs] == [100, 200, 1000, None]
+    with pytest.raises(CheckpointSpecError, match="must have one group"):
+        list_checkpoints(str(tmp_path), step_pattern="e")
+
+
+def test_a_list_says_stage_seed_and_branch(tmp_path: Path) -> None:
+    make(tmp_path / "a")
+    make(tmp_path / "b", b"b")
+    text = "path,step,tokens,stage,seed,branch\na,1,10,decay,7,left\nb,1,5,1,7,\n"
+    (tmp_path / "x.csv").write_text(text)
+    first, second = list_checkpoints(str(tmp_path / "x.csv"))
+    assert (first.stage, first.stage_label, first.seed, first.branch) == (1, "stage1", "7", None)
+    assert (second.stage, second.stage_label, second.branch) == (None, "decay", "left")
+    assert (first.tokens, second.tokens) == (5, 10)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
