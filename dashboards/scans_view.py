@@ -12,7 +12,14 @@ from parts import chart, pick
 from ke_ray.report import series
 from ke_ray.report.charts import comparison
 from ke_ray.report.charts.plot import X, heat_map, series_plot
-from ke_ray.report.charts.scan import axes, band_caption, layer_rows, measure_axis, measure_rows
+from ke_ray.report.charts.scan import (
+    axes,
+    band_caption,
+    layer_rows,
+    measure_axis,
+    measure_rows,
+    x_title,
+)
 from ke_ray.report.sources import Result
 
 
@@ -141,7 +148,7 @@ def _scan_details(scan: Result, menus: Menus, name: str) -> None:
         st.subheader(f"Layer × checkpoint: {heading}", anchor=False)
         plot = heat_map(
             rows,
-            X("at", axes(scan)["linear steps"].title),
+            X("at", x_title(scan)),
             X("layer", "layer"),
             series.MEASURE_TITLES.get(measure, ("", ""))[1],
             value="change" if menus.relative else "value",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from ke_ray.checkpoints.find.names import parse_checkpoint_name
+from ke_ray.checkpoints.find.names import CheckpointName, parse_checkpoint_name
+from ke_ray.core.position import POSITION, position_key
 from ke_ray.errors import CheckpointError
 from ke_ray.secrets import redact
 from ke_ray.storage import is_local, local_path
@@ -28,10 +29,14 @@ class CheckpointRef:
         revision: branch, tag or commit on the Hub.
         commit: the commit the revision stood for when it was listed; fetched by it, so that a
             branch that moves meanwhile cannot mix two states.
-        step: optimizer step, from the name, the CSV list or ``trainer_state.json``.
-        pretraining_tokens: tokens seen so far, from the name.
-        stage: training stage, where the name has one (its steps restart at each stage).
-        ingredient: the branch within a stage, where the name has one.
+        step: optimizer step, from the name, the CSV list or ``trainer_state.json``; some series
+            start again at each stage.
+        tokens: training tokens read so far, over all stages, from the names or the steps.
+        words: words of training text read so far, where the name counts words.
+        stage: number of the training stage, where the name has one.
+        stage_label: the stage as the name has it, such as ``stage2`` or ``anneal``.
+        seed: seed of the training run, where a name has one: a number or a word.
+        branch: what tells apart runs that start from one checkpoint, such as ``ingredient1``.
         series: architecture and sizes, where a folder's configuration tells them
             (:func:`ke_ray.checkpoints.find.series.series_label`).
         size_bytes: bytes to fetch, where known without fetching.
@@ -46,13 +51,21 @@ class CheckpointRef:
     revision: str | None = None
     commit: str | None = None
     step: int | None = None
-    pretraining_tokens: int | None = None
+    tokens: int | None = None
+    words: int | None = None
     stage: int | None = None
-    ingredient: int | None = None
+    stage_label: str | None = None
+    seed: str | None = None
+    branch: str | None = None
     series: str | None = None
     size_bytes: int | None = None
     weights_fingerprint: str | None = None
     duplicate_of: str | None = None
+
+    @property
+    def is_numbered(self) -> bool:
+        """Whether it is known how far training had come."""
+        return any(number is not None for number in (self.step, self.tokens, self.words))
 
     @property
     def is_local(self) -> bool:
@@ -78,18 +91,30 @@ class CheckpointRef:
         return f"hf://{self.repo}@{self.revision}" + (f":{s}" if (s := self.subfolder) else "")
 
 
-def order_key(ref: CheckpointRef) -> tuple[bool, int, int, int, bool, str]:
-    """Sort key in training order: stage, ingredient, step; without a step last, by name.
+def position(ref: CheckpointRef) -> dict[str, Any]:
+    """Where in which training run it stands, as columns of a row."""
+    return {name: getattr(ref, name) for name in POSITION}
 
-    A final checkpoint follows the numbered one of its step, of which it may be a copy.
+
+def with_name(ref: CheckpointRef, name: CheckpointName) -> CheckpointRef:
+    """The same reference at the position that its name gives."""
+    return replace(ref, **{field: getattr(name, field) for field in POSITION})
+
+
+def order_key(ref: CheckpointRef) -> tuple[Any, ...]:
+    """Sort key in training order, see :func:`ke_ray.core.position.position_key`.
+
+    Those whose number is unknown come by name in folders, as the Hub lists them there, ``main``
+    after them. A final checkpoint follows the numbered one of its step, of which it may be a copy.
     """
+    seed, is_unknown, *others = position_key(position(ref))
     return (
-        ref.step is None,
-        ref.stage or 0,
-        ref.ingredient or 0,
-        ref.step or 0,
-        parse_checkpoint_name(ref.name).step is None,
-        ref.name,
+        seed,
+        is_unknown,
+        is_unknown and ref.revision == "main",
+        *others,
+        not parse_checkpoint_name(ref.name).is_numbered,
+        "" if ref.revision and is_unknown else ref.name,
     )
 
 

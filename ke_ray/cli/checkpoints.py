@@ -34,6 +34,18 @@ Revisions = Annotated[
 Steps = Annotated[str | None, typer.Option(help="Step range 'a:b', both included; either open.")]
 Every = Annotated[int | None, typer.Option(min=1, help="Keep every n-th.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Keep at most this many, evenly spaced.")]
+StepPattern = Annotated[
+    str | None,
+    typer.Option(
+        metavar="REGEX",
+        help="Reads names that are not understood: one group gives the step, or named groups "
+        "step, tokens, words, stage, branch, seed.",
+    ),
+]
+TokensPerStep = Annotated[
+    int | None,
+    typer.Option(min=1, help="Batch size × sequence length: tokens where names count steps."),
+]
 
 
 def checkpoints(
@@ -42,6 +54,8 @@ def checkpoints(
     steps: Steps = None,
     every: Every = None,
     limit: Limit = None,
+    step_pattern: StepPattern = None,
+    tokens_per_step: TokensPerStep = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     as_explained: Annotated[
         bool,
@@ -53,7 +67,15 @@ def checkpoints(
 ) -> None:
     """List the checkpoints that SPEC names, with step, size and duplicates."""
 
-    listing = find_checkpoints(spec, revisions=revisions, steps=steps, every=every, limit=limit)
+    listing = find_checkpoints(
+        spec,
+        revisions=revisions,
+        steps=steps,
+        every=every,
+        limit=limit,
+        step_pattern=step_pattern,
+        tokens_per_step=tokens_per_step,
+    )
     refs = listing.checkpoints
     if as_explained:
         _explain(refs[0], architecture)
@@ -65,7 +87,9 @@ def checkpoints(
         return
 
     optional = {
+        "words": ["–" if ref.words is None else f"{ref.words / 1e6:,.0f}M" for ref in refs],
         "stage": [stage_label(ref) for ref in refs],
+        "seed": [ref.seed or "–" for ref in refs],
         "series": [ref.series or "" for ref in refs],
     }
     shown = {name: cells for name, cells in optional.items() if len(set(cells)) > 1}
@@ -76,7 +100,7 @@ def checkpoints(
         table.add_row(
             ref.name,
             "–" if ref.step is None else f"{ref.step:,}",
-            "–" if ref.pretraining_tokens is None else f"{ref.pretraining_tokens / 1e9:,.1f}B",
+            "–" if ref.tokens is None else f"{ref.tokens / 1e9:,.1f}B",
             "–" if ref.size_bytes is None else f"{ref.size_bytes / 1e6:,.1f} MB",
             ref.format,
             ref.duplicate_of or "",

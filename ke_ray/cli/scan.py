@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ke_ray.cli.checkpoints import Every, Limit, Revisions, Steps
+from ke_ray.cli.checkpoints import (
+    Every,
+    Limit,
+    Revisions,
+    StepPattern,
+    Steps,
+    TokensPerStep,
+)
 from ke_ray.cli.options import (
     ArchitectureFile,
     DryRun,
@@ -58,6 +65,8 @@ def scan(
     steps: Steps = None,
     every: Every = None,
     limit: Limit = None,
+    step_pattern: StepPattern = None,
+    tokens_per_step: TokensPerStep = None,
     cache_dir: Annotated[str | None, typer.Option(help="Where fetched checkpoints lie.")] = None,
     cache_bytes: Annotated[int | None, typer.Option(min=1, help="Its disk budget.")] = None,
     resuscitate: Resuscitate = None,
@@ -78,6 +87,8 @@ def scan(
         "checkpoints.steps": steps,
         "checkpoints.every": every,
         "checkpoints.limit": limit,
+        "checkpoints.step_pattern": step_pattern,
+        "checkpoints.tokens_per_step": tokens_per_step,
         "data": _corpora(data) if data else None,
         "num_instances": num_instances,
         "sequence_length": sequence_length,

@@ -1,8 +1,8 @@
 """The science as plain numerics: tensors in, tensors or frozen dataclasses out.
 
 No files, no logging, no state beyond accumulators. Import the module that holds what is needed;
-this package imports nothing by itself, and ``measures``, ``jackknife``, ``acquisition`` and
-``dynamics`` need no torch until they are handed a tensor.
+this package imports nothing by itself, and ``measures``, ``jackknife``, ``acquisition``,
+``dynamics`` and ``position`` need no torch until they are handed a tensor.
 
     statistics      sums over instances per jackknife group: add, merge, ship, divide once
     entropy         knowledge entropy of mean coefficients, effective number of memories
@@ -14,6 +14,7 @@ this package imports nothing by itself, and ``measures``, ``jackknife``, ``acqui
     resuscitation   Algorithm 1: which rows of the up projection are scaled by how much
     acquisition     knowledge K, acquisition A, forgetting F and their bootstrap intervals
     dynamics        effectivity, retainability and decay of injected knowledge
+    position        where in which training run a checkpoint stands: step, tokens, stage, seed
 
 Symbols, sources and departures of all of them: docs/science.md.
 """

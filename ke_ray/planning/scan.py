@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 from ke_ray import storage
 from ke_ray.checkpoints.find.catalog import list_checkpoints
-from ke_ray.checkpoints.reference import CheckpointRef
+from ke_ray.checkpoints.reference import CheckpointRef, position
 from ke_ray.core.measures import MEASURE_VERSION
 from ke_ray.data.corpus import Corpus, build_corpus, source_kind
 from ke_ray.data.tokenizer import load_tokenizer
@@ -98,13 +98,7 @@ class ScanSetup:
 
 def select_checkpoints(selection: CheckpointSelection) -> list[CheckpointRef]:
     """The checkpoints of a study's ``checkpoints`` group, in training order."""
-    return list_checkpoints(
-        selection.spec,
-        revisions=selection.revisions,
-        steps=selection.steps,
-        every=selection.every,
-        limit=selection.limit,
-    )
+    return list_checkpoints(selection.spec, **selection.options())
 
 
 def prepare_scan(study: ScanStudy) -> ScanSetup:
@@ -272,10 +266,7 @@ def _entry(ref: CheckpointRef) -> dict[str, Any]:
         "location": redact(ref.location),
         "revision": ref.revision,
         "commit": ref.commit,
-        "step": ref.step,
-        "pretraining_tokens": ref.pretraining_tokens,
-        "stage": ref.stage,
-        "ingredient": ref.ingredient,
+        **position(ref),
         "weights_fingerprint": ref.weights_fingerprint,
         "size_bytes": ref.size_bytes,
     }

@@ -80,7 +80,7 @@ def _spec(chart: alt.TopLevelMixin) -> dict[str, object]:
 
 
 def _side_by_side(scan: Result, shown: list[str]) -> alt.HConcatChart:
-    x = axes(scan)["linear steps"]
+    x = next(iter(axes(scan).values()))
     charts = []
     for measure in shown:
         plot = measure_plot(scan, measure, measure_rows(scan, measure), x, interactive=False)

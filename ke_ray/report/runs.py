@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from ke_ray.report import axis
 from ke_ray.report.sources import Result
 from ke_ray.results.columns import TABLES
 from ke_ray.results.sweep_folder import student_interval
@@ -31,9 +32,9 @@ def run_key(result: Result) -> str:
 
 
 def good_runs(result: Result) -> pd.DataFrame:
-    """Rows that finished, ordered by starting step and seed, with ``variant`` and ``x`` added.
+    """Rows that finished, ordered by starting step and seed, with ``variant``, ``x`` and ``unit``.
 
-    ``x`` is the pretraining step of the start, or its place where a step is unknown.
+    ``x`` is how far training had come at the start, in the ``unit`` of ``ke_ray.report.axis``.
     """
     frame = _frame(result)
     if frame.empty:
@@ -41,12 +42,11 @@ def good_runs(result: Result) -> pd.DataFrame:
     frame = frame[frame["status"] == "ok"].sort_values(["step", "checkpoint", "seed"])
     frame = frame.reset_index(drop=True)
     frame["variant"] = [variant(row) for row in frame.to_dict("records")]
-    if frame["step"].notna().all():
-        frame["x"] = frame["step"]
-    else:
-        places = {name: float(i) for i, name in enumerate(frame["checkpoint"].unique())}
-        frame["x"] = frame["checkpoint"].map(places)
-    return frame
+    starts = frame.drop_duplicates("checkpoint").drop(columns="seed", errors="ignore")
+    starts = starts.rename(columns={"pretraining_seed": "seed"})
+    placed = axis.placed(starts, starts["checkpoint"].to_list()).set_index("checkpoint")
+    frame = frame.assign(**{name: frame["checkpoint"].map(placed[name]) for name in ("x", "unit")})
+    return frame.sort_values(["x", "checkpoint", "seed"], ignore_index=True)
 
 
 def failed_runs(result: Result) -> pd.DataFrame:

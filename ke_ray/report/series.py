@@ -1,7 +1,8 @@
 """What a scan holds, arranged as figures need it: one row a checkpoint, in pretraining order.
 
-Checkpoints of one architecture, size, stage and ingredient make a *curve*. A scan of several is
-never drawn, tabled or bounded as one: :func:`curves` takes it apart.
+Checkpoints of one architecture, size, seed and branch make a *curve*, along which the stages of
+training follow on (``ke_ray.report.axis``). A scan of several is never drawn, tabled or bounded as
+one: :func:`curves` takes it apart.
 
 Changes between checkpoints scored on the same data carry the paired jackknife error of
 ``ke_ray.core.jackknife``: the errors of the two values are correlated, so the difference itself is
@@ -13,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +25,7 @@ from safetensors.numpy import load
 from ke_ray import storage
 from ke_ray.core import jackknife
 from ke_ray.core.measures import MEASURES
+from ke_ray.report import axis
 from ke_ray.report.sources import Result
 
 # Measure -> (title, unit as shown on an axis), in the order of display.
@@ -31,6 +34,7 @@ MEASURE_TITLES: dict[str, tuple[str, str]] = {
 }
 
 
+_PLACED = "checkpoints in order"
 _LEAST_FACTOR = 1.05  # a smaller one is lost in the error of the error itself
 
 
@@ -91,53 +95,61 @@ def curves(scan: Result) -> list[tuple[str, Result]]:
     """(label, the scan with the checkpoints of one curve alone), in order; '' where it is one.
 
     Rows of older folders, which do not know their series, belong to the only one there is. A
-    checkpoint that names neither step nor stage ends the only stage there is.
+    checkpoint that names neither step nor seed ends the only run there is.
     """
-    table = _good(scan)
-    keys = table.drop_duplicates("checkpoint").set_index("checkpoint")
-    keys = keys.reindex(columns=["series", "stage", "ingredient", "step"])
+    keys = _placed(scan).set_index("checkpoint")
     known = keys["series"].dropna().unique()
     keys["series"] = keys["series"].fillna(known[0] if len(known) == 1 else "size not recorded")
     for _, own in keys.groupby("series"):
-        stages = own.loc[own["step"].notna(), ["stage", "ingredient"]].drop_duplicates()
-        if len(stages) == 1:
-            keys.loc[own.index, ["stage", "ingredient"]] = stages.to_numpy()
-    columns = ["series", "stage", "ingredient"]
+        seeds = own.loc[~own["unknown"], "seed"].drop_duplicates()
+        if len(seeds) == 1:
+            keys.loc[own.index, "seed"] = seeds.iloc[0]
+    for _, run in keys.groupby(["series", "seed"], dropna=False):
+        if run["branch"].nunique() < 2:  # a single branch goes on along the run
+            keys.loc[run.index, "branch"] = None
+    columns = ["series", "seed", "branch"]
     groups = [
         (key, set(part.index))
-        for key, part in keys.sort_values(columns, na_position="last").groupby(
+        for key, part in keys.sort_values("series", kind="stable").groupby(
             columns, dropna=False, sort=False
         )
     ]
     if len(groups) < 2:
         return [("", scan)]
-    places = checkpoints(scan).set_index("checkpoint")["x"]
     several = {name for name in columns if keys[name].nunique(dropna=False) > 1}
     return [
-        (
-            _curve_label(dict(zip(columns, key, strict=True)), several),
-            _restricted(scan, names, places),
-        )
+        (_curve_label(dict(zip(columns, key, strict=True)), several), _restricted(scan, names))
         for key, names in groups
     ]
 
 
 def _curve_label(key: dict[str, Any], several: set[str]) -> str:
     parts = [key["series"]] if "series" in several else []
-    if several - {"series"}:
-        named = [f"{n} {key[n]:g}" for n in ("stage", "ingredient") if pd.notna(key[n])]
-        parts += named or ["no stage named"]
+    if "seed" in several:
+        parts.append(f"seed {key['seed']}" if pd.notna(key["seed"]) else "no seed named")
+    if "branch" in several:
+        parts.append(key["branch"] if pd.notna(key["branch"]) else "stages in common")
     return ", ".join(parts)
 
 
-def _restricted(scan: Result, names: set[str], places: pd.Series) -> Result:
-    """The scan with the scored rows of these checkpoints alone, and no failures."""
+def seeds(parts: Sequence[tuple[str, Result]]) -> dict[str, tuple[str, ...]]:
+    """What several seeds of one run have in common → the labels of their ``curves``."""
+    runs: dict[str, list[str]] = {}
+    for label, curve in parts:
+        seed = _placed(curve)["seed"].iloc[0]
+        if isinstance(seed, str):
+            common = ", ".join(part for part in label.split(", ") if part != f"seed {seed}")
+            runs.setdefault(common, []).append(label)
+    return {common: tuple(labels) for common, labels in runs.items() if len(labels) > 1}
+
+
+def _restricted(scan: Result, names: set[str]) -> Result:
+    """The scan with the scored rows of these checkpoints alone, placed as before; no failures."""
     tables = {
         name: frame[frame["checkpoint"].isin(names)].reset_index(drop=True)
         for name, frame in scan.tables.items()
         if "checkpoint" in frame
     }
-    tables["entropy"]["x"] = tables["entropy"]["checkpoint"].map(places)
     return dataclasses.replace(scan, tables=tables)
 
 
@@ -156,25 +168,51 @@ def corpora(scan: Result) -> list[str]:
     return first + [name for name in held if name not in first]
 
 
-def checkpoints(scan: Result) -> pd.DataFrame:
-    """One row per scored checkpoint, by series, stage, step, name: [checkpoint, step, x].
+def _placed(scan: Result) -> pd.DataFrame:
+    """The scored checkpoints as ``ke_ray.report.axis.placed``; of a curve, as in the whole scan.
 
-    ``x`` is the pretraining step, or the place in the list (from 0) where any step is unknown; of
-    a curve, what it is in the whole scan.
+    It is kept as a table of the result, because every figure asks for it.
     """
-    order = ["series", "stage", "ingredient", "step", "checkpoint"]
-    table = _good(scan).drop_duplicates("checkpoint").reindex(columns=[*order, "x"])
-    table = table.sort_values(order, na_position="last", ignore_index=True)
-    if not table["x"].notna().any():
-        known = bool(table["step"].notna().all())
-        table["x"] = table["step"] if known else np.arange(len(table), dtype=float)
-    return table[["checkpoint", "step", "x"]]
+    if _PLACED not in scan.tables:
+        table = _good(scan).drop_duplicates("checkpoint")
+        entries = scan.manifest.get("checkpoints")
+        listed = [entry for entry in entries if isinstance(entry, dict)] if entries else []
+        if "tokens" not in table or table["tokens"].isna().all():  # of an earlier version
+            known = {entry.get("name"): entry.get("pretraining_tokens") for entry in listed}
+            tokens = pd.to_numeric(table["checkpoint"].map(known), errors="coerce")
+            table = table.assign(tokens=tokens)
+        scan.tables[_PLACED] = axis.placed(table, [str(entry.get("name")) for entry in listed])
+    return scan.tables[_PLACED]
 
 
-def has_steps(scan: Result) -> bool:
-    """Whether ``x`` counts pretraining steps."""
-    order = checkpoints(scan)
-    return bool((order["x"] == order["step"]).all())
+def checkpoints(scan: Result) -> pd.DataFrame:
+    """One row per scored checkpoint, in training order: [checkpoint, step, x].
+
+    ``x`` is how far training had come, see ``ke_ray.report.axis``.
+    """
+    return _placed(scan)[["checkpoint", "step", "x"]]
+
+
+def tokens(scan: Result) -> pd.Series | None:
+    """Pretraining tokens by checkpoint, where they are known of every one."""
+    known = _placed(scan).set_index("checkpoint")["tokens"]
+    return known if len(known) and known.notna().all() else None
+
+
+def unit(scan: Result) -> str:
+    """What ``x`` counts: a key of ``ke_ray.report.axis.TITLES``."""
+    units = _placed(scan)["unit"]
+    return str(units.iloc[0]) if len(units) else "step"
+
+
+def borders(scan: Result, column: str = "x") -> dict[float, str]:
+    """Where stages end, in ``x`` or in "tokens" → the name of the stage that follows."""
+    return axis.borders(_placed(scan), column)
+
+
+def num_unnumbered(scan: Result) -> int:
+    """How many checkpoints stand after the last one because nothing gives their number."""
+    return 0 if unit(scan) == "place" else int(_placed(scan)["unknown"].sum())
 
 
 def totals(scan: Result, measure: str, corpus: str) -> pd.DataFrame:

@@ -21,7 +21,7 @@ from pyarrow import ArrowException
 from ke_ray import storage
 from ke_ray.errors import KeRayError, UserError
 from ke_ray.results import SCHEMA_VERSION, ScanFolder
-from ke_ray.results.columns import TABLES
+from ke_ray.results.columns import TABLES, with_branch
 
 # Kind -> its tables; the first one identifies a folder that has no manifest.
 KINDS: dict[str, tuple[str, ...]] = {
@@ -166,7 +166,7 @@ def read_result(path: str, kind: str) -> Result:
         if f"{table}.parquet" not in names and not live:
             continue
         try:
-            frame = _read_table(path, table, live, manifest).to_pandas()
+            frame = with_branch(_read_table(path, table, live, manifest)).to_pandas()
         except (KeRayError, OSError, ArrowException) as error:
             notes.append(f"{table}.parquet cannot be read: {error}")
             continue

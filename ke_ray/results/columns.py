@@ -14,7 +14,27 @@ import pyarrow
 from ke_ray.results.column import Column, Direction
 
 _CHECKPOINT = Column("checkpoint", "string", "name of the checkpoint, unique in the folder")
-_STEP = Column("step", "int64", "pretraining step; null where no name gives it", "steps")
+_STEP = Column(
+    "step",
+    "int64",
+    "pretraining step; null where no name gives it; in some series each stage starts again",
+    "steps",
+)
+_TOKENS = Column("tokens", "int64", "pretraining tokens so far, over all stages", "tokens")
+_WORDS = Column("words", "int64", "words of pretraining text so far, where the name counts words")
+_STAGE = Column("stage", "int64", "number of the stage of pretraining, where the name has one")
+_STAGE_LABEL = Column("stage_label", "string", "the stage as the name has it")
+_BRANCH = Column("branch", "string", "of runs from one checkpoint: which, where the name says it")
+#: Where a checkpoint stands (``ke_ray.core.position.POSITION``).
+_POSITION = (
+    _STEP,
+    _TOKENS,
+    _WORDS,
+    _STAGE,
+    _STAGE_LABEL,
+    Column("seed", "string", "seed of pretraining, where a name has one"),
+    _BRANCH,
+)
 _RUN = Column("run", "string", "name of the training run")
 _UPDATE = Column("step", "int64", "updates so far", "steps")
 _SETTING = Column("setting", "string", "`once` or `paraphrase`")
@@ -49,9 +69,7 @@ def _interval(name: str, *about: Any) -> tuple[Column, Column, Column]:
 
 _ENTROPY = (
     _CHECKPOINT,
-    _STEP,
-    Column("stage", "int64", "stage of pretraining, where the name has one; steps restart in each"),
-    Column("ingredient", "int64", "branch within a stage, where the name has one"),
+    *_POSITION,
     Column("revision", "string", "revision on the Hub"),
     Column("corpus", "string", "name given by `--data NAME=…`"),
     _LAYER,
@@ -74,7 +92,7 @@ _ENTROPY = (
 
 _REPLICATES = (
     _CHECKPOINT,
-    _STEP,
+    *_POSITION,
     Column("corpus", "string", "name of the corpus"),
     _LAYER,
     Column("measure", "string", "see below"),
@@ -84,7 +102,7 @@ _REPLICATES = (
 
 _EXPERTS = (
     _CHECKPOINT,
-    _STEP,
+    *_POSITION,
     Column("corpus", "string", "name of the corpus"),
     Column("layer", "int32", "0 … L−1"),
     Column("expert", "int32", "0 … E−1, and the shared expert after them; 0 in a dense layer"),
@@ -97,7 +115,7 @@ _EXPERTS = (
 _RESUSCITATION = (
     _CHECKPOINT,
     Column("corpus", "string", "name of the corpus"),
-    _STEP,
+    *_POSITION,
     _LAYER,
     Column("before_nats", "float64", "knowledge entropy of the given C̄", "nats"),
     Column("predicted_nats", "float64", "of u · C̄, the inputs of every layer held fixed", "nats"),
@@ -124,6 +142,12 @@ _RUNS = (
     _RUN,
     Column("checkpoint", "string", "the start"),
     Column("step", "int64", "pretraining step of the start", "steps"),
+    Column("tokens", "int64", "pretraining tokens of the start, over all stages", "tokens"),
+    _WORDS,
+    _STAGE,
+    _STAGE_LABEL,
+    Column("pretraining_seed", "string", "seed of pretraining, where a name has one"),
+    _BRANCH,
     Column("seed", "int64", "of the rows drawn and their order"),
     Column("corpus", "string", "name of the training corpus"),
     Column("resuscitation_ratio", "float64", "null: not resuscitated"),
@@ -341,6 +365,15 @@ RUN_TABLES = tuple(name for name, columns in TABLES.items() if columns[0] is _RU
 OBJECTIVES: Mapping[str, Column] = {
     column.name: column for column in (*_RUNS, _CHANGE) if column.direction and column.needs
 }
+
+
+def with_branch(table: pyarrow.Table) -> pyarrow.Table:
+    """A table of an earlier version, whose branches were numbers of ingredients, as it is now."""
+    if "ingredient" not in table.column_names or "branch" in table.column_names:
+        return table
+    numbers = table["ingredient"].to_pylist()
+    branches = [None if number is None else f"ingredient{number:.0f}" for number in numbers]
+    return table.append_column("branch", pyarrow.array(branches, pyarrow.string()))
 
 
 def names(table: str) -> tuple[str, ...]:

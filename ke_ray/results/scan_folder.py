@@ -30,15 +30,15 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from ke_ray import storage
+from ke_ray.core.position import POSITION, position_key
 from ke_ray.errors import ResultsError
-from ke_ray.results.columns import schema
+from ke_ray.results.columns import schema, with_branch
 from ke_ray.results.manifest import read_manifest, write_manifest
 
 ENTROPY_SCHEMA = schema("entropy")
 REPLICATES_SCHEMA = schema("replicates")
 EXPERTS_SCHEMA = schema("experts")
 _KEY = ("checkpoint", "corpus", "layer", "measure")
-_POSITION = ("checkpoint", "step", "stage", "ingredient")
 _BY_CORPUS = ("corpora", "sampling", "groups")
 
 
@@ -175,7 +175,9 @@ class ScanFolder:
         for uri in self._uris(stem):
             file = storage.open_table(uri)
             for number in range(file.num_row_groups):
-                keys = [name for name in _POSITION if name in file.schema_arrow.names]
+                keys = [
+                    name for name in ("checkpoint", *POSITION) if name in file.schema_arrow.names
+                ]
                 table = file.read_row_group(number, columns=keys)
                 for row in table.group_by(keys).aggregate([]).to_pylist():
                     positions[row["checkpoint"]] = _position(row)
@@ -326,6 +328,7 @@ def _to_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
 
 def _conform(table: pa.Table, columns: pa.Schema) -> pa.Table:
     """Columns that an older version lacked become null; unknown ones are dropped."""
+    table = with_branch(table)
     arrays = [
         table[field.name].cast(field.type)
         if field.name in table.column_names
@@ -350,9 +353,8 @@ def _join_rows(tables: Iterable[pa.Table]) -> list[dict[str, Any]]:
 
 
 def _position(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Sort key of a checkpoint in training order, as ``ke_ray.checkpoints.reference.order_key``."""
-    step, stage, ingredient = (row.get(name) for name in ("step", "stage", "ingredient"))
-    return step is None, stage or 0, ingredient or 0, step or 0, row["checkpoint"]
+    """Sort key of a checkpoint in training order; by name where no number is known."""
+    return *position_key(row), row["checkpoint"]
 
 
 def _order(row: Mapping[str, Any]) -> tuple[Any, ...]:

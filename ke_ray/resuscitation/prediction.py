@@ -18,6 +18,7 @@ import functools
 from typing import Any
 
 from ke_ray import storage
+from ke_ray.core.position import POSITION
 from ke_ray.results.columns import to_table
 from ke_ray.results.scan_folder import ScanFolder
 
@@ -91,7 +92,7 @@ def _rows(folder: ScanFolder) -> list[dict[str, Any]]:
         layer = row["layer"]
         rows.append(
             {
-                **{key: row[key] for key in ("checkpoint", "corpus", "step", "layer")},
+                **{key: row[key] for key in ("checkpoint", "corpus", "layer", *POSITION)},
                 "measured_nats": row["value"],
                 "before_nats": _at(record.get("entropy_nats"), layer),
                 "predicted_nats": _at(record.get("predicted_entropy_nats"), layer),

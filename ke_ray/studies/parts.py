@@ -34,6 +34,22 @@ class CheckpointSelection(Strict):
     limit: int | None = Field(
         None, ge=1, description="keep at most this many of the remaining checkpoints, evenly spaced"
     )
+    step_pattern: str | None = Field(
+        None,
+        description="regular expression for names that are not understood: one group gives the "
+        "step, or named groups step, tokens, words, stage, branch, seed",
+    )
+    tokens_per_step: int | None = Field(
+        None,
+        ge=1,
+        description="batch size × sequence length, by which steps become tokens where no name "
+        "counts tokens",
+    )
+
+    def options(self) -> dict[str, Any]:
+        """The selection as arguments of ``find_checkpoints`` beside the SPEC."""
+        names = [name for name in CheckpointSelection.model_fields if name != "spec"]
+        return {name: getattr(self, name) for name in names}
 
 
 class EvaluationText(Strict):

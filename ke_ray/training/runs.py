@@ -11,7 +11,7 @@ from typing import Any
 
 from ke_ray import storage
 from ke_ray.checkpoints.find.catalog import list_checkpoints
-from ke_ray.checkpoints.reference import CheckpointRef
+from ke_ray.checkpoints.reference import CheckpointRef, position
 from ke_ray.errors import CheckpointSpecError
 from ke_ray.secrets import redact
 from ke_ray.studies.continual import ContinualStudy
@@ -34,13 +34,7 @@ def list_runs(study: ContinualStudy) -> list[RunSpec]:
         CheckpointSpecError: the selection names nothing.
     """
     starts = study.starts
-    refs = list_checkpoints(
-        starts.spec,
-        revisions=starts.revisions,
-        steps=starts.steps,
-        every=starts.every,
-        limit=starts.limit,
-    )
+    refs = list_checkpoints(starts.spec, **starts.options())
     if starts.nearest:
         numbered = [ref for ref in refs if ref.step is not None]
         if not numbered:
@@ -104,8 +98,9 @@ def base_row(study: ContinualStudy, spec: RunSpec) -> dict[str, Any]:
     return {
         "run": spec.name,
         "checkpoint": spec.ref.name,
-        "step": spec.ref.step,
-        "seed": spec.seed,
+        **position(spec.ref),
+        "pretraining_seed": spec.ref.seed,
+        "seed": spec.seed,  # of the run, not of its start
         "corpus": study.corpus.name,
         "resuscitation_ratio": resuscitation.ratio if resuscitation else None,
         "amplifying_factor": resuscitation.factor if resuscitation else None,

@@ -44,7 +44,7 @@ def hub(tmp_path: Path, tiny_decoder, monkeypatch) -> Iterator[FakeHub]:
 def test_revisions_with_a_step_are_the_series(hub: FakeHub) -> None:
     refs = list_checkpoints("org/series")
     assert [ref.step for ref in refs] == [0, 1, 2, 1000]
-    assert refs[3].pretraining_tokens == 10**12
+    assert refs[3].tokens == 10**12
     assert refs[3].revision == "step1000-tokens1000B"
     assert refs[3].commit == hub.commit("org/series", "step1000-tokens1000B")
     folder = hub.root / "org" / "series" / "step1-tokens1B"
@@ -72,22 +72,39 @@ def test_main_ends_the_series_where_its_weights_are_its_own(hub: FakeHub, tiny_d
     assert [ref.revision for ref in list_checkpoints("org/series", limit=2)] == ["ckpt_000", "main"]
 
 
-def test_revisions_that_are_not_understood_are_named(hub: FakeHub, caplog) -> None:
+def test_revisions_that_are_not_understood_are_named(hub: FakeHub, tiny_decoder) -> None:
     repo = hub.root / "org" / "series"
-    rename(repo, {"step1-tokens1B": "chck_1M", "step2-tokens2B": "chck_2M"})
+    rename(repo, {"step1-tokens1B": "fp16", "step2-tokens2B": "dev"})
     listing = find_checkpoints("org/series")
     assert [ref.step for ref in listing.checkpoints] == [0, 1000]
-    assert "2 revisions have names that give no step" in listing.notes[0]
-    assert "chck_2M" in listing.notes[0]
-    rename(repo, {"step0-tokens0B": "chck_0M", "step1000-tokens1000B": "chck_1000M"})
-    refs = list_checkpoints("org/series")
-    assert [ref.revision for ref in refs] == ["main"]
-    assert "None of the 4 revisions beside 'main'" in caplog.text
-    assert "--revisions '*'" in caplog.text
-    listing = find_checkpoints("org/series", revisions="chck_*")
-    assert len(listing.checkpoints) == 4
+    (note,) = listing.notes
+    assert "2 revisions have names that are not understood" in note
+    assert "(fp16, dev)" in note
+    assert "--revisions '*'" in note
+    assert len(find_checkpoints("org/series", revisions="*").checkpoints) == 5
+    pattern = r"(?P<step>\d+)$"
+    refs = list_checkpoints("org/series", step_pattern=pattern)  # fp16 has a number after all
+    assert [(ref.revision, ref.step) for ref in refs] == [
+        ("step0-tokens0B", 0),
+        ("fp16", 16),
+        ("step1000-tokens1000B", 1000),
+    ]
+
+
+def test_names_without_a_number_are_all_kept_in_the_hubs_order(hub: FakeHub, tiny_decoder) -> None:
+    repo = hub.root / "org" / "series"
+    rename(repo, {"step0-tokens0B": "kestrel", "step1-tokens1B": "ocelot"})
+    rename(repo, {"step2-tokens2B": "jellyfish", "step1000-tokens1000B": "deeper-starling"})
+    listing = find_checkpoints("org/series")  # main has the weights of deeper-starling
+    names = [ref.revision for ref in listing.checkpoints]
+    assert names == ["ocelot", "kestrel", "jellyfish", "deeper-starling"]  # as the stand-in answers
     assert {ref.step for ref in listing.checkpoints} == {None}
-    assert "4 of 4 checkpoints have no step" in listing.notes[0]
+    (note,) = listing.notes
+    assert "4 of 4 checkpoints have no step" in note
+    assert "in the Hub's order" in note
+    shutil.rmtree(repo / "main")
+    save_model(tiny_decoder("llama", seed=9), repo / "main")
+    assert [ref.revision for ref in list_checkpoints("org/series")][-1] == "main"
 
 
 def test_selection_asks_only_for_what_is_selected(hub: FakeHub) -> None:

@@ -13,7 +13,7 @@ from scipy import stats
 
 from ke_ray.report import runs
 from ke_ray.report.correlation import correlate, critical_r
-from ke_ray.report.sources import find_results
+from ke_ray.report.sources import Result, find_results
 
 
 def test_one_run_keeps_its_own_interval_and_several_get_students() -> None:
@@ -88,3 +88,19 @@ def test_the_critical_r_is_that_of_the_t_test() -> None:
     r = critical_r(n)
     t = r * math.sqrt((n - 2) / (1 - r * r))
     assert 2 * stats.t.sf(t, n - 2) == pytest.approx(0.05)
+
+
+def test_starts_of_several_stages_are_placed_by_their_tokens() -> None:
+    rows = [
+        ("stage2-step10", 10, 2, 9_000),
+        ("stage1-step10", 10, 1, 4_000),
+        ("stage1-step20", 20, 1, 8_000),
+    ]
+    names = ["checkpoint", "step", "stage", "tokens"]
+    frame = pd.DataFrame(rows, columns=names).assign(status="ok", seed=0, stage_label=None)
+    study = Result("runs/x", "continual", "x", {}, {"runs": frame})
+    good = runs.good_runs(study)
+    assert good["x"].tolist() == [4_000, 8_000, 9_000]
+    assert set(good["unit"]) == {"tokens"}
+    bare = Result("runs/x", "continual", "x", {}, {"runs": frame.drop(columns="tokens")})
+    assert runs.good_runs(bare)["x"].tolist() == [10, 20, 30]

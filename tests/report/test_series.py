@@ -124,19 +124,89 @@ def test_several_sizes_are_several_curves_each_with_its_ceiling(tmp_path: Path) 
     assert figure.caption.count("ceiling") == 2
 
 
-def test_stages_are_curves_of_their_own(tmp_path: Path) -> None:
-    folder = synthetic.make_scan(tmp_path / "scan", steps=[10, 20, 30, 40, 50], corpora=("a",))
-    steps = [10, 20, 10, 20, None]
-    _with_columns(folder, step=steps, stage=[1, 1, 2, 2, None], ingredient=[None, None, 1, 1, None])
+def test_stages_follow_on_along_a_curve_and_branches_are_curves(tmp_path: Path) -> None:
+    folder = synthetic.make_scan(tmp_path / "scan", steps=[10, 20, 30, 40, 50, 60], corpora=("a",))
+    branches = [None, None, "ingredient1", "ingredient1", "ingredient2", None]
+    steps, stages = [10, 20, 10, 20, 10, None], [1, 1, 2, 2, 2, None]
+    _with_columns(folder, step=steps, stage=stages, branch=branches)
     scan = find_results([folder])[0]
     assert [(label, list(series.checkpoints(c)["x"])) for label, c in series.curves(scan)] == [
-        ("stage 1", [0, 1]),
-        ("stage 2, ingredient 1", [2, 3]),
-        ("no stage named", [4]),
+        ("stages in common", [10, 20, 50]),  # the last one without a step, one interval on
+        ("ingredient1", [30, 40]),
+        ("ingredient2", [30]),
     ]
+    assert series.unit(scan) == "stage step"
+    assert series.borders(scan) == {20.0: "stage 2"}
     text = io.StringIO()
     print_results([folder], Console(file=text, width=120))
     assert text.getvalue().count("first") == 3
+    # A branch of its own goes on along the run.
+    _with_columns(folder, branch=[*branches[:4], None, None])
+    ((label, curve),) = series.curves(find_results([folder])[0])
+    assert (label, list(series.checkpoints(curve)["x"])) == ("", [10, 20, 30, 30, 40, 50])
+
+
+def test_ingredients_of_older_folders_are_branches(tmp_path: Path) -> None:
+    folder = synthetic.make_scan(tmp_path / "scan", steps=[1, 2], corpora=("a",))
+    _with_columns(folder, stage=[2, 2], ingredient=[1, 3])
+    labels = [label for label, _ in series.curves(find_results([folder])[0])]
+    assert labels == ["ingredient1", "ingredient3"]
+
+
+def _drawn(scan, measure: str = "gini") -> dict[str, list[float]]:
+    """x of each drawn curve, in the order in which it is drawn."""
+    figure = next(f for f in scan_figures(scan, "scan") if f.id == f"scan-{measure}")
+    rows = figure.panels[0].view.rows
+    return {str(name): list(part["x"]) for name, part in rows.groupby("series", sort=False)}
+
+
+def test_tokens_over_all_stages_are_the_axis_where_they_are_known(tmp_path: Path) -> None:
+    folder = synthetic.make_scan(tmp_path / "scan", steps=[1, 2, 3, 4], corpora=("a",))
+    tokens = [4_000, 8_000, 9_000, 10_000]
+    _with_columns(folder, step=[1, 2, 1, 2], stage=[1, 1, 2, 2], tokens=tokens)
+    scan = find_results([folder])[0]
+    assert series.unit(scan) == "tokens"
+    assert _drawn(scan) == {"a": tokens}
+    figure = next(f for f in scan_figures(scan, "scan") if f.id == "scan-knowledge-entropy")
+    assert "Dotted lines mark where a stage of training ends" in figure.caption
+    plot = figure.panels[0].view.chart.to_dict()
+    assert "stage 2 →" in str(plot)
+    assert "pretraining tokens" in str(plot)
+
+
+def test_several_seeds_are_curves_with_their_mean_and_range_and_never_a_zigzag(tmp_path) -> None:
+    folder = synthetic.make_scan(tmp_path / "scan", steps=[1, 2, 3, 4, 5, 6, 7], corpora=("a",))
+    seeds = ["default", "default", "default", "aux-2", "aux-2", "aux-3", "aux-3"]
+    _with_columns(folder, step=[0, 10, 20, 0, 10, 0, 10], seed=seeds)
+    scan = find_results([folder])[0]
+    drawn = _drawn(scan)
+    assert drawn == {
+        "seed aux-2: a": [0, 10],
+        "seed aux-3: a": [0, 10],
+        "seed default: a": [0, 10, 20],
+        "mean of 3 seeds: a": [0, 10],  # where all three are
+    }
+    figure = next(f for f in scan_figures(scan, "scan") if f.id == "scan-gini")
+    rows = figure.panels[0].view.rows
+    single = rows[rows["mark"] == "thin"]
+    mean = rows[rows["series"] == "mean of 3 seeds: a"].set_index("x")
+    for x, part in single[single["x"] < 20].groupby("x"):
+        assert mean.loc[x, "value"] == pytest.approx(part["value"].mean())
+        ends = (mean.loc[x, "low"], mean.loc[x, "high"])
+        assert ends == (part["value"].min(), part["value"].max())
+    assert single["low"].isna().all()
+    assert "Thin lines are single seeds" in figure.caption
+    lines = [layer["mark"] for layer in figure.panels[0].view.chart.to_dict()["layer"]]
+    assert any(mark.get("strokeWidth") == 1 and mark["type"] == "line" for mark in lines)
+
+
+def test_words_and_tokens_are_axes_where_no_name_counts_steps(tmp_path: Path) -> None:
+    for unit in ("words", "tokens"):
+        folder = synthetic.make_scan(tmp_path / unit, steps=[1, 2, 3], corpora=("a",))
+        _with_columns(folder, step=[None] * 3, **{unit: [1_000, 10_000, 100_000]})
+        scan = find_results([folder])[0]
+        assert series.unit(scan) == unit
+        assert _drawn(scan) == {"a": [1_000, 10_000, 100_000]}
 
 
 def test_one_series_is_one_curve_also_with_a_final_checkpoint_and_older_rows(tmp_path) -> None:

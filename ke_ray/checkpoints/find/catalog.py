@@ -20,7 +20,8 @@ SPEC                                           checkpoints
 
 A glob on revision or name, a range of steps and every n-th narrow the selection, and checkpoints
 with the same weight files are flagged. Notes name what a reader could misunderstand, such as
-several series or stages, and names that could not be parsed.
+several series or stages, names that could not be parsed, and checkpoints that are missing in a
+regular series.
 """
 
 from __future__ import annotations
@@ -37,8 +38,11 @@ from ke_ray.checkpoints.find.duplicates import flag_duplicates
 from ke_ray.checkpoints.find.folder import from_folder, from_glob, from_location, shown
 from ke_ray.checkpoints.find.hub_places import may_be_hub
 from ke_ray.checkpoints.find.hub_series import inspect_hub, list_hub
+from ke_ray.checkpoints.find.names import CheckpointName, with_pattern
+from ke_ray.checkpoints.find.names import step_pattern as compile_pattern
+from ke_ray.checkpoints.find.progress import missing_checkpoints, with_tokens
 from ke_ray.checkpoints.find.series import few, listing_notes, with_series
-from ke_ray.checkpoints.reference import CheckpointRef, order_key
+from ke_ray.checkpoints.reference import CheckpointRef, order_key, position, with_name
 from ke_ray.checkpoints.transfer import call_within, probe, public_url
 from ke_ray.errors import CheckpointSpecError, StorageError, nearest
 from ke_ray.storage import exists, is_local, slug
@@ -64,11 +68,20 @@ def list_checkpoints(
     steps: str | None = None,
     every: int | None = None,
     limit: int | None = None,
+    step_pattern: str | None = None,
+    tokens_per_step: int | None = None,
     endpoint: str | None = None,
 ) -> list[CheckpointRef]:
     """The checkpoints of :func:`find_checkpoints`; its notes are logged as warnings."""
     listing = find_checkpoints(
-        spec, revisions=revisions, steps=steps, every=every, limit=limit, endpoint=endpoint
+        spec,
+        revisions=revisions,
+        steps=steps,
+        every=every,
+        limit=limit,
+        step_pattern=step_pattern,
+        tokens_per_step=tokens_per_step,
+        endpoint=endpoint,
     )
     for note in listing.notes:
         log.warning("%s: %s", public_url(spec), note)
@@ -82,6 +95,8 @@ def find_checkpoints(
     steps: str | None = None,
     every: int | None = None,
     limit: int | None = None,
+    step_pattern: str | None = None,
+    tokens_per_step: int | None = None,
     endpoint: str | None = None,
 ) -> Listing:
     """The checkpoints that ``spec`` names, in training order, with unique names.
@@ -94,21 +109,30 @@ def find_checkpoints(
         every: keep every n-th of the remaining checkpoints, starting with the first.
         limit: keep at most this many of the remaining checkpoints, evenly spaced, including the
             first and the last.
+        step_pattern: regular expression that reads names, see
+            :func:`ke_ray.checkpoints.find.names.step_pattern`.
+        tokens_per_step: batch size × sequence length, by which steps become tokens where no name
+            counts tokens.
         endpoint: of the Hub; ``HF_ENDPOINT`` or huggingface.co by default.
 
     Raises:
         CheckpointSpecError: the spec is malformed, names nothing, or cannot be reached.
     """
     low, high = _step_range(steps)
-    for option, value in (("every", every), ("limit", limit)):
+    pattern = compile_pattern(step_pattern) if step_pattern is not None else None
+    counts = {"every": every, "limit": limit, "tokens_per_step": tokens_per_step}
+    for option, value in counts.items():
         if value is not None and value < 1:
             raise CheckpointSpecError(f"{option} is {value}; it must be at least 1.")
     spec = spec.strip()
     notes: list[str] = []
     try:
         # A final checkpoint whose name gives no step lies outside every range of steps.
-        available = _find(spec, revisions, endpoint, notes, with_main=steps is None)
+        available = _find(spec, revisions, endpoint, notes, pattern, with_main=steps is None)
+        if pattern is not None and not spec.lower().endswith(".csv"):
+            available = [_read(ref, pattern) for ref in available]
         available = with_series(_unique_names(available))
+        available = with_tokens(available, tokens_per_step)
     except StorageError as error:
         raise CheckpointSpecError(str(error)) from error
     selection = [ref for ref in available if _matches(ref, revisions)]
@@ -123,11 +147,18 @@ def find_checkpoints(
                 f"No checkpoint of '{spec}' lies in steps {steps}; it has {span}."
             )
     ordered = sorted(selection, key=lambda ref: (ref.series or "", *order_key(ref)))
+    notes += missing_checkpoints(ordered)
     selection, empty = inspect_hub(_evenly(ordered[:: every or 1], limit), endpoint)
     if empty:
         notes.append(f"{len(empty)} revisions hold no weights and are left out ({few(empty)}).")
     selection = flag_duplicates(selection)
     return Listing(tuple(selection), (*notes, *listing_notes(selection)))
+
+
+def _read(ref: CheckpointRef, pattern: re.Pattern[str]) -> CheckpointRef:
+    """The reference at the position that a step pattern finds in its name; else as it was."""
+    name = ref.name if ref.repo else ref.location.rstrip("/").rsplit("/", 1)[-1]
+    return with_name(ref, with_pattern(CheckpointName(**position(ref)), pattern, name))
 
 
 def _evenly(refs: list[CheckpointRef], limit: int | None) -> list[CheckpointRef]:
@@ -139,11 +170,21 @@ def _evenly(refs: list[CheckpointRef], limit: int | None) -> list[CheckpointRef]
 
 
 def _find(
-    spec: str, revisions: str | None, endpoint: str | None, notes: list[str], *, with_main: bool
+    spec: str,
+    revisions: str | None,
+    endpoint: str | None,
+    notes: list[str],
+    pattern: re.Pattern[str] | None,
+    *,
+    with_main: bool,
 ) -> list[CheckpointRef]:
     def from_hub(name: str) -> list[CheckpointRef]:
         refs, hub_notes = list_hub(
-            name, endpoint, everything=revisions is not None, with_main=with_main
+            name,
+            endpoint,
+            everything=revisions is not None,
+            with_main=with_main,
+            pattern=pattern,
         )
         notes.extend(hub_notes)
         return refs

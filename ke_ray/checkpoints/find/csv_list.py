@@ -1,8 +1,9 @@
 """Lists of checkpoints: CSV files with a step and a folder, URL or Hub repository in each row.
 
 The published lists have the header ``Step,Checkpoint Directory`` (OLMo-2's second stage has
-``Ingredient`` too); any header with a step and a location column is understood, and so is a file
-without header whose rows are ``step,location``. Relative paths start at the CSV's own folder. A
+``Ingredient`` too); any header with a location column is understood, and so is a file without
+header whose rows are ``step,location``. Columns ``step``, ``tokens``, ``stage``, ``seed`` and
+``branch`` take precedence over what names say. Relative paths start at the CSV's own folder. A
 Hub repository is ``hf://org/name[@revision][:subfolder]``; a column named ``repository`` needs no
 ``hf://``.
 """
@@ -29,6 +30,7 @@ _LOCATIONS = (
     "repository",
 )
 _STEP, _INGREDIENT = "step", "ingredient"
+_COLUMNS = (_STEP, "tokens", "stage", "seed", "branch", _INGREDIENT)
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,11 @@ class Row:
     """One checkpoint of a list; None where a column is absent or empty."""
 
     location: str
-    step: int | None
-    ingredient: int | None
+    step: int | None = None
+    tokens: int | None = None
+    stage: str | None = None
+    seed: str | None = None
+    branch: str | None = None
 
 
 def read_csv_list(spec: str) -> list[Row]:
@@ -92,7 +97,7 @@ def _columns(header: list[str]) -> dict[str, int] | None:
     columns = {"location": names.index(location)}
     if location == "repository":
         columns["repository"] = names.index(location)
-    columns.update({name: names.index(name) for name in (_STEP, _INGREDIENT) if name in names})
+    columns.update({name: names.index(name) for name in _COLUMNS if name in names})
     return columns
 
 
@@ -116,7 +121,10 @@ def _row(row: list[str], columns: dict[str, int], base: str, origin: str) -> Row
         location = f"hf://{location}"
     if "://" not in location and not Path(location).is_absolute():
         location = f"{base}/{location}" if not is_local(base) else str(Path(base) / location)
-    return Row(location, integer(_STEP), integer(_INGREDIENT))
+    ingredient = integer(_INGREDIENT)
+    branch = cell("branch") or (None if ingredient is None else f"ingredient{ingredient}")
+    stage, seed = cell("stage") or None, cell("seed") or None
+    return Row(location, integer(_STEP), integer("tokens"), stage, seed, branch)
 
 
 def _is_step(text: str) -> bool:

@@ -16,12 +16,12 @@ import fsspec
 
 from ke_ray.checkpoints.find.csv_list import Row
 from ke_ray.checkpoints.find.hub_places import one_on_hub, path_matches
-from ke_ray.checkpoints.find.names import parse_checkpoint_name
+from ke_ray.checkpoints.find.names import parse_checkpoint_name, stage_of
 from ke_ray.checkpoints.find.series import read_small_json
 from ke_ray.checkpoints.formats.foreign import explain_file, explain_foreign
 from ke_ray.checkpoints.formats.layout import Layout, layout_of
 from ke_ray.checkpoints.formats.local import base_folder, is_whole, local_layout, nanochat_step
-from ke_ray.checkpoints.reference import CheckpointRef
+from ke_ray.checkpoints.reference import CheckpointRef, with_name
 from ke_ray.checkpoints.transfer import public_url
 from ke_ray.errors import CheckpointSpecError
 from ke_ray.storage import is_local, join, list_dir, local_path, slug
@@ -33,26 +33,22 @@ _MAX_EXAMINED = 20  # folders inside one, which may show why it holds no checkpo
 
 def from_location(location: str, row: Row | None = None, name: str | None = None) -> CheckpointRef:
     """A reference to one folder or URL, described by its name and its files."""
+    last = name or shown(location).rstrip("/").rsplit("/", 1)[-1]
     if location.startswith("hf://"):
         ref = one_on_hub(location)
     else:
-        parsed = parse_checkpoint_name(location)
-        last = name or shown(location).rstrip("/").rsplit("/", 1)[-1]
-        ref = CheckpointRef(
-            name=slug(last),
-            location=location,
-            format="native",
-            step=parsed.step,
-            pretraining_tokens=parsed.tokens,
-            stage=parsed.stage,
-            ingredient=parsed.ingredient,
-        )
+        ref = CheckpointRef(name=slug(last), location=location, format="native")
+        ref = with_name(ref, parse_checkpoint_name(location))
     if row is not None:
-        ref = replace(
-            ref,
-            step=row.step if row.step is not None else ref.step,
-            ingredient=row.ingredient if row.ingredient is not None else ref.ingredient,
-        )
+        given = {
+            column: value
+            for column in ("step", "tokens", "seed", "branch")
+            if (value := getattr(row, column)) is not None
+        }
+        ref = replace(ref, **given)
+        if row.stage is not None:
+            number, label = stage_of(row.stage)
+            ref = replace(ref, stage=number, stage_label=label)
     if location.startswith(("hf://", "http://", "https://")):
         return ref
     names = _file_names(location)
@@ -106,7 +102,7 @@ def _is_checkpoint(location: str) -> bool:
         return False
     # A folder with only half of the files is a broken checkpoint if its name says so.
     is_folder = not (is_local(location) and local_path(location).is_file())
-    return _is_whole(location) or (is_folder and parse_checkpoint_name(location).step is not None)
+    return _is_whole(location) or (is_folder and parse_checkpoint_name(location).is_numbered)
 
 
 def _is_whole(location: str) -> bool:

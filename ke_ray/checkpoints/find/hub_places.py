@@ -26,7 +26,7 @@ from ke_ray.checkpoints.find.names import CheckpointName, parse_checkpoint_name
 from ke_ray.checkpoints.find.series import few
 from ke_ray.checkpoints.formats.foreign import explain_foreign
 from ke_ray.checkpoints.hub_api import endpoint_url
-from ke_ray.checkpoints.reference import CheckpointRef
+from ke_ray.checkpoints.reference import CheckpointRef, with_name
 from ke_ray.errors import CheckpointSpecError, nearest
 from ke_ray.storage import slug
 
@@ -79,17 +79,14 @@ def hub_reference(
     repo: str, revision: hub.HubRevision, parsed: CheckpointName, name: str
 ) -> CheckpointRef:
     """A reference to a revision, or to the subfolder of it that ``revision`` names."""
-    return CheckpointRef(
+    ref = CheckpointRef(
         name=slug(name),
         location=f"hf://{repo}" + (f":{revision.subfolder}" if revision.subfolder else ""),
         format="hub",
         revision=revision.name,
         commit=revision.commit or None,
-        step=parsed.step,
-        pretraining_tokens=parsed.tokens,
-        stage=parsed.stage,
-        ingredient=parsed.ingredient,
     )
+    return with_name(ref, parsed)
 
 
 def one_on_hub(location: str) -> CheckpointRef:
@@ -131,7 +128,7 @@ def list_subfolders(spec: HubSpec, endpoint: str | None) -> list[CheckpointRef]:
         )
         for folder in matching
         # A folder with only half of the files is a broken checkpoint if its name says so.
-        if _is_whole(folder) or (folder.layout and _parse_path(folder.subfolder).step is not None)
+        if _is_whole(folder) or (folder.layout and _parse_path(folder.subfolder).is_numbered)
     ]
     if refs:
         return refs
@@ -227,7 +224,7 @@ def _parse_path(path: str) -> CheckpointName:
     """The parts of a path's names; the last name that gives a step counts (``step100/hf``)."""
     parts = path.split("/")
     parsed = [parse_checkpoint_name("/".join(parts[:end])) for end in range(len(parts), 0, -1)]
-    return next((name for name in parsed if name.step is not None), parsed[0])
+    return next((name for name in parsed if name.is_numbered), parsed[0])
 
 
 def _parse_title(title: str) -> CheckpointName:

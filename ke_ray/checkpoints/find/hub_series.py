@@ -1,9 +1,10 @@
 """The revisions of a Hub repository that make its series of checkpoints.
 
-Without a glob the series is every revision whose name gives a step, and ``main`` after them where
-its weights are not those of the last one (Amber's ``main`` follows ``ckpt_358``). Where no name
-gives a step it is ``main`` alone. A note counts and names the revisions left out; a glob takes
-them, with an unknown step.
+Without a glob the series is every revision whose name says how far training has come or names a
+stage, and ``main`` after them where its weights are not those of the last one (Amber's ``main``
+follows ``ckpt_358``). A note counts and names the revisions left out; a glob takes them, with an
+unknown step, and a step pattern reads them. Where no name says anything (Marin's are birds), every
+revision is taken, in the Hub's order, and a note says so.
 
 Subfolders, commits and globs over repositories are in ``ke_ray.checkpoints.find.hub_places``.
 """
@@ -11,6 +12,7 @@ Subfolders, commits and globs over repositories are in ``ke_ray.checkpoints.find
 from __future__ import annotations
 
 import glob
+import re
 from dataclasses import replace
 
 from ke_ray.checkpoints import hub
@@ -24,12 +26,17 @@ from ke_ray.checkpoints.find.hub_places import (
 from ke_ray.checkpoints.find.names import parse_checkpoint_name
 from ke_ray.checkpoints.find.series import few
 from ke_ray.checkpoints.formats.foreign import explain_foreign
-from ke_ray.checkpoints.reference import CheckpointRef, order_key
+from ke_ray.checkpoints.reference import CheckpointRef, order_key, with_name
 from ke_ray.errors import CheckpointSpecError
 
 
 def list_hub(
-    spec: str, endpoint: str | None, *, everything: bool, with_main: bool
+    spec: str,
+    endpoint: str | None,
+    *,
+    everything: bool,
+    with_main: bool,
+    pattern: re.Pattern[str] | None = None,
 ) -> tuple[list[CheckpointRef], list[str]]:
     """The checkpoints of a repository, and notes about revisions that were left out.
 
@@ -37,6 +44,7 @@ def list_hub(
         spec: ``org/repo`` or ``org/repo@revision``, or one of ``hub_places``.
         everything: take every revision, because a glob is going to choose.
         with_main: whether ``main`` may join a series of steps.
+        pattern: reads names, see :func:`ke_ray.checkpoints.find.names.parse_checkpoint_name`.
 
     Raises:
         CheckpointSpecError: no such repository or revision, or it cannot be reached.
@@ -52,44 +60,65 @@ def list_hub(
     if parts.title:
         return list_commits(parts, endpoint), []
     if name:
-        return [_reference(repo, hub.find_revision(repo, name, endpoint=endpoint))], []
-    refs = [_reference(repo, rev) for rev in hub.list_revisions(repo, endpoint=endpoint)]
+        revision = hub.find_revision(repo, name, endpoint=endpoint)
+        return [_reference(repo, revision, pattern)], []
+    refs = [_reference(repo, rev, pattern) for rev in hub.list_revisions(repo, endpoint=endpoint)]
     if everything:
         return refs, []
-    stepped = sorted((ref for ref in refs if ref.step is not None), key=order_key)
+    return choose_series(refs, endpoint, with_main=with_main, pattern=pattern)
+
+
+def choose_series(
+    refs: list[CheckpointRef],
+    endpoint: str | None,
+    *,
+    with_main: bool,
+    pattern: re.Pattern[str] | None = None,
+) -> tuple[list[CheckpointRef], list[str]]:
+    """The revisions of one repository that make its series, and notes about the others.
+
+    Args:
+        refs: all of its revisions, in the Hub's order.
+        endpoint: of the Hub.
+        with_main: whether ``main`` may join the series.
+        pattern: reads names.
+    """
     main = [ref for ref in refs if ref.revision == "main"]
-    others = [ref.revision or "" for ref in refs if ref not in (*stepped, *main)]
-    if not stepped:
-        if not main:
-            return refs, []
-        notes = [
-            f"None of the {len(others)} revisions beside 'main' has a name that gives a step "
-            f"({few(others)}), so only 'main' is listed. To list others, with an unknown step, "
-            "give a glob such as --revisions '*'."
-        ]
+    others = [ref for ref in refs if ref.revision != "main"]
+    if not others:
         # A repository of one checkpoint may carry the step in its own name.
-        parsed = parse_checkpoint_name(repo)
-        main = [replace(main[0], step=parsed.step, pretraining_tokens=parsed.tokens)]
-        return main, notes if others else []
-    if main and with_main and _is_of_its_own(main[0], stepped[-1], endpoint):
-        stepped += main
-    notes = [
-        f"{len(others)} revisions have names that give no step and are left out ({few(others)}). "
-        "To list them, with an unknown step, give a glob such as --revisions '*'."
+        return [with_name(ref, parse_checkpoint_name(ref.repo or "", pattern)) for ref in main], []
+    series = sorted((ref for ref in others if ref.is_numbered or ref.stage_label), key=order_key)
+    if not any(ref.is_numbered for ref in series):
+        series = sorted(others, key=order_key)
+    if main and with_main and _is_of_its_own(main[0], series, endpoint):
+        series += main
+    left_out = [ref.revision or "" for ref in others if ref not in series]
+    if not left_out:
+        return series, []
+    return series, [
+        f"{len(left_out)} revisions have names that are not understood and are left out "
+        f"({few(left_out)}). To list them, with an unknown step, give a glob such as "
+        "--revisions '*'; --step-pattern reads a number from a name."
     ]
-    return stepped, notes if others else []
 
 
-def _reference(repo: str, revision: hub.HubRevision) -> CheckpointRef:
-    return hub_reference(repo, revision, parse_checkpoint_name(revision.name), revision.name)
+def _reference(
+    repo: str, revision: hub.HubRevision, pattern: re.Pattern[str] | None
+) -> CheckpointRef:
+    parsed = parse_checkpoint_name(f"{repo}/{revision.name}", pattern)
+    return hub_reference(repo, revision, parsed, revision.name)
 
 
-def _is_of_its_own(main: CheckpointRef, last: CheckpointRef, endpoint: str | None) -> bool:
-    """Whether ``main`` has weights, and others than the last numbered checkpoint."""
-    refs, *_ = _inspected([main, last], endpoint)
-    if main.revision not in [ref.revision for ref in refs]:
-        return False
-    return len({ref.weights_fingerprint for ref in refs}) == len(refs)
+def _is_of_its_own(main: CheckpointRef, series: list[CheckpointRef], endpoint: str | None) -> bool:
+    """Whether ``main`` has weights, and others than the last checkpoint that has a number.
+
+    Without numbers, others than all: the Hub's order says nothing.
+    """
+    numbered = [ref for ref in series if ref.is_numbered]
+    refs, *_ = _inspected([main, *(numbered[-1:] or series)], endpoint)
+    own = {ref.revision: ref.weights_fingerprint for ref in refs}
+    return "main" in own and own.pop("main") not in own.values()
 
 
 def inspect_hub(
@@ -133,7 +162,7 @@ def _inspected(
         details = inspected.get(ref)
         if details is None:
             result.append(ref)
-        elif ref.step is not None or (details.layout and details.layout.weights):
+        elif ref.is_numbered or (details.layout and details.layout.weights):
             result.append(
                 replace(
                     ref,

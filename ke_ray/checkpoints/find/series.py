@@ -1,7 +1,7 @@
 """Series of checkpoints, each of which makes one curve, and notes on a listing.
 
-Two checkpoints are comparable step by step where architecture and sizes, stage and ingredient
-agree. A listing that mixes them is sorted series by series and stage by stage, and a note says so.
+Two checkpoints are of one curve where architecture and sizes, seed and branch agree; the stages of
+training follow on along it. A listing that mixes them is sorted so, and a note says so.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 from ke_ray.checkpoints.formats.olmo_config import parse_native_config
 from ke_ray.checkpoints.reference import CheckpointRef
+from ke_ray.core.position import stage_key, stage_name
 from ke_ray.errors import KeRayError
 from ke_ray.storage import join, open_read
 
@@ -116,19 +117,29 @@ def listing_notes(refs: Sequence[CheckpointRef]) -> list[str]:
             f"The checkpoints are of {len(sizes)} architectures or sizes, each a series and a "
             f"curve of its own: {_counts(sizes)}."
         )
-    stages = Counter(stage_label(ref) for ref in refs if ref.step is not None)
+    seeds = Counter(f"seed {ref.seed}" for ref in refs if ref.seed)
+    if len(seeds) > 1:
+        notes.append(f"The checkpoints are of several seeds, each a curve: {_counts(seeds)}.")
+    stages = Counter(stage_label(ref) for ref in refs if ref.is_numbered)
     if len(stages) > 1:
         notes.append(
-            f"The checkpoints are of several stages or ingredients: {_counts(stages)}. Each is a "
-            "curve of its own; choose some with --revisions, such as 'stage1-*'."
+            f"The checkpoints are of several stages or branches: {_counts(stages)}. Stages follow "
+            "on, branches are curves of their own; choose some with --revisions, such as "
+            "'stage1-*'."
         )
-    nameless = [ref.name for ref in refs if ref.step is None]
+    nameless = [ref for ref in refs if not ref.is_numbered]
     if nameless and len(refs) > 1:
+        on_hub = all(ref.revision for ref in nameless)
+        order = "in the Hub's order, which may not be that of training" if on_hub else "by name"
         notes.append(
             f"{len(nameless)} of {len(refs)} checkpoints have no step that can be read from "
-            f"their name ({few(nameless)}): they come last, by name."
+            f"their name ({few([ref.name for ref in nameless])}): they come last, {order}. "
+            "--step-pattern reads numbers from other names."
         )
-    keys = Counter(_position(ref) for ref in refs if ref.step is not None and not ref.duplicate_of)
+    units = [unit for unit in ("tokens", "words") if refs and getattr(refs[0], unit) is not None]
+    if units and refs[0].step is None:
+        notes.append(f"The names count {units[0]}, not steps.")
+    keys = Counter(_position(ref) for ref in refs if ref.is_numbered and not ref.duplicate_of)
     repeated = [ref for ref in refs if keys[_position(ref)] > 1]
     if repeated:
         notes.append(
@@ -144,13 +155,21 @@ def listing_notes(refs: Sequence[CheckpointRef]) -> list[str]:
 
 
 def stage_label(ref: CheckpointRef) -> str:
-    """``stage 2, ingredient 1``, or what of it the name gives."""
-    parts = (("stage", ref.stage), ("ingredient", ref.ingredient))
-    return ", ".join(f"{word} {n}" for word, n in parts if n is not None) or "no stage named"
+    """``stage 2, ingredient1``, or what of it the name gives."""
+    stage = stage_name(ref.stage, ref.stage_label)
+    return ", ".join(filter(None, (stage, ref.branch))) or "no stage named"
 
 
 def _position(ref: CheckpointRef) -> Hashable:
-    return ref.series, ref.stage, ref.ingredient, ref.step
+    return (
+        ref.series,
+        ref.seed,
+        stage_key(ref.stage, ref.stage_label),
+        ref.branch,
+        ref.step,
+        ref.tokens,
+        ref.words,
+    )
 
 
 def _counts(counts: Counter[str]) -> str:

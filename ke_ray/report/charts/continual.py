@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from ke_ray.report import paper, runs
+from ke_ray.report.axis import TITLES
 from ke_ray.report.charts.dynamics import dynamics_figures
 from ke_ray.report.charts.figure import Figure, Panel, figure_of
 from ke_ray.report.charts.plot import Rule, X, series_plot
@@ -38,8 +39,9 @@ def continual_figures(study: Result, prefix: str) -> tuple[list[Figure], list[st
 
 
 def _start_axis(frame: pd.DataFrame) -> X:
-    known = bool(frame["step"].notna().all())
-    return X("x", "pretraining step of the start" if known else "start (place in the list)")
+    unit = str(frame["unit"].iloc[0])
+    named = f"{TITLES[unit]} of the start"
+    return X("x", "start (place in the list)" if unit == "place" else named)
 
 
 def published_rows(settings: Sequence[str], column: str) -> pd.DataFrame:

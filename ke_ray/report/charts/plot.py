@@ -63,7 +63,8 @@ def series_plot(
 
     Args:
         rows: ``x.field``, ``value``, ``colour`` and, where there are any, ``low`` and ``high``.
-            ``mark`` says how a row is drawn: "line" (as without it), "point", or "dot" (faint).
+            ``mark`` says how a row is drawn: "line" (as without it), "thin" (a line without
+            markers), "point", or "dot" (faint).
         x: the horizontal axis.
         y_title: title of the vertical axis and heading of ``value``, with the unit.
         columns: further columns to show -> their headings.
@@ -102,6 +103,9 @@ def series_plot(
     elif errors:
         ends = {"y": alt.Y("low:Q", title=y_title), "y2": alt.Y2("high:Q")}
         layers.append(base.mark_rule(strokeWidth=1.4, aria=False, **shift).encode(**ends))
+    if (rows["mark"] == "thin").any():
+        thin = base.transform_filter(alt.datum.mark == "thin")
+        layers.append(thin.mark_line(strokeWidth=1, opacity=0.6))
     if lined:
         line = of_line.mark_line(strokeWidth=2, aria=_aria(rows), **shift)
         layers.append(

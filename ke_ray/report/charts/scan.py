@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ke_ray.report import series
+from ke_ray.report import axis, series
 from ke_ray.report.charts.distribution import distribution_figures
 from ke_ray.report.charts.figure import Figure, Panel, Plot, TextTable, figure_of
 from ke_ray.report.charts.plot import Rule, X, heat_map, series_plot
+from ke_ray.report.charts.training_runs import ALL_SEEDS, border_rules, runs_caption, with_means
 from ke_ray.report.sources import Result
 
 _ENTROPIES = {  # measure -> where the paper shows it
@@ -27,7 +28,7 @@ _CHECKPOINT = {"checkpoint": "checkpoint"}
 
 def x_title(scan: Result) -> str:
     """What the x axis of a scan counts."""
-    return "pretraining step" if series.has_steps(scan) else "checkpoint (place in the list)"
+    return axis.TITLES[series.unit(scan)]
 
 
 def measure_axis(measure: str) -> tuple[str, str]:
@@ -37,15 +38,19 @@ def measure_axis(measure: str) -> tuple[str, str]:
 
 
 def axes(scan: Result) -> dict[str, X]:
-    """Choice -> horizontal axis: steps and tokens, each linear and logarithmic where that helps."""
+    """Choice -> horizontal axis: linear and, where that helps, logarithmic; the scan's own first.
+
+    Tokens are offered beside steps where they are known of every checkpoint.
+    """
     order = _with_tokens(scan, series.checkpoints(scan))
-    made = {"linear steps": X("x", x_title(scan))}
-    if series.has_steps(scan) and _spread(order["x"]):
-        made["log steps"] = X("x", x_title(scan), log=True)
-    if "tokens" in order:
-        made["tokens"] = X("tokens", "pretraining tokens")
+    unit, title = series.unit(scan), x_title(scan)
+    made = {unit if unit in ("tokens", "words") else "linear steps": X("x", title)}
+    if unit != "place" and _spread(order["x"]):
+        made[f"log {unit}" if unit in ("tokens", "words") else "log steps"] = X("x", title, True)
+    if "tokens" in order and unit != "tokens":
+        made["tokens"] = X("tokens", axis.TITLES["tokens"])
         if _spread(order["tokens"]):
-            made["log tokens"] = X("tokens", "pretraining tokens", log=True)
+            made["log tokens"] = X("tokens", axis.TITLES["tokens"], log=True)
     return made
 
 
@@ -56,15 +61,9 @@ def _spread(values: pd.Series) -> bool:
 
 
 def _with_tokens(scan: Result, rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows with ``tokens``, where the manifest tells those of every checkpoint."""
-    entries = scan.manifest.get("checkpoints")
-    known = {
-        entry.get("name"): entry.get("pretraining_tokens")
-        for entry in (entries if isinstance(entries, list) else [])
-        if isinstance(entry, dict)
-    }
-    tokens = pd.to_numeric(rows["checkpoint"].map(known), errors="coerce")
-    return rows.assign(tokens=tokens) if len(tokens) and tokens.notna().all() else rows
+    """Rows with ``tokens``, where those of every checkpoint are known."""
+    known = series.tokens(scan)
+    return rows if known is None else rows.assign(tokens=rows["checkpoint"].map(known))
 
 
 def fingerprints(scan: Result) -> list[tuple[str, str]]:
@@ -92,26 +91,28 @@ def measure_rows(
     ``values`` is ``series.totals``, or ``series.paired_change`` for changes.
     """
     parts = []
-    for label, curve in series.curves(scan):
+    curves = series.curves(scan)
+    for label, curve in curves:
         for corpus in series.corpora(curve):
             rows = values(curve, measure, corpus)
             error = _Z * rows["stderr"]
             ends = {"low": rows["value"] - error, "high": rows["value"] + error}
             name = f"{label}: {corpus}" if label else corpus
             parts.append(_with_tokens(scan, rows.assign(series=name, corpus=corpus, **ends)))
-    return pd.concat(parts, ignore_index=True)
+    return with_means(curves, pd.concat(parts, ignore_index=True))
 
 
 def split_caption(scan: Result) -> str:
-    """What a caption says where the scan is of several curves."""
-    labels = [label for label, _ in series.curves(scan)]
-    if len(labels) < 2:
-        return ""
-    return (
-        f" {len(labels)} curves, since architectures, sizes or stages differ ("
-        + "; ".join(labels)
-        + "): each has its own steps and its own first checkpoint."
-    )
+    """What a caption says where the scan is of several curves, seeds or stages."""
+    curves = series.curves(scan)
+    caption = ""
+    if len(curves) > 1:
+        caption += (
+            f" {len(curves)} curves, since architectures, sizes, seeds or branches differ ("
+            + "; ".join(label for label, _ in curves)
+            + "): each has its own first checkpoint."
+        )
+    return caption + runs_caption(scan, curves)
 
 
 def _ceilings(scan: Result) -> dict[series.Ceiling, str]:
@@ -122,6 +123,10 @@ def _ceilings(scan: Result) -> dict[series.Ceiling, str]:
 
 def band_caption(rows: pd.DataFrame, errors: str) -> str:
     """What the bands are, where any is drawn: rows with an interval of some width."""
+    if "mark" in rows and (rows["mark"] == "thin").any():  # their mean has another band
+        rows = rows[(rows["mark"] != "thin") & (rows["checkpoint"] != ALL_SEEDS)]
+        if rows.empty:
+            return ""
     known = (rows["low"] < rows["value"]).groupby(rows["series"]).any()
     if not known.any():
         return "No error band: the results hold no error of this."
@@ -168,10 +173,10 @@ def measure_plot(
     scan: Result, measure: str, rows: pd.DataFrame, x: X, *, interactive: bool = True
 ) -> Plot:
     """The model-wide value of a measure, one line per curve and corpus, from ``measure_rows``."""
-    rules = []
+    rules = border_rules(scan, x)
     if measure == "knowledge_entropy" and len(rows):
         span = max(float(np.ptp(rows["value"])), 1e-9)
-        rules = [
+        rules += [
             Rule("y", bound.nats, str(bound))
             for bound in _ceilings(scan)
             if 0 <= bound.nats - rows["value"].max() <= 2 * span
@@ -193,7 +198,7 @@ def _over_steps(scan: Result, measure: str, figure: Callable[..., Figure]) -> Fi
         for choice, x in choices.items()
     ]
     caption = band_caption(rows, "jackknife standard errors over groups of instances")
-    caption += split_caption(scan)
+    caption = f"{caption}{split_caption(scan)}".strip()
     bounds = _ceilings(scan)
     if measure == "knowledge_entropy" and bounds:
         shown = (f"{b} ({label})" if len(bounds) > 1 else str(b) for b, label in bounds.items())
@@ -222,18 +227,19 @@ def _over_steps(scan: Result, measure: str, figure: Callable[..., Figure]) -> Fi
 
 def _changes(scan: Result, held: list[str], figure: Callable[..., Figure]) -> Figure:
     panels, drawn = [], []
+    x = X("x", x_title(scan))
     for measure in held:
         rows = measure_rows(scan, measure, series.paired_change)
         if rows.empty:
             continue
-        title, axis = measure_axis(measure)
+        title, y_axis = measure_axis(measure)
         drawn.append(rows.assign(series=rows["series"] + measure)[rows["x"] != rows["x"].min()])
         plot = series_plot(
             rows,
-            X("x", x_title(scan)),
-            f"change of {axis}",
+            x,
+            f"change of {y_axis}",
             columns=_CHECKPOINT,
-            rules=[Rule("y", 0.0)],
+            rules=[Rule("y", 0.0), *border_rules(scan, x)],
         )
         panels.append(Panel((title,), plot))
     return figure(
@@ -280,8 +286,16 @@ def _layers(scan: Result, held: list[str], figure: Callable[..., Figure]) -> lis
             rows = layer_rows(scan, measure, corpus)
             if rows.empty:
                 continue
-            axis = f"{title.lower()} of a layer" + (f" ({unit})" if unit else "")
-            plot = series_plot(rows, x, axis, columns=_CHECKPOINT, colour="layer", spread="layer")
+            y_axis = f"{title.lower()} of a layer" + (f" ({unit})" if unit else "")
+            plot = series_plot(
+                rows,
+                x,
+                y_axis,
+                columns=_CHECKPOINT,
+                colour="layer",
+                spread="layer",
+                rules=border_rules(scan, x),
+            )
             curves.append(Panel((title, corpus), plot))
             for shown in ("change", "value"):
                 plot = heat_map(

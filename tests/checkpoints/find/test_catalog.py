@@ -141,7 +141,7 @@ def test_published_lists_parse_whole(reference_data: Path) -> None:
 def test_csv_with_relative_paths_ingredients_and_no_header(series: Path, tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("ingredient,path,step\n2,run/step3,\n1,run/step20,7\n")
     refs = list_checkpoints(str(tmp_path / "a.csv"))
-    assert [(ref.ingredient, ref.step) for ref in refs] == [(1, 7), (2, 3)]
+    assert [(ref.branch, ref.step) for ref in refs] == [("ingredient1", 7), ("ingredient2", 3)]
     assert refs[1].location == str(tmp_path / "run" / "step3")
     assert refs[1].format == "hf"
     (tmp_path / "b.csv").write_text("\ufeff5,https://host/x/step5-unsharded/\n\n6,hf://o/r@main\n")
@@ -215,9 +215,32 @@ def test_several_stages_and_shared_steps_are_said(tmp_path: Path) -> None:
         "step10",
     ):
         make(tmp_path / name, name.encode())
+    # A name without a stage belongs to the first one, as OLMo-2-7B's "step150-tokens1B" does.
     stages, repeated = find_checkpoints(str(tmp_path)).notes
-    assert "stage 1 (2); stage 2, ingredient 1 (1)" in stages
-    assert "2 checkpoints share their step" in repeated
+    assert "stage 2, ingredient1 (1)" in stages
+    assert "3 checkpoints share their step" in repeated
+
+
+def test_a_step_pattern_reads_folders_that_are_not_understood(tmp_path: Path) -> None:
+    for name in ("model-e1", "model-e2", "model-e10", "final"):
+        make(tmp_path / name, name.encode())
+    refs = list_checkpoints(str(tmp_path), step_pattern=r"-e(\d+)$")
+    assert steps(refs) == [1, 2, 10, None]
+    refs = list_checkpoints(str(tmp_path), step_pattern=r"-e(\d+)$", tokens_per_step=100)
+    assert [ref.tokens for ref in refs] == [100, 200, 1000, None]
+    with pytest.raises(CheckpointSpecError, match="must have one group"):
+        list_checkpoints(str(tmp_path), step_pattern="e")
+
+
+def test_a_list_says_stage_seed_and_branch(tmp_path: Path) -> None:
+    make(tmp_path / "a")
+    make(tmp_path / "b", b"b")
+    text = "path,step,tokens,stage,seed,branch\na,1,10,decay,7,left\nb,1,5,1,7,\n"
+    (tmp_path / "x.csv").write_text(text)
+    first, second = list_checkpoints(str(tmp_path / "x.csv"))
+    assert (first.stage, first.stage_label, first.seed, first.branch) == (1, "stage1", "7", None)
+    assert (second.stage, second.stage_label, second.branch) == (None, "decay", "left")
+    assert (first.tokens, second.tokens) == (5, 10)
 
 
 @pytest.mark.parametrize(
