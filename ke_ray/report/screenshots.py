@@ -10,11 +10,12 @@ Writes ``report.png`` and ``dashboard.png``; ``--all`` also takes every page who
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,30 @@ _FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "
 _QUIET = ("--disable-background-networking", "--disable-component-update")
 _VIEWS = ("Checkpoints", "Continual learning", "Sweeps", "MLflow")
 _WAIT_MS = 60_000
+
+
+@contextlib.contextmanager
+def launch_chromium() -> Iterator[Any]:
+    """A headless browser of playwright's.
+
+    Raises:
+        UserError: no Chromium, or no playwright.
+    """
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError as error:
+        raise UserError("A browser needs 'pip install playwright'.") from error
+    names = ("chromium", "chromium-browser", "google-chrome")
+    program = os.environ.get("KE_RAY_CHROMIUM") or next(
+        filter(None, map(shutil.which, names)), None
+    )
+    if program is None:
+        raise UserError("There is no Chromium: install one, or set KE_RAY_CHROMIUM to it.")
+    with sync_playwright() as driver:
+        flags = [*_FLAGS, *_QUIET]
+        browser = driver.chromium.launch(executable_path=program, args=flags, headless=True)
+        yield browser
+        browser.close()
 
 
 def take(results: Sequence[str], output: Path, *, everything: bool = False) -> list[Path]:
@@ -39,30 +64,16 @@ def take(results: Sequence[str], output: Path, *, everything: bool = False) -> l
     from ke_ray.report.build import build_report
     from ke_ray.report.dashboard import start_dashboard
 
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError as error:
-        raise UserError("Screenshots need 'pip install playwright'.") from error
-    names = ("chromium", "chromium-browser", "google-chrome")
-    program = os.environ.get("KE_RAY_CHROMIUM") or next(
-        filter(None, map(shutil.which, names)), None
-    )
-    if program is None:
-        raise UserError("Screenshots need a Chromium: install one, or set KE_RAY_CHROMIUM to it.")
     output.mkdir(parents=True, exist_ok=True)
     made: list[Path] = []
-    with tempfile.TemporaryDirectory() as folder, sync_playwright() as driver:
+    with launch_chromium() as browser, tempfile.TemporaryDirectory() as folder:
         report = Path(build_report(list(results), Path(folder) / "report.html")).as_uri()
-        browser = driver.chromium.launch(
-            executable_path=program, args=[*_FLAGS, *_QUIET], headless=True
-        )
         made.append(_top_of_report(browser, report, output / "report.png"))
         with start_dashboard(list(results), log=Path(folder) / "pages.log") as running:
             made.append(_page(browser, running.url, output / "dashboard.png"))
             for width in (1280, 420) if everything else ():
                 for scheme in ("light", "dark"):
                     made += _whole(browser, report, running.url, output, width, scheme)
-        browser.close()
     return made
 
 
@@ -78,6 +89,7 @@ def _open(browser: Any, address: str, width: int, height: int, scheme: str) -> A
 def _top_of_report(browser: Any, address: str, target: Path) -> Path:
     """The first scan's figures where there is one, else the top of the page."""
     page = _open(browser, address, 1280, 1120, "light")
+    _draw_all(page)
     page.evaluate(
         "() => { const s = document.querySelector('section[id^=scan]');"
         " if (s) window.scrollTo(0, s.getBoundingClientRect().top + window.scrollY); }"
@@ -85,6 +97,16 @@ def _top_of_report(browser: Any, address: str, target: Path) -> Path:
     page.screenshot(path=target)
     page.context.close()
     return target
+
+
+def _draw_all(page: Any) -> None:
+    """Have the report draw what is out of view as well, as it does before printing."""
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    page.wait_for_function(
+        "[...document.querySelectorAll('figure')].every((figure) =>"
+        " figure.dataset.drawn || figure.querySelector('.plot table'))",
+        timeout=_WAIT_MS,
+    )
 
 
 def _settle(page: Any) -> None:
@@ -105,13 +127,20 @@ def _page(browser: Any, address: str, target: Path) -> Path:
     return target
 
 
+def whole_report(browser: Any, address: str, target: Path, width: int, scheme: str) -> Path:
+    """The report from top to bottom; ``scheme`` is "light" or "dark"."""
+    page = _open(browser, address, width, 900, scheme)
+    _draw_all(page)
+    page.screenshot(path=target, full_page=True)
+    page.context.close()
+    return target
+
+
 def _whole(
     browser: Any, report: str, dashboard: str, output: Path, width: int, scheme: str
 ) -> list[Path]:
-    made = [output / f"report-{width}-{scheme}.png"]
-    page = _open(browser, report, width, 900, scheme)
-    page.screenshot(path=made[0], full_page=True)
-    page.context.close()
+    target = output / f"report-{width}-{scheme}.png"
+    made = [whole_report(browser, report, target, width, scheme)]
     page = _open(browser, dashboard, width, 2600, scheme)
     page.get_by_text("Read ").first.wait_for(timeout=_WAIT_MS)
     for name in _VIEWS:

@@ -16,6 +16,7 @@ import synthetic
 from PIL import Image
 
 from ke_ray.report.build import build_report
+from ke_ray.report.screenshots import whole_report
 
 pytestmark = pytest.mark.browser
 
@@ -74,6 +75,15 @@ def test_every_figure_is_drawn_offline(address: str, open_page: Callable, width:
         assert down > 10, name
         assert figure.locator(".plot svg").bounding_box()["width"] <= room + 1, name
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_a_picture_of_the_whole_report_shows_every_figure(
+    address: str, chromium: Any, tmp_path: Path
+) -> None:
+    target = whole_report(chromium, address, tmp_path / "report.png", 1280, "light")
+    pixels = np.asarray(Image.open(target).convert("RGB")).astype(int)
+    quarters = np.array_split(pixels, 4)
+    assert all(_near(part, "#0072b2") > 300 for part in quarters)
 
 
 def test_figures_are_drawn_one_after_the_other(address: str, open_page: Callable) -> None:
