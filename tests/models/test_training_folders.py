@@ -10,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tracemalloc
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.distributed.checkpoint import FileSystemReader
 from transformers import PreTrainedModel, Trainer, TrainingArguments
@@ -401,6 +404,41 @@ def test_a_distributed_folder_that_would_run_code_is_refused(
     assert not mark.exists()
     pickle.loads((folder / ".metadata").read_bytes())  # noqa: S301 (it is ours)
     assert mark.exists(), "the bomb does not work"
+
+
+def test_an_index_in_a_pickle_takes_no_memory(tmp_path: Path, tiny_decoder) -> None:
+    folder = with_config(tiny_decoder("llama"), tmp_path / "step1")
+    # LONG_BINPUT, for which the unpickler in C makes room for twice as many objects.
+    (folder / ".metadata").write_bytes(b"\x80\x04Nr" + (2**24).to_bytes(4, "little") + b".")
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointError, match="not the metadata of a distributed checkpoint"):
+            load_model(folder)
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+    finally:
+        tracemalloc.stop()
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
+@given(position=st.floats(0, 1), junk=st.binary(max_size=12), keep=st.booleans())
+def test_any_bytes_of_metadata_are_tensors_or_one_clear_error(
+    tmp_path: Path, tiny_decoder, position: float, junk: bytes, keep: bool
+) -> None:
+    folder = tmp_path / "whole"
+    if not folder.exists():
+        with_config(tiny_decoder("llama"), folder)
+        dcp.save({"model": {"norm.weight": torch.ones(2)}}, checkpoint_id=folder)
+    content = (folder / ".metadata").read_bytes()
+    cut = int(position * len(content))
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken, dirs_exist_ok=True)
+    rest = content[cut + len(junk) :] if keep else b""
+    (broken / ".metadata").write_bytes(content[:cut] + junk + rest)
+    try:
+        weights = open_weights(broken)
+        assert all(weights[name].shape == weights.shape(name) for name in weights)
+    except CheckpointError:
+        pass
 
 
 @pytest.mark.parametrize("written_by", ["pickle", "torch.save"])

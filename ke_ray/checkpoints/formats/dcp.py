@@ -84,7 +84,8 @@ _CLASSES: dict[tuple[str, str], Any] = {
 }
 
 
-class _Reader(pickle.Unpickler):
+# In Python, because the unpickler in C allocates as much memory as an index in the file says.
+class _Reader(pickle._Unpickler):
     """An unpickler that imports nothing and calls only what ``_CLASSES`` names."""
 
     def find_class(self, module: str, name: str) -> Any:
@@ -190,8 +191,7 @@ def _model_tensors(path: Path) -> Iterator[tuple[str, StoredTensor]]:
     if path.stat().st_size > _LIMIT:
         raise CheckpointError(f"'{path}' has more than {_LIMIT:,} bytes. {convert}")
     try:
-        with path.open("rb") as file:
-            metadata = _Reader(file).load()
+        metadata = _Reader(io.BytesIO(path.read_bytes())).load()
         tensors = metadata.get("state_dict_metadata")
         pieces: dict[str, list[tuple[_Record, _Record]]] = {}
         for index, info in metadata.get("storage_data").items():
@@ -228,8 +228,10 @@ def _stored(entry: _Record, pieces: list[tuple[_Record, _Record]]) -> StoredTens
         if file != PurePosixPath(file).name:
             raise ValueError(f"'{file}' is not a file of its folder")
         own = sizes[offsets]
-        if any(o + s > whole for o, s, whole in zip(offsets, own, shape, strict=True)):
-            raise ValueError("a piece is larger than its tensor")
+        if not all(
+            0 <= o <= o + s <= whole for o, s, whole in zip(offsets, own, shape, strict=True)
+        ):
+            raise ValueError("a piece does not lie in its tensor")
         result.append(_Piece(offsets, own, file, info.get("offset"), info.get("length")))
     unique = {piece.offsets: piece for piece in result}
     if sum(math.prod(piece.sizes) for piece in unique.values()) != math.prod(shape):
