@@ -181,7 +181,7 @@ _UNMEASURABLE: dict[str, str] = {
     **dict.fromkeys(
         (
             *("gemma3", "gemma3n", "llava", "mllama", "llama4", "qwen2_vl", "qwen2_5_vl"),
-            *("qwen3_vl", "qwen3_5", "paligemma", "idefics3", "mistral3"),
+            *("qwen3_vl", "paligemma", "idefics3", "mistral3", "phi4_multimodal", "lfm2_vl"),
         ),
         "a model of several modalities; save its text decoder (its language_model with the LM "
         "head) as a checkpoint of its own, which is measured if its type is supported",

@@ -133,7 +133,7 @@ def test_a_hybrid_with_experts_is_refused_and_one_without_is_not():
         ("bert", "encoder"),
         ("t5", "encoder-decoder"),
         ("gemma3", "modalities"),
-        ("qwen3_5", "modalities"),
+        ("lfm2_vl", "modalities"),
         ("openelm", "no class.*runs no code"),
     ],
 )
