@@ -14,7 +14,10 @@ from ke_ray.checkpoints.find.catalog import find_checkpoints
 from ke_ray.checkpoints.find.series import stage_label
 from ke_ray.checkpoints.reference import CheckpointRef
 from ke_ray.cli.options import ArchitectureFile
+from ke_ray.models.architectures import use_description
+from ke_ray.models.configuration import read_any_config
 from ke_ray.secrets import redact
+from ke_ray.studies.architecture import read_architecture
 
 Spec = Annotated[
     str,
@@ -92,10 +95,7 @@ def checkpoints(
 
 
 def _explain(ref: CheckpointRef, architecture: str | None) -> None:
-    from ke_ray.models.architectures import use_description
-    from ke_ray.models.configuration import read_any_config
     from ke_ray.models.explain import explain
-    from ke_ray.studies.architecture import read_architecture
 
     if architecture is not None:
         use_description(read_architecture(architecture))

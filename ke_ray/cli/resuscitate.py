@@ -9,6 +9,8 @@ import typer
 from ke_ray.cli.checkpoints import Revisions
 from ke_ray.cli.options import ArchitectureFile
 from ke_ray.errors import ConfigError
+from ke_ray.models.architectures import use_description
+from ke_ray.studies.architecture import read_architecture
 from ke_ray.studies.parts import EvaluationText
 
 if TYPE_CHECKING:
@@ -47,9 +49,7 @@ def resuscitate(
 ) -> None:
     """Scale the weights of the least used memories (Algorithm 1), or a control of it."""
     from ke_ray.data.corpus import parse_data_option
-    from ke_ray.models.architectures import use_description
     from ke_ray.resuscitation.export import check_request, single_checkpoint, write_resuscitated
-    from ke_ray.studies.architecture import read_architecture
 
     if architecture is not None:
         use_description(read_architecture(architecture))

@@ -28,7 +28,7 @@ class Architecture:
         fused: ``up`` and ``gate`` are one projection whose output is [gate | up].
         pre_activation: submodule of the FFN whose input is the gate's pre-activation, where that
             is not the gate's output as it is.
-        attention: the attention module, of a layer.
+        attention: the attention module, of a layer; in a hybrid, only where it has ``query``.
         query: the projection that makes queries, of the attention module.
         query_rows: which of its rows do: all, the first heads · d_head, or, for each group of
             heads that shares a key, all but the last two blocks of d_head rows (its k and v).

@@ -192,12 +192,15 @@ def predicted_entropy_nats(mean_coefficients: Tensor, row_multipliers: Tensor) -
     """Knowledge entropy per layer of `predicted_coefficients`; its sum is the model's.
 
     Returns:
-        float64 [n_layers], nats, in [0, ln m]; NaN for a layer that is zero throughout.
+        float64 [n_layers], nats, in [0, ln m]; 0 for a layer without memories, NaN for one that is
+        zero throughout.
 
     Raises:
         UserError, ValueError: as `predicted_coefficients`.
     """
-    return entropy_nats(predicted_coefficients(mean_coefficients, row_multipliers).nan_to_num())
+    predicted = predicted_coefficients(mean_coefficients, row_multipliers)
+    entropy = entropy_nats(predicted.nan_to_num())
+    return torch.where(_num_memories(predicted) > 0, entropy, 0.0)
 
 
 def _checked(mean_coefficients: Tensor) -> Tensor:

@@ -56,6 +56,10 @@ ARCHITECTURES: dict[str, Architecture] = {
     "granite": Architecture(logit_divisor="logits_scaling"),
     **dict.fromkeys(("cohere", "cohere2"), _COHERE),
     **dict.fromkeys(("qwen3_next", "qwen3_5_text"), _QWEN_HYBRID),
+    "olmo_hybrid": Architecture(hybrid=True, shares_prefixes=False),
+    "nemotron_h": Architecture(  # a layer is an FFN, attention or a state space
+        ffn="mixer", gate=None, attention="mixer", hybrid=True, shares_prefixes=False
+    ),
     "lfm2": Architecture(
         ffn="feed_forward",
         second_projection="w2",
@@ -160,7 +164,7 @@ _UNMEASURABLE: dict[str, str] = {
         "so it has no memory coefficients",
     ),
     **dict.fromkeys(
-        ("rwkv", "recurrent_gemma", "jamba", "bamba", "zamba", "zamba2", "nemotron_h"),
+        ("rwkv", "recurrent_gemma", "jamba", "bamba", "zamba", "zamba2"),
         "a recurrent model or a hybrid whose layers are not described in ke_ray's table (hybrids "
         "like LFM2 and Falcon-H1 are)",
     ),
@@ -176,7 +180,7 @@ _UNMEASURABLE: dict[str, str] = {
     **dict.fromkeys(
         (
             *("gemma3", "gemma3n", "llava", "mllama", "llama4", "qwen2_vl", "qwen2_5_vl"),
-            *("qwen3_vl", "qwen3_5", "paligemma", "idefics3", "mistral3"),
+            *("qwen3_vl", "paligemma", "idefics3", "mistral3", "phi4_multimodal", "lfm2_vl"),
         ),
         "a model of several modalities; save its text decoder (its language_model with the LM "
         "head) as a checkpoint of its own, which is measured if its type is supported",
@@ -217,8 +221,7 @@ def check_config(config: Any) -> Architecture:
     model_type = str(getattr(config, "model_type", "") or "")
     supported = ", ".join(supported_model_types())
     entry = _DESCRIBED.get(model_type) or ARCHITECTURES.get(model_type)
-    has_experts = any((getattr(config, sign, None) or 0) for sign in _MIXTURE_SIGNS)
-    if has_experts and getattr(config, "num_experts", None) != 0 and not (entry and entry.experts):
+    if _has_experts(config, model_type) and not (entry and entry.experts):
         mixtures = [name for name in supported_model_types() if ARCHITECTURES[name].experts]
         raise UnsupportedArchitectureError(
             f"model type '{model_type}' is a mixture of experts that ke_ray does not know: it has "
@@ -240,6 +243,15 @@ def check_config(config: Any) -> Architecture:
             "causal decoders. Give a causal checkpoint."
         )
     return entry
+
+
+def _has_experts(config: Any, model_type: str) -> bool:
+    """Whether a layer is a mixture; dense models' configurations may have sizes of experts too."""
+    if getattr(config, "num_experts", None) == 0:
+        return False
+    if model_type == "nemotron_h" and "moe" not in getattr(config, "layers_block_type", ["moe"]):
+        return False
+    return any((getattr(config, sign, None) or 0) for sign in _MIXTURE_SIGNS)
 
 
 def check_measurable(model_type: str) -> None:

@@ -9,6 +9,9 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import nn
+
 from ke_ray.core.architecture import Architecture
 from ke_ray.core.layers import Absence
 from ke_ray.errors import CheckpointError, UnsupportedArchitectureError
@@ -17,7 +20,6 @@ from ke_ray.models.layout import FFNLayout, describe
 from ke_ray.models.loading import quiet
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedConfig
 
 
@@ -48,7 +50,6 @@ def explain(config: PreTrainedConfig) -> list[str]:
 
 
 def _without_memory(config: PreTrainedConfig) -> Any:
-    import torch
     from transformers import AutoModelForCausalLM
 
     try:
@@ -110,11 +111,9 @@ def _logits(config: Any) -> Iterator[str]:
 
 def _modules(model: nn.Module, config: Any) -> Iterator[str]:
     """The modules with weights of one decoder layer of each kind."""
-    from torch.nn import ModuleList
-
     num_layers = getattr(config, "num_hidden_layers", None)
     for name, layers in model.named_modules():
-        if isinstance(layers, ModuleList) and len(layers) == num_layers:
+        if isinstance(layers, nn.ModuleList) and len(layers) == num_layers:
             kinds = [tuple(_leaves(layer)) for layer in layers]
             yield f"{name}: {num_layers} × {type(layers[0]).__name__}"
             for kind in dict.fromkeys(kinds):

@@ -195,6 +195,8 @@ def _layout(entry: Architecture, layer: nn.Module, config: Any) -> FFNLayout:
         ffn = None if entry.shared is None else experts.block.get_submodule(entry.shared)
     second = None if ffn is None else _part(entry, ffn, entry.second_projection)
     attention = _part(entry, layer, entry.attention)
+    if entry.hybrid and attention is not None and _part(entry, attention, entry.query) is None:
+        attention = None
     weight: Any = None if second is None else second.weight
     # Conv1D has nx and nf, and stores [in, out].
     transposed = second is not None and not hasattr(second, "in_features")
@@ -249,6 +251,12 @@ def _part(entry: Architecture, module: nn.Module, name: str) -> nn.Module | None
 
 
 def _activation(config: Any) -> str:
-    names = ("hidden_activation", "hidden_act", "activation_function", "activation")
+    names = (
+        "hidden_activation",
+        "hidden_act",
+        "mlp_hidden_act",
+        "activation_function",
+        "activation",
+    )
     values = (getattr(config, name, None) for name in names)
     return next((str(value) for value in values if value is not None), "")

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 _CONFIG_LIMIT = 16 * 2**20  # bytes of a config.json
 _INT_LIMIT = 2**31
+# Models of several modalities whose text decoder transformers reads out of the whole checkpoint.
+_WITH_TEXT_DECODER = ("qwen3_5",)
 # transformers' switches for progress bars and log level are process-wide.
 _QUIET = threading.Lock()
 
@@ -143,7 +145,8 @@ def _read_hf_config(path: Path) -> PreTrainedConfig:
         )
     _check_integers(values, path)
     try:
-        return AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
+        return config.get_text_config() if config.model_type in _WITH_TEXT_DECODER else config
     except Exception as error:  # transformers raises whatever a wrong value happens to cause
         check_measurable(values["model_type"])
         code = " Code that comes with a checkpoint is never run." if "auto_map" in values else ""

@@ -239,7 +239,8 @@ def num_layers(scan: Result) -> int:
 def ceiling(scan: Result) -> Ceiling | None:
     """From the rows, the manifest, or a coefficients file; None where none of them tells."""
     widths = _layer_widths(scan)
-    if not widths and (d_mlp := _of_rows(scan, "d_mlp") or setting(scan, "d_mlp")):
+    d_mlp = _of_rows(scan, "d_mlp") or setting(scan, "d_mlp")
+    if len(set(widths)) < 2 and d_mlp:
         widths = [int(d_mlp)] * num_layers(scan)
     if not widths:
         folder = storage.join(scan.path, "coefficients")

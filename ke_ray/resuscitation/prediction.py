@@ -15,7 +15,6 @@ has the same table.
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 from ke_ray import storage
@@ -105,7 +104,7 @@ def _rows(folder: ScanFolder) -> list[dict[str, Any]]:
 def _at(values: list[float] | None, layer: int | None) -> float | None:
     if not values:
         return None
-    return sum(v for v in values if not math.isnan(v)) if layer is None else values[layer]
+    return sum(values) if layer is None else values[layer]
 
 
 def write_record(output: str, checkpoint: str, record: str) -> None:

@@ -58,7 +58,7 @@ def one_at_a_time(model: Any, spans: list[Span]) -> list[list[float]]:
 
 # Layers that mix tokens in their order, ALiBi, or modelling code without positions and masks.
 SEPARATE = {
-    *("falcon_h1", "lfm2", "qwen3_next", "qwen3_5_text"),
+    *("falcon_h1", "lfm2", "qwen3_next", "qwen3_5_text", "olmo_hybrid", "nemotron_h"),
     *("bloom", "mpt", "falcon", "gpt_neo", "gptj"),
 }
 

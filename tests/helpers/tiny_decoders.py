@@ -152,6 +152,17 @@ TINY: dict[str, dict[str, Any]] = {
     "mpt": {"vocab_size": 97, "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64},
     "qwen3_next": {**LINEAR, "num_experts": 0},
     "qwen3_5_text": LINEAR,
+    "olmo_hybrid": LINEAR,
+    "nemotron_h": {
+        **{key: value for key, value in GROUPED.items() if key != "num_hidden_layers"},
+        "layers_block_type": ["mlp", "linear_attention", "full_attention", "mlp"],
+        "head_dim": 8,
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 8,
+        "n_groups": 1,
+        "ssm_state_size": 8,
+        "chunk_size": 8,
+    },
     "lfm2": {
         **GROUPED,
         "num_hidden_layers": 3,

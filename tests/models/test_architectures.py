@@ -17,10 +17,11 @@ NAMED = [
     *("apertus", "smollm3", "stablelm", "granite", "cohere", "cohere2", "exaone4", "helium"),
     *("arcee", "nemotron", "starcoder2", "gpt_neo", "gptj", "falcon", "opt", "bloom", "mpt"),
     *("qwen3_5_text", "qwen3_next", "lfm2", "falcon_h1", "gemma3n_text"),
+    *("olmo_hybrid", "nemotron_h"),
 ]
 UNGATED = {
     *("phi", "gpt_neox", "gpt2", "apertus", "arcee", "nemotron", "starcoder2", "gpt_neo"),
-    *("gptj", "falcon", "opt", "bloom", "mpt"),
+    *("gptj", "falcon", "opt", "bloom", "mpt", "nemotron_h"),
 }
 
 
@@ -36,14 +37,17 @@ def test_layout_is_in_forward_order_and_has_the_config_sizes(tiny_decoder, model
     expected = [widths.get(model_type, 48)] * model.config.num_hidden_layers
     if model_type == "gemma3n_text":
         expected = [48, 64, 48]
+    elif model_type == "nemotron_h":
+        expected = [48, 0, 0, 48]
     assert [layout.d_mlp for layout in layouts] == expected
     order: list[int] = []
     hooks = [
         layout.second_projection.register_forward_hook(lambda *_a, i=i: order.append(i))
         for i, layout in enumerate(layouts)
+        if layout.second_projection is not None
     ]
     model(torch.tensor([[3, 4, 5]]))
-    assert order == list(range(len(expected)))
+    assert order == [i for i, width in enumerate(expected) if width]
     for hook in hooks:
         hook.remove()
     assert layouts[0].gated is (model_type not in UNGATED)
@@ -106,6 +110,20 @@ def test_a_bare_body_is_described_too(tiny_decoder):
     assert len(describe(body)) == 2
 
 
+def test_a_hybrid_with_experts_is_refused_and_one_without_is_not():
+    from transformers import AutoConfig
+
+    sizes = {"n_routed_experts": 8}
+    check_config(AutoConfig.for_model("nemotron_h", layers_block_type=["mlp"], **sizes))
+    check_config(AutoConfig.for_model("qwen3_next", num_experts=0))
+    for config in (
+        AutoConfig.for_model("nemotron_h", layers_block_type=["mlp", "moe"], **sizes),
+        AutoConfig.for_model("qwen3_next"),
+    ):
+        with pytest.raises(UnsupportedArchitectureError, match="mixture of experts"):
+            check_config(config)
+
+
 @pytest.mark.parametrize(
     ("model_type", "reason"),
     [
@@ -115,7 +133,7 @@ def test_a_bare_body_is_described_too(tiny_decoder):
         ("bert", "encoder"),
         ("t5", "encoder-decoder"),
         ("gemma3", "modalities"),
-        ("qwen3_5", "modalities"),
+        ("lfm2_vl", "modalities"),
         ("openelm", "no class.*runs no code"),
     ],
 )

@@ -75,6 +75,25 @@ def test_an_outline_of_an_odd_config_is_what_transformers_says(folder: Path, val
     assert answers[0] == answers[1]
 
 
+def test_the_text_decoder_of_qwen_3_5_is_read_out_of_the_whole_model(tmp_path: Path) -> None:
+    from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    vision = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16}
+    vision |= {"out_hidden_size": 32, "patch_size": 4, "num_position_embeddings": 16}
+    tokens = {"image_token_id": 90, "video_token_id": 91}
+    tokens |= {"vision_start_token_id": 92, "vision_end_token_id": 93}
+    config = Qwen3_5Config(text_config=TINY["qwen3_5_text"], vision_config=vision, **tokens)
+    whole = Qwen3_5ForConditionalGeneration(config).eval()
+    save_model(whole, tmp_path / "x")
+    loaded = load_model(tmp_path / "x")
+    assert loaded.config.model_type == "qwen3_5_text"
+    assert torch.equal(loaded(IDS).logits, whole(IDS).logits)
+    assert not any("visual" in name for name, _ in loaded.named_parameters())
+    outline = read_outline(CheckpointRef("x", str(tmp_path / "x"), "hf"))
+    assert (outline.vocab_size, outline.eos_token_id) == (97, 2)
+
+
 def test_shards_load_as_one(tmp_path: Path, tiny_decoder) -> None:
     model = tiny_decoder("llama")
     model.save_pretrained(tmp_path / "x", max_shard_size="20KB")

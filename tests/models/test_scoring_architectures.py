@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import copy
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_decoders import GROUPED, TINY, random_decoder
+import yaml
+from tiny_decoders import BASE, GROUPED, TINY, random_decoder
 
 from ke_ray.core.architecture import Architecture
 from ke_ray.errors import UnsupportedArchitectureError
@@ -74,10 +77,12 @@ UNGATED = {
     "opt": "fc1",
     "bloom": "dense_h_to_4h",
     "mpt": "up_proj",
+    "persimmon": "dense_h_to_4h",
+    "nemotron_h": "up_proj",
 }
 ACTIVATIONS = {
     **dict.fromkeys(("gpt_neox", "falcon", "mpt"), gelu),
-    **dict.fromkeys(("arcee", "nemotron"), lambda x: relu(x) ** 2),
+    **dict.fromkeys(("arcee", "nemotron", "nemotron_h", "persimmon"), lambda x: relu(x) ** 2),
     "opt": relu,
 }
 
@@ -110,8 +115,12 @@ def inside(model_type: str, ffn: Any, x: torch.Tensor) -> tuple[torch.Tensor, to
 
 
 def blocks_of(model_type: str, model: Any) -> list[Any]:
-    """Every layer's FFN."""
+    """Every layer's FFN; None where it has none."""
     body = model.base_model
+    if model_type == "nemotron_h":
+        kinds = model.config.layers_block_type
+        layers = zip(kinds, body.layers, strict=True)
+        return [layer.mixer if kind == "mlp" else None for kind, layer in layers]
     if model_type == "opt":
         return list(body.decoder.layers)
     layers = next(getattr(body, name) for name in ("layers", "h", "blocks") if hasattr(body, name))
@@ -124,8 +133,8 @@ def with_attention(model: Any, n_layers: int) -> list[int]:
     model_type = model.config.model_type
     if model_type in ("bloom", "mpt") or getattr(model.config, "alibi", False):
         return []
-    hybrid = model_type in ("lfm2", "qwen3_next", "qwen3_5_text")
-    return [1] if hybrid else list(range(n_layers))
+    kinds = getattr(model.config, "layer_types", None) or ["full_attention"] * n_layers
+    return [i for i, kind in enumerate(kinds) if kind in ("full_attention", "sliding_attention")]
 
 
 def entropy(p: torch.Tensor) -> float:
@@ -141,26 +150,28 @@ def brute_force(model_type: str, model: Any, rows: list[list[int]]) -> dict[str,
         model.set_attn_implementation("eager")
     blocks = blocks_of(model_type, model)
     n_layers = len(blocks)
+    with_ffn = [layer for layer, block in enumerate(blocks) if block is not None]
     mean_c: list[Any] = [0.0] * n_layers
     mean_relu: list[Any] = [0.0] * n_layers
     attending = with_attention(model, n_layers)
     attention = [0.0 if layer in attending else None for layer in range(n_layers)]
     prediction = 0.0
     for row in rows:
-        inputs: list[torch.Tensor] = []
+        seen: list[torch.Tensor] = []
         hooks = [
             (b.fc1 if model_type == "opt" else b).register_forward_pre_hook(
-                lambda _m, a, to=inputs: to.append(a[0].detach().reshape(-1, a[0].shape[-1]))
+                lambda _m, a, to=seen: to.append(a[0].detach().reshape(-1, a[0].shape[-1]))
             )
             for b in blocks
+            if b is not None
         ]
         with torch.no_grad():
             out = model(torch.tensor([row]), output_attentions=True, use_cache=False)
         for hook in hooks:
             hook.remove()
         share = 1 / (len(rows) * len(row))
-        for layer in range(n_layers):
-            for x in inputs[layer]:
+        for layer in with_ffn:
+            for x in seen[with_ffn.index(layer)]:
                 c, variant = inside(model_type, blocks[layer], x)
                 mean_c[layer] += c.detach().abs() * share
                 mean_relu[layer] += variant.detach().abs() * share
@@ -172,12 +183,16 @@ def brute_force(model_type: str, model: Any, rows: list[list[int]]) -> dict[str,
             p = torch.exp(logits - logits.max())
             prediction += entropy(p / p.sum()) * share
     return {
-        "knowledge_entropy": [entropy(c / c.sum()) for c in mean_c],
-        "knowledge_entropy_relu": [entropy(c / c.sum()) for c in mean_relu],
+        "knowledge_entropy": [of_shares(c) for c in mean_c],
+        "knowledge_entropy_relu": [of_shares(c) for c in mean_relu],
         "attention_entropy": attention,
         "next_token_entropy": [prediction],
-        "d_mlp": [len(c) for c in mean_c],
+        "d_mlp": [0 if block is None else len(c) for block, c in zip(blocks, mean_c, strict=True)],
     }
+
+
+def of_shares(c: Any) -> float | None:
+    return entropy(c / c.sum()) if isinstance(c, torch.Tensor) else None
 
 
 FALCON_7B = {"new_decoder_architecture": False, "num_kv_heads": None, "multi_query": True}
@@ -239,13 +254,24 @@ def described(monkeypatch):
     return lambda **row: architectures.use_description(Architecture(**row))
 
 
-def test_a_decoder_that_its_user_describes_equals_the_equations(described, tiny_decoder):
-    model = random_decoder("seed_oss", {**GROUPED, "head_dim": 8})
+def example_of_the_docs() -> dict[str, Any]:
+    text = (Path(__file__).parents[2] / "docs" / "science.md").read_text()
+    (block,) = re.findall(r"```yaml\n(model_type: .*?)```", text, re.DOTALL)
+    return yaml.safe_load(block)
+
+
+@pytest.mark.parametrize(
+    "row", [{"model_type": "seed_oss"}, example_of_the_docs()], ids=["seed_oss", "docs"]
+)
+def test_a_decoder_that_its_user_describes_equals_the_equations(described, row):
+    model_type = row["model_type"]
+    sizes = {"seed_oss": {**GROUPED, "head_dim": 8}, "persimmon": {**BASE, "hidden_act": "relu2"}}
+    model = random_decoder(model_type, sizes[model_type])
     ids = torch.randint(3, 97, (3, 9), generator=torch.Generator().manual_seed(1))
     with pytest.raises(UnsupportedArchitectureError, match=r"not known.*--architecture FILE"):
         score_model(model, ids)
-    described(model_type="seed_oss")
-    expected = brute_force("seed_oss", model, ids.tolist())
+    described(**row)
+    expected = brute_force(model_type, model, ids.tolist())
     got = score_model(model, ids, measures=MEASURES)
     for measure in MEASURES[:3]:
         for layer, value in enumerate(expected[measure]):

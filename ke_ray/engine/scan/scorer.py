@@ -32,7 +32,6 @@ from ke_ray.checkpoints.reference import CheckpointRef
 from ke_ray.engine.cluster.placement import granted_device
 from ke_ray.errors import KeRayError
 from ke_ray.models.architectures import use_description
-from ke_ray.models.layout import describe
 from ke_ray.models.loading import load_model
 from ke_ray.planning.scan_items import RowRange, WorkItem
 from ke_ray.planning.scan_messages import (
@@ -324,6 +323,8 @@ class CheckpointScorer:
 
 def _identity(model: Any) -> dict[str, Any]:
     """What tells a model's series from others: architecture and sizes, from the model itself."""
+    from ke_ray.models.layout import describe
+
     config, layers = model.config, describe(model)
     widths = [layer.d_mlp for layer in layers]
     series = series_label(config.model_type, len(layers), config.hidden_size, widths)
