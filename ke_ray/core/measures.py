@@ -15,6 +15,7 @@ units can be checked cheaply.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -346,7 +347,8 @@ def evaluate(
     columns: dict[str, list[npt.NDArray[np.float64]]] = {name: [] for name in requested}
     for table in required_sums(requested):
         measures_of_table = [MEASURES[name] for name in requested if MEASURES[name].needs == table]
-        for number, mean in enumerate(_means(sums, table)):
+        means = itertools.chain([sums.mean(table)], sums.leave_one_out(table))
+        for number, mean in enumerate(means):
             for measure in measures_of_table:
                 if number > 0 and not measure.is_smooth:
                     continue
@@ -371,12 +373,6 @@ def evaluate(
             reason = absence.reason or None
             rows.append(MeasureRow(layer, name, float(value), error, measure.unit, d_mlp, reason))
     return Evaluation(tuple(rows), replicates, counts, sums.total_instances, sums.total_tokens)
-
-
-def _means(sums: GroupSums, table: str) -> Iterator[Tensor]:
-    """The mean over all instances, then the means that leave one group out."""
-    yield sums.mean(table)
-    yield from sums.leave_one_out(table)
 
 
 def _series(

@@ -13,14 +13,18 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_decoders import TINY_MIXTURES
+from safetensors.torch import load_file
+from tiny_decoders import TINY_MIXTURES, random_decoder
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ke_ray.core.architecture import Architecture
 from ke_ray.core.experts import expert_entropies, expert_masses
 from ke_ray.core.measures import evaluate
 from ke_ray.errors import UnsupportedArchitectureError
+from ke_ray.models import architectures
 from ke_ray.models.architectures import check_config, is_mixture
 from ke_ray.models.layout import describe
+from ke_ray.models.loading import load_model
 from ke_ray.models.scoring import compact, score_instances, score_model
 
 MIXTURES = tuple(TINY_MIXTURES)
@@ -298,6 +302,30 @@ def test_key_rows_are_views_in_the_order_of_the_coefficients(tiny_decoder, model
             assert moved.nonzero()[:, 0].tolist() == [position + 7]
         position += len(rows.weight)
     assert position == layout.d_mlp == sum(layout.expert_sizes)
+
+
+@pytest.mark.parametrize("model_type", ["olmoe", "mixtral", "gpt_oss"])
+def test_pickled_weights_under_the_names_of_a_wrapper_are_loaded(
+    tiny_decoder, model_type, tmp_path
+):
+    model = tiny_decoder(model_type)
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    torch.save({f"module.{n}": t for n, t in stored.items()}, tmp_path / "pytorch_model.bin")
+    loaded = load_model(tmp_path).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_mixture_that_the_user_describes_is_measured(monkeypatch):
+    described = Architecture(model_type="flex_olmo", experts="experts")
+    monkeypatch.setitem(architectures._DESCRIBED, "flex_olmo", described)
+    model = random_decoder("flex_olmo", TINY_MIXTURES["olmoe"])
+    got = score_model(model, torch.tensor([[3, 4, 5, 6]]), measures=MEASURES)
+    for layer in (0, 1):
+        split = [got.row(name, layer).value for name in BY_EXPERT]
+        assert min(split) > 0
+        assert sum(split) == pytest.approx(got.row("knowledge_entropy", layer).value, abs=1e-12)
 
 
 def test_the_config_alone_says_that_it_is_a_mixture(tiny_decoder):
