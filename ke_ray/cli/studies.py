@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -35,7 +36,8 @@ def init(
     source = Path(study_path(study))
     target = Path(output or source.name)
     text = source.read_text(encoding="utf-8")
-    text = text.replace(f"{MODELINE}schema/", f"{MODELINE}{source.parent}/schema/", 1)
+    schema = re.compile(rf"(?<=# {re.escape(MODELINE)})\S+")  # relative to the shipped file
+    text = schema.sub(lambda name: str((source.parent / name[0]).resolve()), text, count=1)
     try:
         with target.open("x", encoding="utf-8") as file:
             file.write(text)

@@ -12,7 +12,7 @@ name                                             step         tokens         bes
 ``0000020000``, ``iter_0480000``                 20000, …     –
 ``step-1431k-3T``, ``step-001000-2BT``           1431000, …   3e12, 2e9
 ``step-1195k-token-2.5T``                        1195000      2.5e12
-``step_20k``, ``checkpoint-500``                 20000, 500   –
+``step_20k``, ``… step 500`` (a commit's title)   20000, 500   –
 ``ckpt_000`` (LLM360)                            0, a count   –
 ``train_00220B``, ``240b_tokens``, ``16.78B``    –            2.2e11, …
 ``chck_100M`` (BabyLM)                           –            –              1e8 words
@@ -43,7 +43,7 @@ _START = r"(?<![A-Za-z0-9])"
 _NUMBER = r"([0-9][0-9A-Za-z.,+]*(?:_[0-9]+(?![0-9A-Za-z]))*)"
 _AMOUNT = r"([0-9]{1,9}(?:\.[0-9]{1,6})?)"
 _STEP = re.compile(
-    rf"{_START}(?:global[_-]?)?(?:(step|iteration|iter)|checkpoint|ckpt)s?[_=-]?{_NUMBER}", re.I
+    rf"{_START}(?:global[_-]?)?(?:(step|iteration|iter)|checkpoint|ckpt)s?[ _=-]?{_NUMBER}", re.I
 )
 # At most 15 digits: more is not a step, and Python refuses to convert absurdly long ones.
 _STEP_VALUE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,6})?)([KM]?)(?:\.[A-Z][A-Z0-9]*)*", re.I)

@@ -181,7 +181,7 @@ PUBLISHED: dict[str, dict[str, CheckpointName]] = {
     "pico-lm/pico-decoder-tiny (commits of one branch; folders of pico-train)": {
         "checkpoints/step_0": at(0),
         "pico-decoder-tiny-dolma250M-v1/checkpoints/step_100000": at(100_000),
-        "Saving HF Model -- Step 1000": at(),  # a title: read with --step-pattern
+        "Saving HF Model -- Step 1000": at(1000),
     },
     "OpenCoder-LLM/OpenCoder-1.5B-Base-Checkpoints, …-8B-…": {
         "pretrain_iter_0001000": at(1000, stage_label="pretrain"),

@@ -1,0 +1,202 @@
+"""``docs/series.md`` and ``sweeps/series``: what is written of the open series is what happens."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from command_process import run_command
+from fake_hub import FakeHub, serving
+
+from ke_ray.checkpoints.find.catalog import find_checkpoints
+from ke_ray.checkpoints.find.names import parse_checkpoint_name
+from ke_ray.checkpoints.reference import CheckpointRef
+from ke_ray.config import load_study
+from ke_ray.models.saving import save_model
+from ke_ray.planning.scan import prepare_scan
+from ke_ray.report import series
+from ke_ray.report.charts.scan import scan_figures
+from ke_ray.report.sources import find_results
+from ke_ray.studies.scan import ScanStudy
+
+ROOT = Path(__file__).parents[2]
+STUDIES = {path.stem: path for path in sorted((ROOT / "sweeps" / "series").glob("*.yaml"))}
+# Their checkpoints are subfolders and commits.
+ELSEWHERE = {"lment", "pico"}
+
+
+def table(mark: str) -> list[dict[str, str]]:
+    """The rows of a table of ``docs/series.md``."""
+    text = (ROOT / "docs" / "series.md").read_text().partition(f"<!-- {mark} -->")[2]
+    lines = text.partition("<!-- end -->")[0].strip().splitlines()
+    cells = [[cell.strip().strip("`") for cell in line.strip("|").split("|")] for line in lines]
+    return [dict(zip(cells[0], row, strict=True)) for row in cells[2:]]
+
+
+SERIES = {row["study"]: row for row in table("series")}
+NAMES = {
+    series: [row["name"] for row in rows]
+    for series, rows in itertools.groupby(table("names"), key=lambda row: row["series"])
+}
+
+
+def study_of(name: str, *overrides: str) -> ScanStudy:
+    return load_study(str(STUDIES[name]), ScanStudy, list(overrides))
+
+
+def test_every_series_has_a_study_and_every_study_a_row() -> None:
+    assert set(STUDIES) == set(SERIES)
+    assert {row["series"] for row in SERIES.values()} == set(NAMES)
+    for name, row in SERIES.items():
+        study = study_of(name)
+        assert study.checkpoints.spec == row["SPEC"]
+        assert study.output == f"runs/series/{name}"
+        assert row["sizes"]
+        assert row["FFN of the study's size"]
+        assert row["odd"]
+
+
+@pytest.mark.parametrize("row", table("names"), ids=lambda row: row["name"])
+def test_the_parser_reads_what_the_page_says(row: dict[str, str]) -> None:
+    parsed = parse_checkpoint_name(row["name"])
+    numbers = {name: getattr(parsed, name) for name in ("step", "tokens", "words")}
+    texts = {"stage": parsed.stage_label, "branch": parsed.branch, "seed": parsed.seed}
+    assert numbers == {n: None if row[n] == "–" else int(float(row[n])) for n in numbers}
+    assert texts == {name: None if row[name] == "–" else row[name] for name in texts}
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory, tiny_decoder) -> Iterator[Path]:
+    """More checkpoints of a tiny Llama than a series has names, each with other weights."""
+    folder = tmp_path_factory.mktemp("weights")
+    for seed in range(max(map(len, NAMES.values())) + 1):
+        save_model(tiny_decoder("llama", seed=seed), folder / str(seed))
+    return folder
+
+
+@pytest.fixture
+def hub(tmp_path: Path, weights: Path, monkeypatch) -> Iterator[FakeHub]:
+    """All series under their real names."""
+    root = tmp_path / "hub"
+    for row in SERIES.values():
+        repo = root / re.split("[@:#]", row["SPEC"])[0]
+        folder = repo / "main" if ":" in row["SPEC"] else repo
+        for seed, name in enumerate(NAMES[row["series"]]):
+            shutil.copytree(weights / str(seed), folder / name)
+    shutil.copytree(weights / str(len(NAMES["Amber"])), root / "LLM360" / "Amber" / "main")
+    last = root / SERIES["marin"]["SPEC"] / "deeper-starling"
+    shutil.copytree(last, last.parent / "main")
+    (root / SERIES["pythia"]["SPEC"] / "float16").mkdir()  # a branch without a checkpoint
+    with serving(root) as server:
+        titles = NAMES["Pico"]  # each is the commit, too
+        server.commits["pico-lm/pico-decoder-tiny"] = [(title, title) for title in titles]
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        for proxy in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+            monkeypatch.delenv(proxy, raising=False)
+        yield server
+
+
+@pytest.fixture
+def ids(tmp_path: Path) -> Path:
+    path = tmp_path / "ids.npy"
+    np.save(path, np.random.default_rng(0).integers(2, 64, (8, 16)).astype(np.uint16))
+    return path
+
+
+def overrides(tmp_path: Path, ids: Path) -> list[str]:
+    """What a stand-in cannot have: the text, the amount of it, and a place for results."""
+    return [
+        *(f"data.dolma={ids}", "tokenizer=null", "num_instances=8", "sequence_length=16"),
+        *(f"output={tmp_path / 'out'}", "mlflow.enabled=false", f"cache_dir={tmp_path / 'cache'}"),
+    ]
+
+
+def test_every_study_is_planned_as_it_stands(hub, tmp_path: Path, ids: Path) -> None:
+    for name in STUDIES.keys() - ELSEWHERE:
+        study = study_of(name, *overrides(tmp_path / name, ids))
+        setup = prepare_scan(study)
+        every = study.checkpoints.every or 1
+        listing = find_checkpoints(study.checkpoints.spec, **study.checkpoints.options())
+        assert [ref.name for ref in setup.refs] == [ref.name for ref in listing.checkpoints]
+        published = NAMES[SERIES[name]["series"]]
+        assert len(setup.refs) >= max(1, (len(published) - 2) // every)
+        assert len(setup.works) == len(setup.refs)
+
+
+def listed(name: str) -> tuple[list[CheckpointRef], tuple[str, ...]]:
+    """All checkpoints of a study's series, and the notes on them."""
+    options = study_of(name).checkpoints.options() | {"every": None, "steps": None}
+    listing = find_checkpoints(study_of(name).checkpoints.spec, **options)
+    return list(listing.checkpoints), listing.notes
+
+
+def test_the_series_are_in_the_order_of_training(hub) -> None:
+    names = {name: [ref.revision for ref in listed(name)[0]] for name in STUDIES.keys() - ELSEWHERE}
+    for name in ("pythia", "olmo1", "olmo2", "olmo3", "smollm2", "olmoe", "babylm", "bgpt"):
+        assert names[name] == NAMES[SERIES[name]["series"]]
+    assert names["opencoder"] == NAMES["OpenCoder"]
+    assert names["amber"] == [*NAMES["Amber"], "main"]
+    assert names["apertus"] == NAMES["Apertus"][:-1]  # pretraining alone
+    assert names["smollm3"][:6] == NAMES["SmolLM3"][:6]
+    assert set(names["smollm3"][6:]) == {"it-mid-training", "it-soup-APO"}
+    assert set(names["marin"]) == set(NAMES["Marin"])
+    by_seed = sorted(NAMES["DataDecide"], key=lambda name: name.partition("-seed-")[2])
+    assert names["datadecide"] == by_seed
+
+
+def test_tokens_go_on_over_the_stages(hub) -> None:
+    tokens = {ref.revision: ref.tokens for ref in listed("olmo2")[0]}
+    end = tokens["stage1-step1907359-tokens4001B"] or 0
+    assert tokens["stage2-ingredient1-step23852-tokens51B"] == end + 51 * 10**9
+    assert tokens["stage2-ingredient3-step6000-tokens13B"] == end + 13 * 10**9
+    tokens = {ref.revision: ref.tokens for ref in listed("smollm3")[0]}
+    assert tokens["stage1-step-40000"] == 94_371_840_000  # "94.4B" on its page
+    assert tokens["lc-4k-to-32k-step-4000"] == (4_720_000 + 4000) * 2_359_296
+    assert tokens["it-soup-APO"] is None
+
+
+def test_what_is_odd_is_said(hub) -> None:
+    assert "1 revisions have names that are not understood" in listed("pythia")[1][0]
+    assert any("3 of 3 checkpoints have no step" in note for note in listed("marin")[1])
+    assert any("count words, not steps" in note for note in listed("babylm")[1])
+    assert any("several seeds" in note for note in listed("datadecide")[1])
+    assert any("count checkpoints" in note for note in listed("amber")[1])
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "unit", "labels"),
+    [
+        ("opencoder", "tokens", [""]),
+        ("datadecide", "step", ["seed default", "seed small-aux-2", "seed small-aux-3"]),
+    ],
+)
+def test_a_study_of_several_stages_or_seeds_is_run_on_one_axis(
+    hub, tmp_path: Path, ids: Path, name: str, unit: str, labels: list[str]
+) -> None:
+    settings = [*overrides(tmp_path, ids), "checkpoints.every=1", "num_actors=1"]
+    options = itertools.chain.from_iterable(("--set", setting) for setting in settings)
+    done = run_command(["scan", STUDIES[name], *options], tmp_path)  # HF_ENDPOINT is the stand-in
+    assert done.returncode == 0, done.stderr
+    result = find_results([tmp_path / "out"])[0]
+    assert series.unit(result) == unit
+    assert [label for label, _ in series.curves(result)] == labels
+    for table_name in ("entropy", "replicates"):
+        rows = pq.read_table(tmp_path / "out" / f"{table_name}.parquet").to_pylist()
+        by_name = {row["checkpoint"]: row for row in rows}
+        assert set(by_name) == set(NAMES[SERIES[name]["series"]])
+        for checkpoint, row in by_name.items():
+            parsed = parse_checkpoint_name(checkpoint)
+            assert row["step"] == parsed.step
+            assert (row["stage_label"], row["seed"]) == (parsed.stage_label, parsed.seed)
+    drawn = scan_figures(result, "scan")[0].panels[0].view.rows
+    for _, part in drawn.groupby("series"):
+        assert part["x"].is_monotonic_increasing
+        assert part["x"].is_unique
