@@ -268,8 +268,8 @@ def test_a_list_names_repositories_revisions_and_subfolders(
     assert [(ref.step, ref.label) for ref in refs] == [
         (1, "hf://lab/base-step30@main"),
         (2, "hf://lab/chat@main"),
-        (9, "hf://org/lm@main:runs/seed1/step1000/hf"),
         (1000, "hf://org/lm@main:step1000"),
+        (9, "hf://org/lm@main:runs/seed1/step1000/hf"),  # a seed of its own, after those without
     ]
     assert [ref.commit for ref in refs] == [
         organisation.commit(str(ref.repo), "main") for ref in refs

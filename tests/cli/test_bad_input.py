@@ -239,9 +239,9 @@ def test_a_full_disk_is_one_message(tmp_path, monkeypatch):
 
 def test_an_unknown_architecture_names_the_supported_ones(refused, ids, tmp_path, checkpoint):
     config = json.loads((checkpoint / "config.json").read_text())
-    config["model_type"] = "mixtral"
+    config["model_type"] = "jetmoe"
     (checkpoint / "config.json").write_text(json.dumps(config))
-    message = refused(*scan_arguments(checkpoint, ids, tmp_path), expected="mixtral")
+    message = refused(*scan_arguments(checkpoint, ids, tmp_path), expected="jetmoe")
     assert "olmo" in message
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_decoders import TINY
+from tiny_decoders import TINY, TINY_MIXTURES
 
 from ke_ray.data.probes import Probe
 from ke_ray.errors import DataError
@@ -67,7 +67,8 @@ SEPARATE = {
 def test_scores_equal_one_at_a_time_for_every_architecture(
     tiny_decoder: Build, model_type: str
 ) -> None:
-    windows = {key: 64 for key in ("sliding_window", "window_size") if key in TINY[model_type]}
+    config = (TINY | TINY_MIXTURES)[model_type]
+    windows = {key: 64 for key in ("sliding_window", "window_size") if key in config}
     model = tiny_decoder(model_type, **windows)
     spans = make_spans()
     assert _can_share(model, 30) is (model_type not in SEPARATE)

@@ -137,7 +137,8 @@ def with_attention(model: Any, n_layers: int) -> list[int]:
     if model_type in ("bloom", "mpt") or getattr(model.config, "alibi", False):
         return []
     kinds = getattr(model.config, "layer_types", None) or ["full_attention"] * n_layers
-    return [i for i, kind in enumerate(kinds) if kind in ("full_attention", "sliding_attention")]
+    attending = ("full_attention", "sliding_attention", "hybrid")
+    return [i for i, kind in enumerate(kinds) if kind in attending]
 
 
 def entropy(p: torch.Tensor) -> float:

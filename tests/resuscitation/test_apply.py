@@ -21,7 +21,7 @@ from ke_ray.resuscitation.apply import (
 
 ALL = list(TINY)
 WITH_ALIBI = ("bloom", "mpt")
-TEMPERED = [model_type for model_type in ALL if model_type not in WITH_ALIBI]
+TEMPERED = [name for name in ALL if name not in (*WITH_ALIBI, "nanochat")]
 IDS = torch.randint(3, 97, (6, 11), generator=torch.Generator().manual_seed(0))
 
 
