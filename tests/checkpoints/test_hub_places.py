@@ -279,6 +279,11 @@ def test_a_list_names_repositories_revisions_and_subfolders(
     with Store(tmp_path / "cache", policy=QUICK) as store:
         folder = store.fetch(refs[2])
     assert weights_sha256(folder) == weights_sha256(subfolders / refs[2].subfolder)
+    # Where the list gives no step, the repository's name does, or the revision's.
+    shutil.copytree(subfolders / "step1000", organisation.root / "lab" / "chat" / "step77")
+    rows = ["repository", "lab/base-step30@main", "lab/base-step2000", "lab/chat@step77"]
+    (tmp_path / "list.csv").write_text("\n".join(rows))
+    assert [ref.step for ref in list_checkpoints(str(tmp_path / "list.csv"))] == [30, 77, 2000]
     (tmp_path / "list.csv").write_text("step,repository\n1,lab/base-*\n")
     with pytest.raises(CheckpointSpecError, match="may name several checkpoints; a row"):
         list_checkpoints(str(tmp_path / "list.csv"))
