@@ -63,7 +63,7 @@ def _can_share(model: Any, longest: int) -> bool:
     return (
         can_share_prefixes(config.model_type)
         and getattr(config, "_attn_implementation", None) in ("sdpa", "eager")
-        and (window is None or longest <= window)
+        and (not window or longest <= window)  # 0: Qwen2-MoE without a window
     )
 
 

@@ -56,7 +56,7 @@ def subfolders(hub: FakeHub, checkpoints: list[Path]) -> Path:
     main = hub.root / "org" / "lm" / "main"
     shutil.copytree(checkpoints[0], main / "step1000")
     shutil.copytree(checkpoints[1], main / "step20000")
-    shutil.copytree(checkpoints[2], main / "runs" / "seed1" / "step1000" / "hf")
+    shutil.copytree(checkpoints[2], main / "runs" / "big" / "step1000" / "hf")
     (main / "plots").mkdir()
     (main / "plots" / "loss.png").write_bytes(b"x")
     (main / "tokenizer.json").write_text("{}")
@@ -77,7 +77,7 @@ def test_subfolders_that_match_are_checkpoints(hub: FakeHub, subfolders: Path) -
     assert sum("/tree/" in request for request in hub.requests) == 2  # pages of one listing
     assert list_checkpoints("hf://org/lm@main:*", steps="2000:") == refs[1:]
     assert [ref.location for ref in list_checkpoints("org/lm:runs/*/step*/hf")] == [
-        "hf://org/lm:runs/seed1/step1000/hf"
+        "hf://org/lm:runs/big/step1000/hf"
     ]
     nested = list_checkpoints("org/lm:**")
     assert sorted((ref.name, ref.step) for ref in nested) == [
@@ -129,7 +129,7 @@ def test_a_download_of_a_subfolder_is_resumed(
 
 
 def test_equal_weights_in_subfolders_are_flagged(hub: FakeHub, subfolders: Path) -> None:
-    for path in ("step20000", "runs/seed1/step1000/hf"):
+    for path in ("step20000", "runs/big/step1000/hf"):
         weights = subfolders / path / "model.safetensors"
         shutil.copyfile(subfolders / "step1000" / "model.safetensors", weights)
     flagged = {ref.name: ref.duplicate_of for ref in list_checkpoints("org/lm:**")}
@@ -262,12 +262,13 @@ def test_a_list_names_repositories_revisions_and_subfolders(
     organisation: FakeHub, subfolders: Path, tmp_path: Path
 ) -> None:
     rows = ["step,repository", "1,lab/base-step30", "2,lab/chat@main", ",org/lm:step1000",
-            "9,hf://org/lm@main:runs/seed1/step1000/hf"]  # fmt: skip
+            "9,hf://org/lm@main:runs/big/step1000/hf"]  # fmt: skip
     (tmp_path / "list.csv").write_text("\n".join(rows))
     refs = list_checkpoints(str(tmp_path / "list.csv"))
     assert [(ref.step, ref.label) for ref in refs] == [
         (1, "hf://lab/base-step30@main"),
         (2, "hf://lab/chat@main"),
+        (9, "hf://org/lm@main:runs/big/step1000/hf"),
         (1000, "hf://org/lm@main:step1000"),
         (9, "hf://org/lm@main:runs/seed1/step1000/hf"),  # a seed of its own, after those without
     ]
@@ -279,6 +280,11 @@ def test_a_list_names_repositories_revisions_and_subfolders(
     with Store(tmp_path / "cache", policy=QUICK) as store:
         folder = store.fetch(refs[2])
     assert weights_sha256(folder) == weights_sha256(subfolders / refs[2].subfolder)
+    # Where the list gives no step, the repository's name does, or the revision's.
+    shutil.copytree(subfolders / "step1000", organisation.root / "lab" / "chat" / "step77")
+    rows = ["repository", "lab/base-step30@main", "lab/base-step2000", "lab/chat@step77"]
+    (tmp_path / "list.csv").write_text("\n".join(rows))
+    assert [ref.step for ref in list_checkpoints(str(tmp_path / "list.csv"))] == [30, 77, 2000]
     (tmp_path / "list.csv").write_text("step,repository\n1,lab/base-*\n")
     with pytest.raises(CheckpointSpecError, match="may name several checkpoints; a row"):
         list_checkpoints(str(tmp_path / "list.csv"))

@@ -158,7 +158,7 @@ def from_folder(spec: str) -> list[CheckpointRef]:
 
 
 def _may_be_of_a_series(name: str) -> bool:
-    return parse_checkpoint_name(name).step is not None or name.endswith(".ckpt")
+    return parse_checkpoint_name(name).is_numbered or name.endswith(".ckpt")
 
 
 def _glob(spec: str) -> Iterator[str]:

@@ -105,7 +105,9 @@ def one_on_hub(location: str) -> CheckpointRef:
     if spec.subfolder:
         return _subfolder_reference(spec.repo, revision)
     name = location.rstrip("/").rpartition("/")[2]
-    return hub_reference(spec.repo, revision, parse_checkpoint_name(name), name)
+    # A repository of one checkpoint carries the step in its own name, one of several in revisions.
+    source = spec.repo if revision.name == "main" else f"{spec.repo}/{revision.name}"
+    return hub_reference(spec.repo, revision, parse_checkpoint_name(source), name)
 
 
 def list_subfolders(spec: HubSpec, endpoint: str | None) -> list[CheckpointRef]:
