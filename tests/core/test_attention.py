@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from ke_ray.core.attention import attention_entropy, rows_entropy
+from ke_ray.core.attention import attention_entropy, probabilities_entropy, rows_entropy
 
 
 def tensors(seed=0, batch=2, heads=3, length=9, d_head=8, dtype=torch.float32, spread=2.0):
@@ -148,3 +149,13 @@ def test_the_gpu_gives_what_the_cpu_gives(length, d_head):
         moved = None if m is None else m.cuda()
         got = attention_entropy(query.cuda(), key.cuda(), scale=0.1, mask=moved)
         torch.testing.assert_close(got.cpu().double(), expected, atol=2e-5, rtol=0)
+
+
+def test_rows_that_are_given_have_the_entropy_of_the_loop() -> None:
+    scores = torch.randn(2, 3, 5, 7, generator=torch.Generator().manual_seed(0))
+    scores[..., 4:] = -torch.inf  # hidden keys
+    rows = scores.softmax(dim=-1)
+    got = probabilities_entropy(rows, rows=2)
+    for index in np.ndindex(2, 3, 5):
+        expected = -sum(p * math.log(p) for p in rows[index].tolist() if p > 0)
+        assert float(got[index]) == pytest.approx(expected, abs=1e-6)
