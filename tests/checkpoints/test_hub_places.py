@@ -270,7 +270,6 @@ def test_a_list_names_repositories_revisions_and_subfolders(
         (2, "hf://lab/chat@main"),
         (9, "hf://org/lm@main:runs/big/step1000/hf"),
         (1000, "hf://org/lm@main:step1000"),
-        (9, "hf://org/lm@main:runs/seed1/step1000/hf"),  # a seed of its own, after those without
     ]
     assert [ref.commit for ref in refs] == [
         organisation.commit(str(ref.repo), "main") for ref in refs

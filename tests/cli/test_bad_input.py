@@ -84,6 +84,10 @@ def test_no_such_revision(refused, checkpoint):
     refused("checkpoints", checkpoint.parent, "--revisions", "main*", expected="main*")
 
 
+def test_a_step_pattern_that_is_no_expression(refused, checkpoint):
+    refused("checkpoints", checkpoint.parent, "--step-pattern", "(", expected="step_pattern '('")
+
+
 def test_a_hub_that_does_not_answer_is_said_within_20_seconds(refused, monkeypatch):
     # A socket that accepts and stays silent: the worst kind of network.
     with socket.create_server(("127.0.0.1", 0)) as server:

@@ -90,8 +90,9 @@ def hub(tmp_path: Path, weights: Path, monkeypatch) -> Iterator[FakeHub]:
         for seed, name in enumerate(NAMES[row["series"]]):
             shutil.copytree(weights / str(seed), folder / name)
     shutil.copytree(weights / str(len(NAMES["Amber"])), root / "LLM360" / "Amber" / "main")
-    last = root / SERIES["marin"]["SPEC"] / "deeper-starling"
-    shutil.copytree(last, last.parent / "main")
+    for name, last in (("marin", "deeper-starling"), ("datadecide", "step29042-seed-default")):
+        repo = root / SERIES[name]["SPEC"]
+        shutil.copytree(repo / last, repo / "main")
     (root / SERIES["pythia"]["SPEC"] / "float16").mkdir()  # a branch without a checkpoint
     with serving(root) as server:
         titles = NAMES["Pico"]  # each is the commit, too

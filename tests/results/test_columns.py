@@ -8,6 +8,7 @@ import pyarrow
 import pytest
 
 from ke_ray.core.measures import MEASURES
+from ke_ray.core.position import POSITION
 from ke_ray.results.column_docs import fill_in
 from ke_ray.results.columns import OBJECTIVES, TABLES, names, schema, to_table
 from ke_ray.studies.continual import ContinualStudy
@@ -26,6 +27,17 @@ def test_the_documented_tables_are_the_declared_ones() -> None:
 def test_every_table_has_a_schema_of_distinct_columns(table: str) -> None:
     assert schema(table).names == list(names(table))
     assert len(set(names(table))) == len(names(table))
+
+
+def test_a_checkpoint_has_its_position_in_every_table_that_names_it() -> None:
+    for table in ("entropy", "replicates", "resuscitation"):
+        assert set(POSITION) <= set(names(table))
+    start = {name if name != "seed" else "pretraining_seed" for name in POSITION}
+    for table in ("runs", "trials"):
+        assert start <= set(names(table))
+    assert [table for table in TABLES if "checkpoint" in names(table)] == [
+        *("entropy", "replicates", "resuscitation", "runs", "trials")
+    ]
 
 
 def test_an_objective_needs_a_group_that_a_study_has() -> None:

@@ -108,6 +108,34 @@ def test_parts_and_tables_read_the_same(tmp_path):
     assert again.manifest["status"] == "finished"
 
 
+def test_stages_seeds_and_branches_order_the_checkpoints(tmp_path):
+    folder = make_folder(tmp_path)
+    positions = {
+        "unknown": {"step": None},
+        "seed": {"step": 1, "seed": "2"},
+        "branch10": {"step": 1, "stage": 2, "branch": "ingredient10"},
+        "branch9": {"step": 5, "stage": 2, "branch": "ingredient9"},
+        "anneal": {"step": 0, "stage_label": "anneal"},
+        "tokens": {"step": None, "tokens": 30},
+        "first": {"step": 20},
+    }
+    for name, position in positions.items():
+        folder.write_part(name, [row(name, **position)])
+    order = list(dict.fromkeys(folder.entropy()["checkpoint"].to_pylist()))
+    assert order == ["first", "tokens", "branch9", "branch10", "anneal", "unknown", "seed"]
+
+
+def test_ingredients_of_an_earlier_version_become_branches(tmp_path):
+    folder = make_folder(tmp_path)
+    folder.write_part("a", [row("a", 1, stage=2)])
+    folder.consolidate(final=True)
+    uri = storage.join(str(tmp_path), "entropy.parquet")
+    table = storage.read_table(uri).drop_columns(["branch", "tokens", "seed"])
+    storage.write_table(uri, table.append_column("ingredient", pa.array([3])))
+    (read,) = ScanFolder.open(str(tmp_path)).entropy().to_pylist()
+    assert (read["branch"], read["tokens"], read["stage"]) == ("ingredient3", None, 2)
+
+
 def test_folding_goes_checkpoint_by_checkpoint_over_tables_of_any_layout(tmp_path):
     folder = make_folder(tmp_path)
     old = pa.concat_tables([replicates("c", 30, [5.0, 6.0]), replicates("a", 10, [1.0, 2.0])])

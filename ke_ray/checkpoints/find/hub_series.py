@@ -3,8 +3,8 @@
 Without a glob the series is every revision whose name says how far training has come or names a
 stage, and ``main`` after them where its weights are not those of the last one (Amber's ``main``
 follows ``ckpt_358``). A note counts and names the revisions left out; a glob takes them, with an
-unknown step, and a step pattern reads them. Where no name says anything (Marin's are birds), every
-revision is taken, in the Hub's order, and a note says so.
+unknown step, and a step pattern reads them. Where no name says anything (Marin's are animals),
+every revision is taken, in the Hub's order, and a note says so.
 
 Subfolders, commits and globs over repositories are in ``ke_ray.checkpoints.find.hub_places``.
 """
@@ -111,12 +111,12 @@ def _reference(
 
 
 def _is_of_its_own(main: CheckpointRef, series: list[CheckpointRef], endpoint: str | None) -> bool:
-    """Whether ``main`` has weights, and others than the last checkpoint that has a number.
+    """Whether ``main`` has weights, and others than the last checkpoint of each run.
 
     Without numbers, others than all: the Hub's order says nothing.
     """
-    numbered = [ref for ref in series if ref.is_numbered]
-    refs, *_ = _inspected([main, *(numbered[-1:] or series)], endpoint)
+    last = {(ref.seed, ref.branch): ref for ref in series if ref.is_numbered}
+    refs, *_ = _inspected([main, *(last.values() or series)], endpoint)
     own = {ref.revision: ref.weights_fingerprint for ref in refs}
     return "main" in own and own.pop("main") not in own.values()
 
