@@ -19,7 +19,6 @@ from tokenizers import Tokenizer
 from ke_ray import storage
 from ke_ray.checkpoints.find.catalog import list_checkpoints
 from ke_ray.checkpoints.reference import CheckpointRef, position
-from ke_ray.core.measures import MEASURE_VERSION
 from ke_ray.data.corpus import Corpus, build_corpus, source_kind
 from ke_ray.data.tokenizer import load_tokenizer
 from ke_ray.errors import (
@@ -30,24 +29,18 @@ from ke_ray.errors import (
 )
 from ke_ray.models.architectures import is_mixture, lacks_head, use_description
 from ke_ray.models.configuration import read_outline
+from ke_ray.planning.scan_identity import scan_identity
 from ke_ray.planning.scan_items import CheckpointWork, CorpusWork
 from ke_ray.results import ScanFolder, new_manifest, read_manifest
 from ke_ray.results.scan_folder import check_identity, merge_identities
 from ke_ray.secrets import redact
 from ke_ray.storage.ownership import check_claim
-from ke_ray.studies.identity import affects_result
 from ke_ray.studies.parts import CheckpointSelection
 from ke_ray.studies.scan import ScanStudy
 
 log = logging.getLogger(__name__)
 
 _CONFIGS_READ = 20
-#: Keys that the corpora's hashes, sampling and groups stand for in a scan's identity, and those of
-#: which a folder may hold several values.
-_BY_CONTENT = (
-    *("data", "num_instances", "sequence_length", "sampling", "tokenizer", "eos_token_id"),
-    *("kind", "checkpoints", "measures"),
-)
 _ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -117,15 +110,7 @@ def prepare_scan(study: ScanStudy) -> ScanSetup:
     study = _without_head(study.of_mixture() if is_mixture(config) else study, config, ref)
     _check_series(study, refs, config, ref)
     corpora = _build_corpora(study, config, ref)
-    identity = {
-        "measure_version": MEASURE_VERSION,
-        **_settings(study),
-        "resuscitation": _resuscitation(study, corpora),
-        "architecture": study.architecture and study.architecture.described(),
-        "corpora": {name: corpus.sha256 for name, corpus in corpora.items()},
-        "sampling": {name: corpus.sampling for name, corpus in corpora.items()},
-        "groups": {name: corpus.grouping for name, corpus in corpora.items()},
-    }
+    identity = scan_identity(study, corpora)
     folder, earlier = _open_output(study, identity, corpora)
     changed = _changed_weights(study.output, earlier, refs)
     finished = folder.finished() if earlier else {}
@@ -169,26 +154,6 @@ def _without_head(study: ScanStudy, config: Any, ref: CheckpointRef | None) -> S
     log.warning("%s; the other default measures are scored.", problem)
     measures = tuple(name for name in study.measures if name != measure)
     return study.model_copy(update={"measures": measures})
-
-
-def _settings(study: ScanStudy) -> dict[str, Any]:
-    """Values of the keys that affect results in other ways than through the corpora's content."""
-    return {
-        name: getattr(study, name)
-        for name, field in type(study).model_fields.items()
-        if affects_result(field) and name not in _BY_CONTENT
-    }
-
-
-def _resuscitation(study: ScanStudy, corpora: dict[str, Corpus]) -> dict[str, Any] | None:
-    """The settings, with the source of C̄: the first corpus where they name none."""
-    settings = study.resuscitation
-    if settings is None:
-        return None
-    values: dict[str, Any] = redact(settings.model_dump())
-    if settings.coefficients is None and settings.control != "attention_temperature":
-        values["coefficients"] = f"measured on {next(iter(corpora.values())).sha256}"
-    return values
 
 
 def _works(

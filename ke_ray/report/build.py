@@ -118,15 +118,15 @@ def _section(result: Result, prefix: str, title: str) -> Section:
 
 
 def _scan(scan: Result, prefix: str) -> dict[str, Any]:
-    held = series.measures(scan)
+    measures = series.measures(scan)
     figures = scan_figures(scan, prefix)
     facts: list[tuple[str, str]] = []
-    if held:
+    if measures:
         facts.append(("checkpoints", number(len(series.checkpoints(scan)))))
         for corpus in series.corpora(scan):
             if caution := series.caution(scan, corpus):
                 facts.append((f"caution, {corpus}", caution))
-        measure = "knowledge_entropy" if "knowledge_entropy" in held else held[0]
+        measure = "knowledge_entropy" if "knowledge_entropy" in measures else measures[0]
         curves = [
             (label, c, corpus) for label, c in series.curves(scan) for corpus in series.corpora(c)
         ]
@@ -150,13 +150,13 @@ def _scan(scan: Result, prefix: str) -> dict[str, Any]:
     if not broken.empty:
         facts.append(("failed checkpoints", number(len({row[0] for row in broken.rows}))))
     missing = []
-    if not held:
+    if not measures:
         missing.append("No checkpoint has been scored yet, so there is no figure.")
     else:
         absent = series.absent(scan)
         # Nobody misses the measures of experts in a dense model.
         of_any = (name for name in series.MEASURE_TITLES if not MEASURES[name].by_expert)
-        wanted = [name for name in of_any if name not in {*held, *absent}]
+        wanted = [name for name in of_any if name not in {*measures, *absent}]
         missing += [*absent.values(), *(_why_missing(scan, name) for name in wanted)]
         if scan.table("replicates").empty:
             missing.append("Paired errors of changes: no leave-one-out values to read.")
@@ -210,19 +210,19 @@ def _runs(study: Result, prefix: str) -> dict[str, Any]:
 
 def _run_table(frame: pd.DataFrame, key: str) -> TextTable:
     columns = [key, "checkpoint", "seed", "variant", *runs.RUN_COLUMNS]
-    held = [name for name in columns if name in frame and frame[name].notna().any()]
+    filled = [name for name in columns if name in frame and frame[name].notna().any()]
     heads = [
         f"{runs.RUN_COLUMNS[name][0]} ({runs.RUN_COLUMNS[name][1]})".replace(" ()", "")
         if name in runs.RUN_COLUMNS
         else name
-        for name in held
+        for name in filled
     ]
     rows = [
         [
             number(row[name] * runs.RUN_COLUMNS[name][2])
             if name in runs.RUN_COLUMNS
             else (number(row[name]) if isinstance(row[name], float) else row[name])
-            for name in held
+            for name in filled
         ]
         for row in frame.to_dict("records")
     ]

@@ -98,8 +98,8 @@ def curves(scan: Result) -> list[tuple[str, Result]]:
     checkpoint that names neither step nor seed ends the only run there is.
     """
     keys = _placed(scan).set_index("checkpoint")
-    known = keys["series"].dropna().unique()
-    keys["series"] = keys["series"].fillna(known[0] if len(known) == 1 else "size not recorded")
+    sizes = keys["series"].dropna().unique()
+    keys["series"] = keys["series"].fillna(sizes[0] if len(sizes) == 1 else "size not recorded")
     for _, own in keys.groupby("series"):
         seeds = own.loc[~own["unknown"], "seed"].drop_duplicates()
         if len(seeds) == 1:
@@ -155,17 +155,17 @@ def _restricted(scan: Result, names: set[str]) -> Result:
 
 def measures(scan: Result) -> list[str]:
     """The measures that the scan has values of, in the order of display; unknown ones last."""
-    held = [str(name) for name in _valued(scan)["measure"].unique()]
-    known = [name for name in MEASURE_TITLES if name in held]
-    return known + sorted(set(held) - set(known))
+    names = [str(name) for name in _valued(scan)["measure"].unique()]
+    declared = [name for name in MEASURE_TITLES if name in names]
+    return declared + sorted(set(names) - set(declared))
 
 
 def corpora(scan: Result) -> list[str]:
     """Corpus names in the order of the manifest."""
-    held = [str(name) for name in _good(scan)["corpus"].dropna().unique()]
+    names = [str(name) for name in _good(scan)["corpus"].dropna().unique()]
     named = scan.manifest.get("corpora")
-    first = [name for name in named if name in held] if isinstance(named, dict) else []
-    return first + [name for name in held if name not in first]
+    first = [name for name in named if name in names] if isinstance(named, dict) else []
+    return first + [name for name in names if name not in first]
 
 
 def _placed(scan: Result) -> pd.DataFrame:
@@ -178,8 +178,8 @@ def _placed(scan: Result) -> pd.DataFrame:
         entries = scan.manifest.get("checkpoints")
         listed = [entry for entry in entries if isinstance(entry, dict)] if entries else []
         if "tokens" not in table or table["tokens"].isna().all():  # of an earlier version
-            known = {entry.get("name"): entry.get("pretraining_tokens") for entry in listed}
-            tokens = pd.to_numeric(table["checkpoint"].map(known), errors="coerce")
+            by_name = {entry.get("name"): entry.get("pretraining_tokens") for entry in listed}
+            tokens = pd.to_numeric(table["checkpoint"].map(by_name), errors="coerce")
             table = table.assign(tokens=tokens)
         scan.tables[_PLACED] = axis.placed(table, [str(entry.get("name")) for entry in listed])
     return scan.tables[_PLACED]
@@ -195,8 +195,8 @@ def checkpoints(scan: Result) -> pd.DataFrame:
 
 def tokens(scan: Result) -> pd.Series | None:
     """Pretraining tokens by checkpoint, where they are known of every one."""
-    known = _placed(scan).set_index("checkpoint")["tokens"]
-    return known if len(known) and known.notna().all() else None
+    num_tokens = _placed(scan).set_index("checkpoint")["tokens"]
+    return num_tokens if len(num_tokens) and num_tokens.notna().all() else None
 
 
 def unit(scan: Result) -> str:
@@ -267,9 +267,9 @@ def _of_rows(scan: Result, name: str) -> float | None:
 
 def num_layers(scan: Result) -> int:
     """Layers of the model, from the manifest or from the rows."""
-    told = _of_rows(scan, "n_layers") or setting(scan, "n_layers")
-    if told:
-        return int(told)
+    n_layers = _of_rows(scan, "n_layers") or setting(scan, "n_layers")
+    if n_layers:
+        return int(n_layers)
     layers = _good(scan)["layer"].dropna()
     return int(layers.max()) + 1 if len(layers) else 0
 

@@ -27,11 +27,7 @@ _STAGE_LABEL = Column("stage_label", "string", "the stage as the name has it")
 _BRANCH = Column("branch", "string", "of runs from one checkpoint: which, where the name says it")
 #: Where a checkpoint stands (``ke_ray.core.position.POSITION``).
 _POSITION = (
-    _STEP,
-    _TOKENS,
-    _WORDS,
-    _STAGE,
-    _STAGE_LABEL,
+    *(_STEP, _TOKENS, _WORDS, _STAGE, _STAGE_LABEL),
     Column("seed", "string", "seed of pretraining, where a name has one"),
     _BRANCH,
 )

@@ -62,8 +62,8 @@ def _spread(values: pd.Series) -> bool:
 
 def _with_tokens(scan: Result, rows: pd.DataFrame) -> pd.DataFrame:
     """Rows with ``tokens``, where those of every checkpoint are known."""
-    known = series.tokens(scan)
-    return rows if known is None else rows.assign(tokens=rows["checkpoint"].map(known))
+    num_tokens = series.tokens(scan)
+    return rows if num_tokens is None else rows.assign(tokens=rows["checkpoint"].map(num_tokens))
 
 
 def fingerprints(scan: Result) -> list[tuple[str, str]]:
@@ -127,16 +127,16 @@ def band_caption(rows: pd.DataFrame, errors: str) -> str:
         rows = rows[(rows["mark"] != "thin") & (rows["checkpoint"] != ALL_SEEDS)]
         if rows.empty:
             return ""
-    known = (rows["low"] < rows["value"]).groupby(rows["series"]).any()
-    if not known.any():
+    has_errors = (rows["low"] < rows["value"]).groupby(rows["series"]).any()
+    if not has_errors.any():
         return "No error band: the results hold no error of this."
-    return f"Bands: ±1.96 {errors}" + ("." if known.all() else ", where there are any.")
+    return f"Bands: ±1.96 {errors}" + ("." if has_errors.all() else ", where there are any.")
 
 
 def scan_figures(scan: Result, prefix: str) -> list[Figure]:
     """All figures that this scan's files can fill, in reading order."""
-    held = series.measures(scan)
-    if not held:
+    measures = series.measures(scan)
+    if not measures:
         return []
     hashes = fingerprints(scan)
 
@@ -144,10 +144,10 @@ def scan_figures(scan: Result, prefix: str) -> list[Figure]:
         return figure_of(scan, prefix, name, fingerprints=hashes, **parts)
 
     return [
-        *(_over_steps(scan, name, figure) for name in held if name in _ENTROPIES),
-        _changes(scan, held, figure),
+        *(_over_steps(scan, name, figure) for name in measures if name in _ENTROPIES),
+        _changes(scan, measures, figure),
         *_by_curve(scan, figure),
-        *(_over_steps(scan, name, figure) for name in held if name not in _ENTROPIES),
+        *(_over_steps(scan, name, figure) for name in measures if name not in _ENTROPIES),
     ]
 
 
@@ -225,10 +225,10 @@ def _over_steps(scan: Result, measure: str, figure: Callable[..., Figure]) -> Fi
     )
 
 
-def _changes(scan: Result, held: list[str], figure: Callable[..., Figure]) -> Figure:
+def _changes(scan: Result, measures: list[str], figure: Callable[..., Figure]) -> Figure:
     panels, drawn = [], []
     x = X("x", x_title(scan))
-    for measure in held:
+    for measure in measures:
         rows = measure_rows(scan, measure, series.paired_change)
         if rows.empty:
             continue
@@ -276,11 +276,11 @@ def layer_rows(scan: Result, measure: str, corpus: str) -> pd.DataFrame:
     )
 
 
-def _layers(scan: Result, held: list[str], figure: Callable[..., Figure]) -> list[Figure]:
+def _layers(scan: Result, measures: list[str], figure: Callable[..., Figure]) -> list[Figure]:
     curves: list[Panel] = []
     maps: list[Panel] = []
     x = X("x", x_title(scan))
-    for measure in held:
+    for measure in measures:
         title, unit = series.MEASURE_TITLES.get(measure, (measure, ""))
         for corpus in series.corpora(scan):
             rows = layer_rows(scan, measure, corpus)

@@ -1,0 +1,56 @@
+"""Identity of a scan's results: what two scans must have in common to stand in one folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ke_ray.core.measures import MEASURE_VERSION
+from ke_ray.data.corpus import Corpus
+from ke_ray.secrets import redact
+from ke_ray.studies.identity import affects_result
+from ke_ray.studies.scan import ScanStudy
+
+#: Keys that the corpora's hashes, sampling and groups stand for in a scan's identity, and those of
+#: which a folder may hold several values.
+_BY_CONTENT = (
+    *("data", "num_instances", "sequence_length", "sampling", "tokenizer", "eos_token_id"),
+    *("kind", "checkpoints", "measures"),
+)
+
+
+def scan_identity(study: ScanStudy, corpora: Mapping[str, Corpus]) -> dict[str, Any]:
+    """What changes a result, compared by ``results.scan_folder.check_identity``.
+
+    Unlike other studies', whose folders hold one study each: a scan's folder may get more
+    checkpoints, corpora and measures, and corpora count by their content.
+    """
+    return {
+        "measure_version": MEASURE_VERSION,
+        **_settings(study),
+        "resuscitation": _resuscitation(study, corpora),
+        "architecture": study.architecture and study.architecture.described(),
+        "corpora": {name: corpus.sha256 for name, corpus in corpora.items()},
+        "sampling": {name: corpus.sampling for name, corpus in corpora.items()},
+        "groups": {name: corpus.grouping for name, corpus in corpora.items()},
+    }
+
+
+def _settings(study: ScanStudy) -> dict[str, Any]:
+    """Values of the keys that affect results in other ways than through the corpora's content."""
+    return {
+        name: getattr(study, name)
+        for name, field in type(study).model_fields.items()
+        if affects_result(field) and name not in _BY_CONTENT
+    }
+
+
+def _resuscitation(study: ScanStudy, corpora: Mapping[str, Corpus]) -> dict[str, Any] | None:
+    """The settings, with the source of C̄: the first corpus where they name none."""
+    settings = study.resuscitation
+    if settings is None:
+        return None
+    values: dict[str, Any] = redact(settings.model_dump())
+    if settings.coefficients is None and settings.control != "attention_temperature":
+        values["coefficients"] = f"measured on {next(iter(corpora.values())).sha256}"
+    return values
