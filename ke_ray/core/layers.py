@@ -67,15 +67,16 @@ class Layers:
     @classmethod
     def of(
         cls,
-        experts: Sequence[tuple[int, ...]],
+        d_mlp: Sequence[int],
         attention: Sequence[Absence],
+        experts: Sequence[tuple[int, ...]] = (),
     ) -> Layers:
-        """Layers with these experts (a dense layer has one, of all its memories).
+        """Layers of these widths.
 
         Args:
             attention: why they have no attention entropy.
+            experts: memories of their experts; a dense layer is one expert.
         """
-        d_mlp = [sum(sizes) for sizes in experts]
         absent: dict[str, tuple[Absence, ...]] = {}
         if not all(d_mlp):
             missing = tuple(Absence.NONE if width else Absence.NO_FFN for width in d_mlp)

@@ -183,8 +183,9 @@ def describe(model: nn.Module) -> tuple[FFNLayout, ...]:
 def layers_of(layouts: Sequence[FFNLayout]) -> Layers:
     """Sizes of the layers and what they lack, for sums and values."""
     return Layers.of(
-        [layout.expert_sizes for layout in layouts],
+        [layout.d_mlp for layout in layouts],
         [layout.no_attention_entropy for layout in layouts],
+        [layout.expert_sizes for layout in layouts],
     )
 
 

@@ -53,7 +53,7 @@ def _sums(
     sums = GroupSums.empty(
         NUM_INSTANCES,
         names,
-        layers=Layers.of([tuple(EXPERTS)] * N_LAYERS, [Absence.NONE] * N_LAYERS),
+        layers=Layers((D_MLP,) * N_LAYERS, experts=(tuple(EXPERTS),) * N_LAYERS),
     )
     for batch in torch.arange(NUM_INSTANCES).split(batch_size):
         sums.count(batch, torch.full((len(batch),), 7))
@@ -343,7 +343,7 @@ def test_layers_with_and_without_experts_are_measured_as_each_alone() -> None:
     names = [name for name, m in MEASURES.items() if m.needs == "coefficients"]
 
     def evaluated(values: torch.Tensor, sizes: list[tuple[int, ...]]) -> Evaluation:
-        layers = Layers.of(sizes, [Absence.NONE] * len(sizes))
+        layers = Layers.of([sum(row) for row in sizes], [Absence.NONE] * len(sizes), sizes)
         sums = GroupSums.empty(1, ["coefficients"], layers=layers)
         sums.count(torch.tensor([0]), torch.tensor([3]))
         sums.add("coefficients", torch.tensor([0]), values[None])
