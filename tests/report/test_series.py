@@ -195,6 +195,7 @@ def test_several_seeds_are_curves_with_their_mean_and_range_and_never_a_zigzag(t
         ends = (mean.loc[x, "low"], mean.loc[x, "high"])
         assert ends == (part["value"].min(), part["value"].max())
     assert single["low"].isna().all()
+    assert figure.caption.startswith("Bands: the range over seeds. 3 curves")
     assert "Thin lines are single seeds" in figure.caption
     lines = [layer["mark"] for layer in figure.panels[0].view.chart.to_dict()["layer"]]
     assert any(mark.get("strokeWidth") == 1 and mark["type"] == "line" for mark in lines)

@@ -123,14 +123,16 @@ def _ceilings(scan: Result) -> dict[series.Ceiling, str]:
 
 def band_caption(rows: pd.DataFrame, errors: str) -> str:
     """What the bands are, where any is drawn: rows with an interval of some width."""
-    if "mark" in rows and (rows["mark"] == "thin").any():  # their mean has another band
+    of_means = "mark" in rows and bool((rows["mark"] == "thin").any())
+    if of_means:
         rows = rows[(rows["mark"] != "thin") & (rows["checkpoint"] != ALL_SEEDS)]
         if rows.empty:
-            return ""
+            return "Bands: the range over seeds."
     has_errors = (rows["low"] < rows["value"]).groupby(rows["series"]).any()
-    if not has_errors.any():
-        return "No error band: the results hold no error of this."
-    return f"Bands: ±1.96 {errors}" + ("." if has_errors.all() else ", where there are any.")
+    caption = "No error band: the results hold no error of this."
+    if has_errors.any():
+        caption = f"Bands: ±1.96 {errors}" + ("." if has_errors.all() else ", where there are any.")
+    return f"{caption} Bands of means: the range over seeds." if of_means else caption
 
 
 def scan_figures(scan: Result, prefix: str) -> list[Figure]:

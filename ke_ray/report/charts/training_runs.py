@@ -55,7 +55,7 @@ def runs_caption(scan: Result, curves: Curves) -> str:
     """Sentences on seeds, stages and checkpoints without a number; empty where there are none."""
     caption = ""
     if series.seeds(curves):
-        caption += " Thin lines are single seeds; the band of their mean is their range."
+        caption += " Thin lines are single seeds, beside their mean."
     if series.borders(scan):
         caption += " Dotted lines mark where a stage of training ends and the next follows on."
     if unnumbered := series.num_unnumbered(scan):
