@@ -13,7 +13,6 @@ from typing import Any
 import pyarrow as pa
 from safetensors.numpy import load
 
-from ke_ray.checkpoints.reference import CheckpointRef
 from ke_ray.engine.cluster.metrics import ScanMeter
 from ke_ray.errors import KeRayError
 from ke_ray.outcomes import ScanOutcome
@@ -138,7 +137,7 @@ class Collector:
             (output.get("experts"), pending.experts, EXPERTS_SCHEMA),
         ):
             if payload is not None:
-                tables.append(_labelled(_from_ipc(payload), ref, corpus.name).cast(columns))
+                tables.append(_completed(_from_ipc(payload), common, columns))
         if output["coefficients"] is not None:
             pending.coefficients[corpus.name] = load(output["coefficients"])[
                 "mean_abs_coefficients"
@@ -172,15 +171,15 @@ class Collector:
             self._fold_after = ended + max(_FOLD_EVERY_S, (ended - started) / _FOLD_SHARE)
 
 
-def _labelled(table: pa.Table, ref: CheckpointRef, corpus: str) -> pa.Table:
-    """The table with checkpoint, step and corpus in front, as the schemas have them."""
-    columns = {
-        "checkpoint": pa.repeat(pa.scalar(ref.name, pa.string()), table.num_rows),
-        "step": pa.repeat(pa.scalar(ref.step, pa.int64()), table.num_rows),
-        "corpus": pa.repeat(pa.scalar(corpus, pa.string()), table.num_rows),
-        **{name: table[name] for name in table.column_names},
-    }
-    return pa.table(columns)
+def _completed(table: pa.Table, common: dict[str, Any], columns: pa.Schema) -> pa.Table:
+    """The table in these columns; what it lacks is common to all of its rows."""
+    arrays = [
+        table[column.name]
+        if column.name in table.column_names
+        else pa.repeat(pa.scalar(common[column.name], column.type), table.num_rows)
+        for column in columns
+    ]
+    return pa.Table.from_arrays(arrays, names=columns.names).cast(columns)
 
 
 def _from_ipc(payload: bytes) -> pa.Table:
