@@ -233,9 +233,11 @@ def _experts(entry: Architecture, ffn: nn.Module | None) -> Experts | None:
     if ffn is None or entry.experts is None or not hasattr(ffn, entry.experts):
         return None
     module = ffn.get_submodule(entry.experts)
-    if not hasattr(module, "is_concatenated"):
+    # What transformers' interface says of its experts; other modules say nothing.
+    if not getattr(module, "has_gate", False) or getattr(module, "has_post_expert_norm", True):
         raise AttributeError(
-            f"{type(module).__name__} does not use transformers' interface for experts"
+            f"{type(module).__name__} does not hold gated experts of transformers' interface for "
+            "them, without a norm behind"
         )
     gate = None if entry.shared_gate is None else ffn.get_submodule(entry.shared_gate)
     return Experts(ffn, module, gate, entry.up_offset)

@@ -23,6 +23,7 @@ from ke_ray.core.measures import evaluate
 from ke_ray.errors import UnsupportedArchitectureError
 from ke_ray.models import architectures
 from ke_ray.models.architectures import check_config, is_mixture
+from ke_ray.models.explain import explain
 from ke_ray.models.layout import describe
 from ke_ray.models.loading import load_model
 from ke_ray.models.scoring import compact, score_instances, score_model
@@ -326,6 +327,22 @@ def test_a_mixture_that_the_user_describes_is_measured(monkeypatch):
         split = [got.row(name, layer).value for name in BY_EXPERT]
         assert min(split) > 0
         assert sum(split) == pytest.approx(got.row("knowledge_entropy", layer).value, abs=1e-12)
+
+
+@pytest.mark.parametrize("sign", ["has_gate", "has_post_expert_norm"])
+def test_experts_of_another_kind_are_refused(tiny_decoder, sign):
+    model = tiny_decoder("olmoe")
+    module = model.model.layers[1].mlp.experts
+    setattr(module, sign, not getattr(module, sign))
+    with pytest.raises(UnsupportedArchitectureError, match="OlmoeExperts does not hold gated"):
+        score_model(model, torch.tensor([[3, 4, 5]]))
+
+
+def test_an_explanation_names_the_experts_and_the_shared_one(tiny_decoder):
+    lines = explain(tiny_decoder("deepseek_v3").config)
+    assert "  experts: 4 of 12 memories, model.layers.*.mlp.experts" in lines
+    assert "  shared expert: gated, silu, d_mlp 24" in lines
+    assert "  queries: model.layers.*.self_attn.q_b_proj [48, 24]" in lines
 
 
 def test_the_config_alone_says_that_it_is_a_mixture(tiny_decoder):
