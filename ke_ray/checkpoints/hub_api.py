@@ -47,8 +47,8 @@ class HubApi:
         while page:
             if len(entries) >= _MAX_ENTRIES:
                 raise CheckpointSpecError(
-                    f"{url} lists more than {_MAX_ENTRIES:,} files; download the folders that you "
-                    "need with `hf download --include`, and give them."
+                    f"{url} lists more than {_MAX_ENTRIES:,} entries. Name fewer: one subfolder, "
+                    "or rows of a CSV list such as hf://org/name@revision."
                 )
             response = self._response(page, None)
             entries += response.json()

@@ -40,6 +40,15 @@ def stage_name(stage: int | None, label: str | None) -> str:
     return f"stage {stage}" if stage is not None else label or ""
 
 
+def starts_again(first: float, end: float) -> bool:
+    """Whether a stage whose numbers begin at ``first`` counts anew, the one before at ``end``.
+
+    A stage that counts on may branch off before that end, as annealing from an earlier checkpoint
+    does; one that counts anew begins far below it (OLMo-2's at 1,000 of 1.9 million steps).
+    """
+    return first <= end / 2
+
+
 def position_key(position: Mapping[str, Any]) -> tuple[Any, ...]:
     """Sort key of a position: seed, then numbered ones by stage, branch and number.
 

@@ -122,6 +122,8 @@ def forecast(study: ScanStudy) -> str:
     """The plan of a scan as text: the resolved study, then the figures behind it."""
     use_description(study.architecture)
     refs = select_checkpoints(study.checkpoints)
+    config = _first_config(refs)
+    study = study.of_mixture() if config is not None and is_mixture(config) else study
     store = Store(study.cache_dir)
     fetched = [ref for ref in refs if not store.is_cached(ref)]
     to_fetch, num_guessed = _sizes(fetched)
@@ -148,7 +150,6 @@ def forecast(study: ScanStudy) -> str:
             peak = min(study.cache_bytes or sum(to_fetch), sum(to_fetch))
             hint = "" if study.cache_bytes else " (all of them; --cache-bytes bounds it)"
             lines.append(f"peak disk per node: {peak:,} bytes{hint}")
-    config = _first_config(refs)
     if config is None:
         lines.append("hours: not known (no checkpoint's config could be read)")
     else:

@@ -13,7 +13,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ke_ray.core.position import POSITION, natural_key, stage_key, stage_name
+from ke_ray.core.position import (
+    POSITION,
+    natural_key,
+    stage_key,
+    stage_name,
+    starts_again,
+)
 
 #: What an axis counts → its title.
 TITLES = {
@@ -93,7 +99,7 @@ def _following(frame: pd.DataFrame) -> pd.Series:
     for _, run in _runs(frame):
         end = 0.0
         for _, stage in run.groupby("stage_rank"):
-            offset = end if stage["step"].min() < end else 0.0
+            offset = end if starts_again(stage["step"].min(), end) else 0.0
             x.loc[stage.index] = stage["step"] + offset
             end = offset + float(stage["step"].max())
     return x

@@ -229,9 +229,21 @@ def apply_attention_temperature(model: nn.Module, temperature: float) -> None:
                 "this model adds ALiBi's penalty of distance to its scores, which stands in no "
                 "weight, so an attention temperature cannot be written into its weights"
             )
+        if layout.no_attention_entropy is Absence.SINKS:  # logits in the same softmax
+            _scale(_sinks(layout.attention), 1.0 / temperature)
         if layout.attention is not None:
             for part, offset in _query_parts(entry, layout.attention, config):
                 _scale(part, 1.0 / temperature, offset)
+
+
+def _sinks(attention: nn.Module | None) -> Tensor:
+    sinks = getattr(attention, "sinks", None)
+    if not isinstance(sinks, Tensor):
+        raise UnsupportedArchitectureError(
+            "this model has attention sinks, learned logits beside its scores, but not as a "
+            "parameter 'sinks' of its attention, so an attention temperature cannot divide them"
+        )
+    return sinks
 
 
 def _query_parts(

@@ -12,6 +12,7 @@ from typing import Any
 from ke_ray import storage
 from ke_ray.checkpoints.find.catalog import list_checkpoints
 from ke_ray.checkpoints.reference import CheckpointRef, position
+from ke_ray.core.position import stage_key
 from ke_ray.errors import CheckpointSpecError
 from ke_ray.secrets import redact
 from ke_ray.studies.continual import ContinualStudy
@@ -42,6 +43,9 @@ def list_runs(study: ContinualStudy) -> list[RunSpec]:
                 f"starts.nearest is given, but no checkpoint of '{starts.spec}' has a step in its "
                 "name; leave it out."
             )
+        # Steps of a later stage may start again; its checkpoints are chosen by `revisions`.
+        first = min(stage_key(ref.stage, ref.stage_label) for ref in numbered)
+        numbered = [r for r in numbered if stage_key(r.stage, r.stage_label) == first]
         nearest = {
             min(numbered, key=lambda r: abs((r.step or 0) - step)) for step in starts.nearest
         }

@@ -15,6 +15,10 @@ from fake_hub import FakeHub, serving
 
 from ke_ray.checkpoints.fetch.cache import Store
 from ke_ray.checkpoints.find.catalog import find_checkpoints, list_checkpoints
+from ke_ray.checkpoints.find.csv_list import read_csv_list
+from ke_ray.checkpoints.find.folder import from_location
+from ke_ray.checkpoints.find.hub_places import _parse_title
+from ke_ray.checkpoints.find.names import step_pattern
 from ke_ray.checkpoints.formats.fingerprint import weights_sha256
 from ke_ray.checkpoints.transfer import RetryPolicy
 from ke_ray.errors import CheckpointError, CheckpointSpecError
@@ -157,7 +161,9 @@ def test_a_repository_of_too_many_files_is_never_listed_in_part(
     hub: FakeHub, subfolders: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ke_ray.checkpoints.hub_api._MAX_ENTRIES", 1)
-    with pytest.raises(CheckpointSpecError, match="lists more than 1 files; download the folders"):
+    with pytest.raises(
+        CheckpointSpecError, match="lists more than 1 entries. Name fewer: one subfolder"
+    ):
         list_checkpoints("org/lm:step*")
 
 
@@ -197,6 +203,28 @@ def test_commits_of_a_branch_are_chosen_by_their_titles(commits: FakeHub, tmp_pa
     with Store(tmp_path / "cache", policy=QUICK) as store:
         folder = store.fetch(refs[0])
     assert weights_sha256(folder) == weights_sha256(commits.root / "me" / "run" / "c500")
+
+
+def test_a_step_pattern_reads_titles_as_they_are_written(commits: FakeHub) -> None:
+    refs = list_checkpoints("me/run#Training in progress*", step_pattern="progress, step ([0-9]+)")
+    assert [ref.step for ref in refs] == [500, 1000, 1500]
+    refs = list_checkpoints("me/run#Training in progress*", step_pattern="(?P<seed>[a-z]+), step")
+    assert {ref.seed for ref in refs} == {"progress"}
+
+
+def test_a_title_with_separated_thousands_gives_no_wrong_step() -> None:
+    assert _parse_title("Upload step 5,000 checkpoint", None).step != 5
+    assert _parse_title("Training in progress, step 500", None).step == 500
+
+
+def test_a_step_pattern_reads_the_names_of_a_list(tmp_path: Path) -> None:
+    rows = ["seed,location", "3,hf://me/run@round-7", ",hf://me/run@round-8"]
+    (tmp_path / "list.csv").write_text("\n".join(rows))
+    assert [
+        (row.location, ref.step, ref.seed)
+        for row in read_csv_list(str(tmp_path / "list.csv"))
+        for ref in [from_location(row.location, row, pattern=step_pattern("round-([0-9]+)"))]
+    ] == [("hf://me/run@round-7", 7, "3"), ("hf://me/run@round-8", 8, None)]
 
 
 def test_commits_with_other_weights_or_none_are_told_apart(commits: FakeHub) -> None:

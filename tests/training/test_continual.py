@@ -207,6 +207,12 @@ def test_seeds_and_starts_span_the_runs(tmp_path: Path, series: Path) -> None:
     assert [spec.ref.step for spec in list_runs(spread)] in ([0, 2, 10], [0, 5, 10])
     near = tiny_continual(tmp_path, series, starts={"steps": None, "nearest": (1, 4, 99)})
     assert [spec.ref.step for spec in list_runs(near)] in ([0, 5, 10], [2, 5, 10])
+    staged = tmp_path / "staged"
+    for step, name in ((5, "stage1-step5"), (10, "stage1-step10"), (2, "stage2-step6")):
+        shutil.copytree(series / "checkpoints" / f"step{step}", staged / name)
+    first = {"spec": str(staged), "steps": None, "nearest": (6,)}
+    near = tiny_continual(tmp_path, series, starts=first)
+    assert [spec.ref.name for spec in list_runs(near)] == ["stage1-step5"]
     last = tiny_continual(tmp_path, series, starts={"spread": 1})
     assert [spec.ref.step for spec in list_runs(last)] == [10]
 

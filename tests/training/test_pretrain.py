@@ -136,4 +136,4 @@ def test_unknown_models_and_keys_are_named() -> None:
     with pytest.raises(ConfigError, match=r"'rms_norm_ep'.*Did you mean 'rms_norm_eps'"):
         build(model_type="llama", extra={"rms_norm_ep": 1})
     with pytest.raises(UnsupportedArchitectureError):
-        build(model_type="mixtral")
+        build(model_type="jetmoe")

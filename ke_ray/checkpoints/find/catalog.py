@@ -129,8 +129,8 @@ def find_checkpoints(
     try:
         # A final checkpoint whose name gives no step lies outside every range of steps.
         available = _find(spec, revisions, endpoint, notes, pattern, with_main=steps is None)
-        if pattern is not None and not spec.lower().endswith(".csv"):
-            available = [_read(ref, pattern) for ref in available]
+        if pattern is not None and not spec.lower().endswith(".csv"):  # whose columns come first
+            available = [ref if ref.repo else _read(ref, pattern) for ref in available]
         available = with_series(_unique_names(available))
         available = with_tokens(available, tokens_per_step)
     except StorageError as error:
@@ -156,8 +156,8 @@ def find_checkpoints(
 
 
 def _read(ref: CheckpointRef, pattern: re.Pattern[str]) -> CheckpointRef:
-    """The reference at the position that a step pattern finds in its name; else as it was."""
-    name = ref.name if ref.repo else ref.location.rstrip("/").rsplit("/", 1)[-1]
+    """A folder at the position that a step pattern finds in its name; else as it was."""
+    name = ref.location.rstrip("/").rsplit("/", 1)[-1]
     return with_name(ref, with_pattern(CheckpointName(**position(ref)), pattern, name))
 
 
@@ -194,7 +194,7 @@ def _find(
     if spec.startswith("hf://"):
         return from_hub(spec.removeprefix("hf://"))
     if spec.lower().endswith(".csv"):
-        return [from_location(row.location, row) for row in read_csv_list(spec)]
+        return [from_location(row.location, row, pattern=pattern) for row in read_csv_list(spec)]
     if spec.startswith(("http://", "https://")):
         return _from_url(spec)
     if not is_local(spec) or exists(spec):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -31,14 +32,19 @@ _MAX_FOLDERS = 5_000  # that ** may stand for
 _MAX_EXAMINED = 20  # folders inside one, which may show why it holds no checkpoint
 
 
-def from_location(location: str, row: Row | None = None, name: str | None = None) -> CheckpointRef:
+def from_location(
+    location: str,
+    row: Row | None = None,
+    name: str | None = None,
+    pattern: re.Pattern[str] | None = None,
+) -> CheckpointRef:
     """A reference to one folder or URL, described by its name and its files."""
     last = name or shown(location).rstrip("/").rsplit("/", 1)[-1]
     if location.startswith("hf://"):
-        ref = one_on_hub(location)
+        ref = one_on_hub(location, pattern)
     else:
         ref = CheckpointRef(name=slug(last), location=location, format="native")
-        ref = with_name(ref, parse_checkpoint_name(location))
+        ref = with_name(ref, parse_checkpoint_name(location, pattern))
     if row is not None:
         given = {
             column: value

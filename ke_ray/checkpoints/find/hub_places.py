@@ -89,7 +89,7 @@ def hub_reference(
     return with_name(ref, parsed)
 
 
-def one_on_hub(location: str) -> CheckpointRef:
+def one_on_hub(location: str, pattern: re.Pattern[str] | None = None) -> CheckpointRef:
     """A reference to ``hf://org/name[@revision][:subfolder]``, without asking the Hub.
 
     Raises:
@@ -103,14 +103,16 @@ def one_on_hub(location: str) -> CheckpointRef:
         )
     revision = hub.HubRevision(spec.revision or "main", "", subfolder=spec.subfolder)
     if spec.subfolder:
-        return _subfolder_reference(spec.repo, revision)
+        return _subfolder_reference(spec.repo, revision, pattern)
     name = location.rstrip("/").rpartition("/")[2]
     # A repository of one checkpoint carries the step in its own name, one of several in revisions.
     source = spec.repo if revision.name == "main" else f"{spec.repo}/{revision.name}"
-    return hub_reference(spec.repo, revision, parse_checkpoint_name(source), name)
+    return hub_reference(spec.repo, revision, parse_checkpoint_name(source, pattern), name)
 
 
-def list_subfolders(spec: HubSpec, endpoint: str | None) -> list[CheckpointRef]:
+def list_subfolders(
+    spec: HubSpec, endpoint: str | None, pattern: re.Pattern[str] | None = None
+) -> list[CheckpointRef]:
     """The checkpoints in the subfolders of one revision, with sizes and hashes.
 
     Raises:
@@ -118,19 +120,20 @@ def list_subfolders(spec: HubSpec, endpoint: str | None) -> list[CheckpointRef]:
     """
     at = hub.find_revision(spec.repo, spec.revision or "main", endpoint=endpoint)
     folders = {f.subfolder: f for f in hub.inspect_folders(spec.repo, at, endpoint=endpoint)}
-    pattern = [part for part in spec.subfolder.split("/") if part]
-    matching = _below(folders, pattern)
+    wanted = [part for part in spec.subfolder.split("/") if part]
+    matching = _below(folders, wanted)
     if not glob.has_magic(spec.subfolder) and not any(_is_whole(f) for f in matching):
-        matching += _below(folders, [*pattern, "*"])
+        matching += _below(folders, [*wanted, "*"])
     refs = [
         replace(
-            _subfolder_reference(spec.repo, folder),
+            _subfolder_reference(spec.repo, folder, pattern),
             size_bytes=folder.size_bytes,
             weights_fingerprint=folder.weights_fingerprint,
         )
         for folder in matching
         # A folder with only half of the files is a broken checkpoint if its name says so.
-        if _is_whole(folder) or (folder.layout and _parse_path(folder.subfolder).is_numbered)
+        if _is_whole(folder)
+        or (folder.layout and _parse_path(folder.subfolder, pattern).is_numbered)
     ]
     if refs:
         return refs
@@ -148,7 +151,9 @@ def list_subfolders(spec: HubSpec, endpoint: str | None) -> list[CheckpointRef]:
     )
 
 
-def list_commits(spec: HubSpec, endpoint: str | None) -> list[CheckpointRef]:
+def list_commits(
+    spec: HubSpec, endpoint: str | None, pattern: re.Pattern[str] | None = None
+) -> list[CheckpointRef]:
     """The commits of a branch whose title matches, oldest first.
 
     Raises:
@@ -157,7 +162,9 @@ def list_commits(spec: HubSpec, endpoint: str | None) -> list[CheckpointRef]:
     branch = spec.revision or "main"
     commits = hub.list_commits(spec.repo, branch, endpoint=endpoint)
     refs = [
-        hub_reference(spec.repo, hub.HubRevision(commit, commit), _parse_title(title), title)
+        hub_reference(
+            spec.repo, hub.HubRevision(commit, commit), _parse_title(title, pattern), title
+        )
         for commit, title in reversed(commits)
         if fnmatch.fnmatchcase(title, spec.title)
     ]
@@ -170,7 +177,9 @@ def list_commits(spec: HubSpec, endpoint: str | None) -> list[CheckpointRef]:
     return refs
 
 
-def list_repositories(spec: HubSpec, endpoint: str | None) -> list[CheckpointRef]:
+def list_repositories(
+    spec: HubSpec, endpoint: str | None, pattern: re.Pattern[str] | None = None
+) -> list[CheckpointRef]:
     """One checkpoint for each repository of an organisation whose name matches.
 
     Raises:
@@ -185,7 +194,7 @@ def list_repositories(spec: HubSpec, endpoint: str | None) -> list[CheckpointRef
             known = commit if spec.revision in ("", "main") else ""
             revision = hub.HubRevision(spec.revision or "main", known)
             name = repo.partition("/")[2]
-            refs.append(hub_reference(repo, revision, parse_checkpoint_name(name), name))
+            refs.append(hub_reference(repo, revision, parse_checkpoint_name(name, pattern), name))
     if not refs:
         raise CheckpointSpecError(
             f"'{owner}' has {len(commits)} model repositories on {endpoint_url(endpoint)}, "
@@ -211,9 +220,11 @@ def _below(folders: dict[str, hub.HubRevision], pattern: Sequence[str]) -> list[
     return [f for path, f in folders.items() if path_matches(path.split("/"), pattern)]
 
 
-def _subfolder_reference(repo: str, folder: hub.HubRevision) -> CheckpointRef:
+def _subfolder_reference(
+    repo: str, folder: hub.HubRevision, pattern: re.Pattern[str] | None
+) -> CheckpointRef:
     path = folder.subfolder
-    return hub_reference(repo, folder, _parse_path(path), path.rpartition("/")[2])
+    return hub_reference(repo, folder, _parse_path(path, pattern), path.rpartition("/")[2])
 
 
 def _is_whole(folder: hub.HubRevision) -> bool:
@@ -222,13 +233,14 @@ def _is_whole(folder: hub.HubRevision) -> bool:
     return layout is not None and bool(layout.weights) and layout.config in names
 
 
-def _parse_path(path: str) -> CheckpointName:
+def _parse_path(path: str, pattern: re.Pattern[str] | None) -> CheckpointName:
     """The parts of a path's names; the last name that gives a step counts (``step100/hf``)."""
     parts = path.split("/")
-    parsed = [parse_checkpoint_name("/".join(parts[:end])) for end in range(len(parts), 0, -1)]
+    heads = ("/".join(parts[:end]) for end in range(len(parts), 0, -1))
+    parsed = [parse_checkpoint_name(head, pattern) for head in heads]
     return next((name for name in parsed if name.is_numbered), parsed[0])
 
 
-def _parse_title(title: str) -> CheckpointName:
+def _parse_title(title: str, pattern: re.Pattern[str] | None) -> CheckpointName:
     """The parts of a title such as "Training in progress, step 500"."""
-    return parse_checkpoint_name(slug(title))
+    return parse_checkpoint_name(re.sub(r"[/\\]", "-", title), pattern)  # it is no path

@@ -52,13 +52,13 @@ def list_hub(
     parts = parse_hub_spec(spec)
     repo, name = parts.repo, parts.revision
     if glob.has_magic(repo):
-        refs = list_repositories(parts, endpoint)
+        refs = list_repositories(parts, endpoint, pattern)
         notes = [f"{len(refs)} repositories match; of each its revision 'main' is listed."]
         return refs, [] if name else notes
     if parts.subfolder:
-        return list_subfolders(parts, endpoint), []
+        return list_subfolders(parts, endpoint, pattern), []
     if parts.title:
-        return list_commits(parts, endpoint), []
+        return list_commits(parts, endpoint, pattern), []
     if name:
         revision = hub.find_revision(repo, name, endpoint=endpoint)
         return [_reference(repo, revision, pattern)], []

@@ -139,12 +139,6 @@ def with_pattern(parsed: CheckpointName, pattern: re.Pattern[str], name: str) ->
     return parsed if match is None else _with_groups(parsed, match)
 
 
-def parse_step_and_tokens(name: str) -> tuple[int | None, int | None]:
-    """``(step, tokens)`` of a name, each None where it is missing; never raises."""
-    parsed = parse_checkpoint_name(name)
-    return parsed.step, parsed.tokens
-
-
 def step_pattern(text: str) -> re.Pattern[str]:
     """A regular expression for names, checked.
 

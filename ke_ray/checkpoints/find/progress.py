@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from ke_ray.checkpoints.reference import CheckpointRef
-from ke_ray.core.position import stage_key
+from ke_ray.core.position import stage_key, starts_again
 
 _LEAST_CHECKPOINTS = 8  # fewer show no rule that one could be missing from
 _MOST_HOLES = 5  # named in a note
@@ -42,8 +42,8 @@ def with_tokens(
     for stages in runs.values():
         end = 0
         for _, places in sorted(stages.items()):
-            starts_again = min(own[place] for place in places) < end
-            offset = end if starts_again else 0
+            is_new = starts_again(min(own[place] for place in places), end)
+            offset = end if is_new else 0
             for place in places:
                 result[place] = replace(refs[place], tokens=own[place] + offset)
             end = offset + max(own[place] for place in places)

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ke_ray.checkpoints.formats.experts import plain_expert_name, unfused
+from ke_ray.checkpoints.formats.local import base_folder
 from ke_ray.checkpoints.formats.olmo import native_config, split
 from ke_ray.checkpoints.formats.weights import is_buffer, open_weights, plain_names, read_layout
 from ke_ray.checkpoints.reference import CheckpointRef, local_folder
@@ -63,7 +64,7 @@ def weights_sha256(
     folder = local_folder(checkpoint)
     layout = read_layout(folder)
     tensors: Mapping[str, torch.Tensor] = open_weights(folder, layout)
-    if (native := native_config(folder, layout)) is not None:
+    if (native := native_config(base_folder(folder), layout)) is not None:
         tensors = split(tensors, native, origin=f"'{folder}'")
     return tensors_sha256(tensors, should_stop=should_stop)
 

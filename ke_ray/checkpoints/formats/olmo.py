@@ -5,7 +5,8 @@ are stacked in the order given: ``att_proj`` is [q; k; v] (k and v smaller under
 attention), ``ff_proj`` is [up; gate]. OLMo-2 adds norms *after* attention and feed-forward, and
 norms of queries and keys; models that are Llama to transformers have norms with weights *before*.
 
-A configuration that transformers' OLMo and OLMo-2 classes do not reproduce exactly is refused.
+A configuration that transformers' OLMo, Llama and OLMo-2 classes do not reproduce exactly is
+refused.
 """
 
 from __future__ import annotations

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from ke_ray.checkpoints.find.names import (
     CheckpointName,
     parse_checkpoint_name,
-    parse_step_and_tokens,
     step_pattern,
 )
 from ke_ray.core.position import stage_key
@@ -412,5 +411,5 @@ def test_near_misses_are_parsed_without_raising(name: str) -> None:
 def test_what_is_written_is_read_back(step: int, billions: int, stage: int | None) -> None:
     prefix = f"stage{stage}-" if stage else ""
     name = f"{prefix}step{step}-tokens{billions}B"
-    assert parse_step_and_tokens(name) == (step, billions * 10**9)
-    assert parse_checkpoint_name(name).stage == stage
+    parsed = parse_checkpoint_name(name)
+    assert (parsed.step, parsed.tokens, parsed.stage) == (step, billions * 10**9, stage)

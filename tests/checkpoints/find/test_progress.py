@@ -38,6 +38,11 @@ def test_tokens_that_go_on_counting_stay_as_they_are() -> None:
     assert tokens(named(*names)) == [1782 * B, 1803 * B]
 
 
+def test_a_stage_that_branches_off_before_the_end_and_counts_on_is_not_doubled() -> None:
+    names = ("stage1-step100-tokens1B", "stage1-step1000-tokens10B", "stage2-step900-tokens9B")
+    assert tokens(named(*names)) == [1 * B, 10 * B, 9 * B]
+
+
 def test_steps_become_tokens_by_the_batch_and_names_take_precedence() -> None:
     refs = named("pretrain_iter_0300000", "anneal_iter_0001000", "step10-tokens1B")
     assert tokens(refs, 4_194_304)[:2] == [300_000 * 4_194_304, 301_000 * 4_194_304]
