@@ -183,6 +183,25 @@ def test_neighbours_of_what_is_written_stay(
 def test_what_was_there_survives_commands_that_are_killed_and_run_again(
     kind: str, after_s: float, beside: set[str], inside: set[str], world: Path, tmp_path: Path
 ) -> None:
+    kill_and_run_again(kind, after_s, beside, inside, world, tmp_path)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["scan", "sweep"])
+def test_what_was_there_survives_commands_of_ray_too(
+    kind: str, world: Path, tmp_path: Path
+) -> None:
+    draw = random.Random(kind)
+    beside = set(draw.sample((*OURS, *ALIKE), 6))
+    inside = {*draw.sample(ALIKE, 3), "notes.txt"}
+    kill_and_run_again(kind, draw.uniform(4, 15), beside, inside, world, tmp_path)
+
+
+def kill_and_run_again(
+    kind: str, after_s: float, beside: set[str], inside: set[str], world: Path, tmp_path: Path
+) -> None:
+    """Kill a command after some time, put files into its folder, run it to its end, and look."""
     folder = tmp_path / uuid.uuid4().hex
     output = folder / "out"
     put(folder, sorted(beside))
