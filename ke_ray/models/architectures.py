@@ -169,10 +169,9 @@ _UNMEASURABLE: dict[str, str] = {
         "a recurrent model or a hybrid whose layers are not described in ke_ray's table (hybrids "
         "like LFM2 and Falcon-H1 are)",
     ),
-    **dict.fromkeys(
-        ("openelm", "pico_decoder"),
+    "openelm": (
         "a decoder of which transformers has no class: it comes as code in its repository, and "
-        "ke_ray runs no code that comes with a checkpoint",
+        "ke_ray runs no code that comes with a checkpoint"
     ),
     **dict.fromkeys(
         (

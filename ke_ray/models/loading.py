@@ -25,6 +25,7 @@ from ke_ray.checkpoints.formats.layout import Layout
 from ke_ray.checkpoints.formats.local import base_folder
 from ke_ray.checkpoints.formats.nanochat import read_nanochat_config
 from ke_ray.checkpoints.formats.olmo import native_config, split
+from ke_ray.checkpoints.formats.pico import read_pico_config
 from ke_ray.checkpoints.formats.weights import WeightFiles, is_buffer, open_weights, read_layout
 from ke_ray.checkpoints.reference import CheckpointRef, local_folder
 from ke_ray.errors import CheckpointError, UnsupportedArchitectureError, UserError
@@ -121,6 +122,8 @@ def config_from(folder: Path, layout: Layout, *, must_be_known: bool = True) -> 
     elif (native := native_config(base_folder(folder), layout)) is not None:
         with _explained(folder):
             config = native.to_transformers()
+    elif (pico := read_pico_config(base_folder(folder) / layout.config)) is not None:
+        config = pico
     else:
         config = _read_hf_config(base_folder(folder) / layout.config)
     if must_be_known:

@@ -26,7 +26,10 @@ _READERS = 8
 # Names of a size in the configurations of transformers.
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 _WIDTH = ("hidden_size", "n_embd", "d_model")
-_MEMORIES = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
+_MEMORIES = (
+    *("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"),
+    "activation_hidden_dim",  # Pico's
+)
 
 
 def series_label(model_type: str, n_layers: int, d_model: int, d_mlp: int | Sequence[int]) -> str:

@@ -9,6 +9,7 @@ nanochat        ``model_<step>.pt``, for transformers' NanoChat (not the variant
 OLMo-core       norms after attention and feed-forward, for transformers' OLMo-2 and OLMo-3
 torchtitan      Llama; rows of queries and keys are in Meta's order (pairs of a rotation beside each
                 other), which transformers does not share
+Pico            for transformers' Llama (``formats.pico``); rows as in torchtitan
 others          transformers' own names, perhaps under the attribute that held the model in a
                 LightningModule or a state (``model.``, ``net.``)
 ==============  ====================================================================================
@@ -107,7 +108,29 @@ TABLES = (
         ),
         interleaved=("q_proj.weight", "k_proj.weight"),
     ),
+    NameTable(
+        "Pico",
+        "embedding_proj.weight",
+        (
+            ("embedding_proj.weight", "model.embed_tokens.weight"),
+            ("output_norm.weight", "model.norm.weight"),
+            ("de_embedding_proj.weight", "lm_head.weight"),
+            *(
+                (f"layers.{{i}}.attention.{part}_proj.weight", f"{_ATTENTION}{part}_proj.weight")
+                for part in "qkvo"
+            ),
+            *(
+                (f"layers.{{i}}.swiglu.{own}.weight", f"{_MLP}{hf}.weight")
+                for own, hf in (("w_0", "gate_proj"), ("w_1", "up_proj"), ("w_2", "down_proj"))
+            ),
+            ("layers.{i}.attention_norm.weight", f"{_LAYER}input_layernorm.weight"),
+            ("layers.{i}.swiglu_norm.weight", f"{_LAYER}post_attention_layernorm.weight"),
+        ),
+        interleaved=("q_proj.weight", "k_proj.weight"),
+    ),
 )
+# The attribute that held the model: of a trainer, or of Pico's class for the Hub.
+_ATTRIBUTES = re.compile(r"^(model|pico_decoder)\.")
 # First parts of transformers' own names.
 _BODIES = ("model", "transformer", "gpt_neox", "lm_head", "embed_out")
 
@@ -123,7 +146,7 @@ def transformers_names(names: Iterable[str], origin: str) -> tuple[dict[str, str
         CheckpointError: a tensor is not in the table of its tool.
     """
     stored = list(names)
-    without = {name: name.removeprefix("model.") for name in stored}
+    without = {name: _ATTRIBUTES.sub("", name) for name in stored}
     table = next((table for table in TABLES if table.sign in without.values()), None)
     if table is None:
         return _without_attribute(stored), ()

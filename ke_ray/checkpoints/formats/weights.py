@@ -25,6 +25,7 @@ from ke_ray.checkpoints.formats.foreign import (
 )
 from ke_ray.checkpoints.formats.layout import Layout
 from ke_ray.checkpoints.formats.local import base_folder, local_layout
+from ke_ray.checkpoints.formats.pico import is_pico
 from ke_ray.checkpoints.formats.tool_names import transformers_names
 from ke_ray.errors import CheckpointError
 
@@ -126,11 +127,12 @@ class WeightFiles(Mapping[str, "torch.Tensor"]):
                 )
         self._source: dict[str, tuple[Any, str]] = {}
         plain, self._d_head = plain_names(stored), 0
-        if layout.format in ("nanochat", "lightning", "dcp"):
+        config = folder / layout.config
+        if layout.format in ("nanochat", "lightning", "dcp") or is_pico(config):
             origin = f"'{folder / layout.weights[0]}'"
             renamed, self._interleaved = transformers_names(plain.values(), origin)
             plain = {key: renamed[short] for key, short in plain.items()}
-            self._d_head = _head_width(folder / layout.config) if self._interleaved else 0
+            self._d_head = _head_width(config) if self._interleaved else 0
         for key, short in plain.items():
             if short in self._source:
                 raise CheckpointError(
@@ -291,9 +293,11 @@ def _ask_for(path: Path) -> str:
 
 
 def _head_width(config: Path) -> int:
-    """Width of an attention head in transformers' configuration of a Llama."""
+    """Width of an attention head in transformers' configuration of a Llama, or in Pico's."""
     try:
         values = json.loads(config.read_bytes())
+        if is_pico(config):
+            return int(values["d_model"] // values["attention_n_heads"])
         if values["model_type"] != "llama":
             raise ValueError(f"its model_type is {values['model_type']!r}")
         return int(values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"])
