@@ -2,12 +2,20 @@
 
     python benchmarks/decay.py map --output runs/decay [--seeds 3] [--dolma FOLDER] [--only NAME …]
     python benchmarks/decay.py table --output runs/decay
+    python benchmarks/decay.py learn --output runs/decay
 
-``map`` pretrains ``sweeps/demo_pretrain.yaml`` in each of :data:`SETTINGS` with each seed (data and
-weights) and scores every checkpoint on the same instances of its own training text; what is there
-already is skipped, so it may be stopped at any moment. ``table`` prints, for each setting, where the
-total has its highest value after the first dip, and the paired changes from there to the end, in all
-and by layer: means over seeds with 95 % Student intervals. EXPERIMENTS.md, section 6, has the results.
+``map`` pretrains ``sweeps/demo_pretrain.yaml`` in each of :data:`SETTINGS` with each seed (of data
+and weights) and scores every checkpoint on the same instances of its own training text; what is
+there already is skipped, so it may be stopped at any moment. ``table`` prints, for each setting,
+where the total has its highest value after the first dip, and the changes from there to the end, in
+all and by layer: means over seeds with 95 % Student intervals.
+
+``learn`` runs ``sweeps/demo_continual.yaml`` (twice as long, two seeds, perplexity on the pretraining
+text) from :data:`STAGES` of the demo's setting, from the ends of the three weight decays, whose
+series differ in knowledge entropy at one step and one text, and from the demo's end resuscitated in
+each of :data:`RESUSCITATED`; then it prints the means over seeds with their intervals, and the
+correlation of acquisition and forgetting with knowledge entropy, plain and with step and loss held
+fixed. Results: EXPERIMENTS.md, section 6.
 """
 
 from __future__ import annotations
@@ -18,6 +26,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from scipy.stats import t as student
@@ -25,10 +34,12 @@ from scipy.stats import t as student
 from ke_ray.config import load_study
 from ke_ray.data.corpus import build_corpus
 from ke_ray.data.tokenizer import load_tokenizer
+from ke_ray.engine.train.continual import run_continual_study
 from ke_ray.models.loading import load_model
 from ke_ray.models.scoring import score_model
 from ke_ray.shipped import study_path
 from ke_ray.storage import read_table
+from ke_ray.studies.continual import ContinualStudy
 from ke_ray.studies.training import PretrainStudy
 from ke_ray.training.pretrain import run_pretrain
 
@@ -48,6 +59,21 @@ SETTINGS: dict[str, list[str]] = {
     "25 people": ["data.biographies.num_people=25"],
     "400 people": ["data.biographies.num_people=400"],
     "real text": ["data.biographies=null"],
+}
+#: Settings from which learning starts, and the steps.
+STAGES = {
+    "demo": (80, 320, 640, 960, 1280, 1600),
+    "weight decay 0": (1600,),
+    "weight decay 0.5": (1600,),
+}
+#: Name to keys of ``resuscitation``.
+RESUSCITATED: dict[str, dict[str, Any]] = {
+    "factor 0.5": {"factor": 0.5},
+    "factor 1": {"factor": 1},
+    "factor 2": {"factor": 2},
+    "random rows, 2": {"factor": 2, "control": "random"},
+    "matched norm, 2": {"factor": 2, "control": "matched_norm"},
+    "attention temperature 2": {"factor": 2, "control": "attention_temperature"},
 }
 MEASURES = ("knowledge_entropy", "dormant_share")
 NUM_INSTANCES = 256
@@ -145,10 +171,97 @@ def table(output: Path) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
+def learn(folder: Path, name: str, steps: tuple[int, ...], resuscitation: Any = None) -> list[Any]:
+    """Rows of continual learning from steps of one series, run unless they are there."""
+    world, output = folder / "world", folder / "learn" / name.replace(" ", "_")
+    study = load_study(
+        study_path("demo_continual"),
+        ContinualStudy,
+        [
+            f"starts.spec={folder}/checkpoints",
+            f"starts.nearest={list(steps)}",
+            f"corpus.source={world}/other_documents.jsonl.gz",
+            "corpus.num_instances=640",
+            f"injection.paraphrase={world}/facts_paraphrase.json",
+            f"injection.once={world}/facts_once.json",
+            f"downstream.own_tasks.biographies={world}/questions.jsonl",
+            f"entropy.source={world}/documents.jsonl.gz",
+            f"held_out.source={world}/documents.jsonl.gz",
+            "held_out.num_instances=128",
+            "seeds=[0,1]",
+            f"resuscitation={json.dumps(resuscitation)}",
+            f"output={output}",
+            "mlflow.enabled=false",
+        ],
+    )
+    return list(run_continual_study(study).rows)
+
+
+def learning(output: Path) -> pd.DataFrame:
+    """One row per run from every series that is there."""
+    rows = []
+    for name, steps in STAGES.items():
+        for folder in sorted(output.glob(f"{name.replace(' ', '_')}-[0-9]*")):
+            if not (folder / "scores.json").exists():
+                continue
+            losses = {
+                row["step"]: row["loss"] for row in json.loads((folder / "scores.json").read_text())
+            }
+            runs = [(f"{name}, step {{step}}", row) for row in learn(folder, "stages", steps)]
+            if name == "demo":
+                for label, keys in RESUSCITATED.items():
+                    of = learn(folder, label, steps[-1:], {"ratio": 0.5, **keys})
+                    runs += [(f"demo, step {{step}}, {label}", row) for row in of]
+            rows += [
+                {
+                    "start": label.format(**row),
+                    "series": folder.name,
+                    "loss": losses[row["step"]],
+                    **row,
+                }
+                for label, row in runs
+            ]
+    return pd.DataFrame(rows)
+
+
+def partial(frame: pd.DataFrame, value: str, by: str, fixed: list[str]) -> float:
+    """Correlation of two columns after linear regression of both on others."""
+    others = np.column_stack([np.ones(len(frame)), *(frame[name] for name in fixed)])
+
+    def rest(name: str) -> np.ndarray:
+        column = frame[name].to_numpy(float)
+        return column - others @ np.linalg.lstsq(others, column, rcond=None)[0]
+
+    return float(np.corrcoef(rest(value), rest(by))[0, 1])
+
+
+def show_learning(runs: pd.DataFrame) -> None:
+    """Print means over series (each the mean of its seeds), and correlations over the stages."""
+    runs = runs.assign(
+        acquisition=100 * runs["acquisition"],
+        forgetting=100 * runs["forgetting"],
+        entropy=runs["knowledge_entropy_before_nats"],
+        perplexity_change=100 * (runs["perplexity_after"] / runs["perplexity_before"] - 1),
+    )
+    columns = ["acquisition", "forgetting", "perplexity_change", "entropy", "loss"]
+    by_series = runs.groupby(["start", "series"], sort=False)[columns].mean().reset_index()
+    table = by_series.groupby("start", sort=False)[columns].agg(lambda x: interval(list(x)))
+    print(table.to_markdown())
+    stages = by_series[by_series["start"].str.fullmatch(r"demo, step \d+")].copy()
+    stages["log_step"] = np.log(stages["start"].str.extract(r"(\d+)$")[0].astype(float))
+    for value in ("acquisition", "forgetting", "perplexity_change"):
+        plain, held = (
+            partial(stages, value, "entropy", fixed) for fixed in ([], ["log_step", "loss"])
+        )
+        print(
+            f"{value} with H over {len(stages)} stages: {plain:+.2f}; step, loss fixed: {held:+.2f}"
+        )
+
+
 def main() -> None:
     """Run or print the map."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["map", "table"])
+    parser.add_argument("what", choices=["map", "table", "learn"])
     parser.add_argument("--output", type=Path, default=Path("runs/decay"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--dolma", help="documents for 'real text'; without it, left out")
@@ -159,7 +272,10 @@ def main() -> None:
             for name in options.only or SETTINGS:
                 if name != "real text" or options.dolma:
                     run(name, seed, options.output, options.dolma)
-    print(table(options.output).to_markdown(index=False))
+    if options.what == "learn":
+        show_learning(learning(options.output))
+    else:
+        print(table(options.output).to_markdown(index=False))
 
 
 if __name__ == "__main__":

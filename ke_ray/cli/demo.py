@@ -68,6 +68,11 @@ def _demo(folder: str) -> int:
         phases.seconds["pretrain_start"] = round(time.monotonic() - started - outcome.duration_s, 2)
         phases.seconds["pretrain"] = round(outcome.duration_s, 2)
 
+    _look(
+        "how the loss falls; twelve checkpoints are kept on the way, the untrained model (step 0) "
+        "among them."
+    )
+
     _heading("2. Scan the knowledge entropy of all its checkpoints")
     scan_study = load_study(
         study_path("demo_scan"),
@@ -83,10 +88,10 @@ def _demo(folder: str) -> int:
     if scanned.num_done:
         phases.add("scan", scanned.phases_s, ("setup", "ray_start"))
     summary["scan"] = scan_summary(f"{folder}/scan")
-
+    _look(scan_story(summary["scan"]))
     storage.write_json(summary_path, summary)
 
-    _heading("3. Train an early, a middle and the last checkpoint further, with injected facts")
+    _heading("3. Train on from before, at and after the peak, with injected facts")
     inputs = [
         f"starts.spec={folder}/pretrain/checkpoints",
         f"corpus.source={world}/other_documents.jsonl.gz",
@@ -105,9 +110,10 @@ def _demo(folder: str) -> int:
         start = ("check", "ray_start", "worker_start")
         phases.add("continual", continued.phases_s, start)
     summary["continual"] = continual_summary(continued.rows)
+    _look(continual_story(summary["continual"]))
     storage.write_json(summary_path, summary)
 
-    _heading("4. Resuscitate inactive memories of the last checkpoint: a small sweep")
+    _heading("4. Resuscitate dormant memories of the last checkpoint: a small sweep")
     sweep_study = load_sweep(
         study_path("demo"),
         [
@@ -121,6 +127,10 @@ def _demo(folder: str) -> int:
     if len(swept.rows) > swept.num_skipped:
         phases.add("sweep", swept.phases_s, ("ray_start", "worker_start"))
     summary["sweep"] = sweep_summary(f"{folder}/sweep")
+    _look(
+        "each factor against 'none', the checkpoint as it is. In the paper factors of 1 and more help "
+        "a late checkpoint; where intervals overlap, four short trials cannot tell."
+    )
     storage.write_json(summary_path, summary)
 
     report = build_report([folder], storage.join(folder, "report.html"))
@@ -169,6 +179,48 @@ def continual_summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         "status",
     )
     return [{name: row.get(name) for name in columns} for row in rows]
+
+
+def scan_story(scan: list[dict[str, Any]]) -> str:
+    """What happened to knowledge entropy, from the summary of a scan."""
+    curve = [entry for entry in scan if entry["status"] == "ok"]
+    if len(curve) < 3:
+        return "the messages above: too few checkpoints were scored to see a curve."
+
+    def at(entry: dict[str, Any]) -> str:
+        return f"{entry['knowledge_entropy_nats']:.3f} nats at step {entry['step']:,}"
+
+    def value(entry: dict[str, Any]) -> float:
+        return float(entry["knowledge_entropy_nats"])
+
+    start, last = curve[0], curve[-1]
+    peak = max(curve[1:], key=value)
+    dip = min(curve[1 : curve.index(peak) + 1], key=value)
+    story = f"knowledge_entropy: {at(start)}, {at(dip)}, a peak of {at(peak)}, {at(last)}."
+    fall, error = value(peak) - value(last), max(peak["stderr_nats"], last["stderr_nats"])
+    if fall > 4 * error:
+        return f"{story} The fall after the peak is the decay that the paper describes."
+    return f"{story} No decay after a peak is to be seen in this series."
+
+
+def continual_story(rows: list[dict[str, Any]]) -> str:
+    """How acquisition and forgetting go with the starting step, beside what the paper found."""
+    runs = [row for row in rows if row["status"] == "ok"]
+
+    def path(name: str) -> str:
+        return " → ".join(f"{100 * row[name]:+.1f} %" for row in runs)
+
+    if not runs:
+        return "the messages above: no run has ended well."
+    return (
+        f"from start to start, acquisition (A) goes {path('acquisition')}, forgetting (F) "
+        f"{path('forgetting')}. In the paper, A falls and F rises as knowledge entropy falls; a "
+        "change counts where the intervals in the table are apart."
+    )
+
+
+def _look(text: str) -> None:
+    typer.echo(f"\nLook at {text}")
 
 
 def _heading(text: str) -> None:
