@@ -10,12 +10,12 @@ there already is skipped, so it may be stopped at any moment. ``table`` prints, 
 where the total has its highest value after the first dip, and the changes from there to the end, in
 all and by layer: means over seeds with 95 % Student intervals.
 
-``learn`` runs ``sweeps/demo_continual.yaml`` (twice as long, two seeds, perplexity on the pretraining
-text) from :data:`STAGES` of the demo's setting, from the ends of the three weight decays, whose
-series differ in knowledge entropy at one step and one text, and from the demo's end resuscitated in
-each of :data:`RESUSCITATED`; then it prints the means over seeds with their intervals, and the
-correlation of acquisition and forgetting with knowledge entropy, plain and with step and loss held
-fixed. Results: EXPERIMENTS.md, section 6.
+``learn`` runs ``sweeps/demo_continual.yaml`` (twice as long, two seeds, with perplexity on the
+pretraining text) from :data:`STAGES` of the demo's setting, from the ends of the three weight
+decays, whose series differ in knowledge entropy at one step and on one text, and from the demo's
+end resuscitated in each of :data:`RESUSCITATED`. It prints the means over seeds with their
+intervals, and the correlation of acquisition and forgetting with knowledge entropy over the stages,
+plain and with step and loss held fixed. Results: EXPERIMENTS.md, section 6.
 """
 
 from __future__ import annotations
@@ -189,6 +189,7 @@ def learn(folder: Path, name: str, steps: tuple[int, ...], resuscitation: Any = 
             f"held_out.source={world}/documents.jsonl.gz",
             "held_out.num_instances=128",
             "seeds=[0,1]",
+            "executor=inline",
             f"resuscitation={json.dumps(resuscitation)}",
             f"output={output}",
             "mlflow.enabled=false",
@@ -204,17 +205,16 @@ def learning(output: Path) -> pd.DataFrame:
         for folder in sorted(output.glob(f"{name.replace(' ', '_')}-[0-9]*")):
             if not (folder / "scores.json").exists():
                 continue
-            losses = {
-                row["step"]: row["loss"] for row in json.loads((folder / "scores.json").read_text())
-            }
-            runs = [(f"{name}, step {{step}}", row) for row in learn(folder, "stages", steps)]
+            scores = json.loads((folder / "scores.json").read_text())
+            losses = {row["step"]: row["loss"] for row in scores}
+            runs = [(name, row) for row in learn(folder, "stages", steps)]
             if name == "demo":
                 for label, keys in RESUSCITATED.items():
-                    of = learn(folder, label, steps[-1:], {"ratio": 0.5, **keys})
-                    runs += [(f"demo, step {{step}}, {label}", row) for row in of]
+                    resuscitated = learn(folder, label, steps[-1:], {"ratio": 0.5, **keys})
+                    runs += [(label, row) for row in resuscitated]
             rows += [
                 {
-                    "start": label.format(**row),
+                    "start": f"{label}, step {row['step']}",
                     "series": folder.name,
                     "loss": losses[row["step"]],
                     **row,
