@@ -38,14 +38,20 @@ def test_the_demo_runs_whole_and_then_skips_what_is_done(tmp_path):
     summary = json.loads((folder / "summary.json").read_text())
 
     scan = summary["scan"]
-    assert len(scan) >= 8
-    assert [entry["step"] for entry in scan] == sorted({entry["step"] for entry in scan})
-    ceiling = 4 * math.log(384)
-    assert all(0 < entry["knowledge_entropy_nats"] < ceiling for entry in scan)
+    steps = [entry["step"] for entry in scan]
+    assert (len(steps), steps[0], steps) == (12, 0, sorted(set(steps)))
+    ceiling = 2 * math.log(512)
+    values = [entry["knowledge_entropy_nats"] for entry in scan]
+    assert all(0 < value < ceiling for value in values)
+    # The demo's story: near the ceiling before training, a dip, a rise to a peak, and the decay.
+    peak = max(range(1, len(values)), key=values.__getitem__)
+    assert values[0] > values[peak] > values[1]
+    error = max(entry["stderr_nats"] for entry in (scan[peak], scan[-1]))
+    assert values[peak] - values[-1] > 20 * error
+    assert "The fall after the peak is the decay" in first.stdout
 
     continual = summary["continual"]
-    steps = [entry["step"] for entry in continual]
-    assert (len(steps), steps[-1]) == (3, scan[-1]["step"])
+    assert [entry["step"] for entry in continual] == [80, steps[peak], steps[-1]]
     for entry in continual:
         assert entry["acquisition_low"] <= entry["acquisition"] <= entry["acquisition_high"]
         assert entry["forgetting_low"] <= entry["forgetting"] <= entry["forgetting_high"]

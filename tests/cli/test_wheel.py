@@ -85,7 +85,7 @@ def test_shipped_studies_are_listed_and_copied(installed: Installed, tmp_path: P
 
 @pytest.mark.ray
 def test_studies_run_by_name_from_an_empty_folder(installed: Installed, tmp_path: Path) -> None:
-    small = ["--set", "num_steps=12", "--set", "checkpoints.number=2", "--no-mlflow"]
+    small = ["--set", "num_steps=12", "--set", "checkpoints.steps=[6,12]", "--no-mlflow"]
     installed.runs(tmp_path, "pretrain", "demo_pretrain", *small, "--output", "series")
     data = "data.biographies=series/world/documents.jsonl.gz"
     few = ["--set", data, "--set", "num_instances=16", "--set", "sequence_length=64"]
