@@ -213,9 +213,9 @@ def continual_story(rows: list[dict[str, Any]]) -> str:
     if not runs:
         return "the messages above: no run has ended well."
     return (
-        f"from start to start, acquisition (A) goes {path('acquisition')}, forgetting (F) "
+        f"acquisition and forgetting from start to start: A is {path('acquisition')}, F is "
         f"{path('forgetting')}. In the paper, A falls and F rises as knowledge entropy falls; a "
-        "change counts where the intervals in the table are apart."
+        "difference counts where the intervals in the table are apart."
     )
 
 
