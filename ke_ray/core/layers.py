@@ -80,7 +80,9 @@ class Layers:
         absent: dict[str, tuple[Absence, ...]] = {}
         if not all(d_mlp):
             missing = tuple(Absence.NONE if width else Absence.NO_FFN for width in d_mlp)
-            absent = dict.fromkeys(("coefficients", "coefficients_relu"), missing)
+            absent = dict.fromkeys(
+                ("coefficients", "coefficients_relu", "token_entropies"), missing
+            )
         if any(attention):
             absent["attention_entropy"] = tuple(attention)
         is_mixture = any(len(sizes) > 1 for sizes in experts)
@@ -105,8 +107,7 @@ class Layers:
 
     def per_layer(
         self,
-        table: str,
-        mean: Tensor,
+        means: Mapping[str, Tensor],
         values: Callable[..., Tensor],
         *arguments: float,
         by_expert: bool = False,
@@ -114,30 +115,38 @@ class Layers:
         """The values of a measure at every layer, each from the layer's own columns.
 
         Args:
-            mean: of the table over instances, [n_layers, widest d_mlp] or [n_layers]; a table
-                without layers is passed on as it is.
-            values: the measure, called as ``values(rows, *arguments)``; from [k, …] to [k].
+            means: by table, its mean over instances, [n_layers, widest d_mlp] or [n_layers];
+                tables without layers are passed on as they are.
+            values: the measure, called as ``values(*rows, *arguments)`` with the rows of each
+                table; from [k, …] to [k].
             by_expert: whether it takes, last, the sizes of the experts of these k layers.
 
         Returns:
             [n_layers]; NaN where a layer has no value.
         """
-        absent = [bool(self.absence(table, layer)) for layer in range(len(self.d_mlp))]
-        has_columns = mean.ndim == 2
-        if mean.ndim == 0 or (not has_columns and not any(absent)):
-            return values(mean, *arguments)
+        tables = list(means.values())
+        absent = [
+            any(self.absence(table, layer) for table in means) for layer in range(len(self.d_mlp))
+        ]
+        has_columns = any(mean.ndim == 2 for mean in tables)
+        if tables[0].ndim == 0 or (not has_columns and not any(absent)):
+            return values(*tables, *arguments)
         shapes: Sequence[tuple[int, ...]] = self.expert_sizes
         if not by_expert:
             shapes = [(width if has_columns else 1,) for width in self.d_mlp]
         if not any(absent) and len(set(shapes)) == 1:
-            return values(mean, *arguments, *([shapes[0]] if by_expert else []))
-        result = torch.full((len(absent),), torch.nan, dtype=torch.float64, device=mean.device)
+            return values(*tables, *arguments, *([shapes[0]] if by_expert else []))
+        device = tables[0].device
+        result = torch.full((len(absent),), torch.nan, dtype=torch.float64, device=device)
         for shape in set(shapes):
             chosen = [i for i, own in enumerate(shapes) if own == shape and not absent[i]]
             if chosen:
-                rows = mean[chosen, : sum(shape)] if has_columns else mean[chosen]
+                rows = [
+                    mean[chosen, : sum(shape)] if mean.ndim == 2 else mean[chosen]
+                    for mean in tables
+                ]
                 experts = [shape] if by_expert else []
-                result[chosen] = values(rows, *arguments, *experts).double()
+                result[chosen] = values(*rows, *arguments, *experts).double()
         return result
 
     def to_tensors(self) -> dict[str, Tensor]:

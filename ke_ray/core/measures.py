@@ -46,8 +46,8 @@ class Measure:
         title: for people, in figures and tables.
         doc: what the value of a layer is, in one line.
         unit: of the values.
-        needs: the table of `GroupSums` that it is computed from.
-        values: from the mean of that table over instances, float64 [n_layers, …], to the values
+        needs: the table of `GroupSums` that it is computed from, or several.
+        values: from the mean of each table over instances, float64 [n_layers, …], to the values
             [n_layers]; [] to [] where the table has no layers.
         total: over layers, the sum or the mean; 'only' where the table has no layers.
         parameter: the argument of `evaluate` that `values` takes beside the mean.
@@ -61,13 +61,18 @@ class Measure:
     title: str
     doc: str
     unit: Literal["nats", "memories", "fraction"]
-    needs: str
+    needs: str | tuple[str, ...]
     values: Callable[..., Tensor]
     total: Literal["sum", "mean", "only"]
     parameter: Literal["top_k_fraction", "dormant_threshold"] | None = None
     is_smooth: bool = True
     is_default: bool = True
     by_expert: bool = False
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """The tables that it needs, in the order in which `values` takes them."""
+        return (self.needs,) if isinstance(self.needs, str) else self.needs
 
 
 def _core(module: str, function: str) -> Callable[..., Tensor]:
@@ -103,6 +108,28 @@ MEASURES: dict[str, Measure] = {
             unit="nats",
             needs="coefficients_relu",
             values=_core("entropy", "entropy_nats"),
+            total="sum",
+            is_default=False,
+        ),
+        Measure(
+            name="token_entropy",
+            title="Entropy of single tokens",
+            doc="Σ_t w_t H(p_t): entropy of one token's coefficients, tokens weighted by their "
+            "share of ΣC̄ˡ",
+            unit="nats",
+            needs=("token_entropies", "coefficients"),
+            values=_core("token_entropy", "token_entropy"),
+            total="sum",
+            is_default=False,
+        ),
+        Measure(
+            name="memory_information",
+            title="Information between token and memory",
+            doc="I(token; memory) = `knowledge_entropy` − `token_entropy`: how far tokens draw on "
+            "different memories",
+            unit="nats",
+            needs=("token_entropies", "coefficients"),
+            values=_core("token_entropy", "memory_information"),
             total="sum",
             is_default=False,
         ),
@@ -314,7 +341,8 @@ def required_sums(names: str | Sequence[str]) -> tuple[str, ...]:
     Raises:
         UserError: as `check_measures`.
     """
-    return tuple(dict.fromkeys(MEASURES[name].needs for name in check_measures(names)))
+    chosen = check_measures(names)
+    return tuple(dict.fromkeys(table for name in chosen for table in MEASURES[name].tables))
 
 
 def evaluate(
@@ -345,16 +373,21 @@ def evaluate(
         raise ValueError(f"measures {list(requested)} need the sums {missing}, which were not kept")
     parameters = _checked_parameters(top_k_fraction, dormant_threshold)
     columns: dict[str, list[npt.NDArray[np.float64]]] = {name: [] for name in requested}
-    for table in required_sums(requested):
-        measures_of_table = [MEASURES[name] for name in requested if MEASURES[name].needs == table]
-        means = itertools.chain([sums.mean(table)], sums.leave_one_out(table))
-        for number, mean in enumerate(means):
-            for measure in measures_of_table:
+    for tables in dict.fromkeys(MEASURES[name].tables for name in requested):
+        measures_of_tables = [
+            MEASURES[name] for name in requested if MEASURES[name].tables == tables
+        ]
+        series_of = [itertools.chain([sums.mean(t)], sums.leave_one_out(t)) for t in tables]
+        for number, means in enumerate(zip(*series_of, strict=True)):
+            for measure in measures_of_tables:
                 if number > 0 and not measure.is_smooth:
                     continue
                 arguments = [parameters[measure.parameter]] if measure.parameter else []
                 values = sums.layers.per_layer(
-                    table, mean, measure.values, *arguments, by_expert=measure.by_expert
+                    dict(zip(tables, means, strict=True)),
+                    measure.values,
+                    *arguments,
+                    by_expert=measure.by_expert,
                 )
                 columns[measure.name].append(values.cpu().numpy())
     counts = sums.counts.numpy().copy()
@@ -364,7 +397,7 @@ def evaluate(
         measure = MEASURES[name]
         series = np.stack(columns[name], axis=-1)  # [n_layers, 1 + G], or [1 + G] without layers
         for layer, (value, *left_out) in _series(series, measure, sums.layers):
-            absence = sums.layers.absence(measure.needs, layer)
+            absence = sums.layers.absence(measure.tables[0], layer)
             error = np.nan
             if measure.is_smooth and not absence:
                 error = float(standard_error(value, left_out, counts))
@@ -383,7 +416,7 @@ def _series(
         yield None, values
         return
     yield from enumerate(values)
-    present = [i for i in range(len(values)) if not layers.absence(measure.needs, i)]
+    present = [i for i in range(len(values)) if not layers.absence(measure.tables[0], i)]
     if not present:
         yield None, np.full(values.shape[1], np.nan)
     elif measure.total == "sum":

@@ -15,6 +15,7 @@ from the merged sums. Sums and counts are kept apart and divided once, at the en
     table               shape               sum over instances of the token mean of
     coefficients        [G, n_layers, d_mlp]  |C|
     coefficients_relu   [G, n_layers, d_mlp]  |ReLU variant of C|
+    token_entropies     [G, n_layers]         mass Σ|C| of a token times its entropy (nats · mass)
     attention_entropy   [G, n_layers]         attention entropy averaged over heads (nats)
     next_token_entropy  [G]                   entropy of softmax(logits) (nats)
     expert_load         [G, n_layers, n_experts]  1 where the token is routed to the expert
@@ -40,6 +41,7 @@ from ke_ray.core.layers import Layers
 TABLES: dict[str, tuple[str, ...]] = {
     "coefficients": ("n_layers", "d_mlp"),
     "coefficients_relu": ("n_layers", "d_mlp"),
+    "token_entropies": ("n_layers",),
     "attention_entropy": ("n_layers",),
     "next_token_entropy": (),
     "expert_load": ("n_layers", "n_experts"),

@@ -3,6 +3,7 @@
     coefficients        input of the FFN's second projection, C                  [batch, pos, d_mlp]
     coefficients_relu   |ReLU(gate) · up|; ReLU(up) of an ungated FFN (A.2 of arXiv 2410.01380):
                         from the outputs of the gate and up projections, which are only looked at
+    token_entropies     of the same coefficients, token by token (``core.token_entropy``)
     attention_entropy   from the queries and keys of each layer (``models.attention``)
     next_token_entropy  from the final hidden states, through the LM head in chunks of tokens
     expert_load         of a mixture of experts, with its coefficients (``models.experts``)
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from ke_ray.core.coefficients import TokenMean, accumulation_dtype
 from ke_ray.core.prediction import streamed_entropy
+from ke_ray.core.token_entropy import TokenEntropies
 from ke_ray.errors import UnsupportedArchitectureError
 from ke_ray.models.architectures import check_config
 from ke_ray.models.attention import measure_attention
@@ -44,8 +46,10 @@ class Capture:
         self.model = model
         self.layouts = layouts
         self.device = device
+        self.names = frozenset(names)
         self.coefficients = "coefficients" in names
         self.relu = "coefficients_relu" in names
+        self.of_tokens = "token_entropies" in names  # with the coefficients, in one hook
         self.attention = "attention_entropy" in names
         self.prediction = "next_token_entropy" in names
         self.head = _language_head(model) if self.prediction else None
@@ -72,6 +76,7 @@ class Capture:
         self.gate_pair: dict[str, Tensor] = {}
         self.shared_weight: Tensor | None = None  # [batch, pos, 1]; None: one
         self.mean = TokenMean()
+        self.tokens: tuple[int, TokenEntropies] | None = None  # of the layer under way
         self.stack = ExitStack()
 
     def __enter__(self) -> Capture:
@@ -105,7 +110,7 @@ class Capture:
         n_layers, d_mlp = len(self.layouts), max(self.layers.d_mlp)
         dtype = accumulation_dtype(next(self.body.parameters()).dtype)
         shape = (len(lengths), n_layers)
-        self.values = {}
+        self.values, self.tokens = {}, None
         self.unseen = set(self.expected)
         for name, is_requested in (
             ("coefficients", self.coefficients),
@@ -113,10 +118,8 @@ class Capture:
         ):
             if is_requested:
                 self.values[name] = torch.zeros((*shape, d_mlp), dtype=dtype, device=self.device)
-        if self.attention:
-            self.values["attention_entropy"] = torch.zeros(
-                shape, dtype=torch.float64, device=self.device
-            )
+        for name in {"token_entropies", "attention_entropy"}.intersection(self.names):
+            self.values[name] = torch.zeros(shape, dtype=torch.float64, device=self.device)
         if self.load:
             self.values["expert_load"] = self._load_of_unrouted(shape)
         if not self.unseen and not self.prediction:
@@ -158,7 +161,13 @@ class Capture:
 
     def _hook_input(self, layer: int, projection: nn.Module) -> None:
         def before(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            rows = self._instances(self._weighted(layer, inputs[0]))
+            weighted = self._weighted(layer, inputs[0])
+            if self.of_tokens:
+                tokens = self._tokens(layer)
+                for n, (own,) in self._instances(weighted):
+                    tokens.add(slice(n * self.width, n * self.width + len(own)), own)
+                self._add_tokens(layer)
+            rows = self._instances(weighted)
             self._add("coefficients", layer, ((n, self.mean.magnitude(own)) for n, (own,) in rows))
 
         self._keep(projection.register_forward_pre_hook(before))
@@ -231,6 +240,8 @@ class Capture:
         if self.coefficients:
             target = self.values["coefficients"][:, layer, memories]
             target.copy_(share.to(target.dtype) @ rows.coefficients.to(target.dtype).abs())
+        if self.of_tokens:
+            self._tokens(layer).add(rows.tokens, rows.coefficients, rows.weights)
         if self.relu:
             gate, up = experts.gate_and_up(rows.gate_up)
             target = self.values["coefficients_relu"][:, layer, memories]
@@ -239,9 +250,23 @@ class Capture:
 
     def seen_experts(self, layer: int) -> None:
         """All routed experts of the layer have been added."""
+        if self.of_tokens:
+            self._add_tokens(layer)
         for name in ("coefficients", "coefficients_relu"):
             if name in self.values:
                 self._seen(f"{name} of experts", layer)
+
+    def _tokens(self, layer: int) -> TokenEntropies:
+        """The entropies of the layer's tokens, which its routed and shared experts add to."""
+        if self.tokens is None or self.tokens[0] != layer:
+            size = len(self.lengths) * self.width
+            self.tokens = (layer, TokenEntropies(size, self.device))
+        return self.tokens[1]
+
+    def _add_tokens(self, layer: int) -> None:
+        """Routed and shared experts come in either order: whichever is last has them all."""
+        per_token = self._tokens(layer).weighted().view(len(self.lengths), self.width)
+        self.values["token_entropies"][:, layer] = self._token_mean(per_token)
 
     def _load_of_unrouted(self, shape: tuple[int, int]) -> Tensor:
         """[batch, n_layers, n_experts]: 1 for dense layers and shared experts, 0 for the others."""

@@ -37,6 +37,7 @@ def _values(seed: int = 0) -> dict[str, torch.Tensor]:
     shapes = {
         "coefficients": (N_LAYERS, D_MLP),
         "coefficients_relu": (N_LAYERS, D_MLP),
+        "token_entropies": (N_LAYERS,),
         "attention_entropy": (N_LAYERS,),
         "next_token_entropy": (),
         "expert_load": (N_LAYERS, len(EXPERTS)),
@@ -64,10 +65,14 @@ def _sums(
 
 def _direct(measure: str, values: dict[str, torch.Tensor]) -> np.ndarray:
     """Per-layer values, or the only value, of a measure straight from the instances' values."""
-    mean = values[MEASURES[measure].needs].mean(dim=0)
+    means = [values[table].mean(dim=0) for table in MEASURES[measure].tables]
     functions = {
         "knowledge_entropy": entropy.entropy_nats,
         "knowledge_entropy_relu": entropy.entropy_nats,
+        "token_entropy": lambda weighted, x: weighted / x.sum(dim=-1),
+        "memory_information": lambda weighted, x: (
+            entropy.entropy_nats(x) - weighted / x.sum(dim=-1)
+        ),
         "attention_entropy": lambda x: x,
         "next_token_entropy": lambda x: x,
         "effective_memories": lambda x: entropy.entropy_nats(x).exp(),
@@ -78,7 +83,7 @@ def _direct(measure: str, values: dict[str, torch.Tensor]) -> np.ndarray:
         "routing_entropy": lambda x: _split_entropy(x)[0],
         "within_expert_entropy": lambda x: _split_entropy(x)[1],
     }
-    return np.asarray(functions[measure](mean).numpy())
+    return np.asarray(functions[measure](*means).numpy())
 
 
 def _split_entropy(mean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -99,6 +104,8 @@ def _total(measure: str, per_layer: np.ndarray) -> float:
     in_sum = {
         "knowledge_entropy",
         "knowledge_entropy_relu",
+        "token_entropy",
+        "memory_information",
         "attention_entropy",
         "effective_memories",
         "routing_entropy",
@@ -115,6 +122,8 @@ def test_names_and_units_are_the_published_ones() -> None:
     assert {name: measure.unit for name, measure in MEASURES.items()} == {
         "knowledge_entropy": "nats",
         "knowledge_entropy_relu": "nats",
+        "token_entropy": "nats",
+        "memory_information": "nats",
         "attention_entropy": "nats",
         "next_token_entropy": "nats",
         "effective_memories": "memories",
@@ -127,9 +136,12 @@ def test_names_and_units_are_the_published_ones() -> None:
     }
 
 
-def test_all_but_the_relu_variant_and_those_of_experts_are_measured_by_default() -> None:
-    others = {"knowledge_entropy_relu", "routing_entropy", "within_expert_entropy"}
-    assert set(MEASURES) - set(DEFAULT_MEASURES) == others
+def test_what_a_scan_measures_by_default_is_what_it_always_measured() -> None:
+    expected = (
+        *("knowledge_entropy", "attention_entropy", "next_token_entropy", "effective_memories"),
+        *("participation_ratio", "gini", "top_k_mass", "dormant_share"),
+    )
+    assert expected == DEFAULT_MEASURES
 
 
 @pytest.fixture

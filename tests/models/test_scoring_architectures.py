@@ -27,6 +27,8 @@ MEASURES = (
     "knowledge_entropy",
     "knowledge_entropy_relu",
     "attention_entropy",
+    "token_entropy",
+    "memory_information",
     "next_token_entropy",
 )
 
@@ -159,6 +161,7 @@ def brute_force(model_type: str, model: Any, rows: list[list[int]]) -> dict[str,
     mean_relu: list[Any] = [0.0] * n_layers
     attending = with_attention(model, n_layers)
     attention = [0.0 if layer in attending else None for layer in range(n_layers)]
+    of_tokens: list[list[tuple[float, torch.Tensor]]] = [[] for _ in blocks]
     prediction = 0.0
     for row in rows:
         seen: list[torch.Tensor] = []
@@ -179,6 +182,7 @@ def brute_force(model_type: str, model: Any, rows: list[list[int]]) -> dict[str,
                 c, variant = inside(model_type, blocks[layer], x)
                 mean_c[layer] += c.detach().abs() * share
                 mean_relu[layer] += variant.detach().abs() * share
+                of_tokens[layer].append((share, c.detach().abs()))
         for layer, given in zip(attending, out.attentions if attending else (), strict=True):
             probabilities = given[0].double()  # [heads, T, T]
             heads = probabilities.shape[0]
@@ -190,6 +194,8 @@ def brute_force(model_type: str, model: Any, rows: list[list[int]]) -> dict[str,
         "knowledge_entropy": [of_shares(c) for c in mean_c],
         "knowledge_entropy_relu": [of_shares(c) for c in mean_relu],
         "attention_entropy": attention,
+        "token_entropy": [split_by_token(tokens)[0] for tokens in of_tokens],
+        "memory_information": [split_by_token(tokens)[1] for tokens in of_tokens],
         "next_token_entropy": [prediction],
         "d_mlp": [0 if block is None else len(c) for block, c in zip(blocks, mean_c, strict=True)],
     }
@@ -197,6 +203,26 @@ def brute_force(model_type: str, model: Any, rows: list[list[int]]) -> dict[str,
 
 def of_shares(c: Any) -> float | None:
     return entropy(c / c.sum()) if isinstance(c, torch.Tensor) else None
+
+
+def split_by_token(
+    tokens: list[tuple[float, torch.Tensor]],
+) -> tuple[float, float] | tuple[None, None]:
+    """Σ w H(p) and Σ w KL(p ‖ q), of (weight in Eq. 2, |C|) of every token; q their mixture."""
+    if not tokens:
+        return None, None
+    total = sum(share * float(c.sum()) for share, c in tokens)
+    w = [share * float(c.sum()) / total for share, c in tokens]
+    p = [c / c.sum() if float(c.sum()) else c for _, c in tokens]
+    q = sum(weight * own for weight, own in zip(w, p, strict=True))
+    divergence = [
+        sum(a * math.log(a / b) for a, b in zip(own.tolist(), q.tolist(), strict=True) if a > 0)
+        for own in p
+    ]
+    return (
+        sum(weight * entropy(own) for weight, own in zip(w, p, strict=True)),
+        sum(weight * d for weight, d in zip(w, divergence, strict=True)),
+    )
 
 
 FALCON_7B = {"new_decoder_architecture": False, "num_kv_heads": None, "multi_query": True}
