@@ -45,7 +45,7 @@ class Measure:
         name: in study files and in `entropy.parquet`.
         title: for people, in figures and tables.
         doc: what the value of a layer is, in one line.
-        unit: of the values.
+        unit: of the values, such as nats, memories or fraction.
         needs: the table of `GroupSums` that it is computed from, or several.
         values: from the mean of each table over instances, float64 [n_layers, …], to the values
             [n_layers]; [] to [] where the table has no layers.
@@ -55,12 +55,13 @@ class Measure:
         is_default: whether a scan evaluates it where its study names no measures.
         by_expert: whether `values` takes, last, the memories of each expert of these layers
             (`core.experts`). A scan of a mixture of experts evaluates such a measure by default.
+        direction: which values are better, where that can be said.
     """
 
     name: str
     title: str
     doc: str
-    unit: Literal["nats", "memories", "fraction"]
+    unit: str
     needs: str | tuple[str, ...]
     values: Callable[..., Tensor]
     total: Literal["sum", "mean", "only"]
@@ -68,6 +69,7 @@ class Measure:
     is_smooth: bool = True
     is_default: bool = True
     by_expert: bool = False
+    direction: Literal["minimize", "maximize"] | None = None
 
     @property
     def tables(self) -> tuple[str, ...]:
@@ -150,6 +152,28 @@ MEASURES: dict[str, Measure] = {
             needs="next_token_entropy",
             values=_unchanged,
             total="only",
+        ),
+        Measure(
+            name="loss",
+            title="Loss",
+            doc="−ln p of the token that follows, mean over all predicted tokens of D",
+            unit="nats",
+            needs=("token_nats", "predictions"),
+            values=_core("prediction", "loss"),
+            total="only",
+            is_default=False,
+            direction="minimize",
+        ),
+        Measure(
+            name="perplexity",
+            title="Perplexity",
+            doc="exp(`loss`)",
+            unit="tokens",
+            needs=("token_nats", "predictions"),
+            values=_core("prediction", "perplexity"),
+            total="only",
+            is_default=False,
+            direction="minimize",
         ),
         Measure(
             name="effective_memories",
@@ -343,6 +367,17 @@ def required_sums(names: str | Sequence[str]) -> tuple[str, ...]:
     """
     chosen = check_measures(names)
     return tuple(dict.fromkeys(table for name in chosen for table in MEASURES[name].tables))
+
+
+def needing_head(names: str | Sequence[str]) -> tuple[str, ...]:
+    """Those of these measures that a model without language-model head cannot have.
+
+    Raises:
+        UserError: as `check_measures`.
+    """
+    from ke_ray.core.statistics import OF_LOGITS
+
+    return tuple(n for n in check_measures(names) if set(MEASURES[n].tables) & set(OF_LOGITS))
 
 
 def evaluate(

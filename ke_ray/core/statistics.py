@@ -18,6 +18,8 @@ from the merged sums. Sums and counts are kept apart and divided once, at the en
     token_entropies     [G, n_layers]         mass Σ|C| of a token times its entropy (nats · mass)
     attention_entropy   [G, n_layers]         attention entropy averaged over heads (nats)
     next_token_entropy  [G]                   entropy of softmax(logits) (nats)
+    token_nats          [G]                   −ln p of the tokens that follow, summed over tokens
+    predictions         [G]                   their number, T_n − 1
     expert_load         [G, n_layers, n_experts]  1 where the token is routed to the expert
 
 What lies beyond a layer's own memories, and a layer without a value, is NaN (`core.layers`).
@@ -38,12 +40,17 @@ from torch import Tensor
 from ke_ray.core.jackknife import group_sizes
 from ke_ray.core.layers import Layers
 
+#: Tables that are computed from logits, for which a model needs its language-model head.
+OF_LOGITS = ("next_token_entropy", "token_nats")
+
 TABLES: dict[str, tuple[str, ...]] = {
     "coefficients": ("n_layers", "d_mlp"),
     "coefficients_relu": ("n_layers", "d_mlp"),
     "token_entropies": ("n_layers",),
     "attention_entropy": ("n_layers",),
     "next_token_entropy": (),
+    "token_nats": (),
+    "predictions": (),
     "expert_load": ("n_layers", "n_experts"),
 }
 

@@ -5,7 +5,9 @@
                         from the outputs of the gate and up projections, which are only looked at
     token_entropies     of the same coefficients, token by token (``core.token_entropy``)
     attention_entropy   from the queries and keys of each layer (``models.attention``)
-    next_token_entropy  from the final hidden states, through the LM head in chunks of tokens
+    next_token_entropy, token_nats
+                        from the final hidden states, through the LM head in chunks of tokens
+    predictions         from the lengths alone
     expert_load         of a mixture of experts, with its coefficients (``models.experts``)
 
 Nothing is kept but one mean per instance and layer. When the last layer has run as far as the
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 
 from ke_ray.core.coefficients import TokenMean, accumulation_dtype
 from ke_ray.core.prediction import streamed_entropy
+from ke_ray.core.statistics import OF_LOGITS
 from ke_ray.core.token_entropy import TokenEntropies
 from ke_ray.errors import UnsupportedArchitectureError
 from ke_ray.models.architectures import check_config
@@ -51,8 +54,8 @@ class Capture:
         self.relu = "coefficients_relu" in names
         self.of_tokens = "token_entropies" in names  # with the coefficients, in one hook
         self.attention = "attention_entropy" in names
-        self.prediction = "next_token_entropy" in names
-        self.head = _language_head(model) if self.prediction else None
+        self.prediction = bool(self.names.intersection(OF_LOGITS))
+        self.head = _language_head(model, names) if self.prediction else None
         self.load = "expert_load" in names
         self.lengths: list[int] = []
         self.width = 0  # positions of the batch
@@ -137,7 +140,7 @@ class Capture:
                 "rows: returns_attention)."
             )
         if self.head is not None:
-            self.values["next_token_entropy"] = self._predict(hidden)
+            self._predict(hidden, batch)
         return self.values
 
     def _seen(self, name: str, layer: int) -> None:
@@ -294,18 +297,31 @@ class Capture:
         self.values["attention_entropy"][:, layer] = self._token_mean(per_token)
         self._seen("attention_entropy", layer)
 
-    def _predict(self, hidden: Tensor) -> Tensor:
+    def _predict(self, hidden: Tensor, batch: Tensor) -> None:
         assert self.head is not None
         real = torch.cat([hidden[n, :length] for n, length in enumerate(self.lengths)])
-        entropy = streamed_entropy(real, self.head, self.model.config.vocab_size)
-        return torch.stack([part.mean() for part in entropy.split(self.lengths)])
+        vocabulary = self.model.config.vocab_size
+        if "token_nats" not in self.names:
+            entropy = streamed_entropy(real, self.head, vocabulary)
+        else:
+            following = batch.roll(-1, dims=1)  # behind the last real token stands any valid id
+            targets = [following[n, :length] for n, length in enumerate(self.lengths)]
+            entropy, nats = streamed_entropy(real, self.head, vocabulary, torch.cat(targets))
+            losses = [own[:-1].sum() for own in nats.split(self.lengths)]
+            self.values["token_nats"] = torch.stack(losses)
+            counts = torch.tensor(self.lengths, dtype=torch.float64, device=self.device)
+            self.values["predictions"] = counts - 1
+        if "next_token_entropy" in self.names:
+            means = [own.mean() for own in entropy.split(self.lengths)]
+            self.values["next_token_entropy"] = torch.stack(means)
 
     def _token_mean(self, per_token: Tensor) -> Tensor:
         return torch.stack([per_token[n, :length].mean() for n, length in enumerate(self.lengths)])
 
 
-def _language_head(model: Any) -> Callable[[Tensor], Tensor]:
-    projection = require_head(model, "next_token_entropy")
+def _language_head(model: Any, names: Collection[str]) -> Callable[[Tensor], Tensor]:
+    purpose = "loss" if "token_nats" in names else "next_token_entropy"
+    projection = require_head(model, purpose)
     entry = check_config(model.config)
     scale = float(getattr(model.config, entry.logit_multiplier)) if entry.logit_multiplier else 1.0
     if entry.logit_divisor:
@@ -336,5 +352,5 @@ def _check_head(model: Any, head: Callable[[Tensor], Tensor]) -> None:
         raise UnsupportedArchitectureError(
             f"the logits of {type(model).__name__} are not its head applied to its final hidden "
             "states. Name the keys of its configuration that scale them in the description "
-            "(logit_multiplier, logit_divisor), or leave next_token_entropy out of the measures."
+            "(logit_multiplier, logit_divisor), or leave out next_token_entropy, loss and perplexity."
         )

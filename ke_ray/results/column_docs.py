@@ -39,6 +39,8 @@ def measures_markdown() -> str:
             for part in (
                 measure.doc.replace("|", "\\|"),
                 "" if measure.is_smooth else "no error",
+                "lower is better" if measure.direction == "minimize" else "",
+                "higher is better" if measure.direction == "maximize" else "",
                 "" if measure.is_default else "not measured by default",
             )
             if part

@@ -16,7 +16,7 @@ from ke_ray.core.statistics import GroupSums
 WIDTHS = (5, 0, 8)
 ATTENTION = (Absence.NONE, Absence.NO_ATTENTION, Absence.ALIBI)
 N = 6
-NAMES = [name for name in MEASURES if name != "next_token_entropy"]
+NAMES = [name for name, measure in MEASURES.items() if measure.total != "only"]
 
 
 @pytest.fixture

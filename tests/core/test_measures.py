@@ -40,6 +40,8 @@ def _values(seed: int = 0) -> dict[str, torch.Tensor]:
         "token_entropies": (N_LAYERS,),
         "attention_entropy": (N_LAYERS,),
         "next_token_entropy": (),
+        "token_nats": (),
+        "predictions": (),
         "expert_load": (N_LAYERS, len(EXPERTS)),
     }
     return {
@@ -75,6 +77,8 @@ def _direct(measure: str, values: dict[str, torch.Tensor]) -> np.ndarray:
         ),
         "attention_entropy": lambda x: x,
         "next_token_entropy": lambda x: x,
+        "loss": lambda nats, count: nats / count,
+        "perplexity": lambda nats, count: (nats / count).exp(),
         "effective_memories": lambda x: entropy.entropy_nats(x).exp(),
         "participation_ratio": concentration.participation_ratio,
         "gini": concentration.gini,
@@ -99,7 +103,7 @@ def _split_entropy(mean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _total(measure: str, per_layer: np.ndarray) -> float:
-    if measure == "next_token_entropy":
+    if MEASURES[measure].total == "only":
         return float(per_layer)
     in_sum = {
         "knowledge_entropy",
@@ -126,6 +130,8 @@ def test_names_and_units_are_the_published_ones() -> None:
         "memory_information": "nats",
         "attention_entropy": "nats",
         "next_token_entropy": "nats",
+        "loss": "nats",
+        "perplexity": "tokens",
         "effective_memories": "memories",
         "participation_ratio": "fraction",
         "gini": "fraction",
