@@ -8,6 +8,7 @@
     next_token_entropy, token_nats
                         from the final hidden states, through the LM head in chunks of tokens
     predictions         from the lengths alone
+    a measure's own     from the rows of one instance, at one of two taps (``core.sums``)
     expert_load         of a mixture of experts, with its coefficients (``models.experts``)
 
 Nothing is kept but one mean per instance and layer. When the last layer has run as far as the
@@ -25,9 +26,9 @@ from torch import Tensor, nn
 
 from ke_ray.core.coefficients import TokenMean, accumulation_dtype
 from ke_ray.core.prediction import streamed_entropy
-from ke_ray.core.statistics import OF_LOGITS
+from ke_ray.core.sums import OF_LOGITS, SUMS, Sum
 from ke_ray.core.token_entropy import TokenEntropies
-from ke_ray.errors import UnsupportedArchitectureError
+from ke_ray.errors import UnsupportedArchitectureError, UserError
 from ke_ray.models.architectures import check_config
 from ke_ray.models.attention import measure_attention
 from ke_ray.models.experts import RoutedRows, measure_experts
@@ -57,14 +58,18 @@ class Capture:
         self.prediction = bool(self.names.intersection(OF_LOGITS))
         self.head = _language_head(model, names) if self.prediction else None
         self.load = "expert_load" in names
+        own = [SUMS[name] for name in SUMS if name in names]
+        self.of_rows = [each for each in own if each.tap == "coefficients"]
+        self.of_hidden = [each for each in own if each.tap == "hidden"]
+        self.needs_body = self.prediction or bool(self.of_hidden)
         self.lengths: list[int] = []
         self.width = 0  # positions of the batch
         self.values: dict[str, Tensor] = {}
         self.layers = layers_of(layouts)
+        by_layer = {"coefficients", "coefficients_relu", "attention_entropy"}
         self.expected = {
             (name, layer)
-            for name in ("coefficients", "coefficients_relu", "attention_entropy")
-            if name in names
+            for name in by_layer.intersection(names).union(each.name for each in self.of_rows)
             for layer in range(len(layouts))
             if not self.layers.absence(name, layer)
         }
@@ -89,7 +94,7 @@ class Capture:
                     continue
                 if layout.experts is not None and layout.experts.shared_gate is not None:
                     self._hook_shared_gate(layout.experts.block, layout.experts.shared_gate)
-                if self.coefficients:
+                if self.coefficients or (self.of_rows and layout.experts is None):
                     self._hook_input(layer, layout.second_projection)
                 if self.relu:
                     self._hook_relu(layer, layout)
@@ -123,9 +128,14 @@ class Capture:
                 self.values[name] = torch.zeros((*shape, d_mlp), dtype=dtype, device=self.device)
         for name in {"token_entropies", "attention_entropy"}.intersection(self.names):
             self.values[name] = torch.zeros(shape, dtype=torch.float64, device=self.device)
+        for own in self.of_rows:
+            widest = (d_mlp,) * len(own.axes)
+            self.values[own.name] = torch.zeros(
+                (*shape, *widest), dtype=torch.float64, device=self.device
+            )
         if self.load:
             self.values["expert_load"] = self._load_of_unrouted(shape)
-        if not self.unseen and not self.prediction:
+        if not self.unseen and not self.needs_body:
             return self.values  # no layer has what was asked for
         try:
             hidden = self.body(input_ids=batch, use_cache=False).last_hidden_state
@@ -139,13 +149,16 @@ class Capture:
                 "false; an attention that does not use transformers' interface may return its "
                 "rows: returns_attention)."
             )
+        for own in self.of_hidden:
+            parts = [_own_value(own, rows) for _, (rows,) in self._instances(hidden)]
+            self.values[own.name] = torch.stack(parts)
         if self.head is not None:
             self._predict(hidden, batch)
         return self.values
 
     def _seen(self, name: str, layer: int) -> None:
         self.unseen.discard((name, layer))
-        if not self.unseen and not self.prediction:
+        if not self.unseen and not self.needs_body:
             raise _Finished
 
     def _add(self, name: str, layer: int, means: Iterator[tuple[int, Tensor]]) -> None:
@@ -153,6 +166,22 @@ class Capture:
         for n, mean in means:
             self.values[name][n, layer, last - mean.numel() : last] = mean
         self._seen(name, layer)
+
+    def _add_own(self, layer: int, coefficients: Tensor) -> None:
+        """Sums that measures brought along."""
+        width = self.layouts[layer].d_mlp
+        for own in self.of_rows:
+            for n, (rows,) in self._instances(coefficients):
+                value = _own_value(own, rows)
+                expected = (width,) * len(own.axes)
+                if tuple(value.shape) != expected:
+                    raise UserError(
+                        f"sum {own.name!r} of an instance has shape {tuple(value.shape)} at layer "
+                        f"{layer}; expected {expected}, by its axes {own.axes}"
+                    )
+                target = self.values[own.name][n, layer]
+                (target[:width] if own.axes else target).copy_(value)
+            self._seen(own.name, layer)
 
     def _hook_shared_gate(self, block: nn.Module, gate: nn.Module) -> None:
         """The weight of a shared expert, computed before the block that uses it later."""
@@ -170,6 +199,10 @@ class Capture:
                 for n, (own,) in self._instances(weighted):
                     tokens.add(slice(n * self.width, n * self.width + len(own)), own)
                 self._add_tokens(layer)
+            if self.layouts[layer].experts is None:
+                self._add_own(layer, weighted)
+            if not self.coefficients:
+                return
             rows = self._instances(weighted)
             self._add("coefficients", layer, ((n, self.mean.magnitude(own)) for n, (own,) in rows))
 
@@ -223,7 +256,7 @@ class Capture:
 
     def needs_output(self, layer: int) -> bool:
         """Whether anything is measured behind this layer."""
-        return self.prediction or any(other > layer for _, other in self.unseen)
+        return self.needs_body or any(other > layer for _, other in self.unseen)
 
     def see_expert(self, layer: int, rows: RoutedRows) -> None:
         """Add one expert: c = g_e · |C|, averaged over all real tokens of each instance."""
@@ -319,6 +352,11 @@ class Capture:
         return torch.stack([per_token[n, :length].mean() for n, length in enumerate(self.lengths)])
 
 
+def _own_value(own: Sum, rows: Tensor) -> Tensor:
+    """What a measure's own sum adds for one instance; it gets a copy, and may do as it likes."""
+    return own.of_instance(rows.to(accumulation_dtype(rows.dtype), copy=True))
+
+
 def _language_head(model: Any, names: Collection[str]) -> Callable[[Tensor], Tensor]:
     purpose = "loss" if "token_nats" in names else "next_token_entropy"
     projection = require_head(model, purpose)
@@ -352,5 +390,6 @@ def _check_head(model: Any, head: Callable[[Tensor], Tensor]) -> None:
         raise UnsupportedArchitectureError(
             f"the logits of {type(model).__name__} are not its head applied to its final hidden "
             "states. Name the keys of its configuration that scale them in the description "
-            "(logit_multiplier, logit_divisor), or leave out next_token_entropy, loss and perplexity."
+            "(logit_multiplier, logit_divisor), or leave out next_token_entropy, loss and "
+            "perplexity."
         )

@@ -11,25 +11,27 @@ import pytest
 import torch
 
 from ke_ray.core import concentration, entropy
+from ke_ray.core.geometry import moments
 from ke_ray.core.jackknife import group_of, group_sizes, standard_error
 from ke_ray.core.layers import Absence, Layers
+from ke_ray.core.measure import Measure
 from ke_ray.core.measures import (
     DEFAULT_MEASURES,
     MEASURES,
     Evaluation,
-    Measure,
     check_measures,
     evaluate,
     register,
     required_sums,
 )
-from ke_ray.core.statistics import TABLES, GroupSums
+from ke_ray.core.statistics import GroupSums
+from ke_ray.core.sums import Sum, all_tables
 from ke_ray.errors import UserError
 from ke_ray.studies.scan import ScanStudy
 
-N_LAYERS, D_MLP, NUM_INSTANCES = 3, 40, 100
+N_LAYERS, D_MLP, D_MODEL, NUM_INSTANCES = 3, 40, 12, 100
 EXPERTS = [10, 5, 25]  # the memories of a layer as those of three experts
-SMOOTH = [name for name, measure in MEASURES.items() if measure.is_smooth]
+SMOOTH = [name for name, measure in MEASURES.items() if measure.has_error]
 
 
 def _values(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -42,20 +44,28 @@ def _values(seed: int = 0) -> dict[str, torch.Tensor]:
         "next_token_entropy": (),
         "token_nats": (),
         "predictions": (),
+        "hidden_moments": (D_MODEL + 1, D_MODEL + 1),
         "expert_load": (N_LAYERS, len(EXPERTS)),
     }
-    return {
+    values = {
         name: torch.rand((NUM_INSTANCES, *shape), generator=generator).double() ** 2
         for name, shape in shapes.items()
     }
+    # Of one token each.
+    hidden = torch.randn(NUM_INSTANCES, 1, D_MODEL, generator=generator)
+    values["hidden_moments"] = torch.stack([moments(rows) for rows in hidden])
+    return values
 
 
 def _sums(
-    values: dict[str, torch.Tensor], names: tuple[str, ...] = tuple(TABLES), batch_size: int = 16
+    values: dict[str, torch.Tensor],
+    names: tuple[str, ...] = tuple(all_tables()),
+    batch_size: int = 16,
 ) -> GroupSums:
     sums = GroupSums.empty(
         NUM_INSTANCES,
         names,
+        d_model=D_MODEL,
         layers=Layers((D_MLP,) * N_LAYERS, experts=(tuple(EXPERTS),) * N_LAYERS),
     )
     for batch in torch.arange(NUM_INSTANCES).split(batch_size):
@@ -132,6 +142,8 @@ def test_names_and_units_are_the_published_ones() -> None:
         "next_token_entropy": "nats",
         "loss": "nats",
         "perplexity": "tokens",
+        "rank_me": "dimensions",
+        "alpha_req": "exponent",
         "effective_memories": "memories",
         "participation_ratio": "fraction",
         "gini": "fraction",
@@ -223,6 +235,31 @@ def test_values_and_replicates_equal_recomputing_from_the_instances(measure: str
     assert total.stderr > 0
 
 
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"needs": "coefficient"}, r"'coefficient', which is no sum. Did you mean 'coefficients'"),
+        ({"needs": "next_token_entropy"}, "total 'mean'; expected 'only'"),
+        ({"total": "only"}, "total 'only'; expected 'sum' or 'mean'"),
+        (
+            {"needs": Sum(name="coefficients", tap="hidden", of_instance=len), "total": "only"},
+            "a sum 'coefficients' already",
+        ),
+        (
+            {
+                "needs": Sum(name="x", tap="hidden", of_instance=len, axes=("d_mlp",)),
+                "total": "only",
+            },
+            "d_mlp stands alone, with the tap coefficients",
+        ),
+    ],
+)
+def test_a_declaration_that_cannot_work_is_refused(change, problem, largest_memory) -> None:
+    with pytest.raises(UserError, match=problem):
+        register(dataclasses.replace(largest_memory, name="other", **change))
+    assert "other" not in MEASURES
+
+
 def test_a_count_of_memories_has_a_value_but_no_error_and_no_replicates() -> None:
     values = _values()
     result = _evaluate(_sums(values), ["dormant_share"])
@@ -297,7 +334,7 @@ def test_one_instance_has_values_but_no_errors() -> None:
 def test_only_the_tables_that_are_needed_are_asked_for() -> None:
     assert required_sums(["knowledge_entropy", "gini", "dormant_share"]) == ("coefficients",)
     assert required_sums(["next_token_entropy"]) == ("next_token_entropy",)
-    assert set(required_sums(list(MEASURES))) == set(TABLES) - {"expert_load"}
+    assert set(required_sums(list(MEASURES))) == set(all_tables()) - {"expert_load"}
     values = _values()
     only = _sums(values, ("coefficients",))
     assert len(evaluate(only, ["knowledge_entropy"]).rows) == N_LAYERS + 1
