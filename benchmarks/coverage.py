@@ -39,8 +39,6 @@ from ke_ray.data.tokenizer import load_tokenizer
 from ke_ray.models.loading import load_model
 from ke_ray.models.scoring import score_instances
 
-SMOOTH = tuple(name for name, measure in MEASURES.items() if measure.is_smooth)
-TABLES = required_sums(SMOOTH)
 FUNCTIONS = {
     "knowledge_entropy": entropy.entropy_nats,
     "knowledge_entropy_relu": entropy.entropy_nats,
@@ -51,6 +49,8 @@ FUNCTIONS = {
     "gini": concentration.gini,
     "top_k_mass": concentration.top_k_mass,
 }
+SMOOTH = tuple(FUNCTIONS)
+TABLES = required_sums(SMOOTH)
 CHUNK = 64  # as many instances have a group each, so that sums per group are values per instance
 
 

@@ -20,6 +20,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from ke_ray.core.sums import SUMS, all_tables
+
+_ROWS = "rows of coefficients"
+
 
 class Absence(IntEnum):
     """Why a layer has no value of a measure; a number, so that it travels with the sums."""
@@ -29,6 +33,7 @@ class Absence(IntEnum):
     NO_ATTENTION = 2
     ALIBI = 3
     SINKS = 4
+    EXPERTS = 5
 
     @property
     def reason(self) -> str:
@@ -45,6 +50,8 @@ _REASONS = {
     "entropy tells the slope of its head more than what the model has learned",
     Absence.SINKS: "attention rows give a share to a learned sink, so that what they give to "
     "tokens is no distribution",
+    Absence.EXPERTS: "the layer is a mixture of experts, whose coefficients are seen expert by "
+    "expert and never in one row",
 }
 
 
@@ -80,10 +87,17 @@ class Layers:
         absent: dict[str, tuple[Absence, ...]] = {}
         if not all(d_mlp):
             missing = tuple(Absence.NONE if width else Absence.NO_FFN for width in d_mlp)
-            absent = dict.fromkeys(("coefficients", "coefficients_relu"), missing)
+            absent = dict.fromkeys(
+                ("coefficients", "coefficients_relu", "token_entropies"), missing
+            )
         if any(attention):
             absent["attention_entropy"] = tuple(attention)
         is_mixture = any(len(sizes) > 1 for sizes in experts)
+        if is_mixture:
+            absent[_ROWS] = tuple(
+                Absence.EXPERTS if len(sizes) > 1 else Absence.NONE if width else Absence.NO_FFN
+                for width, sizes in zip(d_mlp, experts, strict=True)
+            )
         return cls(tuple(d_mlp), absent, tuple(experts) if is_mixture else ())
 
     @property
@@ -98,6 +112,8 @@ class Layers:
 
     def absence(self, table: str, layer: int | None) -> Absence:
         """Why there is no value of a table at a layer, or (None) in total: where no layer has."""
+        if table in SUMS and SUMS[table].tap == "coefficients":
+            table = _ROWS if _ROWS in self.absent else "coefficients"
         absent = self.absent.get(table, ())
         if layer is not None:
             return absent[layer] if absent else Absence.NONE
@@ -105,8 +121,7 @@ class Layers:
 
     def per_layer(
         self,
-        table: str,
-        mean: Tensor,
+        means: Mapping[str, Tensor],
         values: Callable[..., Tensor],
         *arguments: float,
         by_expert: bool = False,
@@ -114,30 +129,39 @@ class Layers:
         """The values of a measure at every layer, each from the layer's own columns.
 
         Args:
-            mean: of the table over instances, [n_layers, widest d_mlp] or [n_layers]; a table
-                without layers is passed on as it is.
-            values: the measure, called as ``values(rows, *arguments)``; from [k, …] to [k].
+            means: by table, its mean over instances, such as [n_layers, widest d_mlp] or
+                [n_layers]; tables without layers are passed on as they are.
+            values: the measure, called as ``values(*rows, *arguments)`` with the rows of each
+                table; from [k, …] to [k].
             by_expert: whether it takes, last, the sizes of the experts of these k layers.
 
         Returns:
-            [n_layers]; NaN where a layer has no value.
+            [n_layers]; NaN where a layer has no value. [] where no table has layers.
         """
-        absent = [bool(self.absence(table, layer)) for layer in range(len(self.d_mlp))]
-        has_columns = mean.ndim == 2
-        if mean.ndim == 0 or (not has_columns and not any(absent)):
-            return values(mean, *arguments)
+        tables, known = list(means.values()), all_tables()
+        has_layers = ["n_layers" in known[table] for table in means]
+        has_columns = ["d_mlp" in known[table] for table in means]
+        absent = [
+            any(self.absence(table, layer) for table in means) for layer in range(len(self.d_mlp))
+        ]
+        if not any(has_layers) or (not any(has_columns) and not any(absent)):
+            return values(*tables, *arguments)
         shapes: Sequence[tuple[int, ...]] = self.expert_sizes
         if not by_expert:
-            shapes = [(width if has_columns else 1,) for width in self.d_mlp]
+            shapes = [(width if any(has_columns) else 1,) for width in self.d_mlp]
         if not any(absent) and len(set(shapes)) == 1:
-            return values(mean, *arguments, *([shapes[0]] if by_expert else []))
-        result = torch.full((len(absent),), torch.nan, dtype=torch.float64, device=mean.device)
+            return values(*tables, *arguments, *([shapes[0]] if by_expert else []))
+        device = tables[0].device
+        result = torch.full((len(absent),), torch.nan, dtype=torch.float64, device=device)
         for shape in set(shapes):
             chosen = [i for i, own in enumerate(shapes) if own == shape and not absent[i]]
             if chosen:
-                rows = mean[chosen, : sum(shape)] if has_columns else mean[chosen]
+                rows = [
+                    mean[chosen, : sum(shape)] if columns else mean[chosen] if own else mean
+                    for mean, own, columns in zip(tables, has_layers, has_columns, strict=True)
+                ]
                 experts = [shape] if by_expert else []
-                result[chosen] = values(rows, *arguments, *experts).double()
+                result[chosen] = values(*rows, *arguments, *experts).double()
         return result
 
     def to_tensors(self) -> dict[str, Tensor]:

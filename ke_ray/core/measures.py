@@ -6,196 +6,38 @@ from the latter (`jackknife`), and they are kept, so that differences between ch
 same data get paired errors. The dormant share has neither: it counts memories on one side of a
 threshold, and the jackknife of a count is 2 to 3 times too large.
 
-A measure is declared once, in `MEASURES`. Study files, figures and the table in
-``docs/results.md`` derive from there. `register` adds a measure of your own.
-
-Equations: arXiv 2410.01380. This module imports torch only when it evaluates, so that names and
-units can be checked cheaply.
+A measure is declared once (`core.measure`). `register` adds a measure of your own, which may bring
+a sum of its own along (`core.sums`). Importing this module needs no torch.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib import import_module
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from ke_ray.core.jackknife import standard_error
+from ke_ray.core.measure import BUILT_IN, Measure
+from ke_ray.core.sums import OF_LOGITS, Sum, add_sum, all_tables
 from ke_ray.errors import UserError, nearest
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ke_ray.core.layers import Layers
+    from ke_ray.core.layers import Absence, Layers
     from ke_ray.core.statistics import GroupSums
 
 MEASURE_VERSION = 1
 """Raised when a definition changes, so that results of two definitions are never mixed."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Measure:
-    """The declaration of a measure.
+MEASURES: dict[str, Measure] = {measure.name: measure for measure in BUILT_IN}
 
-    Attributes:
-        name: in study files and in `entropy.parquet`.
-        title: for people, in figures and tables.
-        doc: what the value of a layer is, in one line.
-        unit: of the values.
-        needs: the table of `GroupSums` that it is computed from.
-        values: from the mean of that table over instances, float64 [n_layers, …], to the values
-            [n_layers]; [] to [] where the table has no layers.
-        total: over layers, the sum or the mean; 'only' where the table has no layers.
-        parameter: the argument of `evaluate` that `values` takes beside the mean.
-        is_smooth: whether the jackknife holds; a measure that is not smooth has no error.
-        is_default: whether a scan evaluates it where its study names no measures.
-        by_expert: whether `values` takes, last, the memories of each expert of these layers
-            (`core.experts`). A scan of a mixture of experts evaluates such a measure by default.
-    """
+for _sum in (own for measure in BUILT_IN for own in measure.needs_all if isinstance(own, Sum)):
+    add_sum(_sum)
 
-    name: str
-    title: str
-    doc: str
-    unit: Literal["nats", "memories", "fraction"]
-    needs: str
-    values: Callable[..., Tensor]
-    total: Literal["sum", "mean", "only"]
-    parameter: Literal["top_k_fraction", "dormant_threshold"] | None = None
-    is_smooth: bool = True
-    is_default: bool = True
-    by_expert: bool = False
-
-
-def _core(module: str, function: str) -> Callable[..., Tensor]:
-    """A function of a module of this package, which is imported at the first call for torch."""
-
-    def call(*arguments: object) -> Tensor:
-        values: Tensor = getattr(import_module(f"ke_ray.core.{module}"), function)(*arguments)
-        return values
-
-    return call
-
-
-def _unchanged(mean: Tensor) -> Tensor:
-    return mean
-
-
-MEASURES: dict[str, Measure] = {
-    measure.name: measure
-    for measure in (
-        Measure(
-            name="knowledge_entropy",
-            title="Knowledge entropy",
-            doc="−Σ p ln p, p = C̄ˡ/ΣC̄ˡ (Eq. 2)",
-            unit="nats",
-            needs="coefficients",
-            values=_core("entropy", "entropy_nats"),
-            total="sum",
-        ),
-        Measure(
-            name="knowledge_entropy_relu",
-            title="Knowledge entropy, ReLU variant",
-            doc="the same for |ReLU(gate)·up| (A.2)",
-            unit="nats",
-            needs="coefficients_relu",
-            values=_core("entropy", "entropy_nats"),
-            total="sum",
-            is_default=False,
-        ),
-        Measure(
-            name="attention_entropy",
-            title="Attention entropy",
-            doc="entropy of causal attention rows (Eq. 3)",
-            unit="nats",
-            needs="attention_entropy",
-            values=_unchanged,
-            total="sum",
-        ),
-        Measure(
-            name="next_token_entropy",
-            title="Next-token entropy",
-            doc="entropy of softmax(logits) (A.4)",
-            unit="nats",
-            needs="next_token_entropy",
-            values=_unchanged,
-            total="only",
-        ),
-        Measure(
-            name="effective_memories",
-            title="Effective number of memories",
-            doc="exp(H), H = −Σ p ln p",
-            unit="memories",
-            needs="coefficients",
-            values=_core("entropy", "effective_memories"),
-            total="sum",
-        ),
-        Measure(
-            name="participation_ratio",
-            title="Participation ratio",
-            doc="(Σp)²/Σp² / d_mlp",
-            unit="fraction",
-            needs="coefficients",
-            values=_core("concentration", "participation_ratio"),
-            total="mean",
-        ),
-        Measure(
-            name="gini",
-            title="Gini coefficient",
-            doc="Gini coefficient of C̄ˡ",
-            unit="fraction",
-            needs="coefficients",
-            values=_core("concentration", "gini"),
-            total="mean",
-        ),
-        Measure(
-            name="top_k_mass",
-            title="Mass of the largest memories",
-            doc="share of ΣC̄ˡ in the largest `top_k_fraction` (1 %) of memories",
-            unit="fraction",
-            needs="coefficients",
-            values=_core("concentration", "top_k_mass"),
-            total="mean",
-            parameter="top_k_fraction",
-        ),
-        Measure(
-            name="dormant_share",
-            title="Dormant share",
-            doc="share of memories with C̄ˡ ≤ `dormant_threshold` (0.1) · mean C̄ˡ",
-            unit="fraction",
-            needs="coefficients",
-            values=_core("concentration", "dormant_share"),
-            total="mean",
-            parameter="dormant_threshold",
-            is_smooth=False,
-        ),
-        Measure(
-            name="routing_entropy",
-            title="Routing entropy",
-            doc="H(π), π the experts' shares of ΣC̄ˡ; 0 in a dense layer",
-            unit="nats",
-            needs="coefficients",
-            values=_core("experts", "routing_entropy"),
-            total="sum",
-            is_default=False,
-            by_expert=True,
-        ),
-        Measure(
-            name="within_expert_entropy",
-            title="Entropy within experts",
-            doc="Σ π_e H_e = `knowledge_entropy` − `routing_entropy`",
-            unit="nats",
-            needs="coefficients",
-            values=_core("experts", "within_expert_entropy"),
-            total="sum",
-            is_default=False,
-            by_expert=True,
-        ),
-    )
-}
 
 DEFAULT_MEASURES = tuple(name for name, measure in MEASURES.items() if measure.is_default)
 
@@ -203,8 +45,9 @@ DEFAULT_MEASURES = tuple(name for name, measure in MEASURES.items() if measure.i
 def register(measure: Measure) -> None:
     """Add a measure of your own to `MEASURES`, in this process.
 
-    `evaluate`, `score_model` and study files then accept its name. Other processes, such as the
-    workers of a scan, know it only if they register it too.
+    `evaluate`, `score_model` and study files then accept its name. The workers of a scan know it
+    where the scan was given the file that declares it (`--measure my.py:spread`), or a package has
+    it as an entry point ``ke_ray.measures``.
 
         def largest(mean):  # [n_layers, d_mlp] -> [n_layers]
             return mean.amax(dim=-1) / mean.sum(dim=-1)
@@ -213,13 +56,34 @@ def register(measure: Measure) -> None:
                          unit="fraction", needs="coefficients", values=largest, total="mean"))
 
     Raises:
-        UserError: there is another measure of this name.
+        UserError: there is another measure, or another sum, of this name; it needs a table that
+            does not exist, or its total does not go with the layers of its tables.
     """
-    if MEASURES.setdefault(measure.name, measure) != measure:
+    if MEASURES.get(measure.name) == measure:
+        return
+    if measure.name in MEASURES:
         raise UserError(
             f"there is a measure {measure.name!r} already; give yours another name than "
             f"{', '.join(MEASURES)}"
         )
+    known = all_tables() | {s.name: s.table_axes for s in measure.needs_all if isinstance(s, Sum)}
+    for table in measure.tables:
+        if table not in known:
+            raise UserError(
+                f"measure {measure.name!r} needs {table!r}, which is no sum."
+                f"{nearest(table, known)} Sums: {', '.join(known)}"
+            )
+    has_layers = any("n_layers" in known[table] for table in measure.tables)
+    if has_layers == (measure.total == "only"):
+        expected = "'sum' or 'mean', over the layers of" if has_layers else "'only', as there are "
+        expected += " its sums" if has_layers else "no layers in its sums"
+        raise UserError(
+            f"measure {measure.name!r} has total {measure.total!r}; expected {expected}"
+        )
+    for own in measure.needs_all:
+        if isinstance(own, Sum):
+            add_sum(own)
+    MEASURES[measure.name] = measure
 
 
 @dataclass(frozen=True)
@@ -314,7 +178,17 @@ def required_sums(names: str | Sequence[str]) -> tuple[str, ...]:
     Raises:
         UserError: as `check_measures`.
     """
-    return tuple(dict.fromkeys(MEASURES[name].needs for name in check_measures(names)))
+    chosen = check_measures(names)
+    return tuple(dict.fromkeys(table for name in chosen for table in MEASURES[name].tables))
+
+
+def needing_head(names: str | Sequence[str]) -> tuple[str, ...]:
+    """Those of these measures that a model without language-model head cannot have.
+
+    Raises:
+        UserError: as `check_measures`.
+    """
+    return tuple(n for n in check_measures(names) if set(MEASURES[n].tables) & set(OF_LOGITS))
 
 
 def evaluate(
@@ -345,16 +219,25 @@ def evaluate(
         raise ValueError(f"measures {list(requested)} need the sums {missing}, which were not kept")
     parameters = _checked_parameters(top_k_fraction, dormant_threshold)
     columns: dict[str, list[npt.NDArray[np.float64]]] = {name: [] for name in requested}
-    for table in required_sums(requested):
-        measures_of_table = [MEASURES[name] for name in requested if MEASURES[name].needs == table]
-        means = itertools.chain([sums.mean(table)], sums.leave_one_out(table))
-        for number, mean in enumerate(means):
-            for measure in measures_of_table:
-                if number > 0 and not measure.is_smooth:
+    for tables in dict.fromkeys(MEASURES[name].tables for name in requested):
+        measures_of_tables = [
+            MEASURES[name] for name in requested if MEASURES[name].tables == tables
+        ]
+        with_errors = any(measure.has_error for measure in measures_of_tables)
+        series_of = [
+            itertools.chain([sums.mean(table)], sums.leave_one_out(table) if with_errors else ())
+            for table in tables
+        ]
+        for number, means in enumerate(zip(*series_of, strict=True)):
+            for measure in measures_of_tables:
+                if number > 0 and not measure.has_error:
                     continue
                 arguments = [parameters[measure.parameter]] if measure.parameter else []
                 values = sums.layers.per_layer(
-                    table, mean, measure.values, *arguments, by_expert=measure.by_expert
+                    dict(zip(tables, means, strict=True)),
+                    measure.values,
+                    *arguments,
+                    by_expert=measure.by_expert,
                 )
                 columns[measure.name].append(values.cpu().numpy())
     counts = sums.counts.numpy().copy()
@@ -364,9 +247,9 @@ def evaluate(
         measure = MEASURES[name]
         series = np.stack(columns[name], axis=-1)  # [n_layers, 1 + G], or [1 + G] without layers
         for layer, (value, *left_out) in _series(series, measure, sums.layers):
-            absence = sums.layers.absence(measure.needs, layer)
+            absence = _absence(sums.layers, measure, layer)
             error = np.nan
-            if measure.is_smooth and not absence:
+            if measure.has_error and not absence:
                 error = float(standard_error(value, left_out, counts))
                 replicates[(layer, name)] = np.array(left_out)
             d_mlp = sums.layers.common_d_mlp if layer is None else sums.layers.d_mlp[layer]
@@ -383,13 +266,19 @@ def _series(
         yield None, values
         return
     yield from enumerate(values)
-    present = [i for i in range(len(values)) if not layers.absence(measure.needs, i)]
+    present = [i for i in range(len(values)) if not _absence(layers, measure, i)]
     if not present:
         yield None, np.full(values.shape[1], np.nan)
     elif measure.total == "sum":
         yield None, values[present].sum(axis=0)
     else:
         yield None, values[present].mean(axis=0)
+
+
+def _absence(layers: Layers, measure: Measure, layer: int | None) -> Absence:
+    """Why a measure has no value at a layer, or in total; of the first table that it lacks."""
+    absences = [layers.absence(table, layer) for table in measure.tables]
+    return next((absence for absence in absences if absence), absences[0])
 
 
 def _checked_parameters(top_k_fraction: float, dormant_threshold: float) -> dict[str, float]:

@@ -15,9 +15,14 @@ from the merged sums. Sums and counts are kept apart and divided once, at the en
     table               shape               sum over instances of the token mean of
     coefficients        [G, n_layers, d_mlp]  |C|
     coefficients_relu   [G, n_layers, d_mlp]  |ReLU variant of C|
+    token_entropies     [G, n_layers]         mass Σ|C| of a token times its entropy (nats · mass)
     attention_entropy   [G, n_layers]         attention entropy averaged over heads (nats)
     next_token_entropy  [G]                   entropy of softmax(logits) (nats)
+    token_nats          [G]                   −ln p of the tokens that follow, summed over tokens
+    predictions         [G]                   their number, T_n − 1
     expert_load         [G, n_layers, n_experts]  1 where the token is routed to the expert
+
+Measures bring sums of their own along (`core.sums`).
 
 What lies beyond a layer's own memories, and a layer without a value, is NaN (`core.layers`).
 
@@ -36,14 +41,7 @@ from torch import Tensor
 
 from ke_ray.core.jackknife import group_sizes
 from ke_ray.core.layers import Layers
-
-TABLES: dict[str, tuple[str, ...]] = {
-    "coefficients": ("n_layers", "d_mlp"),
-    "coefficients_relu": ("n_layers", "d_mlp"),
-    "attention_entropy": ("n_layers",),
-    "next_token_entropy": (),
-    "expert_load": ("n_layers", "n_experts"),
-}
+from ke_ray.core.sums import all_tables, is_pooled
 
 
 @dataclass
@@ -73,6 +71,7 @@ class GroupSums:
         *,
         n_layers: int = 1,
         d_mlp: int = 1,
+        d_model: int = 1,
         layers: Layers | None = None,
         device: torch.device | str = "cpu",
         sizes: Sequence[int] | None = None,
@@ -80,8 +79,9 @@ class GroupSums:
         """Zero sums for a dataset of `num_instances` (the whole of D, not a shard).
 
         Args:
-            names: which tables to keep, of `TABLES`.
+            names: which tables to keep, of `sums.all_tables`.
             n_layers, d_mlp: of a model whose layers are alike.
+            d_model: width of the hidden states, for sums over them.
             layers: of any model, instead of these two.
             sizes: instances in each group, which are contiguous; None makes equal groups.
             device: where the tables are kept; counts stay on the CPU.
@@ -91,9 +91,10 @@ class GroupSums:
         """
         if num_instances < 1:
             raise ValueError(f"num_instances is {num_instances}; expected at least 1")
-        unknown = sorted(set(names) - set(TABLES))
+        known = all_tables()
+        unknown = sorted(set(names) - set(known))
         if unknown:
-            raise ValueError(f"unknown sums {unknown}; available are {list(TABLES)}")
+            raise ValueError(f"unknown sums {unknown}; available are {list(known)}")
         group = torch.as_tensor(group_sizes(num_instances) if sizes is None else list(sizes))
         if int(group.sum()) != num_instances or int(group.min()) < 1:
             raise ValueError(f"groups of sizes {group.tolist()} do not make {num_instances}")
@@ -103,21 +104,23 @@ class GroupSums:
             "n_layers": len(layers.d_mlp),
             "d_mlp": max(layers.d_mlp),
             "n_experts": max(map(len, layers.expert_sizes)),
+            "d_model": d_model,
+            "d_model+1": d_model + 1,
         }
         tables = {
             name: torch.zeros(
-                (num_groups, *(axes[axis] for axis in TABLES[name])),
+                (1 if is_pooled(name) else num_groups, *(axes[axis] for axis in own)),
                 dtype=torch.float64,
                 device=device,
             )
-            for name in TABLES
+            for name, own in known.items()
             if name in names
         }
         for name, table in tables.items():
-            for layer, width in enumerate(layers.d_mlp):
+            for layer, width in enumerate(layers.d_mlp if "n_layers" in known[name] else ()):
                 if layers.absence(name, layer):
                     table[:, layer] = torch.nan
-                elif "d_mlp" in TABLES[name]:
+                elif "d_mlp" in known[name]:
                     table[:, layer, width:] = torch.nan
         return cls(
             sizes=group,
@@ -199,7 +202,9 @@ class GroupSums:
         # deterministic on every device; index_add_ on CUDA is not.
         for group in groups.unique().tolist():
             rows = (groups == group).nonzero()[:, 0].to(values.device)
-            target[group] += values.index_select(0, rows).sum(dim=0, dtype=torch.float64)
+            target[0 if is_pooled(name) else group] += values.index_select(0, rows).sum(
+                dim=0, dtype=torch.float64
+            )
 
     def merge(self, other: GroupSums) -> GroupSums:
         """Add another accumulator's sums and counts to this one, in place; returns self.
@@ -231,6 +236,8 @@ class GroupSums:
     def leave_one_out(self, name: str) -> Iterator[Tensor]:
         """Means without group g, for g = 0 … G−1; one at a time, so memory stays that of one.
 
+        A pooled table has none.
+
         Yields:
             float64, shaped as `mean`; NaN for every value when group g holds all instances.
             Never negative: a rounded sum of non-negative values is at least each of them.
@@ -259,7 +266,8 @@ class GroupSums:
             **self.layers.to_tensors(),
         }
         for name, table in self.tables.items():
-            flat[f"sum.{name}"] = table[groups.to(table.device)].cpu().contiguous()
+            part = table if is_pooled(name) else table[groups.to(table.device)]
+            flat[f"sum.{name}"] = part.cpu().contiguous()
         return flat
 
     @classmethod
@@ -271,8 +279,11 @@ class GroupSums:
             counts=torch.zeros(num_groups, dtype=torch.int64),
             num_tokens=torch.zeros(num_groups, dtype=torch.int64),
             tables={
-                name: torch.zeros((num_groups, *flat[f"sum.{name}"].shape[1:]), dtype=torch.float64)
-                for name in TABLES
+                name: torch.zeros(
+                    (1 if is_pooled(name) else num_groups, *flat[f"sum.{name}"].shape[1:]),
+                    dtype=torch.float64,
+                )
+                for name in all_tables()
                 if f"sum.{name}" in flat
             },
             layers=Layers.from_tensors(flat),
@@ -298,7 +309,8 @@ class GroupSums:
         self.counts[groups] += flat["counts"]
         self.num_tokens[groups] += flat["num_tokens"]
         for name, table in self.tables.items():
-            table[groups.to(table.device)] += flat[f"sum.{name}"].to(table.device, torch.float64)
+            rows = slice(None) if is_pooled(name) else groups.to(table.device)
+            table[rows] += flat[f"sum.{name}"].to(table.device, torch.float64)
         return self
 
     def _groups_of(self, instances: Tensor) -> Tensor:

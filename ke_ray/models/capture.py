@@ -3,8 +3,12 @@
     coefficients        input of the FFN's second projection, C                  [batch, pos, d_mlp]
     coefficients_relu   |ReLU(gate) · up|; ReLU(up) of an ungated FFN (A.2 of arXiv 2410.01380):
                         from the outputs of the gate and up projections, which are only looked at
+    token_entropies     of the same coefficients, token by token (``core.token_entropy``)
     attention_entropy   from the queries and keys of each layer (``models.attention``)
-    next_token_entropy  from the final hidden states, through the LM head in chunks of tokens
+    next_token_entropy, token_nats
+                        from the final hidden states, through the LM head in chunks of tokens
+    predictions         from the lengths alone
+    a measure's own     from the rows of one instance, at one of two taps (``core.sums``)
     expert_load         of a mixture of experts, with its coefficients (``models.experts``)
 
 Nothing is kept but one mean per instance and layer. When the last layer has run as far as the
@@ -22,7 +26,9 @@ from torch import Tensor, nn
 
 from ke_ray.core.coefficients import TokenMean, accumulation_dtype
 from ke_ray.core.prediction import streamed_entropy
-from ke_ray.errors import UnsupportedArchitectureError
+from ke_ray.core.sums import OF_LOGITS, SUMS, Sum
+from ke_ray.core.token_entropy import TokenEntropies
+from ke_ray.errors import UnsupportedArchitectureError, UserError
 from ke_ray.models.architectures import check_config
 from ke_ray.models.attention import measure_attention
 from ke_ray.models.experts import RoutedRows, measure_experts
@@ -44,20 +50,26 @@ class Capture:
         self.model = model
         self.layouts = layouts
         self.device = device
+        self.names = frozenset(names)
         self.coefficients = "coefficients" in names
         self.relu = "coefficients_relu" in names
+        self.of_tokens = "token_entropies" in names  # with the coefficients, in one hook
         self.attention = "attention_entropy" in names
-        self.prediction = "next_token_entropy" in names
-        self.head = _language_head(model) if self.prediction else None
+        self.prediction = bool(self.names.intersection(OF_LOGITS))
+        self.head = _language_head(model, names) if self.prediction else None
         self.load = "expert_load" in names
+        own = [SUMS[name] for name in SUMS if name in names]
+        self.of_rows = [each for each in own if each.tap == "coefficients"]
+        self.of_hidden = [each for each in own if each.tap == "hidden"]
+        self.needs_body = self.prediction or bool(self.of_hidden)
         self.lengths: list[int] = []
         self.width = 0  # positions of the batch
         self.values: dict[str, Tensor] = {}
         self.layers = layers_of(layouts)
+        by_layer = {"coefficients", "coefficients_relu", "attention_entropy"}
         self.expected = {
             (name, layer)
-            for name in ("coefficients", "coefficients_relu", "attention_entropy")
-            if name in names
+            for name in by_layer.intersection(names).union(each.name for each in self.of_rows)
             for layer in range(len(layouts))
             if not self.layers.absence(name, layer)
         }
@@ -72,6 +84,7 @@ class Capture:
         self.gate_pair: dict[str, Tensor] = {}
         self.shared_weight: Tensor | None = None  # [batch, pos, 1]; None: one
         self.mean = TokenMean()
+        self.tokens: tuple[int, TokenEntropies] | None = None  # of the layer under way
         self.stack = ExitStack()
 
     def __enter__(self) -> Capture:
@@ -81,7 +94,7 @@ class Capture:
                     continue
                 if layout.experts is not None and layout.experts.shared_gate is not None:
                     self._hook_shared_gate(layout.experts.block, layout.experts.shared_gate)
-                if self.coefficients:
+                if self.coefficients or (self.of_rows and layout.experts is None):
                     self._hook_input(layer, layout.second_projection)
                 if self.relu:
                     self._hook_relu(layer, layout)
@@ -105,7 +118,7 @@ class Capture:
         n_layers, d_mlp = len(self.layouts), max(self.layers.d_mlp)
         dtype = accumulation_dtype(next(self.body.parameters()).dtype)
         shape = (len(lengths), n_layers)
-        self.values = {}
+        self.values, self.tokens = {}, None
         self.unseen = set(self.expected)
         for name, is_requested in (
             ("coefficients", self.coefficients),
@@ -113,13 +126,16 @@ class Capture:
         ):
             if is_requested:
                 self.values[name] = torch.zeros((*shape, d_mlp), dtype=dtype, device=self.device)
-        if self.attention:
-            self.values["attention_entropy"] = torch.zeros(
-                shape, dtype=torch.float64, device=self.device
+        for name in {"token_entropies", "attention_entropy"}.intersection(self.names):
+            self.values[name] = torch.zeros(shape, dtype=torch.float64, device=self.device)
+        for own in self.of_rows:
+            widest = (d_mlp,) * len(own.axes)
+            self.values[own.name] = torch.zeros(
+                (*shape, *widest), dtype=torch.float64, device=self.device
             )
         if self.load:
             self.values["expert_load"] = self._load_of_unrouted(shape)
-        if not self.unseen and not self.prediction:
+        if not self.unseen and not self.needs_body:
             return self.values  # no layer has what was asked for
         try:
             hidden = self.body(input_ids=batch, use_cache=False).last_hidden_state
@@ -133,13 +149,16 @@ class Capture:
                 "false; an attention that does not use transformers' interface may return its "
                 "rows: returns_attention)."
             )
+        for own in self.of_hidden:
+            parts = [_own_value(own, rows) for _, (rows,) in self._instances(hidden)]
+            self.values[own.name] = torch.stack(parts)
         if self.head is not None:
-            self.values["next_token_entropy"] = self._predict(hidden)
+            self._predict(hidden, batch)
         return self.values
 
     def _seen(self, name: str, layer: int) -> None:
         self.unseen.discard((name, layer))
-        if not self.unseen and not self.prediction:
+        if not self.unseen and not self.needs_body:
             raise _Finished
 
     def _add(self, name: str, layer: int, means: Iterator[tuple[int, Tensor]]) -> None:
@@ -147,6 +166,22 @@ class Capture:
         for n, mean in means:
             self.values[name][n, layer, last - mean.numel() : last] = mean
         self._seen(name, layer)
+
+    def _add_own(self, layer: int, coefficients: Tensor) -> None:
+        """Sums that measures brought along."""
+        width = self.layouts[layer].d_mlp
+        for own in self.of_rows:
+            for n, (rows,) in self._instances(coefficients):
+                value = _own_value(own, rows)
+                expected = (width,) * len(own.axes)
+                if tuple(value.shape) != expected:
+                    raise UserError(
+                        f"sum {own.name!r} of an instance has shape {tuple(value.shape)} at layer "
+                        f"{layer}; expected {expected}, by its axes {own.axes}"
+                    )
+                target = self.values[own.name][n, layer]
+                (target[:width] if own.axes else target).copy_(value)
+            self._seen(own.name, layer)
 
     def _hook_shared_gate(self, block: nn.Module, gate: nn.Module) -> None:
         """The weight of a shared expert, computed before the block that uses it later."""
@@ -158,7 +193,17 @@ class Capture:
 
     def _hook_input(self, layer: int, projection: nn.Module) -> None:
         def before(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            rows = self._instances(self._weighted(layer, inputs[0]))
+            weighted = self._weighted(layer, inputs[0])
+            if self.of_tokens:
+                tokens = self._tokens(layer)
+                for n, (own,) in self._instances(weighted):
+                    tokens.add(slice(n * self.width, n * self.width + len(own)), own)
+                self._add_tokens(layer)
+            if self.layouts[layer].experts is None:
+                self._add_own(layer, weighted)
+            if not self.coefficients:
+                return
+            rows = self._instances(weighted)
             self._add("coefficients", layer, ((n, self.mean.magnitude(own)) for n, (own,) in rows))
 
         self._keep(projection.register_forward_pre_hook(before))
@@ -211,7 +256,7 @@ class Capture:
 
     def needs_output(self, layer: int) -> bool:
         """Whether anything is measured behind this layer."""
-        return self.prediction or any(other > layer for _, other in self.unseen)
+        return self.needs_body or any(other > layer for _, other in self.unseen)
 
     def see_expert(self, layer: int, rows: RoutedRows) -> None:
         """Add one expert: c = g_e · |C|, averaged over all real tokens of each instance."""
@@ -231,6 +276,8 @@ class Capture:
         if self.coefficients:
             target = self.values["coefficients"][:, layer, memories]
             target.copy_(share.to(target.dtype) @ rows.coefficients.to(target.dtype).abs())
+        if self.of_tokens:
+            self._tokens(layer).add(rows.tokens, rows.coefficients, rows.weights)
         if self.relu:
             gate, up = experts.gate_and_up(rows.gate_up)
             target = self.values["coefficients_relu"][:, layer, memories]
@@ -239,9 +286,23 @@ class Capture:
 
     def seen_experts(self, layer: int) -> None:
         """All routed experts of the layer have been added."""
+        if self.of_tokens:
+            self._add_tokens(layer)
         for name in ("coefficients", "coefficients_relu"):
             if name in self.values:
                 self._seen(f"{name} of experts", layer)
+
+    def _tokens(self, layer: int) -> TokenEntropies:
+        """The entropies of the layer's tokens, which its routed and shared experts add to."""
+        if self.tokens is None or self.tokens[0] != layer:
+            size = len(self.lengths) * self.width
+            self.tokens = (layer, TokenEntropies(size, self.device))
+        return self.tokens[1]
+
+    def _add_tokens(self, layer: int) -> None:
+        """Routed and shared experts come in either order: whichever is last has them all."""
+        per_token = self._tokens(layer).weighted().view(len(self.lengths), self.width)
+        self.values["token_entropies"][:, layer] = self._token_mean(per_token)
 
     def _load_of_unrouted(self, shape: tuple[int, int]) -> Tensor:
         """[batch, n_layers, n_experts]: 1 for dense layers and shared experts, 0 for the others."""
@@ -269,18 +330,36 @@ class Capture:
         self.values["attention_entropy"][:, layer] = self._token_mean(per_token)
         self._seen("attention_entropy", layer)
 
-    def _predict(self, hidden: Tensor) -> Tensor:
+    def _predict(self, hidden: Tensor, batch: Tensor) -> None:
         assert self.head is not None
         real = torch.cat([hidden[n, :length] for n, length in enumerate(self.lengths)])
-        entropy = streamed_entropy(real, self.head, self.model.config.vocab_size)
-        return torch.stack([part.mean() for part in entropy.split(self.lengths)])
+        vocabulary = self.model.config.vocab_size
+        if "token_nats" not in self.names:
+            entropy = streamed_entropy(real, self.head, vocabulary)
+        else:
+            following = batch.roll(-1, dims=1)  # behind the last real token stands any valid id
+            targets = [following[n, :length] for n, length in enumerate(self.lengths)]
+            entropy, nats = streamed_entropy(real, self.head, vocabulary, torch.cat(targets))
+            losses = [own[:-1].sum() for own in nats.split(self.lengths)]
+            self.values["token_nats"] = torch.stack(losses)
+            counts = torch.tensor(self.lengths, dtype=torch.float64, device=self.device)
+            self.values["predictions"] = counts - 1
+        if "next_token_entropy" in self.names:
+            means = [own.mean() for own in entropy.split(self.lengths)]
+            self.values["next_token_entropy"] = torch.stack(means)
 
     def _token_mean(self, per_token: Tensor) -> Tensor:
         return torch.stack([per_token[n, :length].mean() for n, length in enumerate(self.lengths)])
 
 
-def _language_head(model: Any) -> Callable[[Tensor], Tensor]:
-    projection = require_head(model, "next_token_entropy")
+def _own_value(own: Sum, rows: Tensor) -> Tensor:
+    """What a measure's own sum adds for one instance; it gets a copy, and may do as it likes."""
+    return own.of_instance(rows.to(accumulation_dtype(rows.dtype), copy=True))
+
+
+def _language_head(model: Any, names: Collection[str]) -> Callable[[Tensor], Tensor]:
+    purpose = "loss" if "token_nats" in names else "next_token_entropy"
+    projection = require_head(model, purpose)
     entry = check_config(model.config)
     scale = float(getattr(model.config, entry.logit_multiplier)) if entry.logit_multiplier else 1.0
     if entry.logit_divisor:
@@ -311,5 +390,6 @@ def _check_head(model: Any, head: Callable[[Tensor], Tensor]) -> None:
         raise UnsupportedArchitectureError(
             f"the logits of {type(model).__name__} are not its head applied to its final hidden "
             "states. Name the keys of its configuration that scale them in the description "
-            "(logit_multiplier, logit_divisor), or leave next_token_entropy out of the measures."
+            "(logit_multiplier, logit_divisor), or leave out next_token_entropy, loss and "
+            "perplexity."
         )

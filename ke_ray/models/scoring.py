@@ -131,12 +131,15 @@ def score_instances(
     if batch_size < 1:
         raise DataError(f"batch_size is {batch_size}; expected at least 1")
     names, layers = required_sums(chosen), layers_of(layouts)
+    if "token_entropies" in names and "coefficients" not in names:
+        names = (*names, "coefficients")  # one hook makes both
     if "coefficients" in names and layers.experts:
         names = (*names, "expert_load")
     sums = GroupSums.empty(
         num_instances,
         names,
         layers=layers,
+        d_model=_d_model(model),
         device=target,
         sizes=group_sizes,
     )
@@ -201,6 +204,11 @@ def _as_tensor(input_ids: Any) -> Tensor:
             "of shape [instances, tokens], at least one of each"
         )
     return ids
+
+
+def _d_model(model: Any) -> int:
+    """Width of the final hidden states; OPT-350m projects them."""
+    return int(getattr(model.config, "word_embed_proj_dim", None) or model.config.hidden_size)
 
 
 def _device_of(model: nn.Module) -> torch.device:

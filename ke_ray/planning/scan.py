@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from ke_ray import storage
 from ke_ray.checkpoints.find.catalog import list_checkpoints
 from ke_ray.checkpoints.reference import CheckpointRef, position
+from ke_ray.core.measures import needing_head
 from ke_ray.data.corpus import Corpus, build_corpus, source_kind
 from ke_ray.data.tokenizer import load_tokenizer
 from ke_ray.errors import (
@@ -137,22 +138,23 @@ def _without_head(study: ScanStudy, config: Any, ref: CheckpointRef | None) -> S
     """The study for checkpoints without language-model head: no next-token entropy by default.
 
     Raises:
-        UnsupportedArchitectureError: the study itself names that measure.
+        UnsupportedArchitectureError: the study itself names a measure that needs the head.
     """
-    measure = "next_token_entropy"
-    if ref is None or measure not in study.measures or not lacks_head(config):
+    lacking = needing_head(study.measures)
+    if ref is None or not lacking or not lacks_head(config):
         return study
+    names = " and ".join(lacking)
     problem = (
         f"'{ref.label}' is a base model without language-model head (its config names "
-        f"{', '.join(config.architectures)}), so it has no {measure}"
+        f"{', '.join(config.architectures)}), so it has no {names}"
     )
     if "measures" in study.model_fields_set:
         raise UnsupportedArchitectureError(
-            f"{problem}. Leave {measure} out of the measures, or give checkpoints that "
+            f"{problem}. Leave {names} out of the measures, or give checkpoints that "
             "AutoModelForCausalLM saved."
         )
     log.warning("%s; the other default measures are scored.", problem)
-    measures = tuple(name for name in study.measures if name != measure)
+    measures = tuple(name for name in study.measures if name not in lacking)
     return study.model_copy(update={"measures": measures})
 
 

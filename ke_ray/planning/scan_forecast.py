@@ -11,6 +11,7 @@ import yaml
 from ke_ray.checkpoints.fetch.cache import Store
 from ke_ray.checkpoints.fetch.checkpoint import size_to_fetch
 from ke_ray.checkpoints.reference import CheckpointRef
+from ke_ray.core.measures import needing_head
 from ke_ray.errors import CheckpointError
 from ke_ray.models.architectures import check_config, is_mixture, use_description
 from ke_ray.models.configuration import read_config
@@ -62,7 +63,7 @@ def num_body_parameters(config: Any) -> int:
 def _flops_per_token(config: Any, measures: Sequence[str]) -> float:
     """Two operations a weight; entropies of attention and of the next token on top."""
     parameters = num_body_parameters(config)
-    if not {"attention_entropy", "next_token_entropy"} & set(measures):
+    if "attention_entropy" not in measures and not needing_head(measures):
         return 2.0 * parameters
     return 2.0 * (parameters + config.hidden_size * config.vocab_size) * _THREE_ENTROPIES
 

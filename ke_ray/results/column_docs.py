@@ -38,7 +38,9 @@ def measures_markdown() -> str:
             part
             for part in (
                 measure.doc.replace("|", "\\|"),
-                "" if measure.is_smooth else "no error",
+                "" if measure.has_error else "no error",
+                "lower is better" if measure.direction == "minimize" else "",
+                "higher is better" if measure.direction == "maximize" else "",
                 "" if measure.is_default else "not measured by default",
             )
             if part

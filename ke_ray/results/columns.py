@@ -72,7 +72,7 @@ _ENTROPY = (
     Column("measure", "string", "see below"),
     Column("value", "float64", "the measure, in `unit`; null where `reason` says why"),
     Column("stderr", "float64", "jackknife error over up to 64 groups of instances"),
-    Column("unit", "string", "`nats`, `memories` or `fraction`"),
+    Column("unit", "string", "of the measure: `nats`, `memories`, `fraction`, …"),
     Column("num_instances", "int64", "instances that the value is over", "instances"),
     Column("num_tokens", "int64", "real tokens that the value is over", "tokens"),
     Column("weights_sha256", "string", "canonical: equal for all layouts of the same weights"),

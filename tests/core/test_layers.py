@@ -16,7 +16,7 @@ from ke_ray.core.statistics import GroupSums
 WIDTHS = (5, 0, 8)
 ATTENTION = (Absence.NONE, Absence.NO_ATTENTION, Absence.ALIBI)
 N = 6
-NAMES = [name for name in MEASURES if name != "next_token_entropy"]
+NAMES = [name for name, measure in MEASURES.items() if measure.total != "only"]
 
 
 @pytest.fixture
@@ -30,12 +30,13 @@ def sums_of(data, instances):
     coefficients, attention = data
     sums = GroupSums.empty(
         N,
-        ["coefficients", "coefficients_relu", "attention_entropy"],
+        ["coefficients", "coefficients_relu", "token_entropies", "attention_entropy"],
         layers=Layers.of(WIDTHS, ATTENTION),
     )
     rows = torch.tensor(instances)
     sums.add("coefficients", rows, coefficients[rows])
     sums.add("coefficients_relu", rows, coefficients[rows])
+    sums.add("token_entropies", rows, attention[rows])
     sums.add("attention_entropy", rows, attention[rows])
     sums.count(rows, torch.ones_like(rows))
     return sums
@@ -74,6 +75,7 @@ def test_totals_and_their_errors_are_over_the_layers_that_have_a_value(data):
     [
         ("knowledge_entropy", 1, "no feed-forward part"),
         ("dormant_share", 1, "no feed-forward part"),
+        ("memory_information", 1, "no feed-forward part"),
         ("attention_entropy", 1, "no softmax attention"),
         ("attention_entropy", 2, "ALiBi"),
     ],

@@ -11,25 +11,27 @@ import pytest
 import torch
 
 from ke_ray.core import concentration, entropy
+from ke_ray.core.geometry import moments
 from ke_ray.core.jackknife import group_of, group_sizes, standard_error
 from ke_ray.core.layers import Absence, Layers
+from ke_ray.core.measure import Measure
 from ke_ray.core.measures import (
     DEFAULT_MEASURES,
     MEASURES,
     Evaluation,
-    Measure,
     check_measures,
     evaluate,
     register,
     required_sums,
 )
-from ke_ray.core.statistics import TABLES, GroupSums
+from ke_ray.core.statistics import GroupSums
+from ke_ray.core.sums import Sum, all_tables
 from ke_ray.errors import UserError
 from ke_ray.studies.scan import ScanStudy
 
-N_LAYERS, D_MLP, NUM_INSTANCES = 3, 40, 100
+N_LAYERS, D_MLP, D_MODEL, NUM_INSTANCES = 3, 40, 12, 100
 EXPERTS = [10, 5, 25]  # the memories of a layer as those of three experts
-SMOOTH = [name for name, measure in MEASURES.items() if measure.is_smooth]
+SMOOTH = [name for name, measure in MEASURES.items() if measure.has_error]
 
 
 def _values(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -37,22 +39,33 @@ def _values(seed: int = 0) -> dict[str, torch.Tensor]:
     shapes = {
         "coefficients": (N_LAYERS, D_MLP),
         "coefficients_relu": (N_LAYERS, D_MLP),
+        "token_entropies": (N_LAYERS,),
         "attention_entropy": (N_LAYERS,),
         "next_token_entropy": (),
+        "token_nats": (),
+        "predictions": (),
+        "hidden_moments": (D_MODEL + 1, D_MODEL + 1),
         "expert_load": (N_LAYERS, len(EXPERTS)),
     }
-    return {
+    values = {
         name: torch.rand((NUM_INSTANCES, *shape), generator=generator).double() ** 2
         for name, shape in shapes.items()
     }
+    # Of one token each.
+    hidden = torch.randn(NUM_INSTANCES, 1, D_MODEL, generator=generator)
+    values["hidden_moments"] = torch.stack([moments(rows) for rows in hidden])
+    return values
 
 
 def _sums(
-    values: dict[str, torch.Tensor], names: tuple[str, ...] = tuple(TABLES), batch_size: int = 16
+    values: dict[str, torch.Tensor],
+    names: tuple[str, ...] = tuple(all_tables()),
+    batch_size: int = 16,
 ) -> GroupSums:
     sums = GroupSums.empty(
         NUM_INSTANCES,
         names,
+        d_model=D_MODEL,
         layers=Layers((D_MLP,) * N_LAYERS, experts=(tuple(EXPERTS),) * N_LAYERS),
     )
     for batch in torch.arange(NUM_INSTANCES).split(batch_size):
@@ -64,12 +77,18 @@ def _sums(
 
 def _direct(measure: str, values: dict[str, torch.Tensor]) -> np.ndarray:
     """Per-layer values, or the only value, of a measure straight from the instances' values."""
-    mean = values[MEASURES[measure].needs].mean(dim=0)
+    means = [values[table].mean(dim=0) for table in MEASURES[measure].tables]
     functions = {
         "knowledge_entropy": entropy.entropy_nats,
         "knowledge_entropy_relu": entropy.entropy_nats,
+        "token_entropy": lambda weighted, x: weighted / x.sum(dim=-1),
+        "memory_information": lambda weighted, x: (
+            entropy.entropy_nats(x) - weighted / x.sum(dim=-1)
+        ),
         "attention_entropy": lambda x: x,
         "next_token_entropy": lambda x: x,
+        "loss": lambda nats, count: nats / count,
+        "perplexity": lambda nats, count: (nats / count).exp(),
         "effective_memories": lambda x: entropy.entropy_nats(x).exp(),
         "participation_ratio": concentration.participation_ratio,
         "gini": concentration.gini,
@@ -78,7 +97,7 @@ def _direct(measure: str, values: dict[str, torch.Tensor]) -> np.ndarray:
         "routing_entropy": lambda x: _split_entropy(x)[0],
         "within_expert_entropy": lambda x: _split_entropy(x)[1],
     }
-    return np.asarray(functions[measure](mean).numpy())
+    return np.asarray(functions[measure](*means).numpy())
 
 
 def _split_entropy(mean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -94,11 +113,13 @@ def _split_entropy(mean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _total(measure: str, per_layer: np.ndarray) -> float:
-    if measure == "next_token_entropy":
+    if MEASURES[measure].total == "only":
         return float(per_layer)
     in_sum = {
         "knowledge_entropy",
         "knowledge_entropy_relu",
+        "token_entropy",
+        "memory_information",
         "attention_entropy",
         "effective_memories",
         "routing_entropy",
@@ -115,8 +136,14 @@ def test_names_and_units_are_the_published_ones() -> None:
     assert {name: measure.unit for name, measure in MEASURES.items()} == {
         "knowledge_entropy": "nats",
         "knowledge_entropy_relu": "nats",
+        "token_entropy": "nats",
+        "memory_information": "nats",
         "attention_entropy": "nats",
         "next_token_entropy": "nats",
+        "loss": "nats",
+        "perplexity": "tokens",
+        "rank_me": "dimensions",
+        "alpha_req": "exponent",
         "effective_memories": "memories",
         "participation_ratio": "fraction",
         "gini": "fraction",
@@ -127,9 +154,12 @@ def test_names_and_units_are_the_published_ones() -> None:
     }
 
 
-def test_all_but_the_relu_variant_and_those_of_experts_are_measured_by_default() -> None:
-    others = {"knowledge_entropy_relu", "routing_entropy", "within_expert_entropy"}
-    assert set(MEASURES) - set(DEFAULT_MEASURES) == others
+def test_what_a_scan_measures_by_default_is_what_it_always_measured() -> None:
+    expected = (
+        *("knowledge_entropy", "attention_entropy", "next_token_entropy", "effective_memories"),
+        *("participation_ratio", "gini", "top_k_mass", "dormant_share"),
+    )
+    assert expected == DEFAULT_MEASURES
 
 
 @pytest.fixture
@@ -203,6 +233,31 @@ def test_values_and_replicates_equal_recomputing_from_the_instances(measure: str
     error = standard_error(_total(measure, direct), expected, group_sizes(NUM_INSTANCES))
     assert total.stderr == pytest.approx(float(error), rel=1e-6)
     assert total.stderr > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"needs": "coefficient"}, r"'coefficient', which is no sum. Did you mean 'coefficients'"),
+        ({"needs": "next_token_entropy"}, "total 'mean'; expected 'only'"),
+        ({"total": "only"}, "total 'only'; expected 'sum' or 'mean'"),
+        (
+            {"needs": Sum(name="coefficients", tap="hidden", of_instance=len), "total": "only"},
+            "a sum 'coefficients' already",
+        ),
+        (
+            {
+                "needs": Sum(name="x", tap="hidden", of_instance=len, axes=("d_mlp",)),
+                "total": "only",
+            },
+            "d_mlp stands alone, with the tap coefficients",
+        ),
+    ],
+)
+def test_a_declaration_that_cannot_work_is_refused(change, problem, largest_memory) -> None:
+    with pytest.raises(UserError, match=problem):
+        register(dataclasses.replace(largest_memory, name="other", **change))
+    assert "other" not in MEASURES
 
 
 def test_a_count_of_memories_has_a_value_but_no_error_and_no_replicates() -> None:
@@ -279,7 +334,7 @@ def test_one_instance_has_values_but_no_errors() -> None:
 def test_only_the_tables_that_are_needed_are_asked_for() -> None:
     assert required_sums(["knowledge_entropy", "gini", "dormant_share"]) == ("coefficients",)
     assert required_sums(["next_token_entropy"]) == ("next_token_entropy",)
-    assert set(required_sums(list(MEASURES))) == set(TABLES) - {"expert_load"}
+    assert set(required_sums(list(MEASURES))) == set(all_tables()) - {"expert_load"}
     values = _values()
     only = _sums(values, ("coefficients",))
     assert len(evaluate(only, ["knowledge_entropy"]).rows) == N_LAYERS + 1

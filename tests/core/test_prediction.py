@@ -27,6 +27,28 @@ def test_equals_the_loop_over_the_vocabulary(spread):
     torch.testing.assert_close(got, loop(logits), atol=5e-7, rtol=0)
 
 
+@pytest.mark.parametrize("spread", [0.01, 1.0, 30.0])
+def test_the_loss_is_that_of_the_loop_and_leaves_the_entropy_as_it_is(spread):
+    generator = torch.Generator().manual_seed(3)
+    logits = spread * torch.randn(70, 211, generator=generator)
+    targets = torch.randint(0, 211, (70,), generator=generator)
+    expected = []
+    for row, target in zip(logits.double().tolist(), targets.tolist(), strict=True):
+        top = max(row)
+        expected.append(top + math.log(sum(math.exp(z - top) for z in row)) - row[target])
+    entropy, nats = next_token_entropy(logits, targets)
+    torch.testing.assert_close(nats, torch.tensor(expected).double(), atol=1e-5, rtol=1e-6)
+    assert torch.equal(entropy, next_token_entropy(logits))
+    chunked = streamed_entropy(torch.arange(70), lambda part: logits[part], 2**19, targets)
+    torch.testing.assert_close(chunked, torch.stack([entropy, nats]))
+
+
+def test_the_loss_of_an_impossible_token_is_infinite_and_of_a_certain_one_zero():
+    logits = torch.tensor([[0.0, -torch.inf], [-5000.0, 0.0], [-5000.0, 0.0]])
+    nats = next_token_entropy(logits, torch.tensor([1, 0, 1]))[1]
+    assert nats.tolist() == [math.inf, 5000.0, 0.0]
+
+
 def test_limits_uniform_one_hot_and_impossible_tokens():
     torch.testing.assert_close(
         next_token_entropy(torch.full((3, 50), 7.0)),

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ke_ray.core.jackknife import group_of, group_sizes
-from ke_ray.core.statistics import TABLES, GroupSums
+from ke_ray.core.statistics import GroupSums
+from ke_ray.core.sums import TABLES
 
 N_LAYERS, D_MLP = 2, 5
 

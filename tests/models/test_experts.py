@@ -32,7 +32,11 @@ MIXTURES = tuple(TINY_MIXTURES)
 SHARED = {"qwen2_moe": 20, "deepseek_v2": 24, "deepseek_v3": 24}
 DENSE_FIRST = ("qwen3_moe", "deepseek_v2", "deepseek_v3")
 BY_EXPERT = ("routing_entropy", "within_expert_entropy")
-MEASURES = ("knowledge_entropy", "knowledge_entropy_relu", "gini", "dormant_share", *BY_EXPERT)
+BY_TOKEN = ("token_entropy", "memory_information")
+MEASURES = (
+    *("knowledge_entropy", "knowledge_entropy_relu", "gini", "dormant_share"),
+    *(*BY_EXPERT, *BY_TOKEN),
+)
 
 
 def silu(x: torch.Tensor) -> torch.Tensor:
@@ -96,7 +100,7 @@ def brute_force(model_type: str, model: Any, rows: list[list[int]]) -> list[dict
     model.set_attn_implementation("eager")
     blocks = [layer.mlp for layer in model.model.layers]
     layers: list[dict[str, Any]] = [
-        {"c": {}, "relu": {}, "load": {}, "attention": 0.0} for _ in blocks
+        {"c": {}, "relu": {}, "load": {}, "attention": 0.0, "tokens": []} for _ in blocks
     ]
     for row in rows:
         inputs: list[torch.Tensor] = []
@@ -125,6 +129,8 @@ def brute_force(model_type: str, model: Any, rows: list[list[int]]) -> list[dict
                     drawn.append((4, g, *ffn(block.shared_expert, x)))
                 elif hasattr(block, "shared_experts"):
                     drawn.append((4, 1.0, *ffn(block.shared_experts, x)))
+                values = {e: g * c.detach().abs() for e, g, c, _ in drawn}
+                sums["tokens"].append((share, values))
                 for e, g, c, relu in drawn:
                     for key, value in (
                         ("c", g * c.detach().abs()),
@@ -133,6 +139,19 @@ def brute_force(model_type: str, model: Any, rows: list[list[int]]) -> list[dict
                     ):
                         sums[key][e] = sums[key].get(e, 0.0) + value * share
     return layers
+
+
+def split_by_token(tokens: list[Any], vectors: Any) -> tuple[float, float]:
+    """Σ w H(p) and Σ w KL(p ‖ q) over the memories of all experts, from what each token draws."""
+    rows = [(share, vectors(drawn)) for share, drawn in tokens]
+    total = sum(share * float(c.sum()) for share, c in rows)
+    q = sum(share * c for share, c in rows) / total
+    within = information = 0.0
+    for share, c in rows:
+        w, p = share * float(c.sum()) / total, (c / c.sum()).tolist()
+        within += w * entropy(p)
+        information += w * sum(a * math.log(a / b) for a, b in zip(p, q.tolist(), strict=True) if a)
+    return within, information
 
 
 def example() -> tuple[list[list[int]], torch.Tensor, torch.Tensor]:
@@ -160,12 +179,20 @@ def test_measures_and_load_of_a_mixture_equal_the_definition(tiny_decoder, model
         within = sum(float(c.sum()) / sum(masses) * entropy(c.tolist()) for c in sums["c"].values())
         sizes = [48] if layer == 0 and model_type in DENSE_FIRST else [12] * 4
         sizes += [SHARED[model_type]] if len(sizes) > 1 and model_type in SHARED else []
-        vector = torch.cat([sums["c"].get(e, torch.zeros(s)) for e, s in enumerate(sizes)])
+
+        def vectors(drawn: dict[int, torch.Tensor], sizes: list[int] = sizes) -> torch.Tensor:
+            parts = [drawn.get(e, torch.zeros(s)) for e, s in enumerate(sizes)]
+            return torch.cat([part.double() for part in parts])
+
+        vector = vectors(sums["c"])
+        of_tokens, information = split_by_token(sums["tokens"], vectors)
         relu = [v for c in sums["relu"].values() for v in c.tolist()]
         differences = (vector[:, None] - vector[None, :]).abs().sum()
         expected = {
             "knowledge_entropy": entropy(vector.tolist()),
             "knowledge_entropy_relu": entropy(relu),
+            "token_entropy": of_tokens,
+            "memory_information": information,
             "routing_entropy": routing,
             "within_expert_entropy": within,
             "gini": float(differences / (2 * len(vector) ** 2 * vector.mean())),

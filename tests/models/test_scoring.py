@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from ke_ray.core.measures import MEASURES
+from ke_ray.core.measures import MEASURES, needing_head
 from ke_ray.errors import DataError, UnsupportedArchitectureError, UserError
 from ke_ray.models.layout import describe
 from ke_ray.models.scoring import compact, score_instances, score_model
@@ -16,8 +16,11 @@ from ke_ray.models.scoring import compact, score_instances, score_model
 ENTROPIES = (
     "knowledge_entropy",
     "knowledge_entropy_relu",
+    "token_entropy",
+    "memory_information",
     "attention_entropy",
     "next_token_entropy",
+    "loss",
 )
 
 
@@ -126,6 +129,7 @@ def test_the_pass_ends_when_everything_asked_for_was_seen(tiny_decoder, model_ty
 
     assert score("attention_entropy") == set()
     assert score("knowledge_entropy") == {"attention", "up"}
+    assert score("token_entropy") == {"attention", "up"}
     assert score("gini", "attention_entropy") == {"attention", "up"}
     assert score("knowledge_entropy_relu") <= {"attention", "up"}
     assert score("next_token_entropy") == {"attention", "up", "second", "head"}
@@ -136,7 +140,7 @@ def test_only_the_sums_that_are_needed_are_kept(tiny_decoder):
     ids, lengths = instances(n=2)
     for name, measure in MEASURES.items():
         sums = score_instances(model, ids, lengths, measures=[name], num_instances=2)
-        assert set(sums.tables) == {measure.needs}
+        assert set(sums.tables) == set(measure.tables)
 
 
 def test_measuring_more_changes_neither_the_forward_pass_nor_the_values(tiny_decoder):
@@ -276,17 +280,20 @@ def test_a_model_that_shares_the_config_still_runs_while_another_is_measured(tin
         torch.testing.assert_close(other(ids).logits, expected)
 
 
-def test_a_base_model_has_every_measure_but_next_token_entropy(tiny_decoder):
+def test_a_base_model_has_every_measure_but_those_of_logits(tiny_decoder):
     model = tiny_decoder("olmo")
     ids, lengths = instances()
     real = torch.arange(ids.shape[1]) < lengths[:, None]
-    others = [name for name in MEASURES if name != "next_token_entropy"]
+    of_logits = needing_head(tuple(MEASURES))
+    assert of_logits == ("next_token_entropy", "loss", "perplexity")
+    others = [name for name in MEASURES if name not in of_logits]
     same(
         score_model(model.base_model, ids, real, measures=others),
         score_model(model, ids, real, measures=others),
     )
-    with pytest.raises(UnsupportedArchitectureError, match=r"needs a language-model head.*base"):
-        score_model(model.base_model, ids, measures=["next_token_entropy"])
+    for name in ("next_token_entropy", "loss"):
+        with pytest.raises(UnsupportedArchitectureError, match=rf"{name} needs a language-model h"):
+            score_model(model.base_model, ids, measures=[name])
 
 
 def test_one_measure_may_be_given_as_a_text(tiny_decoder):

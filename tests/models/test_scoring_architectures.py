@@ -27,8 +27,14 @@ MEASURES = (
     "knowledge_entropy",
     "knowledge_entropy_relu",
     "attention_entropy",
+    "token_entropy",
+    "memory_information",
     "next_token_entropy",
+    "loss",
+    "perplexity",
 )
+
+WITHOUT_LAYERS = ("next_token_entropy", "loss", "perplexity")
 
 
 def silu(x: torch.Tensor) -> torch.Tensor:
@@ -159,7 +165,9 @@ def brute_force(model_type: str, model: Any, rows: list[list[int]]) -> dict[str,
     mean_relu: list[Any] = [0.0] * n_layers
     attending = with_attention(model, n_layers)
     attention = [0.0 if layer in attending else None for layer in range(n_layers)]
+    of_tokens: list[list[tuple[float, torch.Tensor]]] = [[] for _ in blocks]
     prediction = 0.0
+    losses: list[float] = []
     for row in rows:
         seen: list[torch.Tensor] = []
         hooks = [
@@ -179,24 +187,51 @@ def brute_force(model_type: str, model: Any, rows: list[list[int]]) -> dict[str,
                 c, variant = inside(model_type, blocks[layer], x)
                 mean_c[layer] += c.detach().abs() * share
                 mean_relu[layer] += variant.detach().abs() * share
+                of_tokens[layer].append((share, c.detach().abs()))
         for layer, given in zip(attending, out.attentions if attending else (), strict=True):
             probabilities = given[0].double()  # [heads, T, T]
             heads = probabilities.shape[0]
             attention[layer] += entropy(probabilities) * share / heads
-        for logits in out.logits[0].double():
+        for place, logits in enumerate(out.logits[0].double()):
             p = torch.exp(logits - logits.max())
             prediction += entropy(p / p.sum()) * share
+            if place + 1 < len(row):
+                losses.append(-math.log(float(p[row[place + 1]] / p.sum())))
     return {
         "knowledge_entropy": [of_shares(c) for c in mean_c],
         "knowledge_entropy_relu": [of_shares(c) for c in mean_relu],
         "attention_entropy": attention,
+        "token_entropy": [split_by_token(tokens)[0] for tokens in of_tokens],
+        "memory_information": [split_by_token(tokens)[1] for tokens in of_tokens],
         "next_token_entropy": [prediction],
+        "loss": [sum(losses) / len(losses)],
+        "perplexity": [math.exp(sum(losses) / len(losses))],
         "d_mlp": [0 if block is None else len(c) for block, c in zip(blocks, mean_c, strict=True)],
     }
 
 
 def of_shares(c: Any) -> float | None:
     return entropy(c / c.sum()) if isinstance(c, torch.Tensor) else None
+
+
+def split_by_token(
+    tokens: list[tuple[float, torch.Tensor]],
+) -> tuple[float, float] | tuple[None, None]:
+    """Σ w H(p) and Σ w KL(p ‖ q), of (weight in Eq. 2, |C|) of every token; q their mixture."""
+    if not tokens:
+        return None, None
+    total = sum(share * float(c.sum()) for share, c in tokens)
+    w = [share * float(c.sum()) / total for share, c in tokens]
+    p = [c / c.sum() if float(c.sum()) else c for _, c in tokens]
+    q = sum(weight * own for weight, own in zip(w, p, strict=True))
+    divergence = [
+        sum(a * math.log(a / b) for a, b in zip(own.tolist(), q.tolist(), strict=True) if a > 0)
+        for own in p
+    ]
+    return (
+        sum(weight * entropy(own) for weight, own in zip(w, p, strict=True)),
+        sum(weight * d for weight, d in zip(w, divergence, strict=True)),
+    )
 
 
 FALCON_7B = {"new_decoder_architecture": False, "num_kv_heads": None, "multi_query": True}
@@ -228,8 +263,8 @@ def test_all_measures_equal_the_equations(tiny_decoder, model_type, overrides):
     got = score_model(model, ids, mask, measures=MEASURES, batch_size=3)
     for measure, values in expected.items():
         total = got.row(measure)
-        if measure == "next_token_entropy":
-            assert total.value == pytest.approx(values[0], abs=1e-5)
+        if measure in WITHOUT_LAYERS:
+            assert total.value == pytest.approx(values[0], abs=1e-5, rel=1e-5)
             continue
         for layer, value in enumerate(values):
             row = got.row(measure, layer)

@@ -56,8 +56,11 @@ def test_default_measures_leave_out_what_a_base_model_lacks(scan_study, base_mod
 
 
 def test_a_measure_that_a_base_model_lacks_is_refused_where_it_is_named(scan_study, base_model):
-    study = scan_study(checkpoints={"spec": str(base_model)}, measures=["next_token_entropy"])
-    with pytest.raises(UnsupportedArchitectureError, match=r"names OlmoModel.*Leave next_token"):
+    study = scan_study(
+        checkpoints={"spec": str(base_model)}, measures=["next_token_entropy", "loss"]
+    )
+    remedy = r"names OlmoModel.*Leave next_token_entropy and loss out"
+    with pytest.raises(UnsupportedArchitectureError, match=remedy):
         prepare_scan(study)
 
 

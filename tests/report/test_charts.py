@@ -217,3 +217,24 @@ def test_ramps_grow_lighter_or_diverge() -> None:
     assert steps == sorted(steps)
     diverging = [_luminance(colour) for colour in DIVERGING]
     assert diverging.index(max(diverging)) == 3
+
+
+def test_the_terms_of_knowledge_entropy_are_drawn_beside_it(tmp_path: Path) -> None:
+    folder = synthetic.make_scan(tmp_path / "scan", corpora=("d",))
+    for name in ("entropy", "replicates"):
+        table = pd.read_parquet(folder / f"{name}.parquet")
+        own = table[table["measure"] == "knowledge_entropy"]
+        for measure, share in (("token_entropy", 0.7), ("memory_information", 0.3)):
+            table = pd.concat([table, own.assign(measure=measure, value=share * own["value"])])
+        table.to_parquet(folder / f"{name}.parquet")
+    parts = sections(find_results([folder]))
+    figures = {figure.id: figure for part in parts for figure in part.figures}
+    assert {"scan-token-entropy", "scan-memory-information"} <= set(figures)
+    assert "Sum over layers." in figures["scan-token-entropy"].caption
+    panels = {panel.key[0]: panel.view for panel in figures["scan-changes"].panels}
+    rows = panels["Knowledge entropy and its two terms"].rows
+    assert rows["series"].nunique() == 3
+    by_term = rows.pivot_table(index="x", columns="series", values="value")
+    whole = by_term.pop("d: knowledge entropy")
+    np.testing.assert_allclose(by_term.sum(axis=1), whole, atol=1e-9)
+    assert (rows["low"] < rows["value"])[rows["x"] > 0].all()

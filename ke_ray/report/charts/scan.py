@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ke_ray.core.measures import MEASURES
 from ke_ray.report import axis, series
 from ke_ray.report.charts.distribution import distribution_figures
 from ke_ray.report.charts.figure import Figure, Panel, Plot, TextTable, figure_of
@@ -19,9 +20,12 @@ from ke_ray.report.sources import Result
 _ENTROPIES = {  # measure -> where the paper shows it
     "knowledge_entropy": "Fig. 2, A.2",
     "knowledge_entropy_relu": "A.2",
+    "token_entropy": "",
+    "memory_information": "",
     "attention_entropy": "Fig. 3",
     "next_token_entropy": "A.4",
 }
+_TERMS = ("token_entropy", "memory_information")  # add up to knowledge entropy
 _Z = 1.96  # standard errors of a 95 % interval
 _CHECKPOINT = {"checkpoint": "checkpoint"}
 
@@ -205,10 +209,8 @@ def _over_steps(scan: Result, measure: str, figure: Callable[..., Figure]) -> Fi
     if measure == "knowledge_entropy" and bounds:
         shown = (f"{b} ({label})" if len(bounds) > 1 else str(b) for b, label in bounds.items())
         caption += f" Largest possible value: {'; '.join(shown)}."
-    if measure in ("participation_ratio", "gini", "top_k_mass", "dormant_share"):
-        caption += " Mean over layers."
-    elif measure in series.MEASURE_TITLES and measure != "next_token_entropy":
-        caption += " Sum over layers."
+    total = MEASURES[measure].total if measure in MEASURES else "only"
+    caption += {"mean": " Mean over layers.", "sum": " Sum over layers.", "only": ""}[total]
     if measure in (absent := series.absent(scan)):
         caption += f" Layers without a value are left out: {absent[measure]}"
     if measure == "top_k_mass":
@@ -229,6 +231,7 @@ def _over_steps(scan: Result, measure: str, figure: Callable[..., Figure]) -> Fi
 
 def _changes(scan: Result, measures: list[str], figure: Callable[..., Figure]) -> Figure:
     panels, drawn = [], []
+    terms: dict[str, pd.DataFrame] = {}
     x = X("x", x_title(scan))
     for measure in measures:
         rows = measure_rows(scan, measure, series.paired_change)
@@ -244,6 +247,17 @@ def _changes(scan: Result, measures: list[str], figure: Callable[..., Figure]) -
             rules=[Rule("y", 0.0), *border_rules(scan, x)],
         )
         panels.append(Panel((title,), plot))
+        terms[measure] = rows.assign(series=rows["series"] + f": {title.lower()}")
+    if set(_TERMS) <= set(terms):
+        rows = pd.concat(terms[name] for name in ("knowledge_entropy", *_TERMS) if name in terms)
+        plot = series_plot(
+            rows.reset_index(drop=True),
+            x,
+            "change (nats)",
+            columns=_CHECKPOINT,
+            rules=[Rule("y", 0.0), *border_rules(scan, x)],
+        )
+        panels.append(Panel(("Knowledge entropy and its two terms",), plot))
     return figure(
         "changes",
         title="Change since the first checkpoint",
