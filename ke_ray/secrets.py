@@ -9,7 +9,8 @@ from typing import Any, overload
 # To the last "@" before the path: a password may hold one itself. In hf://name@revision it is none.
 _CREDENTIALS = re.compile(r"(?<=://)(?<!hf://)[^/\s?#]*@")
 _TOKENS = re.compile(
-    r"\b(hf_[A-Za-z0-9]{8,}"
+    r"\b(hf_[A-Za-z0-9]{8,}|gh[opsru]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|AKIA[0-9A-Z]{16}"
+    r"|(?i:bearer)\s+(?=[^\s'\"]*\d)[^\s'\"]{8,}|(?i:authorization)\s*[:=]\s*(?:\w+\s+)?[^\s'\"]{6,}"
     r"|(?i:token|password|passwd|secret|signature|sig|credential|api_?key|access_?key(?:_?id)?"
     r"|AWSAccessKeyId)=[^\s&'\"]+)"
 )
