@@ -24,18 +24,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-from ke_ray.secrets import redact
-
-_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(9), *range(11, 32), *range(127, 160))}
-
-
-def printable(text: str) -> str:
-    """Text from outside, fit for a terminal, a log or a file.
-
-    URLs lose their passwords. Control characters, by which a name could set a terminal's title or
-    its clipboard, are shown as escapes; line ends and tabs stay.
-    """
-    return redact(text).translate(_CONTROLS)
+from ke_ray.secrets import printable
 
 
 class KeRayError(Exception):

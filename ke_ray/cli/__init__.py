@@ -27,8 +27,8 @@ from ke_ray.cli import (
     train,
     view,
 )
-from ke_ray.errors import KeRayError, printable
-from ke_ray.secrets import RedactingFormatter
+from ke_ray.errors import KeRayError
+from ke_ray.secrets import RedactingFormatter, printable
 
 __all__ = ["app", "main"]
 
