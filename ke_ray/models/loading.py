@@ -12,7 +12,6 @@ a conversion on the CPU is paid.
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 from collections.abc import Iterator
@@ -29,6 +28,7 @@ from ke_ray.checkpoints.formats.weights import WeightFiles, is_buffer, open_weig
 from ke_ray.checkpoints.reference import CheckpointRef, local_folder
 from ke_ray.errors import CheckpointError, UnsupportedArchitectureError, UserError
 from ke_ray.models.architectures import check_config, check_measurable
+from ke_ray.storage import parse_json
 
 if TYPE_CHECKING:
     import torch
@@ -134,8 +134,8 @@ def _read_hf_config(path: Path) -> PreTrainedConfig:
     if path.stat().st_size > _CONFIG_LIMIT:
         raise CheckpointError(f"'{path}' has more than {_CONFIG_LIMIT:,} bytes; is it a config?")
     try:
-        values = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
+        values = parse_json(path.read_bytes())
+    except ValueError as error:
         raise CheckpointError(f"'{path}' is not JSON: {error}.") from error
     if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
         raise CheckpointError(f"'{path}' names no model_type; expected a transformers config.")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import fsspec
+from safetensors import SafetensorError
 
 from ke_ray.checkpoints.formats.layout import TOKENIZER_FILES
 from ke_ray.checkpoints.formats.olmo import fuse
@@ -89,12 +90,13 @@ def save_model(
             _replace(temporary_folder, final)
         else:
             temporary_folder.rename(final)  # refused where somebody has filled it meanwhile
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         if not overwrite and final.exists() and _filled(final):
             raise _exists(target) from error
+        reason = getattr(error, "strerror", None) or error
         raise StorageError(
-            f"Cannot write the checkpoint '{target}': {error.strerror or error}. Free some space "
-            "or choose another folder."
+            f"Cannot write the checkpoint '{target}': {reason}. Free some space or choose another "
+            "folder."
         ) from error
     finally:
         shutil.rmtree(temporary_folder, ignore_errors=True)

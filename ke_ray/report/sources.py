@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +20,7 @@ import pyarrow.compute as pc
 from pyarrow import ArrowException
 
 from ke_ray import storage
-from ke_ray.errors import KeRayError, UserError
+from ke_ray.errors import KeRayError, StorageError, UserError
 from ke_ray.results import SCHEMA_VERSION, ScanFolder
 from ke_ray.results.columns import TABLES, with_branch
 from ke_ray.secrets import printable
@@ -105,8 +106,9 @@ def find_results(paths: Sequence[str | os.PathLike[str]]) -> list[Result]:
     results: list[Result] = []
     seen: set[str] = set()
     for path_given in paths:
-        path = os.fspath(path_given).rstrip("/") or "/"
-        if not storage.exists(path):
+        path = os.fspath(path_given)
+        path = path.rstrip("/") or path
+        if not path or not storage.exists(path):
             raise UserError(
                 f"There is no '{path}'. Give a result folder (of scan, continual, sweep or "
                 "pretrain) or a folder that holds some; 'ke-ray demo' makes a set in runs/demo."
@@ -129,7 +131,8 @@ def _walk(path: str, depth: int) -> list[tuple[str, str]]:
     below: list[tuple[str, str]] = []
     for name in names:
         if not name.startswith(".") and not name.endswith(_FILES) and name not in _NOT_RESULTS:
-            below.extend(_walk(storage.join(path, name), depth - 1))
+            with suppress(StorageError):  # no permission, which the folders beside it may have
+                below.extend(_walk(storage.join(path, name), depth - 1))
     return below
 
 
@@ -140,8 +143,8 @@ def _kind_of(path: str, names: Sequence[str]) -> str | None:
         except KeRayError:
             manifest = {}
         kind = manifest.get("kind") if isinstance(manifest, dict) else None
-        if kind in KINDS:
-            return str(kind)
+        if isinstance(kind, str) and kind in KINDS:
+            return kind
     for kind, tables in KINDS.items():
         if f"{tables[0]}.parquet" in names:
             return kind

@@ -19,6 +19,7 @@ from ke_ray.storage.files import read_bytes, write_atomic
 if TYPE_CHECKING:
     import pyarrow
 
+MAX_FILE_BYTES = 4 * 2**30
 MAX_TABLE_BYTES = 2**30
 _ROWS_PER_GROUP = 10_000
 _ROWS_PER_BATCH = 10_000
@@ -73,10 +74,11 @@ def open_table(uri: str | os.PathLike[str]) -> StoredTable:
     """Open a Parquet file for reading by row groups; its compressed bytes are in memory.
 
     Raises:
-        StorageError: the file is not Parquet, or one of its columns is wider than 4 KiB.
+        StorageError: the file is not Parquet, larger than ``MAX_FILE_BYTES``, or one of its
+            columns is wider than 4 KiB.
     """
     with _explained_table(uri):
-        return StoredTable(os.fspath(uri), read_bytes(uri))
+        return StoredTable(os.fspath(uri), read_bytes(uri, MAX_FILE_BYTES))
 
 
 class StoredTable:

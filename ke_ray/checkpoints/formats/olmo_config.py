@@ -17,7 +17,6 @@ RMS with weights, after, and of q and k     OLMo-2
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 
 from ke_ray.errors import CheckpointError, ConfigError, UnsupportedArchitectureError
+from ke_ray.storage import parse_json
 from ke_ray.storage.safe_yaml import parse_yaml
 
 if TYPE_CHECKING:
@@ -256,8 +256,8 @@ def read_hf_olmo_config(path: str | Path) -> NativeConfig | None:
     if not file.is_file() or file.stat().st_size > _FILE_LIMIT:
         return None
     try:
-        values = json.loads(file.read_bytes())
-    except (ValueError, RecursionError):
+        values = parse_json(file.read_bytes())
+    except ValueError:
         return None
     if not isinstance(values, dict) or values.get("model_type") != "hf_olmo":
         return None
