@@ -13,6 +13,7 @@ a conversion on the CPU is paid.
 from __future__ import annotations
 
 import logging
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 
 _CONFIG_LIMIT = 16 * 2**20  # bytes of a config.json
 _INT_LIMIT = 2**31
+_COUNTS = re.compile(r"(?:layers?|labels|blocks|heads|experts)$")
+_MAX_COUNT = 65_536
 # Models of several modalities whose text decoder transformers reads out of the whole checkpoint.
 _WITH_TEXT_DECODER = ("qwen3_5",)
 # transformers' switches for progress bars and log level are process-wide.
@@ -163,6 +166,12 @@ def _check_integers(value: Any, path: Path, depth: int = 0) -> None:
             raise CheckpointError(f"'{path}' is nested more than 32 levels deep.")
         for item in value.values() if isinstance(value, dict) else value:
             _check_integers(item, path, depth + 1)
+        for key, number in value.items() if isinstance(value, dict) else ():
+            # transformers makes lists and dicts of these lengths.
+            if isinstance(number, int | float) and _COUNTS.search(key) and number > _MAX_COUNT:
+                raise CheckpointError(
+                    f"'{path}' has {key}={number:.3g}; ke_ray expects at most {_MAX_COUNT:,}."
+                )
     elif isinstance(value, int) and abs(value) >= _INT_LIMIT:
         raise CheckpointError(f"'{path}' holds the number {value:.3g}, larger than any dimension.")
 

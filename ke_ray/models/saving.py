@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import fsspec
-from safetensors import SafetensorError
 
 from ke_ray.checkpoints.formats.layout import TOKENIZER_FILES
 from ke_ray.checkpoints.formats.olmo import fuse
@@ -72,7 +71,10 @@ def save_model(
         require_head(model, "OLMo's native layout")
     if not is_local(target):
         with tempfile.TemporaryDirectory(prefix="ke_ray-") as temporary:
-            _fill(Path(temporary), model, native, tokenizer, extra or {})
+            try:
+                _fill(Path(temporary), model, native, tokenizer, extra or {})
+            except OSError as error:
+                raise _cannot_write(temporary, error) from error
             _upload(Path(temporary), target)
         return target
     final = local_path(target).absolute()
@@ -90,14 +92,10 @@ def save_model(
             _replace(temporary_folder, final)
         else:
             temporary_folder.rename(final)  # refused where somebody has filled it meanwhile
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         if not overwrite and final.exists() and _filled(final):
             raise _exists(target) from error
-        reason = getattr(error, "strerror", None) or error
-        raise StorageError(
-            f"Cannot write the checkpoint '{target}': {reason}. Free some space or choose another "
-            "folder."
-        ) from error
+        raise _cannot_write(target, error) from error
     finally:
         shutil.rmtree(temporary_folder, ignore_errors=True)
         if lock is not None:
@@ -112,16 +110,20 @@ def _fill(
     tokenizer: Any | None,
     extra: Mapping[str, str],
 ) -> None:
-    if native is None:
-        with quiet():
-            model.save_pretrained(folder)
-    else:
-        from safetensors.torch import save_file
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
 
-        fused = fuse(model.state_dict(), native)
-        tensors = {name: tensor.detach().cpu().clone() for name, tensor in fused.items()}
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        (folder / "config.yaml").write_text(native.to_yaml(), "utf-8")
+    try:
+        if native is None:
+            with quiet():
+                model.save_pretrained(folder)
+        else:
+            fused = fuse(model.state_dict(), native)
+            tensors = {name: tensor.detach().cpu().clone() for name, tensor in fused.items()}
+            save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+            (folder / "config.yaml").write_text(native.to_yaml(), "utf-8")
+    except SafetensorError as error:  # of a full disk, too
+        raise OSError(str(error)) from error
     if tokenizer is not None:
         _save_tokenizer(tokenizer, folder)
     for name, text in extra.items():
@@ -147,6 +149,13 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
         )
     for name in present:
         shutil.copyfile(source / name, folder / name)
+
+
+def _cannot_write(target: str, error: OSError) -> StorageError:
+    return StorageError(
+        f"Cannot write the checkpoint '{target}': {error.strerror or error}. Free some space or "
+        "choose another folder."
+    )
 
 
 def _exists(target: str) -> StorageError:

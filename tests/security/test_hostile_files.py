@@ -29,6 +29,7 @@ from ke_ray.data.stored_array import safetensors_arrays
 from ke_ray.data.tokenizer import load_tokenizer
 from ke_ray.errors import CheckpointError, CheckpointSpecError, DataError, KeRayError, StorageError
 from ke_ray.models.configuration import read_config
+from ke_ray.models.loading import load_config
 from ke_ray.report.terminal import headline_rows
 
 _MANY = b"[" + b"[]," * 5_000_000 + b"[]]"
@@ -178,7 +179,9 @@ def test_a_server_that_sends_without_an_end_is_left(endless: str, tmp_path: Path
         lambda: fetch_into(ref, tmp_path, max_bytes=100), "more than 100 bytes", CheckpointError
     )
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) == 0
-    refused(lambda: load_tokenizer(f"{endless}/tokenizer.json"), "is not a tokenizer.json", DataError)
+    refused(
+        lambda: load_tokenizer(f"{endless}/tokenizer.json"), "is not a tokenizer.json", DataError
+    )
 
 
 def test_a_redirect_to_another_protocol_is_not_followed(endless: str, tmp_path: Path) -> None:
@@ -188,3 +191,48 @@ def test_a_redirect_to_another_protocol_is_not_followed(endless: str, tmp_path: 
         "no web address",
         CheckpointError,
     )
+
+
+def tokenizer_with(**parts: object) -> str:
+    model = {"type": "WordLevel", "vocab": {"[UNK]": 0, "a": 1}, "unk_token": "[UNK]"}
+    return json.dumps({"version": "1.0", "added_tokens": [], "model": model, **parts})
+
+
+def rule(pattern: dict[str, str], content: str) -> dict[str, object]:
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+def chain(*rules: dict[str, object]) -> dict[str, object]:
+    return {"type": "Sequence", "normalizers": list(rules)}
+
+
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [
+        ({"normalizer": chain(*[rule({"String": "a"}, "aa")] * 40)}, "1.1e\\+12 times"),
+        ({"normalizer": chain(chain(rule({"String": "q"}, "q" * 2_000)))}, "2e\\+03 times"),
+        ({"normalizer": chain(*[rule({"Regex": "."}, "x" * 4)] * 2)}, ""),
+        ({"normalizer": rule({"Regex": "(a|aa)+[^a]$"}, "x")}, "does not encode"),
+        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}, "."),
+        ({"model": {"type": "BPE", "vocab": {}, "merges": [["a", "b"]]}}, "not a tokenizer"),
+        ({"pre_tokenizer": {"type": "Digits"}}, "not a tokenizer"),
+    ],
+)
+def test_tokenizers_that_take_all_time_or_memory_are_refused(
+    tmp_path: Path, parts: dict[str, object], expected: str
+) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_text(tokenizer_with(**parts))
+    if expected:
+        refused(lambda: load_tokenizer(path), expected, DataError)
+    else:
+        assert load_tokenizer(path).encode("a").ids == [0]
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "gemma2", "gemma3_text", "olmo3", "llama"])
+@pytest.mark.parametrize("key", ["num_labels", "num_hidden_layers"])
+def test_giant_counts_of_a_configuration_are_refused(tmp_path: Path, kind: str, key: str) -> None:
+    values = {"model_type": kind, key: 1_000_000_000}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    refused(lambda: load_config(tmp_path), f"{key}=1e\\+09", CheckpointError)

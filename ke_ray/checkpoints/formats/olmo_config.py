@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 _FILE_LIMIT = 16 * 2**20  # bytes of a config.yaml; those with all data paths have about 0.2 MiB
 _SECTION_LIMIT = 64 * 2**10
 _INT_LIMIT = 2**31
+_MAX_LAYERS = 65_536
 # Keys of OLMo's ModelConfig that do not change what a trained model computes.
 _HARMLESS = re.compile(
     r"init_.*|.*_init_std|scale_emb_init|.*_dropout|flash_attention|precision|rope_full_precision"
@@ -331,6 +332,8 @@ def _build(values: Mapping[str, Any], model_type: _Kind, origin: str) -> NativeC
     tied = values.get("weight_tying", True)
     if not isinstance(tied, bool):
         raise CheckpointError(f"{origin}: weight_tying={tied!r}, expected true or false.")
+    if (n_layers := integer("n_layers")) > _MAX_LAYERS:
+        raise CheckpointError(f"{origin}: n_layers={n_layers:,}, expected {_MAX_LAYERS:,} at most.")
     clip = None
     if values.get("clip_qkv") is not None:
         clip = _number(values, "clip_qkv", None, origin)
@@ -339,7 +342,7 @@ def _build(values: Mapping[str, Any], model_type: _Kind, origin: str) -> NativeC
         d_model=d_model,
         n_heads=n_heads,
         n_kv_heads=n_kv_heads,
-        n_layers=integer("n_layers"),
+        n_layers=n_layers,
         d_mlp=int(hidden) // 2,
         vocab_size=rows,
         max_sequence_length=integer("max_sequence_length", 1024),
