@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import re
 import sys
@@ -16,6 +17,7 @@ import synthetic
 from rich.console import Console
 
 from ke_ray import storage
+from ke_ray.data.documents import iter_documents
 from ke_ray.errors import StorageError
 from ke_ray.report.build import build_report
 from ke_ray.report.sources import find_results
@@ -102,6 +104,13 @@ def bombs(folder: Path) -> dict[str, Path]:
             dictionary_pagesize_limit=10**7,
         )
     return {name: folder / f"{name}.parquet" for name in contents}
+
+
+def test_a_text_that_stands_in_every_row_is_read_once_a_row(tmp_path: Path) -> None:
+    path = bombs(tmp_path)["dictionary"]
+    documents = itertools.islice(iter_documents(f"{path}#corpus"), 300)
+    assert {len(text) for text, _ in documents} == {10**6}
+    assert pa.default_memory_pool().max_memory() < 200e6
 
 
 def test_bombs_are_refused_before_they_burst(
