@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import streamlit as st
-from parts import pick
+from parts import pick, plain
 from runs_view import show_mlflow, show_runs
 from scans_view import scan_menus, show_scans
 
@@ -58,7 +58,7 @@ def _results(paths: Sequence[str]) -> list[Result]:
     try:
         return _load(tuple(paths), _state(paths))
     except KeRayError as error:
-        st.warning(str(error))
+        st.warning(plain(str(error)))
         return []
 
 
@@ -74,6 +74,7 @@ def main() -> None:
     interval = _INTERVALS[
         st.sidebar.selectbox("Follow running work", list(_INTERVALS), key="every")
     ]
+    shown = plain(", ".join(options.results))
     menus, chosen, kind = None, [], ""
     if view == _VIEWS[0]:
         menus = scan_menus(results)
@@ -87,13 +88,15 @@ def main() -> None:
         if view == _VIEWS[3]:
             show_mlflow(options.mlflow)
         elif not fresh:
-            st.info(f"No results in {', '.join(options.results)}. `ke-ray demo` makes a set.")
+            st.info(
+                f"No results in {plain(', '.join(options.results))}. `ke-ray demo` makes a set."
+            )
         elif view in _VIEWS[1:3]:
             show_runs(fresh, kind, chosen, options.mlflow)
         elif menus is not None:
             show_scans(fresh, menus)
         now = datetime.datetime.now().astimezone()
-        st.caption(f"Read {now:%H:%M:%S} from {', '.join(options.results)}")
+        st.caption(f"Read {now:%H:%M:%S} from {shown}")
 
     body()
 

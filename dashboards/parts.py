@@ -1,6 +1,8 @@
-"""What the views share: names and menus of results, a chart, a figure of the report."""
+"""What the views share: names, menus and texts of results, a chart, a figure of the report."""
 
 from __future__ import annotations
+
+import re
 
 import pandas as pd
 import streamlit as st
@@ -8,6 +10,16 @@ import streamlit as st
 from ke_ray.report.charts.comparison import labels
 from ke_ray.report.charts.figure import Figure, Plot, TextTable
 from ke_ray.report.sources import Result
+
+_PUNCTUATION = re.compile(r"([!-/:-@\[-`{-~])")
+
+
+def plain(text: str) -> str:
+    """Text with something of a result in it, for labels and sentences, which are Markdown.
+
+    Others' results could otherwise show links and fetch images.
+    """
+    return _PUNCTUATION.sub(r"\\\1", text)
 
 
 def pick(results: list[Result], kind: str, label: str) -> list[str]:
@@ -31,7 +43,7 @@ def chart(shown: Plot | TextTable, key: str) -> None:
 
 def figure(shown: Figure, key: str) -> None:
     """A figure of the report with its controls as menus."""
-    st.subheader(shown.title, anchor=False)
+    st.subheader(plain(shown.title), anchor=False)
     panels = list(shown.panels)
     menus = st.columns(max(1, len(shown.controls)))
     for number, name in enumerate(shown.controls):
@@ -42,4 +54,4 @@ def figure(shown: Figure, key: str) -> None:
         panels = [panel for panel in panels if panel.key[number] == choice]
     if panels:
         chart(panels[0].view, f"{key}-{shown.id}")
-    st.caption(shown.caption)
+    st.caption(plain(shown.caption))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import streamlit as st
 from mlflow_api import experiments, run_link, runs
-from parts import figure
+from parts import figure, plain
 
 from ke_ray.report import runs as run_tables
 from ke_ray.report.charts.comparison import labels
@@ -24,14 +24,14 @@ def show_runs(results: list[Result], kind: str, chosen: list[str], mlflow: str |
         st.info(f"Nothing chosen, or nothing there yet. Make some with `{command}`.")
     for study in studies:
         if len(studies) > 1:
-            st.header(labels(studies)[study.path], anchor=False)
+            st.header(plain(labels(studies)[study.path]), anchor=False)
         make = continual_figures if kind == "continual" else sweep_figures
         figures, missing = make(study, kind)
         for each in figures:
             figure(each, study.path)
         _run_table(study, mlflow)
         for text in (*study.notes, *missing):
-            st.caption(text)
+            st.caption(plain(text))
 
 
 def _run_table(study: Result, mlflow: str | None) -> None:
@@ -72,7 +72,7 @@ def show_mlflow(mlflow: str | None) -> None:
         name = st.selectbox("Experiment", list(ids))
         rows = pd.DataFrame(runs(mlflow, ids[name])) if name else pd.DataFrame()
     except (OSError, ValueError) as error:
-        st.warning(f"MLflow at {mlflow} does not answer: {error}")
+        st.warning(plain(f"MLflow at {mlflow} does not answer: {error}"))
         return
     if rows.empty:
         st.info("This experiment has no runs yet.")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 import streamlit as st
-from parts import chart, pick
+from parts import chart, pick, plain
 
 from ke_ray.report import series
 from ke_ray.report.charts import comparison
@@ -103,19 +103,19 @@ def show_scans(results: list[Result], menus: Menus) -> None:
         )
         return
     for text in comparison.warnings(scans):
-        st.warning(text)
+        st.warning(plain(text))
     names = comparison.labels(scans)
     tiles = st.columns(min(4, 1 + len(scans)))
     for scan, tile in zip(scans, tiles, strict=False):
         planned = f" of {scan.planned}" if scan.planned else ""
         scored = len(series.checkpoints(scan))
-        tile.metric(f"{names[scan.path]}: checkpoints", f"{scored}{planned}")
+        tile.metric(plain(f"{names[scan.path]}: checkpoints"), f"{scored}{planned}")
         broken = series.failed(scan)["checkpoint"].nunique()
         if broken:
             tile.caption(f"{broken} failed")
     title, axis = measure_axis(menus.measure)
     axis = f"change of {axis}" if menus.relative else axis
-    st.subheader(title, anchor=False)
+    st.subheader(plain(title), anchor=False)
     rows = pd.concat(
         [_rows(scan, menus, f"{names[scan.path]}: " if len(scans) > 1 else "") for scan in scans],
         ignore_index=True,
@@ -129,7 +129,7 @@ def show_scans(results: list[Result], menus: Menus) -> None:
         chart(plot, "scan-lines")
         if "low" in rows:
             of = " of the paired difference" if menus.relative else ""
-            st.caption(band_caption(rows, f"jackknife standard errors{of}"))
+            st.caption(plain(band_caption(rows, f"jackknife standard errors{of}")))
         with st.expander("Numbers"):
             table = rows[list(plot.columns)].rename(columns=plot.columns)
             st.dataframe(table, hide_index=True)
@@ -145,7 +145,7 @@ def _scan_details(scan: Result, menus: Menus, name: str) -> None:
         if rows.empty:
             continue
         heading = ", ".join(part for part in (name, label, corpus) if part)
-        st.subheader(f"Layer × checkpoint: {heading}", anchor=False)
+        st.subheader(plain(f"Layer × checkpoint: {heading}"), anchor=False)
         plot = heat_map(
             rows,
             X("at", x_title(scan)),
@@ -158,17 +158,17 @@ def _scan_details(scan: Result, menus: Menus, name: str) -> None:
         chart(plot, f"heat-{scan.path}-{label}-{corpus}")
     names = series.checkpoints(scan)["checkpoint"].to_list()
     if len(names) > 1:
-        with st.expander(f"Compare two checkpoints of {name}"):
+        with st.expander(plain(f"Compare two checkpoints of {name}")):
             left, right = st.columns(2)
             one = left.selectbox("From", names, index=0, key=f"from-{scan.path}")
             other = right.selectbox("To", names, index=len(names) - 1, key=f"to-{scan.path}")
             st.dataframe(_differences(scan, one, other), hide_index=True)
     broken = series.failed(scan)
     if len(broken):
-        st.subheader(f"Failed checkpoints of {name}", anchor=False)
+        st.subheader(plain(f"Failed checkpoints of {name}"), anchor=False)
         st.dataframe(broken, hide_index=True)
     for note in scan.notes:
-        st.caption(f"{name}: {note}")
+        st.caption(plain(f"{name}: {note}"))
 
 
 def _differences(scan: Result, one: str, other: str) -> pd.DataFrame:

@@ -24,9 +24,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-from ke_ray.secrets import redact
-
-_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(9), *range(11, 32), *range(127, 160))}
+from ke_ray.secrets import printable
 
 
 class KeRayError(Exception):
@@ -35,9 +33,7 @@ class KeRayError(Exception):
     exit_code = 1
 
     def __init__(self, message: str = "") -> None:
-        # Messages go to terminals, logs and result files. A URL in them may hold a password, and a
-        # name from outside a terminal's control sequences.
-        super().__init__(redact(str(message)).translate(_CONTROLS))
+        super().__init__(printable(str(message)))  # goes to terminals, logs and result files
 
 
 class UserError(KeRayError):
@@ -89,7 +85,9 @@ class NonFiniteLossError(TrainingError):
 def row_error(error: BaseException) -> str:
     """Format an exception for a result row's ``error`` column."""
     text = str(error).strip()
-    return text if isinstance(error, KeRayError) else f"{type(error).__name__}: {text}"[:2000]
+    if isinstance(error, KeRayError):
+        return text
+    return printable(f"{type(error).__name__}: {text}")[:2000]
 
 
 def nearest(word: str, candidates: Iterable[str], cutoff: float = 0.5) -> str:

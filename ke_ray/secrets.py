@@ -1,4 +1,4 @@
-"""Secrets that are never written down: passwords in URLs, access tokens, secret variables."""
+"""Text that goes out: without passwords in URLs, access tokens, and what steers a terminal."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import Any, overload
 # To the last "@" before the path: a password may hold one itself. In hf://name@revision it is none.
 _CREDENTIALS = re.compile(r"(?<=://)(?<!hf://)[^/\s?#]*@")
 _TOKENS = re.compile(
-    r"\b(hf_[A-Za-z0-9]{8,}"
+    r"\b(hf_[A-Za-z0-9]{8,}|gh[opsru]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|AKIA[0-9A-Z]{16}"
+    r"|(?i:bearer)\s+(?=[^\s'\"]*\d)[^\s'\"]{8,}|(?i:authorization)\s*[:=]\s*(?:\w+\s+)?[^\s'\"]{6,}"
     r"|(?i:token|password|passwd|secret|signature|sig|credential|api_?key|access_?key(?:_?id)?"
     r"|AWSAccessKeyId)=[^\s&'\"]+)"
 )
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(9), *range(11, 32), *range(127, 160))}
 _SECRET_WORDS = frozenset(
     {"TOKEN", "PASSWORD", "PASSWD", "PASSPHRASE", "SECRET", "CREDENTIAL", "CREDENTIALS", "APIKEY"}
 )
@@ -41,6 +43,15 @@ def redact(value: Any) -> Any:
     return value
 
 
+def printable(text: str) -> str:
+    """Text from outside, fit for a terminal, a log or a file.
+
+    Secrets are removed as in ``redact``. Control characters, by which a name could set a terminal's
+    title or its clipboard, are shown as escapes; line ends and tabs stay.
+    """
+    return redact(text).translate(_CONTROLS)
+
+
 def is_secret_name(name: str) -> bool:
     """Whether a variable of this name holds a secret (``HF_TOKEN``, ``MLFLOW_TRACKING_PASSWORD``).
 
@@ -57,8 +68,8 @@ def is_secret_name(name: str) -> bool:
 
 
 class RedactingFormatter(logging.Formatter):
-    """Log lines, tracebacks included, without secrets."""
+    """Log lines, tracebacks included, without secrets and control characters."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Format a record as one line or traceback, redacted."""
-        return redact(super().format(record))
+        """Format a record as one line or traceback, fit to be printed."""
+        return printable(super().format(record))

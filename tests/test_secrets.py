@@ -6,6 +6,8 @@ import base64
 import http.server
 import logging
 import pickle
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +32,9 @@ from ke_ray.secrets import RedactingFormatter, redact
         ("hf://gpt2@main hf://org/repo@main", "hf://gpt2@main hf://org/repo@main"),
         ("token hf_abcdefgh12 end", "token <redacted> end"),
         ("https://h/?X-Amz-Signature=abc&b=1", "https://h/?X-Amz-<redacted>&b=1"),
+        ("a Bearer abcdef0123456789, a bearer of news", "a <redacted> a bearer of news"),
+        ("Authorization: Basic dXNlcjpwYXNz", "<redacted>"),
+        ("AKIAABCDEFGHIJKLMNOP ghp_abcdefgh12345678", "<redacted> <redacted>"),
         ("eos_token_id=3, tokenizer=x.json", "eos_token_id=3, tokenizer=x.json"),
     ],
 )
@@ -126,3 +131,20 @@ def test_an_error_at_the_command_line_is_redacted(
     output = capsys.readouterr()
     assert "127.0.0.1:9" in output.err
     assert "planted-pw" not in output.out + output.err
+
+
+def test_a_traceback_shows_neither_passwords_nor_control_characters() -> None:
+    code = (
+        "import sys, threading, ke_ray.cli\n"
+        "def fail(): raise ValueError('at http://u:planted-pw@h/x \\x1b]0;title\\x07')\n"
+        "@ke_ray.cli.app.command()\n"
+        "def broken():\n"
+        "    thread = threading.Thread(target=fail)\n"
+        "    thread.start(); thread.join(); fail()\n"
+        "sys.argv[1:] = ['broken']\n"
+        "ke_ray.cli.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.count("ValueError: at http://<redacted>@h/x \\x1b]0;title\\x07\n") == 2
+    assert "planted-pw" not in done.stdout + done.stderr

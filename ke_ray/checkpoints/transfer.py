@@ -42,6 +42,20 @@ _HEADERS = {"User-Agent": "ke_ray", "Accept-Encoding": "identity"}
 T = TypeVar("T")
 
 
+class _WebRedirects(urllib.request.HTTPRedirectHandler):
+    """Follows a redirect to another web address only; urllib would follow one to FTP."""
+
+    def redirect_request(
+        self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str
+    ) -> Any:
+        if not newurl.startswith(("http://", "https://")):
+            raise urllib.error.HTTPError(newurl, 400, "redirect to no web address", headers, fp)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+_OPENER = urllib.request.build_opener(_WebRedirects)
+
+
 @dataclass(frozen=True)
 class RetryPolicy:
     """The patience of a transfer; times in seconds.
@@ -179,11 +193,12 @@ def download(
     *,
     policy: RetryPolicy | None = None,
     should_stop: Callable[[], bool] | None = None,
+    max_bytes: int | None = None,
 ) -> bool:
     """Fetch ``url`` to the file ``target``; False where the server has no such file.
 
     Raises:
-        CheckpointError: it could not be fetched whole.
+        CheckpointError: it could not be fetched whole, or has more than ``max_bytes``.
         OSError: the local disk refused.
     """
     policy = policy or RetryPolicy()
@@ -192,7 +207,7 @@ def download(
     while True:
         before = partial.stat().st_size if partial.exists() else 0
         try:
-            _attempt(url, partial, policy.timeout_s, should_stop)
+            _attempt(url, partial, policy.timeout_s, should_stop, max_bytes)
         except AbsentError:
             return False
         except _TransferError as error:
@@ -215,7 +230,11 @@ def _tag(partial: Path) -> Path:
 
 
 def _attempt(
-    url: str, partial: Path, timeout_s: float, should_stop: Callable[[], bool] | None
+    url: str,
+    partial: Path,
+    timeout_s: float,
+    should_stop: Callable[[], bool] | None,
+    max_bytes: int | None,
 ) -> None:
     num_present = partial.stat().st_size if partial.exists() else 0
     headers = {}
@@ -236,8 +255,13 @@ def _attempt(
             size = num_present if resumed else 0
             with partial.open("ab" if resumed else "wb") as file:
                 while chunk := response.read1(_CHUNK):
-                    file.write(chunk)
                     size += len(chunk)
+                    if max_bytes is not None and size > max_bytes:
+                        file.truncate(0)
+                        raise _TransferError(
+                            f"the server sends more than {max_bytes:,} bytes", final=True
+                        )
+                    file.write(chunk)
                     if should_stop is not None and should_stop():
                         raise _TransferError("the caller stopped it", final=True)
         if expected is not None and size != expected:
@@ -271,7 +295,7 @@ def _open(url: str, headers: dict[str, str], timeout_s: float, method: str = "GE
         # Python would take the password for a part of the address. Not to follow a redirect.
         login = base64.b64encode(urllib.parse.unquote(user).encode()).decode()
         request.add_unredirected_header("Authorization", f"Basic {login}")
-    return urllib.request.urlopen(request, timeout=timeout_s)
+    return _OPENER.open(request, timeout=timeout_s)
 
 
 def _length(response: Any) -> int | None:

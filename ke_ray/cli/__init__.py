@@ -9,6 +9,8 @@ import logging
 import os
 import signal
 import sys
+import threading
+import traceback
 from types import FrameType
 
 import typer
@@ -26,7 +28,7 @@ from ke_ray.cli import (
     view,
 )
 from ke_ray.errors import KeRayError
-from ke_ray.secrets import RedactingFormatter
+from ke_ray.secrets import RedactingFormatter, printable
 
 __all__ = ["app", "main"]
 
@@ -59,6 +61,13 @@ def _terminated(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
+def _print_uncaught(error: BaseException | None) -> None:
+    """Print a traceback as Python does, without secrets and control characters."""
+    if error is not None and not isinstance(error, SystemExit):
+        text = printable("".join(traceback.format_exception(error)))
+        print(text, end="", file=sys.stderr, flush=True)
+
+
 def main() -> None:
     """Run a command and end the process with its exit code.
 
@@ -66,6 +75,7 @@ def main() -> None:
     130: interrupted; the same command resumes.
     """
     signal.signal(signal.SIGTERM, _terminated)
+    threading.excepthook = lambda thread: _print_uncaught(thread.exc_value)
     # torch reads it on import. Threads that spin while they wait make small models many times
     # slower as soon as another process needs the core.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -82,9 +92,10 @@ def main() -> None:
         # Click's usage errors, recognised by this method because typer vendors their classes.
         show = getattr(error, "show", None)
         if show is None:
-            raise
-        show()
-        code = getattr(error, "exit_code", 2)
+            _print_uncaught(error)
+        else:
+            show()
+        code = getattr(error, "exit_code", 1)
     if code == 130:  # typer turns an interrupt into this code by itself
         message = "Interrupted. Finished work is saved. Run the same command again to resume."
         print(message, file=sys.stderr)

@@ -16,7 +16,7 @@ from ke_ray.checkpoints.reference import CheckpointRef
 from ke_ray.cli.options import ArchitectureFile
 from ke_ray.models.architectures import use_description
 from ke_ray.models.configuration import read_any_config
-from ke_ray.secrets import redact
+from ke_ray.secrets import printable, redact
 from ke_ray.studies.architecture import read_architecture
 
 Spec = Annotated[
@@ -82,7 +82,7 @@ def checkpoints(
         return
     if as_json:
         for note in listing.notes:
-            typer.echo(f"note: {note}", err=True)
+            typer.echo(f"note: {printable(note)}", err=True)
         print(json.dumps([redact(dataclasses.asdict(ref)) for ref in refs], indent=2))
         return
 
@@ -106,7 +106,7 @@ def checkpoints(
             ref.duplicate_of or "",
             *(cells[number] for cells in shown.values()),
         )
-    console = Console()
+    console = Console(markup=False, emoji=False)
     console.print(table)
     duplicates = sum(ref.duplicate_of is not None for ref in refs)
     sizes = [ref.size_bytes for ref in refs if ref.size_bytes is not None]
@@ -116,7 +116,7 @@ def checkpoints(
         + (f", {duplicates} with the weights of another" if duplicates else "")
     )
     for note in listing.notes:
-        console.print(f"note: {note}", markup=False, highlight=False)
+        console.print(f"note: {printable(note)}", highlight=False)
 
 
 def _explain(ref: CheckpointRef, architecture: str | None) -> None:
@@ -125,7 +125,7 @@ def _explain(ref: CheckpointRef, architecture: str | None) -> None:
     if architecture is not None:
         use_description(read_architecture(architecture))
     for line in [ref.label, *explain(read_any_config(ref))]:
-        typer.echo(line)
+        typer.echo(printable(line))
 
 
 def register(app: typer.Typer) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from typing import Any
 
 from ke_ray.errors import DataError
+from ke_ray.storage import parse_json
 
 
 def parse_document(line: bytes, origin: str, column: str = "text") -> str:
@@ -17,11 +17,9 @@ def parse_document(line: bytes, origin: str, column: str = "text") -> str:
             lone surrogates (which no tokenizer can encode).
     """
     try:
-        document = json.loads(line.decode("utf-8"))
+        document = parse_json(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise DataError(f"{origin}: byte {error.start} is not UTF-8 text.") from error
-    except RecursionError as error:
-        raise DataError(f"{origin}: the JSON is nested too deeply.") from error
     except ValueError as error:
         raise DataError(
             f"{origin}: not valid JSON ({error}); expected one document per line, "

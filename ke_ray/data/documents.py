@@ -10,6 +10,7 @@ Memory holds one document at a time (Parquet: a batch of 256 rows).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet as parquet
@@ -119,6 +120,11 @@ def _iter_parquet(
                     f"'{file.url}' has no column '{column}' (it has: {field_names(names)}); "
                     f"name one with '{file.url}#COLUMN'."
                 )
+            if pyarrow.types.is_string(table.schema_arrow.field(column).type):
+                # A text in a dictionary may stand in every row: it is not written out for all.
+                table = parquet.ParquetFile(
+                    handle, metadata=table.metadata, read_dictionary=[column]
+                )
             num_rows = table.metadata.num_rows
             first, last = round(start * num_rows), round(stop * num_rows)
             for group in range(table.metadata.num_row_groups):
@@ -132,14 +138,24 @@ def _iter_parquet(
                     if number + len(batch) <= first:
                         number += len(batch)
                         continue
-                    for text in batch.column(0).to_pylist():
+                    for value in batch.column(0):
                         number += 1
                         if first < number <= last:
                             origin = f"{file.url}, row {number}"
-                            yield check_text(text, origin, column), origin
+                            yield check_text(_text(value, origin), origin, column), origin
                     if number >= last:
                         break
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError, IndexError) as error:
         raise DataError(f"'{file.url}' is not a readable Parquet file: {error}.") from error
     if not number:
         raise DataError(f"'{file.url}' holds no documents.")
+
+
+def _text(value: Any, origin: str) -> object:
+    """The Python value of a cell, whose length is looked at first."""
+    if isinstance(value, pyarrow.DictionaryScalar) and value.is_valid:
+        value = value.dictionary[value.index.as_py()]
+    is_text = isinstance(value, pyarrow.StringScalar) and value.is_valid
+    if is_text and value.as_buffer().size >= MAX_LINE_BYTES:
+        raise DataError(f"{origin}: longer than {MAX_LINE_BYTES >> 20} MiB.")
+    return value.as_py()

@@ -7,7 +7,6 @@ JSON.
 from __future__ import annotations
 
 import ast
-import json
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -17,8 +16,10 @@ from numpy.typing import NDArray
 
 from ke_ray.data.sources import SourceFile, reading
 from ke_ray.errors import DataError
+from ke_ray.storage import parse_json
 
 _NPY_HEADER_BYTES = 12 + (1 << 16)  # magic, version, length, and the longest header of version 1
+_MAX_DIMENSIONS = 64
 _MAX_HEADER_BYTES = 100 << 20  # what the safetensors format allows
 _SAFETENSORS_TYPES = {
     "BOOL": "?",
@@ -112,15 +113,24 @@ def npy_array(file: SourceFile) -> StoredArray:
         prefix = 10 if head[6] == 1 else 12
         start = prefix + int.from_bytes(head[8:prefix], "little")
         header = ast.literal_eval(head[prefix:start].decode("latin-1").strip())
-        shape = tuple(int(length) for length in header["shape"])
+        shape = _sizes(header["shape"])
         dtype, is_fortran = np.dtype(header["descr"]), bool(header["fortran_order"])
     except (ValueError, SyntaxError, LookupError, TypeError, RecursionError, MemoryError) as error:
         raise DataError(f"'{file.url}' has a damaged .npy header: {error}.") from error
-    if min(shape, default=0) < 0 or dtype.hasobject:
+    if dtype.hasobject:
         raise DataError(f"'{file.url}' has shape {list(shape)} and type {dtype}: not token ids.")
     if start + prod(shape) * dtype.itemsize > size:
         raise DataError(f"'{file.url}' is cut off: shorter than its header says.")
     return StoredArray(file, "array", start, shape, dtype, is_fortran and len(shape) == 2)
+
+
+def _sizes(values: Any) -> tuple[int, ...]:
+    """Whole numbers of a header. (The product of a thousand long ones would take a minute.)"""
+    if len(values) > _MAX_DIMENSIONS or not all(
+        type(value) is int and 0 <= value < 2**63 for value in values
+    ):
+        raise ValueError(f"{str(values)[:60]} are not sizes")
+    return tuple(values)
 
 
 def safetensors_arrays(file: SourceFile) -> dict[str, StoredArray]:
@@ -134,21 +144,20 @@ def safetensors_arrays(file: SourceFile) -> dict[str, StoredArray]:
     if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
         raise DataError(f"'{file.url}' is not a safetensors file, or is cut off.")
     try:
-        header = json.loads(_read_range(file, 8, 8 + length).decode("utf-8"))
+        header = parse_json(_read_range(file, 8, 8 + length).decode("utf-8"))
         arrays = {}
         for name, entry in header.items():
             if name == "__metadata__" or entry["dtype"] not in _SAFETENSORS_TYPES:
                 continue
             dtype = np.dtype(_SAFETENSORS_TYPES[entry["dtype"]])
-            shape = tuple(int(n) for n in entry["shape"])
-            begin, end = (int(offset) for offset in entry["data_offsets"])
+            shape = _sizes(entry["shape"])
+            begin, end = _sizes(entry["data_offsets"])
             if (
-                min(shape, default=0) < 0
-                or not 0 <= begin <= end <= size - 8 - length
+                not 0 <= begin <= end <= size - 8 - length
                 or prod(shape) * dtype.itemsize != end - begin
             ):
                 raise ValueError(f"tensor '{name[:60]}' does not fit the file")
             arrays[name] = StoredArray(file, name, 8 + length + begin, shape, dtype)
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise DataError(f"'{file.url}' is not a readable safetensors file: {error}.") from error
     return arrays

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 from typing import Any
 
 from ke_ray import storage
 from ke_ray.data.sources import reading
-from ke_ray.errors import DataError
+from ke_ray.errors import DataError, StorageError
 
 
-def read_text(path: str | os.PathLike[str], kind: str, *, max_bytes: int = 1 << 30) -> str:
+def read_text(path: str | os.PathLike[str], kind: str, *, max_bytes: int = 256 << 20) -> str:
     """The UTF-8 text of a file.
 
     Args:
@@ -23,11 +22,10 @@ def read_text(path: str | os.PathLike[str], kind: str, *, max_bytes: int = 1 << 
     """
     name = os.fspath(path)
     with reading(name):
-        content = storage.read_bytes(name)
-    if len(content) > max_bytes:
-        raise DataError(
-            f"'{name}' has {len(content)} bytes; {kind} has at most {max_bytes >> 20} MiB."
-        )
+        try:
+            content = storage.read_bytes(name, max_bytes)
+        except StorageError as error:
+            raise DataError(f"{kind} has at most {max_bytes >> 20} MiB: {error}") from error
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -41,6 +39,6 @@ def parse_json(text: str, name: str) -> Any:
         DataError: not JSON, or nested too deeply.
     """
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return storage.parse_json(text)
+    except ValueError as error:
         raise DataError(f"{name} is not JSON: {str(error)[:200]}.") from error

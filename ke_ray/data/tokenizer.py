@@ -21,6 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from ke_ray import storage
 from ke_ray.data.deadline import START_TIMEOUT_S, within
 from ke_ray.data.text_file import read_text
+from ke_ray.data.tokenizer_trial import try_tokenizer
 from ke_ray.errors import DataError
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|padding|>")
@@ -59,13 +60,18 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:
             f"There is no tokenizer '{name}'; give a {_FILE_NAME}, a folder that holds one, or a "
             "Hub repo like org/name."
         )
+    try_tokenizer(content, name)
     try:
         tokenizer = Tokenizer.from_str(content)
-    except Exception as error:  # tokenizers raises plain Exception
+        # A file may switch truncation on; documents would then silently lose their ends.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.encode("Two words.", add_special_tokens=False)
+        tokenizer.to_str()
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises plain Exception, and panics beside it
         raise DataError(f"'{name}' is not {_KIND}: {error}.") from error
-    # A file may switch truncation on; documents would then silently lose their ends.
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
     return tokenizer
 
 

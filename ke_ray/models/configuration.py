@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from ke_ray.checkpoints import hub
+from ke_ray.checkpoints.fetch.checkpoint import MAX_TEXT_BYTES
 from ke_ray.checkpoints.formats.layout import Layout, layout_of
 from ke_ray.checkpoints.formats.weights import read_layout
 from ke_ray.checkpoints.reference import CheckpointRef, local_folder
@@ -18,7 +18,7 @@ from ke_ray.checkpoints.transfer import RetryPolicy, download, public_url
 from ke_ray.errors import CheckpointError
 from ke_ray.models.architectures import check_config
 from ke_ray.models.loading import config_from
-from ke_ray.storage import exists, join, read_bytes
+from ke_ray.storage import exists, join, parse_json, read_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -75,8 +75,8 @@ def read_outline(ref: CheckpointRef) -> Any:
 
 def _plain_values(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        values = parse_json(path.read_bytes())
+    except (OSError, ValueError):
         return {}  # transformers' reader says what is wrong
     if not isinstance(values, dict):
         return {}
@@ -114,8 +114,8 @@ def _config_folder(ref: CheckpointRef) -> Iterator[tuple[Path, Layout]]:
 def _fetch(ref: CheckpointRef, name: str, folder: Path) -> bool:
     uri = join(ref.location, name)
     if uri.startswith(("http://", "https://")):
-        return bool(download(uri, folder / name, policy=_POLICY))
+        return bool(download(uri, folder / name, policy=_POLICY, max_bytes=MAX_TEXT_BYTES))
     if not exists(uri):
         return False
-    (folder / name).write_bytes(read_bytes(uri))
+    (folder / name).write_bytes(read_bytes(uri, MAX_TEXT_BYTES))
     return True

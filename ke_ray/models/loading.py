@@ -12,8 +12,8 @@ a conversion on the CPU is paid.
 
 from __future__ import annotations
 
-import json
 import logging
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +30,7 @@ from ke_ray.checkpoints.formats.weights import WeightFiles, is_buffer, open_weig
 from ke_ray.checkpoints.reference import CheckpointRef, local_folder
 from ke_ray.errors import CheckpointError, UnsupportedArchitectureError, UserError
 from ke_ray.models.architectures import check_config, check_measurable
+from ke_ray.storage import parse_json
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 _CONFIG_LIMIT = 16 * 2**20  # bytes of a config.json
 _INT_LIMIT = 2**31
+_COUNTS = re.compile(r"(?:layers?|labels|blocks|heads|experts)$")
+_MAX_COUNT = 65_536
 # Models of several modalities whose text decoder transformers reads out of the whole checkpoint.
 _WITH_TEXT_DECODER = ("qwen3_5",)
 # transformers' switches for progress bars and log level are process-wide.
@@ -137,8 +140,8 @@ def _read_hf_config(path: Path) -> PreTrainedConfig:
     if path.stat().st_size > _CONFIG_LIMIT:
         raise CheckpointError(f"'{path}' has more than {_CONFIG_LIMIT:,} bytes; is it a config?")
     try:
-        values = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
+        values = parse_json(path.read_bytes())
+    except ValueError as error:
         raise CheckpointError(f"'{path}' is not JSON: {error}.") from error
     if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
         raise CheckpointError(f"'{path}' names no model_type; expected a transformers config.")
@@ -166,6 +169,12 @@ def _check_integers(value: Any, path: Path, depth: int = 0) -> None:
             raise CheckpointError(f"'{path}' is nested more than 32 levels deep.")
         for item in value.values() if isinstance(value, dict) else value:
             _check_integers(item, path, depth + 1)
+        for key, number in value.items() if isinstance(value, dict) else ():
+            # transformers makes lists and dicts of these lengths.
+            if isinstance(number, int | float) and _COUNTS.search(key) and number > _MAX_COUNT:
+                raise CheckpointError(
+                    f"'{path}' has {key}={number:.3g}; ke_ray expects at most {_MAX_COUNT:,}."
+                )
     elif isinstance(value, int) and abs(value) >= _INT_LIMIT:
         raise CheckpointError(f"'{path}' holds the number {value:.3g}, larger than any dimension.")
 

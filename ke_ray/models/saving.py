@@ -71,7 +71,10 @@ def save_model(
         require_head(model, "OLMo's native layout")
     if not is_local(target):
         with tempfile.TemporaryDirectory(prefix="ke_ray-") as temporary:
-            _fill(Path(temporary), model, native, tokenizer, extra or {})
+            try:
+                _fill(Path(temporary), model, native, tokenizer, extra or {})
+            except OSError as error:
+                raise _cannot_write(temporary, error) from error
             _upload(Path(temporary), target)
         return target
     final = local_path(target).absolute()
@@ -92,10 +95,7 @@ def save_model(
     except OSError as error:
         if not overwrite and final.exists() and _filled(final):
             raise _exists(target) from error
-        raise StorageError(
-            f"Cannot write the checkpoint '{target}': {error.strerror or error}. Free some space "
-            "or choose another folder."
-        ) from error
+        raise _cannot_write(target, error) from error
     finally:
         shutil.rmtree(temporary_folder, ignore_errors=True)
         if lock is not None:
@@ -110,16 +110,20 @@ def _fill(
     tokenizer: Any | None,
     extra: Mapping[str, str],
 ) -> None:
-    if native is None:
-        with quiet():
-            model.save_pretrained(folder)
-    else:
-        from safetensors.torch import save_file
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
 
-        fused = fuse(model.state_dict(), native)
-        tensors = {name: tensor.detach().cpu().clone() for name, tensor in fused.items()}
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        (folder / "config.yaml").write_text(native.to_yaml(), "utf-8")
+    try:
+        if native is None:
+            with quiet():
+                model.save_pretrained(folder)
+        else:
+            fused = fuse(model.state_dict(), native)
+            tensors = {name: tensor.detach().cpu().clone() for name, tensor in fused.items()}
+            save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+            (folder / "config.yaml").write_text(native.to_yaml(), "utf-8")
+    except SafetensorError as error:  # of a full disk, too
+        raise OSError(str(error)) from error
     if tokenizer is not None:
         _save_tokenizer(tokenizer, folder)
     for name, text in extra.items():
@@ -145,6 +149,13 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
         )
     for name in present:
         shutil.copyfile(source / name, folder / name)
+
+
+def _cannot_write(target: str, error: OSError) -> StorageError:
+    return StorageError(
+        f"Cannot write the checkpoint '{target}': {error.strerror or error}. Free some space or "
+        "choose another folder."
+    )
 
 
 def _exists(target: str) -> StorageError:

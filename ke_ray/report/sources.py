@@ -10,18 +10,20 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
+import pyarrow
 import pyarrow.compute as pc
-import pyarrow.parquet as parquet
 from pyarrow import ArrowException
 
 from ke_ray import storage
-from ke_ray.errors import KeRayError, UserError
+from ke_ray.errors import KeRayError, StorageError, UserError
 from ke_ray.results import SCHEMA_VERSION, ScanFolder
 from ke_ray.results.columns import TABLES, with_branch
+from ke_ray.secrets import printable
 
 # Kind -> its tables; the first one identifies a folder that has no manifest.
 KINDS: dict[str, tuple[str, ...]] = {
@@ -49,6 +51,7 @@ _FILLED = ("entropy", "runs", "trials")
 # Columns without which figures show less, so that a reader is told when they had to be filled.
 _NEEDED = {"checkpoint", "step", "corpus", "layer", "measure", "value", "stderr", "data_sha256"}
 _NEEDED |= {"status", "acquisition", "forgetting"}
+_CONTROL = r"[\x00-\x08\x0b-\x1f\x7f-\x{9f}]"
 _UNKNOWN = {"status": "ok", "corpus": "corpus"}  # of files from before there was such a column
 
 
@@ -103,8 +106,9 @@ def find_results(paths: Sequence[str | os.PathLike[str]]) -> list[Result]:
     results: list[Result] = []
     seen: set[str] = set()
     for path_given in paths:
-        path = os.fspath(path_given).rstrip("/") or "/"
-        if not storage.exists(path):
+        path = os.fspath(path_given)
+        path = path.rstrip("/") or path
+        if not path or not storage.exists(path):
             raise UserError(
                 f"There is no '{path}'. Give a result folder (of scan, continual, sweep or "
                 "pretrain) or a folder that holds some; 'ke-ray demo' makes a set in runs/demo."
@@ -127,7 +131,8 @@ def _walk(path: str, depth: int) -> list[tuple[str, str]]:
     below: list[tuple[str, str]] = []
     for name in names:
         if not name.startswith(".") and not name.endswith(_FILES) and name not in _NOT_RESULTS:
-            below.extend(_walk(storage.join(path, name), depth - 1))
+            with suppress(StorageError):  # no permission, which the folders beside it may have
+                below.extend(_walk(storage.join(path, name), depth - 1))
     return below
 
 
@@ -138,8 +143,8 @@ def _kind_of(path: str, names: Sequence[str]) -> str | None:
         except KeRayError:
             manifest = {}
         kind = manifest.get("kind") if isinstance(manifest, dict) else None
-        if kind in KINDS:
-            return str(kind)
+        if isinstance(kind, str) and kind in KINDS:
+            return kind
     for kind, tables in KINDS.items():
         if f"{tables[0]}.parquet" in names:
             return kind
@@ -154,7 +159,7 @@ def read_result(path: str, kind: str) -> Result:
     if "manifest.json" in names:
         try:
             loaded = storage.read_json(storage.join(path, "manifest.json"))
-            manifest = loaded if isinstance(loaded, dict) else {}
+            manifest = _printable(loaded) if isinstance(loaded, dict) else {}
         except KeRayError as error:
             notes.append(f"manifest.json cannot be read: {error}")
     else:
@@ -166,9 +171,10 @@ def read_result(path: str, kind: str) -> Result:
         if f"{table}.parquet" not in names and not live:
             continue
         try:
-            frame = with_branch(_read_table(path, table, live, manifest)).to_pandas()
+            read = with_branch(_read_table(path, table, live, manifest))
+            frame = _flat(read, table, notes).to_pandas()
         except (KeRayError, OSError, ArrowException) as error:
-            notes.append(f"{table}.parquet cannot be read: {error}")
+            notes.append(printable(f"{table}.parquet cannot be read: {error}"))
             continue
         tables[table] = _filled(frame, table, notes) if table in _FILLED else frame
     main = KINDS[kind][0]
@@ -187,11 +193,43 @@ def _read_table(path: str, table: str, live: bool, manifest: dict[str, Any]) -> 
     if live and table == "replicates":
         replicates = ScanFolder(path, manifest).replicates()
         return replicates.filter(pc.field("layer").is_null())
-    uri = storage.join(path, f"{table}.parquet")
-    if table == "replicates":
-        with storage.open_read(uri) as file:
-            return parquet.read_table(file, filters=pc.field("layer").is_null())
-    return storage.read_table(uri)
+    totals = pc.field("layer").is_null() if table == "replicates" else None
+    return storage.read_table(storage.join(path, f"{table}.parquet"), totals)
+
+
+def _printable(value: Any) -> Any:
+    """A manifest whose texts a terminal and a page can show."""
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, dict):
+        return {str(key): _printable(item) for key, item in value.items()}
+    return [_printable(item) for item in value] if isinstance(value, list) else value
+
+
+def _flat(table: pyarrow.Table, name: str, notes: list[str]) -> pyarrow.Table:
+    """A table of numbers and of texts that a terminal and a page can show."""
+    for column in table.column_names:
+        values = table[column]
+        if pyarrow.types.is_string(values.type) or pyarrow.types.is_large_string(values.type):
+            if pc.any(pc.match_substring_regex(values, _CONTROL)).as_py():
+                texts = [value and printable(value) for value in values.to_pylist()]
+                number = table.column_names.index(column)
+                table = table.set_column(number, column, pyarrow.array(texts, values.type))
+        elif not _is_scalar(values.type):
+            notes.append(f"{name}.parquet: column {printable(column)!r} is left out: {values.type}")
+            table = table.drop_columns(column)
+    return table
+
+
+def _is_scalar(kind: pyarrow.DataType) -> bool:
+    is_ = pyarrow.types
+    return bool(
+        is_.is_integer(kind)
+        or is_.is_floating(kind)
+        or is_.is_boolean(kind)
+        or is_.is_null(kind)
+        or is_.is_temporal(kind)
+    )
 
 
 def _version_note(manifest: dict[str, Any]) -> list[str]:

@@ -15,9 +15,11 @@ import pandas as pd
 
 from ke_ray.report import runs, series
 from ke_ray.report.sources import Result, find_results
+from ke_ray.secrets import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _NO_RESULTS = (
@@ -167,7 +169,7 @@ def print_results(
 def _print_one(result: Result, console: Console) -> None:
     from rich.text import Text
 
-    console.print(Text.assemble((result.kind, "bold"), " ", (result.path, "cyan")))
+    console.print(Text.assemble((result.kind, "bold"), " ", (printable(result.path), "cyan")))
     for note in result.notes:
         console.print(Text(f"  note: {note}", style="yellow"))
     if result.kind == "scan":
@@ -179,7 +181,7 @@ def _print_one(result: Result, console: Console) -> None:
     console.print()
 
 
-def _table(columns: Sequence[str]) -> Any:
+def _table(columns: Sequence[str]) -> Table:
     """A table whose first column is text, the rest numbers; nothing is ever cut off."""
     from rich import box
     from rich.table import Table
@@ -193,6 +195,12 @@ def _table(columns: Sequence[str]) -> Any:
             no_wrap=name not in ("setting", "run", "start"),
         )
     return table
+
+
+def _add_row(table: Table, *cells: str) -> None:
+    from rich.text import Text
+
+    table.add_row(*(Text(cell) for cell in cells))  # a text alone would be read as markup
 
 
 def _print_scan(scan: Result, console: Console) -> None:
@@ -211,7 +219,8 @@ def _print_scan(scan: Result, console: Console) -> None:
             if line.empty:
                 continue
             change = series.paired_change(curve, measure, corpus).iloc[-1]
-            table.add_row(
+            _add_row(
+                table,
                 measure,
                 _number(line["value"].iloc[0]),
                 _number(line["value"].iloc[-1]),
@@ -274,7 +283,7 @@ def _print_runs(result: Result, console: Console) -> None:
             own = probes[probes["run"].isin(part["run"])]
             path = own.groupby("step")["logprob_per_token"].mean().to_list()
             cells["K path"] = sparkline(path, 6)
-        table.add_row(*(cells[name] for name in columns if name not in hidden))
+        _add_row(table, *(cells[name] for name in columns if name not in hidden))
     console.print(
         "  A acquisition, F forgetting: mean over n runs; H knowledge entropy in nats",
         markup=False,
@@ -291,7 +300,8 @@ def _print_pretrain(result: Result, console: Console) -> None:
     frame = result.table("train")
     for row in _pretrain_rows(result):
         own = frame[frame["run"] == row["run"]] if "run" in frame else frame
-        table.add_row(
+        _add_row(
+            table,
             str(row["run"]),
             _whole(row["num_steps"]),
             _whole(row["num_tokens"]),

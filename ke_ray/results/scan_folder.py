@@ -175,9 +175,7 @@ class ScanFolder:
         for uri in self._uris(stem):
             file = storage.open_table(uri)
             for number in range(file.num_row_groups):
-                keys = [
-                    name for name in ("checkpoint", *POSITION) if name in file.schema_arrow.names
-                ]
+                keys = [name for name in ("checkpoint", *POSITION) if name in file.names]
                 table = file.read_row_group(number, columns=keys)
                 for row in table.group_by(keys).aggregate([]).to_pylist():
                     positions[row["checkpoint"]] = _position(row)

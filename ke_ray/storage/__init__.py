@@ -21,6 +21,7 @@ from ke_ray.storage.files import (
     write_atomic,
     write_json,
 )
+from ke_ray.storage.json_text import parse_json
 from ke_ray.storage.tables import open_table, read_table, write_table, write_tables
 from ke_ray.storage.temporary import hold, is_temporary, remove_leftovers, temporary_path
 from ke_ray.storage.uris import absolute, explained, is_local, join, local_path, slug
@@ -41,6 +42,7 @@ __all__ = [
     "make_dirs",
     "open_read",
     "open_table",
+    "parse_json",
     "read_bytes",
     "read_json",
     "read_table",

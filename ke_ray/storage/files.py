@@ -10,14 +10,18 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from ke_ray.errors import StorageError
 from ke_ray.storage.drivers import driver_errors
+from ke_ray.storage.json_text import parse_json
 from ke_ray.storage.temporary import hold, remove_leftovers, temporary_path
 from ke_ray.storage.uris import explained, filesystem, is_local, join, local_path
+
+MAX_JSON_BYTES = 64 * 2**20
 
 
 def exists(uri: str | os.PathLike[str]) -> bool:
@@ -37,7 +41,7 @@ def make_dirs(uri: str | os.PathLike[str]) -> None:
 def list_dir(uri: str | os.PathLike[str]) -> list[str]:
     """The names in a folder, sorted; empty where there is no such folder."""
     fs, path = filesystem(uri)
-    with driver_errors(os.fspath(uri)):
+    with explained(os.fspath(uri), "read"):
         if not fs.isdir(path):
             return []
         fs.invalidate_cache(path)
@@ -59,11 +63,30 @@ def open_read(uri: str | os.PathLike[str]) -> BinaryIO:
         return fs.open(path, "rb")
 
 
-def read_bytes(uri: str | os.PathLike[str]) -> bytes:
-    """Read a whole file."""
+def read_bytes(uri: str | os.PathLike[str], max_bytes: int | None = None) -> bytes:
+    """Read a whole file.
+
+    Args:
+        uri: what is read.
+        max_bytes: for files of others: refuse a larger one, and one that has no end (a pipe).
+
+    Raises:
+        StorageError: it is larger, or no file.
+    """
     fs, path = filesystem(uri)
-    with driver_errors(os.fspath(uri)):
-        return bytes(fs.cat_file(path))
+    text = os.fspath(uri)
+    if max_bytes is not None and is_local(text):
+        status = local_path(text).stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise StorageError(f"'{text}' is not a file (but a folder, a pipe or a device).")
+    with driver_errors(text):
+        if max_bytes is None:
+            return bytes(fs.cat_file(path))
+        with fs.open(path, "rb") as file:
+            content = bytes(file.read(max_bytes + 1))
+    if len(content) > max_bytes:
+        raise StorageError(f"'{text}' has more than {max_bytes:,} bytes; is it the right file?")
+    return content
 
 
 def read_text(uri: str | os.PathLike[str]) -> str:
@@ -146,10 +169,11 @@ def read_json(uri: str | os.PathLike[str]) -> Any:
     """Parse a JSON file.
 
     Raises:
-        StorageError: the file is not JSON.
+        StorageError: it is not a file of JSON, or too large to be one of ke_ray's.
     """
+    content = read_bytes(uri, MAX_JSON_BYTES)
     try:
-        return json.loads(read_bytes(uri))
+        return parse_json(content)
     except ValueError as error:
         raise StorageError(f"'{os.fspath(uri)}' is not JSON: {error}.") from error
 

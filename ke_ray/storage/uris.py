@@ -12,7 +12,7 @@ from typing import Any
 
 import fsspec
 
-from ke_ray.errors import StorageError
+from ke_ray.errors import KeRayError, StorageError
 from ke_ray.storage.drivers import driver_errors
 
 _LOCAL_PREFIXES = ("file://", "local://")
@@ -77,7 +77,8 @@ def filesystem(uri: str | os.PathLike[str]) -> tuple[Any, str]:
     """The fsspec file system behind a URI, and the path in it.
 
     Raises:
-        StorageError: no driver for it is installed, or no file can have this name.
+        StorageError: no driver for it is installed, it lacks what the driver needs, or no file can
+            have this name.
     """
     text = _nameable(uri)
     if is_local(text):
@@ -88,10 +89,12 @@ def filesystem(uri: str | os.PathLike[str]) -> tuple[Any, str]:
 
             URL(text)  # as fsspec will at the first request
         return fsspec.core.url_to_fs(text)
-    except (ValueError, ImportError) as error:
+    except KeRayError:
+        raise
+    except Exception as error:  # each driver has its own kinds
         raise StorageError(
-            f"'{text}' cannot be opened: {error}. Give a path or a URI whose fsspec driver is "
-            "installed (for example s3fs for s3://, gcsfs for gs://)."
+            f"'{text}' cannot be opened: {error!s:.300}. Give a path or a URI whose fsspec driver "
+            "is installed (for example s3fs for s3://, gcsfs for gs://)."
         ) from error
 
 
@@ -107,7 +110,7 @@ def explained(uri: str, verb: str) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             reason = "no space is left on the device; free some or choose another folder"
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            reason = "permission denied; choose a folder you may write to"
+            reason = f"permission denied; choose a folder you may {verb.split()[0]} in"
         elif error.errno in (errno.ENOTDIR, errno.EEXIST):
             reason = "a file stands where a folder is needed; choose another folder"
         elif error.errno == errno.ENAMETOOLONG:

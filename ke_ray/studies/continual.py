@@ -155,7 +155,7 @@ class ContinualStudy(TrainingSettings):
     kind: Literal["continual"] = "continual"
     starts: Starts
     tokenizer: str | None = Field(None, description="file, folder or repo; null: the checkpoint's")
-    eos_token_id: int | None = Field(None, ge=0, description="null: the model config's")
+    eos_token_id: int | None = Field(None, ge=0, lt=2**31, description="null: the model config's")
     corpus: TrainingCorpus
     epochs: int = Field(1, ge=1)
     injection: InjectionSettings | None = None

@@ -7,8 +7,8 @@ and the like from their own environment (``docs/cluster.md``).
 
 from __future__ import annotations
 
-import json
 import re
+import urllib.parse
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
@@ -17,13 +17,14 @@ from pydantic import Field, field_validator
 from ke_ray import storage
 from ke_ray.config import Strict, load_study, read_yaml
 from ke_ray.errors import ConfigError
-from ke_ray.secrets import is_secret_name
+from ke_ray.secrets import is_secret_name, redact
 from ke_ray.studies.parts import is_loopback
+from ke_ray.studies.upload import what_stays
 
-_URL_WITH_USER = re.compile(r"://(?!git@)[^/\s@'\"]+@")
-_ASSIGNMENT = re.compile(
-    r"""(?:--([A-Za-z][\w-]*)[=\s]\s*|(?<![\w.-])([A-Za-z_]\w*)=)['"]?([^\s'"]+)"""
-)
+_URL_WITH_USER = re.compile(r"://(?!git@[^/\s@]*(?:[/\s]|$))[^/\s]*@")
+_ASSIGNMENT = re.compile(r"(?:--([A-Za-z][\w-]*)[=\s]\s*|(?<![\w.-])([A-Za-z_]\w*)=)([^\s;&|]+)")
+# What the node's shell puts in: $NAME, ${NAME}, $(command). Between '…' it would be literal.
+_REFERENCE = re.compile(r"""["]?\$(?:\w+|\{\w+\}|\(.*)["')}\]]*""")
 _TRACKING_URI = re.compile(r"""(?:--mlflow-uri[=\s]\s*|\bmlflow\.uri=)['"]?([^\s'"]+)""")
 _SHORTEST_SECRET = 6
 
@@ -141,7 +142,13 @@ def runtime_env_of(job: JobStudy, environ: Mapping[str, str]) -> dict[str, Any]:
                 "are relative to the file."
             )
         result["working_dir"] = job.working_dir
-    if "working_dir" not in result:
+    folder = result.get("working_dir")
+    if isinstance(folder, str) and storage.is_local(folder) and storage.local_path(folder).is_dir():
+        excludes = result.get("excludes") or []
+        if not isinstance(excludes, list) or not all(isinstance(e, str) for e in excludes):
+            raise ConfigError(f"{job.runtime_env}: 'excludes' must be a list of patterns.")
+        result["excludes"] = what_stays(folder, excludes)
+    if folder is None:
         # Without a folder there is nothing to leave out, and Ray warns about it.
         result.pop("excludes", None)
     return result
@@ -157,7 +164,8 @@ def refuse_secrets(values: Mapping[str, Any], source: str, environ: Mapping[str,
 
     Raises:
         ConfigError: a variable with a secret's name, such an assignment in a text, a URL with user
-            name and password, or the value of one of the submitter's own secrets.
+            name and password, what ``redact`` would remove, or the value of one of the submitter's
+            own secrets.
     """
     advice = (
         "Submissions are stored by the cluster and shown by its dashboard; set it in the "
@@ -166,16 +174,33 @@ def refuse_secrets(values: Mapping[str, Any], source: str, environ: Mapping[str,
     for key, value in _leaves(values):
         if value and is_secret_name(key):
             raise ConfigError(f"{source}: '{key}' looks like a secret. {advice}")
+        rest = value
         for option, variable, given in _ASSIGNMENT.findall(value):
-            name = option or variable
-            if is_secret_name(name) and not given.startswith("$"):
-                raise ConfigError(f"{source}: the text of '{key}' sets '{name}'. {advice}")
+            if _REFERENCE.fullmatch(given):
+                rest = rest.replace(given, "", 1)
+            elif is_secret_name(option or variable) and given.strip("'\""):
+                raise ConfigError(
+                    f"{source}: the text of '{key}' sets '{option or variable}'. {advice}"
+                )
         if _URL_WITH_USER.search(value):
             raise ConfigError(f"{source}: '{key}' holds a URL with a user name in it. {advice}")
-    text = json.dumps(values, ensure_ascii=False, default=str)
+        rest = rest.replace("://git@", "://")
+        if redact(rest) != rest:
+            raise ConfigError(
+                f"{source}: '{key}' holds what looks like an access token, a header with one, or "
+                f"a signed URL. {advice}"
+            )
+    # Quotes of the shell and of URLs may stand between a secret's characters.
+    text = "\n".join(part for leaf in _leaves(values) for part in leaf)
+    texts = [_bare(text), _bare(urllib.parse.unquote(text))]
     for name, secret in environ.items():
-        if is_secret_name(name) and len(secret) >= _SHORTEST_SECRET and secret in text:
+        bare = _bare(secret)
+        if is_secret_name(name) and len(bare) >= _SHORTEST_SECRET and any(bare in t for t in texts):
             raise ConfigError(f"{source} holds the value of your variable {name}. {advice}")
+
+
+def _bare(text: str) -> str:
+    return re.sub(r"""[\\'"]""", "", text)
 
 
 def refuse_loopback_tracking(
@@ -204,12 +229,12 @@ def refuse_loopback_tracking(
 
 
 def _leaves(values: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Every text in nested values, with the nearest key above it."""
+    """Every text and number in nested values, with the nearest key above it."""
     if isinstance(values, Mapping):
         for name, value in values.items():
             yield from _leaves(value, str(name))
     elif isinstance(values, list | tuple):
         for value in values:
             yield from _leaves(value, key)
-    elif isinstance(values, str):
-        yield key, values
+    elif values is not None:
+        yield key, str(values)

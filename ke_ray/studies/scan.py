@@ -26,7 +26,9 @@ class ScanStudy(Strict):
     sequence_length: int = Field(2048, ge=2, description="T, tokens per instance")
     sampling: Sampling = "spread"
     tokenizer: str | None = Field(None, description="tokenizer.json, folder or repo")
-    eos_token_id: int | None = Field(None, ge=0, description="default: the model config's")
+    eos_token_id: int | None = Field(
+        None, ge=0, lt=2**31, description="default: the model config's"
+    )
     measures: tuple[str, ...] = Field(DEFAULT_MEASURES, description="measures to compute")
     top_k_fraction: float = Field(
         0.01, gt=0, le=1, description="of top_k_mass: share of memories counted"

@@ -183,7 +183,7 @@ class PretrainData(Strict):
     source: str | None = Field(None, description="documents: file, folder, glob, URL, hf:NAME")
     tokenizer: str | None = Field(None, description="tokenizer.json, folder or repo")
     vocab_size: int | None = Field(None, ge=260, description="train a BPE of this size instead")
-    eos_token_id: int | None = Field(None, ge=0, description="default: the tokenizer's")
+    eos_token_id: int | None = Field(None, ge=0, lt=2**31, description="default: the tokenizer's")
     num_instances: int | None = Field(None, ge=1, description="rows; null: all of them")
 
     @model_validator(mode="after")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import urllib.parse
 import zipfile
 from pathlib import Path
 from string import Template
@@ -20,12 +21,14 @@ from ke_ray.studies.jobs import load_job, refuse_loopback_tracking, runtime_env_
 from ke_ray.studies.scan import ScanStudy
 from ke_ray.studies.sweep import load_sweep
 from ke_ray.studies.training import PretrainStudy
+from ke_ray.studies.upload import SECRET_FILES
 
 ROOT = Path(__file__).parents[2]
 JOBS = sorted(
     path for path in (ROOT / "jobs").glob("*.yaml") if path.read_text().count("\nkind: job\n")
 )
 PLANTED = "hf_planted0secret1value2"
+QUOTED = 'pl"anted\\pass word'
 SUBMITTER = {"MLFLOW_TRACKING_URI": "http://mlflow.internal:5000"}
 
 
@@ -124,9 +127,17 @@ def test_an_address_of_another_machine_is_taken(tmp_path):
     refuse_loopback_tracking(job, {"env_vars": SUBMITTER}, 3)
 
 
-def test_code_and_studies_travel_and_nothing_else(tmp_path):
+def sent(folder: Path, excludes: list[str]) -> set[str]:
+    """The names of the files that Ray would upload."""
     from ray._private.runtime_env.packaging import create_package
 
+    package = folder.parent / "package.zip"
+    create_package(str(folder), package, include_gitignore=True, excludes=excludes)
+    with zipfile.ZipFile(package) as archive:
+        return {name for name in archive.namelist() if not name.endswith("/")}
+
+
+def test_code_and_studies_travel_and_nothing_else(tmp_path):
     travels = [
         "ke_ray/__init__.py",
         "ke_ray/data/corpus.py",
@@ -147,11 +158,32 @@ def test_code_and_studies_travel_and_nothing_else(tmp_path):
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
         (tree / name).write_text("x")
     excludes = yaml.safe_load((ROOT / "jobs" / "runtime_env.yaml").read_text())["excludes"]
-    package = tmp_path / "package.zip"
-    create_package(str(tree), package, include_gitignore=True, excludes=excludes)
-    with zipfile.ZipFile(package) as archive:
-        names = {name for name in archive.namelist() if not name.endswith("/")}
-    assert names == set(travels)
+    assert sent(tree, excludes) == set(travels)
+    assert set(SECRET_FILES) <= set(excludes)
+
+
+@pytest.mark.parametrize("runtime_env", [None, "{excludes: ['!.env', '!*.pem', '!.ssh/']}"])
+def test_secrets_and_what_lies_outside_never_travel(tmp_path, caplog, runtime_env):
+    tree, outside = tmp_path / "tree", tmp_path / "outside"
+    outside.mkdir()
+    (outside / "private.txt").write_text("x")
+    secrets = [
+        *(".git-credentials", ".ssh/id_rsa", "deep/.aws/credentials", ".envrc", "prod.env"),
+        *(".env", ".git/config", ".netrc", "my.pem", ".config/gcloud/x.json", ".kube/config"),
+    ]
+    for name in ["code.py", "my [x]/ok.txt", *secrets]:
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).write_text("x")
+    (tree / "inside.py").symlink_to("code.py")
+    (tree / "my [x]" / "all").symlink_to(outside)
+    (tree / "one file*.txt").symlink_to(outside / "private.txt")
+    keys = {"working_dir": "tree"}
+    if runtime_env:
+        (tmp_path / "env.yaml").write_text(runtime_env)
+        keys["runtime_env"] = "env.yaml"
+    result = runtime_env_of(load_job(write(tmp_path, **keys), [], {}), {})
+    assert sent(tree, result["excludes"]) == {"code.py", "my [x]/ok.txt", "inside.py"}
+    assert "2 links lead out" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -187,11 +219,27 @@ def test_what_a_secrets_name_is(name, is_secret):
         {"metadata": {"note": f"with {PLANTED}"}},
         {"env": {"MLFLOW_TRACKING_URI": "http://me:pw@mlflow:5000"}},
         {"working_dir": "https://x-access:abc@example.com/code.zip"},
+        {"working_dir": "https://git@x:pw@example.com/code.zip"},
+        {"entrypoint": "DB_PASSWORD='$literal' tool"},
+        {"entrypoint": "DB_PASSWORD=${X:-literal} tool"},
+        {"entrypoint": "DB_PASSWORD=$X'literal' tool"},
+        {"entrypoint": 'DB_PASSWORD="" ; DB_PASSWORD=""literal tool'},
+        {"entrypoint": "tool hf_somebodyelses12"},
+        {"entrypoint": "curl -H 'Authorization: Basic dXNlcjpwYXNz' x"},
+        {"metadata": {"header": "Bearer abcdef0123456789"}},
+        {"entrypoint": "tool 'https://b.s3.amazonaws.com/x?X-Amz-Signature=0a1b&X-Amz-Date=1'"},
+        {"entrypoint": "tool https://a.blob.core.windows.net/x?sv=1&sig=0a1b"},
+        {"entrypoint": "echo " + shlex.quote(QUOTED)},
+        {"entrypoint": 'echo "' + QUOTED.replace("\\", "\\\\").replace('"', '\\"') + '"'},
+        {"metadata": {"note": f"with {QUOTED}"}},
+        {"metadata": {"url": "http://h/" + urllib.parse.quote(QUOTED)}},
+        {"metadata": {QUOTED: "x"}},
     ],
 )
 def test_a_job_with_a_secret_is_refused_without_showing_it(tmp_path, keys):
     with pytest.raises(ConfigError, match=r"environment of the nodes") as refused:
-        load_job(write(tmp_path, **keys), [], {"HF_TOKEN": PLANTED})
+        load_job(write(tmp_path, **keys), [], {"HF_TOKEN": PLANTED, "MY_PASSWORD": QUOTED})
+    assert QUOTED not in str(refused.value)
     assert PLANTED not in str(refused.value)
 
 
@@ -209,8 +257,10 @@ def test_a_secret_in_an_override_or_in_the_runtime_env_is_refused_too(tmp_path):
 
 def test_what_is_no_secret_is_taken(tmp_path):
     keys = {
-        "entrypoint": "ke-ray scan hf --tokenizer x --eos-token-id 0 --set a.num_tokens=3",
+        "entrypoint": "ke-ray scan hf --tokenizer x --eos-token-id 0 --set a.num_tokens=3 "
+        "--api-key $KEY HF_TOKEN=\"${HF_TOKEN}\" TOKEN=$(cat /run/token) bash -c 'TOKEN=$T x'",
         "env": {"RAY_AUTH_TOKEN_PATH": "/etc/token", "OMP_NUM_THREADS": 2, "URL": "http://h:1/a@b"},
+        "working_dir": "git+ssh://git@example.com/code.zip",
     }
     job = load_job(write(tmp_path, **keys), [], {"HF_TOKEN": PLANTED, "PASSWORD": ""})
     assert job.env["OMP_NUM_THREADS"] == "2"

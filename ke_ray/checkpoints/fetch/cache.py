@@ -232,7 +232,12 @@ class Store:
         self._make_room(key, need, ref.label, should_stop)
         try:
             fetch_into(
-                ref, partial, endpoint=self._endpoint, policy=self._policy, should_stop=should_stop
+                ref,
+                partial,
+                endpoint=self._endpoint,
+                policy=self._policy,
+                should_stop=should_stop,
+                max_bytes=self._budget if size is None else size,
             )
             with self._budget_lock():  # else a count could see it in neither place
                 partial.rename(entry)

@@ -17,6 +17,7 @@ from ke_ray.errors import CheckpointError, CheckpointSpecError
 from ke_ray.storage import list_dir
 
 _CHUNK = 4 * 2**20
+MAX_TEXT_BYTES = 64 * 2**20  # of a configuration or a tokenizer
 # At a bare URL nothing can be listed. These are requested in order; the first weights count.
 _NATIVE = ("config.yaml", ("model.safetensors", "model.pt"))
 _HF = ("config.json", ("model.safetensors", "pytorch_model.bin"))
@@ -49,8 +50,12 @@ def fetch_into(
     endpoint: str | None = None,
     policy: RetryPolicy | None = None,
     should_stop: Callable[[], bool] | None = None,
+    max_bytes: int | None = None,
 ) -> None:
     """Fill ``folder`` with the files of ``ref``; what an earlier try left there is resumed.
+
+    Args:
+        max_bytes: of weights that a web server sends; it may have announced fewer.
 
     Raises:
         CheckpointError: the source is gone, incomplete or refuses.
@@ -60,7 +65,7 @@ def fetch_into(
     if ref.format == "hub":
         _fetch_hub(ref, folder, endpoint, policy)
     elif _is_http(ref.location):
-        _fetch_http(ref, folder, policy, should_stop)
+        _fetch_http(ref, folder, policy, should_stop, max_bytes)
     else:
         _fetch_remote(ref, folder, policy, should_stop)
 
@@ -100,18 +105,23 @@ def _fetch_http(
     folder: Path,
     policy: RetryPolicy,
     should_stop: Callable[[], bool] | None,
+    max_bytes: int | None,
 ) -> None:
     base = ref.location.rstrip("/")
 
-    def get(name: str) -> bool:
+    def get(name: str, limit: int | None = MAX_TEXT_BYTES) -> bool:
         return (folder / name).exists() or download(
-            f"{base}/{name}", folder / name, policy=policy, should_stop=should_stop
+            f"{base}/{name}",
+            folder / name,
+            policy=policy,
+            should_stop=should_stop,
+            max_bytes=limit,
         )
 
     for config, weights in (_NATIVE, _HF):
         if not get(config):
             continue
-        if not any(get(name) for name in weights):
+        if not any(get(name, max_bytes) for name in weights):
             raise CheckpointError(
                 f"{public_url(base)} has {config} but none of {', '.join(weights)}; is it an "
                 "unsharded checkpoint?"
@@ -178,6 +188,8 @@ def _copy(fs: Any, source: str, target: Path, should_stop: Callable[[], bool] | 
     with fs.open(source, "rb") as reader, partial.open("wb") as writer:
         while chunk := reader.read(_CHUNK):
             writer.write(chunk)
+            if writer.tell() > expected:
+                raise ConnectionError(f"more than {expected:,} bytes arrived")
             if should_stop is not None and should_stop():
                 raise CheckpointError(f"Fetching '{source}' was stopped.")
     size_bytes = partial.stat().st_size

@@ -268,6 +268,7 @@ def _step_range(steps: str | None) -> tuple[int, float]:
 def _unique_names(refs: list[CheckpointRef]) -> list[CheckpointRef]:
     """Names that differ even where case does not count: parent folders, then numbers, help."""
     seen: set[str] = set()
+    numbers: Counter[str] = Counter()
     result = []
     clashes = Counter(ref.name.casefold() for ref in refs)
     for ref in refs:
@@ -275,10 +276,10 @@ def _unique_names(refs: list[CheckpointRef]) -> list[CheckpointRef]:
         if clashes[name.casefold()] > 1:
             parts = [part for part in shown(ref.location).rstrip("/").split("/") if part]
             name = slug("-".join([*parts[-2:-1], name]))
-        number, base = 2, name
+        base = name[:140]
         while name.casefold() in seen:
-            name = f"{base[:140]}-{number}"
-            number += 1
+            numbers[base] += 1
+            name = f"{base}-{numbers[base] + 1}"
         seen.add(name.casefold())
         result.append(replace(ref, name=name))
     return result

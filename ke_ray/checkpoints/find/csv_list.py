@@ -19,6 +19,7 @@ from ke_ray.errors import CheckpointSpecError
 from ke_ray.storage import exists, is_local, local_path, open_read
 
 _LIMIT = 64 * 2**20  # bytes
+_MAX_ROWS = 50_000
 _LOCATIONS = (
     "url",
     "checkpoint directory",
@@ -72,6 +73,10 @@ def parse_csv_list(data: bytes, *, base: str, origin: str) -> list[Row]:
         ]
     except (UnicodeDecodeError, csv.Error) as error:
         raise CheckpointSpecError(f"'{origin}' is not a CSV text file: {error}.") from error
+    if len(rows) > _MAX_ROWS:
+        raise CheckpointSpecError(
+            f"'{origin}' has {len(rows):,} rows; a list has at most {_MAX_ROWS:,} checkpoints."
+        )
     if not rows:
         raise CheckpointSpecError(f"'{origin}' is empty; expected rows of step and folder or URL.")
     columns = _columns(rows[0][1])

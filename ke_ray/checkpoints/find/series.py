@@ -6,7 +6,6 @@ training follow on along it. A listing that mixes them is sorted so, and a note 
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
@@ -19,7 +18,7 @@ from ke_ray.checkpoints.formats.olmo_config import parse_native_config
 from ke_ray.checkpoints.reference import CheckpointRef
 from ke_ray.core.position import stage_key, stage_name
 from ke_ray.errors import KeRayError
-from ke_ray.storage import join, open_read
+from ke_ray.storage import join, open_read, parse_json
 
 _LIMIT = 16 * 2**20  # bytes of a configuration or a trainer's state
 _READERS = 8
@@ -101,8 +100,8 @@ def _read_small(uri: str) -> bytes | None:
 
 def _parse(content: bytes) -> dict[str, Any]:
     try:
-        values = json.loads(content)
-    except (ValueError, RecursionError):
+        values = parse_json(content)
+    except ValueError:
         return {}
     return values if isinstance(values, dict) else {}
 

@@ -7,11 +7,11 @@ computes and has no counterpart there is refused by name. nanochat's RMSNorm tak
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ke_ray.errors import CheckpointError
+from ke_ray.storage import parse_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -38,9 +38,9 @@ def read_nanochat_config(path: Path) -> PreTrainedConfig:
     if not path.is_file() or path.stat().st_size > _LIMIT:
         raise CheckpointError(f"There is no '{path}' of at most {_LIMIT:,} bytes.")
     try:
-        values = json.loads(path.read_bytes())["model_config"]
+        values = parse_json(path.read_bytes())["model_config"]
         sizes: dict[str, Any] = {hf: values[own] for own, hf in _KEYS.items()}
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"'{path}' is not a meta file of nanochat ({error}); expected model_config with "
             f"{', '.join(_KEYS)}."

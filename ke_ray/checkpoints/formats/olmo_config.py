@@ -17,7 +17,6 @@ RMS with weights, after, and of q and k     OLMo-2
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 
 from ke_ray.errors import CheckpointError, ConfigError, UnsupportedArchitectureError
+from ke_ray.storage import parse_json
 from ke_ray.storage.safe_yaml import parse_yaml
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 _FILE_LIMIT = 16 * 2**20  # bytes of a config.yaml; those with all data paths have about 0.2 MiB
 _SECTION_LIMIT = 64 * 2**10
 _INT_LIMIT = 2**31
+_MAX_LAYERS = 65_536
 # Keys of OLMo's ModelConfig that do not change what a trained model computes.
 _HARMLESS = re.compile(
     r"init_.*|.*_init_std|scale_emb_init|.*_dropout|flash_attention|precision|rope_full_precision"
@@ -256,8 +257,8 @@ def read_hf_olmo_config(path: str | Path) -> NativeConfig | None:
     if not file.is_file() or file.stat().st_size > _FILE_LIMIT:
         return None
     try:
-        values = json.loads(file.read_bytes())
-    except (ValueError, RecursionError):
+        values = parse_json(file.read_bytes())
+    except ValueError:
         return None
     if not isinstance(values, dict) or values.get("model_type") != "hf_olmo":
         return None
@@ -331,6 +332,8 @@ def _build(values: Mapping[str, Any], model_type: _Kind, origin: str) -> NativeC
     tied = values.get("weight_tying", True)
     if not isinstance(tied, bool):
         raise CheckpointError(f"{origin}: weight_tying={tied!r}, expected true or false.")
+    if (n_layers := integer("n_layers")) > _MAX_LAYERS:
+        raise CheckpointError(f"{origin}: n_layers={n_layers:,}, expected {_MAX_LAYERS:,} at most.")
     clip = None
     if values.get("clip_qkv") is not None:
         clip = _number(values, "clip_qkv", None, origin)
@@ -339,7 +342,7 @@ def _build(values: Mapping[str, Any], model_type: _Kind, origin: str) -> NativeC
         d_model=d_model,
         n_heads=n_heads,
         n_kv_heads=n_kv_heads,
-        n_layers=integer("n_layers"),
+        n_layers=n_layers,
         d_mlp=int(hidden) // 2,
         vocab_size=rows,
         max_sequence_length=integer("max_sequence_length", 1024),

@@ -10,11 +10,11 @@ put in that order when the weights are read (``tool_names``, ``weights``). Facts
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ke_ray.errors import CheckpointError
+from ke_ray.storage import parse_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -88,7 +88,7 @@ def _values(path: Path) -> dict[str, Any] | None:
     if not path.is_file() or path.stat().st_size > _LIMIT:
         return None
     try:
-        values = json.loads(path.read_bytes())
+        values = parse_json(path.read_bytes())
     except (ValueError, RecursionError):
         return None
     is_own = isinstance(values, dict) and values.get("model_type") == _MODEL_TYPE

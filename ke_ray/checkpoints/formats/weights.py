@@ -8,7 +8,6 @@ training tools come under transformers' names.
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 import struct
@@ -28,6 +27,7 @@ from ke_ray.checkpoints.formats.local import base_folder, local_layout
 from ke_ray.checkpoints.formats.pico import is_pico
 from ke_ray.checkpoints.formats.tool_names import transformers_names
 from ke_ray.errors import CheckpointError
+from ke_ray.storage import parse_json
 
 if TYPE_CHECKING:
     import torch
@@ -280,6 +280,9 @@ def _open_pickle(path: Path) -> dict[str, torch.Tensor]:
             raise CheckpointError(
                 f"'{path}' holds a {type(value).__name__} under {name!r}, expected only tensors."
             )
+        if value.layout != torch.strided or value.is_meta or value.is_quantized:
+            kind = "tensor without values" if value.is_meta else "sparse or quantised tensor"
+            raise CheckpointError(f"'{path}' holds a {kind} under {name!r}, expected plain ones.")
     return loaded
 
 
@@ -295,7 +298,7 @@ def _ask_for(path: Path) -> str:
 def _head_width(config: Path) -> int:
     """Width of an attention head in transformers' configuration of a Llama, or in Pico's."""
     try:
-        values = json.loads(config.read_bytes())
+        values = parse_json(config.read_bytes())
         if is_pico(config):
             return int(values["d_model"] // values["attention_n_heads"])
         if values["model_type"] != "llama":
@@ -323,10 +326,10 @@ def _read_index(folder: Path, layout: Layout) -> dict[str, str] | None:
     if path.stat().st_size > _INDEX_LIMIT:
         raise CheckpointError(f"{problem}: it has more than {_INDEX_LIMIT:,} bytes.")
     try:
-        weight_map = json.loads(path.read_bytes())["weight_map"]
+        weight_map = parse_json(path.read_bytes())["weight_map"]
         files = set(weight_map.values())
         plain = all(isinstance(name, str) and name == Path(name).name for name in files)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{problem}: {error}.") from error
     if not files or not plain:
         raise CheckpointError(
