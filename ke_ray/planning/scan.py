@@ -20,6 +20,7 @@ from ke_ray import storage
 from ke_ray.checkpoints.find.catalog import list_checkpoints
 from ke_ray.checkpoints.reference import CheckpointRef, position
 from ke_ray.data.corpus import Corpus, build_corpus, source_kind
+from ke_ray.data.hub_dataset import check_hub_source
 from ke_ray.data.tokenizer import load_tokenizer
 from ke_ray.errors import (
     CheckpointError,
@@ -94,6 +95,16 @@ def select_checkpoints(selection: CheckpointSelection) -> list[CheckpointRef]:
     return list_checkpoints(selection.spec, **selection.options())
 
 
+def check_sources(study: ScanStudy) -> None:
+    """Refuse data that can never be read before checkpoints are listed.
+
+    Raises:
+        DataError: names a source that works.
+    """
+    for source in study.data.values():
+        check_hub_source(source)
+
+
 def prepare_scan(study: ScanStudy) -> ScanSetup:
     """List, pack and compare with what the output folder has.
 
@@ -104,6 +115,7 @@ def prepare_scan(study: ScanStudy) -> ScanSetup:
     """
     started = time.monotonic()
     check_claim(study.output, "scan")
+    check_sources(study)
     use_description(study.architecture)
     refs = select_checkpoints(study.checkpoints)
     config, ref = _first_config(refs, study)

@@ -14,7 +14,7 @@ from ke_ray.checkpoints.reference import CheckpointRef
 from ke_ray.errors import CheckpointError
 from ke_ray.models.architectures import check_config, is_mixture, use_description
 from ke_ray.models.configuration import read_config
-from ke_ray.planning.scan import select_checkpoints
+from ke_ray.planning.scan import check_sources, select_checkpoints
 from ke_ray.planning.scan_items import (
     BYTES_PER_S,
     CheckpointWork,
@@ -120,6 +120,7 @@ def _sizes(refs: list[CheckpointRef]) -> tuple[list[int], int]:
 
 def forecast(study: ScanStudy) -> str:
     """The plan of a scan as text: the resolved study, then the figures behind it."""
+    check_sources(study)
     use_description(study.architecture)
     refs = select_checkpoints(study.checkpoints)
     config = _first_config(refs)
