@@ -29,6 +29,7 @@ from ke_ray.config import load_study
 from ke_ray.data.olmo_order import read_olmo_source
 from ke_ray.models.saving import save_model
 from ke_ray.planning.scan_forecast import forecast
+from ke_ray.planning.scan_precision import local_gpus
 from ke_ray.studies.scan import ScanStudy
 
 ROOT = Path(__file__).parents[3]
@@ -195,6 +196,8 @@ def test_the_shipped_job_runs_to_its_end(
     assert {row["checkpoint"] for row in rows} == {chosen[0], chosen[-1]}
     assert {row["measure"] for row in rows} == set(study.measures)
     manifest = json.loads((tmp_path / "runs" / "olmo_1b" / "manifest.json").read_text())
+    assert study.dtype == "auto"
+    assert manifest["identity"]["dtype"] == ("bfloat16" if local_gpus() else "float32")
     assert manifest["corpora"]["dolma"]["source"] == source
     assert manifest["corpora"]["dolma"]["num_tokens"] == 8 * 2048
     assert sent[f"/{file.relative_to(root)}"] > 0
