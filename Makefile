@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test test-fast test-ray test-slow test-browser lint format clean-demo
+.PHONY: install demo gpu-check test test-fast test-ray test-slow test-browser lint format clean-demo
 
 install: $(STAMP)
 
@@ -45,6 +45,11 @@ test-slow: install
 
 test-browser: install
 	$(PYTEST) -m "browser and not slow and not ray"
+
+# On one card in at most ten minutes, with whatever python has torch, transformers and pytest: no
+# Ray and no .venv. ARGS=--tiny runs it on a CPU.
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py $(ARGS)
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -61,3 +61,4 @@ MIDDLE = Shape(8, 512, 2048, 8, 50304, 2048)
 #: Of scanning and training on a CPU.
 SMALL = Shape(6, 384, 1536, 6, 16384, 1024)
 OLMO_1B = Shape(16, 2048, 8192, 16, 50304, 2048)
+OLMO_7B = Shape(32, 4096, 11008, 32, 50304, 2048)

@@ -60,7 +60,7 @@ def scan(
         int | None, typer.Option(min=1, help="Default: GPUs, else cores.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cuda (never CPUs) or cpu.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
     revisions: Revisions = None,
     steps: Steps = None,
     every: Every = None,
@@ -134,14 +134,14 @@ def _corpora(options: list[str]) -> dict[str, str]:
 
 def execute_scan(study: ScanStudy) -> ScanOutcome:
     """Run a scan study with progress on the terminal, and print its table."""
-    from ke_ray.engine.scan.run import run_scan
+    from ke_ray.engine.scan.run import cluster_gpus, run_scan
     from ke_ray.planning.scan import prepare_scan
     from ke_ray.planning.scan_tracking import log_predictions
     from ke_ray.resuscitation.prediction import write_predictions
     from ke_ray.tracking.tracker import open_tracker
 
-    with claimed(study.output, "scan"):
-        setup = prepare_scan(study)
+    with claimed(study.output, "scan"), cluster_gpus() as gpus:
+        setup = prepare_scan(study, gpus)
         with open_tracker(study.mlflow) as tracker:
             outcome = run_scan(setup, TerminalDisplay("scan", "checkpoints"), tracker)
             run = tracker.run(outcome.mlflow_run_id)

@@ -13,6 +13,10 @@ from ke_ray.errors import DataError
 
 FIRST_DOCUMENT_TIMEOUT_S = 300.0
 
+#: Dolma is the corpus of this field, and a script: refused before anything is asked of the network.
+_DOLMA = "allenai/dolma"
+_DOLMA_FILE = "https://olmo-data.org/dolma-v1_6-8B-sample/v1_5r2_sample-0000.json.gz"
+
 
 def parse_hub_source(source: str) -> tuple[str, str | None, str]:
     """``hf:name[:config][:split]`` into name, config and split (``train`` when left out).
@@ -20,7 +24,7 @@ def parse_hub_source(source: str) -> tuple[str, str | None, str]:
     With one part after the name it is the split, unless ``:`` follows it (``hf:name:config:``).
 
     Raises:
-        DataError: no name, or too many parts.
+        DataError: no name, too many parts, or a data set that is known to be a script.
     """
     if source.startswith("hf://"):
         raise DataError(
@@ -31,9 +35,25 @@ def parse_hub_source(source: str) -> tuple[str, str | None, str]:
     if not parts[0] or len(parts) > 3:
         raise DataError(f"'{source}' is not of the form hf:NAME[:CONFIG][:SPLIT].")
     name, *rest = parts
+    if name == _DOLMA:
+        raise DataError(
+            f"'{source}': the data set {_DOLMA} is a script (dolma.py) that downloads its "
+            "documents, and datasets runs no scripts since version 4. Give one of the files that "
+            f"it downloads (urls/v1_6-sample.txt there lists them), for example {_DOLMA_FILE}"
+        )
     config = rest[0] if len(rest) == 2 else None
     split = rest[-1] if rest else ""
     return name, config or None, split or "train"
+
+
+def check_hub_source(source: str) -> None:
+    """Refuse a ``hf:`` source that can never work, without a network; others pass.
+
+    Raises:
+        DataError: not of the form, or known to be a script.
+    """
+    if source.startswith("hf:"):
+        parse_hub_source(split_part(source)[0])
 
 
 def describe_hub_dataset(source: str) -> dict[str, str]:

@@ -112,7 +112,8 @@ def _filesystem(source: str) -> tuple[Any, str]:
         timeout = aiohttp.ClientTimeout(
             total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=READ_TIMEOUT_S
         )
-        options["client_kwargs"] = {"timeout": timeout}
+        # aiohttp alone would go past a proxy that HTTPS_PROXY names, unlike the Hub's client.
+        options["client_kwargs"] = {"timeout": timeout, "trust_env": True}
     try:
         filesystem, path = fsspec.core.url_to_fs(source, **options)
     except (ValueError, ImportError) as error:

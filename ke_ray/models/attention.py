@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ke_ray.core.attention import attention_entropy, probabilities_entropy, rows_entropy
+from ke_ray.core.precision import matmul_precision
 from ke_ray.errors import UnsupportedArchitectureError
 from ke_ray.models.layout import FFNLayout
 
@@ -152,13 +153,16 @@ def _attend(
         value = value.repeat_interleave(shared, dim=1)
     additive = attention_mask is not None and attention_mask.dtype != torch.bool
     if softcap is not None or additive:
-        entropy, output = rows_entropy(
-            query, key, value, scale=scale, causal=causal, mask=attention_mask, softcap=softcap
-        )
+        with matmul_precision("highest"):
+            entropy, output = rows_entropy(
+                query, key, value, scale=scale, causal=causal, mask=attention_mask, softcap=softcap
+            )
         assert output is not None
         sink(entropy)
     else:
-        sink(attention_entropy(query, key, scale=scale, causal=causal, mask=attention_mask))
+        with matmul_precision("highest"):
+            entropy = attention_entropy(query, key, scale=scale, causal=causal, mask=attention_mask)
+        sink(entropy)
         output = nn.functional.scaled_dot_product_attention(
             query,
             key,

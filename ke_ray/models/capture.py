@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ke_ray.core.coefficients import TokenMean, accumulation_dtype
+from ke_ray.core.precision import matmul_precision
 from ke_ray.core.prediction import streamed_entropy
 from ke_ray.core.sums import OF_LOGITS, SUMS, Sum
 from ke_ray.core.token_entropy import TokenEntropies
@@ -258,6 +259,7 @@ class Capture:
         """Whether anything is measured behind this layer."""
         return self.needs_body or any(other > layer for _, other in self.unseen)
 
+    @matmul_precision("highest")
     def see_expert(self, layer: int, rows: RoutedRows) -> None:
         """Add one expert: c = g_e · |C|, averaged over all real tokens of each instance."""
         experts = self.layouts[layer].experts

@@ -21,6 +21,7 @@ from ke_ray.checkpoints.find.catalog import list_checkpoints
 from ke_ray.checkpoints.reference import CheckpointRef, position
 from ke_ray.core.measures import needing_head
 from ke_ray.data.corpus import Corpus, build_corpus, source_kind
+from ke_ray.data.hub_dataset import check_hub_source
 from ke_ray.data.tokenizer import load_tokenizer
 from ke_ray.errors import (
     CheckpointError,
@@ -32,6 +33,7 @@ from ke_ray.models.architectures import is_mixture, lacks_head, use_description
 from ke_ray.models.configuration import read_outline
 from ke_ray.planning.scan_identity import scan_identity
 from ke_ray.planning.scan_items import CheckpointWork, CorpusWork
+from ke_ray.planning.scan_precision import Gpus, check_precision, local_gpus, settle_precision
 from ke_ray.results import ScanFolder, new_manifest, read_manifest
 from ke_ray.results.scan_folder import check_identity, merge_identities
 from ke_ray.secrets import redact
@@ -95,24 +97,40 @@ def select_checkpoints(selection: CheckpointSelection) -> list[CheckpointRef]:
     return list_checkpoints(selection.spec, **selection.options())
 
 
-def prepare_scan(study: ScanStudy) -> ScanSetup:
+def check_sources(study: ScanStudy) -> None:
+    """Refuse data that can never be read before checkpoints are listed.
+
+    Raises:
+        DataError: names a source that works.
+    """
+    for source in study.data.values():
+        check_hub_source(source)
+
+
+def prepare_scan(given: ScanStudy, gpus: Gpus = local_gpus) -> ScanSetup:
     """List, pack and compare with what the output folder has.
 
     A command claims the folder (``storage.ownership``) before, and until it has run the scan.
+
+    Args:
+        given: the study.
+        gpus: what GPUs the scan has; asked last, and only where the study's precision is ``auto``.
 
     Raises:
         CheckpointSpecError, DataError, ResultsError, StorageError: see there; nothing is written.
     """
     started = time.monotonic()
-    check_claim(study.output, "scan")
-    use_description(study.architecture)
-    refs = select_checkpoints(study.checkpoints)
-    config, ref = _first_config(refs, study)
-    study = _without_head(study.of_mixture() if is_mixture(config) else study, config, ref)
-    _check_series(study, refs, config, ref)
-    corpora = _build_corpora(study, config, ref)
+    check_claim(given.output, "scan")
+    check_sources(given)
+    use_description(given.architecture)
+    refs = select_checkpoints(given.checkpoints)
+    config, ref = _first_config(refs, given)
+    given = _without_head(given.of_mixture() if is_mixture(config) else given, config, ref)
+    _check_series(given, refs, config, ref)
+    corpora = _build_corpora(given, config, ref)
+    study = settle_precision(given, gpus)
     identity = scan_identity(study, corpora)
-    folder, earlier = _open_output(study, identity, corpora)
+    folder, earlier = _open_output(given, study, identity, corpora)
     changed = _changed_weights(study.output, earlier, refs)
     finished = folder.finished() if earlier else {}
     finished = {key: measures for key, measures in finished.items() if key[0] not in changed}
@@ -177,7 +195,7 @@ def _works(
 
 
 def _open_output(
-    study: ScanStudy, identity: dict[str, Any], corpora: dict[str, Corpus]
+    given: ScanStudy, study: ScanStudy, identity: dict[str, Any], corpora: dict[str, Corpus]
 ) -> tuple[ScanFolder, dict[str, dict[str, Any]]]:
     """The output folder, and the checkpoints of earlier scans into it by name."""
     manifest = new_manifest("scan", study.model_dump(mode="json")) | {"id": uuid.uuid4().hex}
@@ -186,6 +204,7 @@ def _open_output(
         manifest |= {"identity": identity, "corpora": described, "measures": list(study.measures)}
         return ScanFolder(study.output, manifest), {}
     before = read_manifest(study.output, "scan")
+    check_precision(study.output, before["identity"], given, study)
     check_identity(study.output, before["identity"], identity)
     merged = merge_identities(before["identity"], identity)
     manifest |= {

@@ -15,7 +15,7 @@ from ke_ray.core.measures import needing_head
 from ke_ray.errors import CheckpointError
 from ke_ray.models.architectures import check_config, is_mixture, use_description
 from ke_ray.models.configuration import read_config
-from ke_ray.planning.scan import select_checkpoints
+from ke_ray.planning.scan import check_sources, select_checkpoints
 from ke_ray.planning.scan_items import (
     BYTES_PER_S,
     CheckpointWork,
@@ -24,6 +24,7 @@ from ke_ray.planning.scan_items import (
     makespan,
     plan_items,
 )
+from ke_ray.planning.scan_precision import local_gpus, settle_precision
 from ke_ray.planning.speed import H100_FLOPS_PER_S, measured_speed
 from ke_ray.secrets import redact
 from ke_ray.studies.scan import ScanStudy
@@ -68,6 +69,26 @@ def _flops_per_token(config: Any, measures: Sequence[str]) -> float:
     return 2.0 * (parameters + config.hidden_size * config.vocab_size) * _THREE_ENTROPIES
 
 
+def _gpu_precision(study: ScanStudy) -> str:
+    """In what GPUs that have it all form the study's products: a key of ``H100_FLOPS_PER_S``."""
+    if study.dtype == "auto":
+        return "bfloat16"
+    if study.dtype == "float32" and study.matmul_precision != "highest":
+        return "float32 with TF32"
+    return study.dtype
+
+
+def _by_dtype(flops: float) -> str:
+    """Hours of scoring alone on one GPU in each precision.
+
+    Args:
+        flops: of the whole scan.
+    """
+    hours = {name: flops / (_EFFICIENCY * speed) / 3600 for name, speed in H100_FLOPS_PER_S.items()}
+    shown = [f"{value:.3g} in {name}" for name, value in hours.items() if name != "float16"]
+    return "hours of scoring on one H100 (60 % of its data sheet assumed): " + ", ".join(shown)
+
+
 def _on_gpus(study: ScanStudy, sizes: list[int], flops: float, *, fetched: bool) -> str:
     """Hours on GPUs, by the engine's own plan.
 
@@ -80,7 +101,8 @@ def _on_gpus(study: ScanStudy, sizes: list[int], flops: float, *, fetched: bool)
         for name in study.data
     )
     works = [CheckpointWork(index, corpora) for index in range(len(sizes))]
-    peak = H100_FLOPS_PER_S[study.dtype]
+    precision = _gpu_precision(study)
+    peak = H100_FLOPS_PER_S[precision]
     tokens_per_s = _EFFICIENCY * peak / flops
     bytes_per_s = BYTES_PER_S["fetched" if fetched else "here"]
     load_s = sum(sizes) / len(sizes) / bytes_per_s
@@ -90,7 +112,7 @@ def _on_gpus(study: ScanStudy, sizes: list[int], flops: float, *, fetched: bool)
         hours = makespan(items, number, load_s * tokens_per_s) / tokens_per_s / 3600
         shown.append(f"{hours:.3g} on {number} ({number * hours:.3g} GPU-hours)")
     return (
-        f"hours on GPUs in {study.dtype}, assumed to reach {_EFFICIENCY * peak / 1e12:.0f} TFLOP/s "
+        f"hours on GPUs in {precision}, assumed to reach {_EFFICIENCY * peak / 1e12:.0f} TFLOP/s "
         f"(60 % of an H100's {peak / 1e12:.0f}) and to {'fetch' if fetched else 'load'} "
         f"{bytes_per_s / 1e6:,.0f} MB/s each: " + ", ".join(shown)
     )
@@ -121,6 +143,7 @@ def _sizes(refs: list[CheckpointRef]) -> tuple[list[int], int]:
 
 def forecast(study: ScanStudy) -> str:
     """The plan of a scan as text: the resolved study, then the figures behind it."""
+    check_sources(study)
     use_description(study.architecture)
     refs = select_checkpoints(study.checkpoints)
     config = _first_config(refs)
@@ -154,7 +177,9 @@ def forecast(study: ScanStudy) -> str:
     if config is None:
         lines.append("hours: not known (no checkpoint's config could be read)")
     else:
-        speed = measured_speed(study.dtype)
+        # As it would be without other machines, on which `auto` may be something else.
+        here = settle_precision(study.model_copy(update={"device": "auto"}), local_gpus)
+        speed = measured_speed(here.dtype, products=here.matmul_precision)
         flops = _flops_per_token(config, study.measures)
         score_s = flops * num_tokens / (_EFFICIENCY * speed.flops_per_s)
         fetch_s = sum(to_fetch) / BYTES_PER_S["fetched"]
@@ -166,4 +191,5 @@ def forecast(study: ScanStudy) -> str:
         sizes = [ref.size_bytes or 0 for ref in refs] if not fetched else to_fetch
         if sizes:
             lines.append(_on_gpus(study, sizes, flops, fetched=bool(fetched)))
+        lines.append(_by_dtype(flops * num_tokens))
     return "\n".join(lines)

@@ -17,6 +17,8 @@ _BY_CONTENT = (
     *("data", "num_instances", "sequence_length", "sampling", "tokenizer", "eos_token_id"),
     *("kind", "checkpoints", "measures"),
 )
+#: Keys that folders begun before do not have; at their defaults they are left out.
+_ADDED_LATER = ("matmul_precision",)
 
 
 def scan_identity(study: ScanStudy, corpora: Mapping[str, Corpus]) -> dict[str, Any]:
@@ -24,7 +26,11 @@ def scan_identity(study: ScanStudy, corpora: Mapping[str, Corpus]) -> dict[str, 
 
     Unlike other studies', whose folders hold one study each: a scan's folder may get more
     checkpoints, corpora and measures, and corpora count by their content.
+
+    Args:
+        study: without ``auto`` in its precision.
     """
+    assert "auto" not in (study.dtype, study.matmul_precision)
     return {
         "measure_version": MEASURE_VERSION,
         **_settings(study),
@@ -41,7 +47,9 @@ def _settings(study: ScanStudy) -> dict[str, Any]:
     return {
         name: getattr(study, name)
         for name, field in type(study).model_fields.items()
-        if affects_result(field) and name not in _BY_CONTENT
+        if affects_result(field)
+        and name not in _BY_CONTENT
+        and not (name in _ADDED_LATER and getattr(study, name) == field.default)
     }
 
 

@@ -68,6 +68,7 @@ class ScorerSettings:
     cache_bytes: int | None
     resuscitation: Resuscitation | None = None
     architecture: Architecture | None = None
+    matmul_precision: str = "highest"
 
 
 def evaluated_columns(

@@ -5,9 +5,13 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-#: Dense products per second by dtype, as its data sheet says; float32 without TF32, which PyTorch
-#: does not use unless told to.
-H100_FLOPS_PER_S = {"float32": 67e12, "bfloat16": 989e12, "float16": 989e12}
+#: Dense products per second by dtype, as its data sheet says; PyTorch uses TF32 only when told to.
+H100_FLOPS_PER_S = {
+    "bfloat16": 989e12,
+    "float16": 989e12,
+    "float32 with TF32": 494e12,
+    "float32": 67e12,
+}
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Speed:
         return text
 
 
-def measured_speed(dtype: str, use_gpu: bool | None = None) -> Speed:
+def measured_speed(dtype: str, use_gpu: bool | None = None, products: str = "highest") -> Speed:
     """Measure this machine for a quarter of a second in a study's dtype, on the device it gets.
 
     A CPU without units for a short dtype emulates it, and nobody would wait for that. There float32
@@ -45,11 +49,15 @@ def measured_speed(dtype: str, use_gpu: bool | None = None) -> Speed:
     Args:
         dtype: of the study: ``float32``, ``bfloat16`` or ``float16``.
         use_gpu: as in studies; None: where there is one.
+        products: precision of a GPU's float32 products, as PyTorch calls it.
     """
     import torch
 
+    from ke_ray.core.precision import matmul_precision
+
     if use_gpu is not False and torch.cuda.is_available():
-        return Speed("GPU", dtype, _measured("cuda", dtype), 1.0, dtype)
+        with matmul_precision(products):
+            return Speed("GPU", dtype, _measured("cuda", dtype), 1.0, dtype)
     own = _measured("cpu", dtype)
     plain = own if dtype == "float32" else _measured("cpu", "float32")
     if own >= plain:

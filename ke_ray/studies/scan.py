@@ -36,8 +36,15 @@ class ScanStudy(Strict):
     dormant_threshold: float = Field(
         0.1, ge=0, description="of dormant_share: fraction of the mean below which memories count"
     )
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="of the weights while they are scored"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "float32",
+        description="of the weights while they are scored; auto: bfloat16 on GPUs that have it, "
+        "else float32",
+    )
+    matmul_precision: Literal["auto", "highest", "high"] = Field(
+        "highest",
+        description="of the model's float32 products; high: TF32 on devices that have it; auto: "
+        "high on such GPUs, else highest",
     )
     device: Literal["auto", "cuda", "cpu"] = Key(
         "auto",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ke_ray.data.hub_dataset import describe_hub_dataset, iter_hub_documents
+from ke_ray.data.hub_dataset import check_hub_source, describe_hub_dataset, iter_hub_documents
 from ke_ray.errors import DataError
 
 FILES = {
@@ -58,6 +58,15 @@ def test_a_script_data_set_is_refused_from_its_listing(hub: list[str]) -> None:
     with pytest.raises(DataError, match=message):
         next(iter_hub_documents("hf:org/scripted"))
     assert [path for path in hub if "org/scripted" in path] == ["/api/datasets/org/scripted"]
+
+
+@pytest.mark.parametrize("source", ["hf:allenai/dolma:v1_6-sample:train", "hf:allenai/dolma#text"])
+def test_dolma_is_refused_before_any_request(hub: list[str], source: str) -> None:
+    message = r"script \(dolma\.py\).*https://olmo-data\.org/\S+\.json\.gz"
+    for read in (check_hub_source, describe_hub_dataset):
+        with pytest.raises(DataError, match=message):
+            read(source)
+    assert hub == []
 
 
 def test_a_data_set_stored_as_files_is_not(hub: list[str]) -> None:

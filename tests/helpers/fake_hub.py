@@ -18,6 +18,8 @@ class FakeHub(http.server.ThreadingHTTPServer):
 
     Revisions are branches, or tags where ``tags`` names them. Those in ``commits`` of a repository,
     as (revision, title) with the newest last, are commits of ``main`` and neither.
+    Files in ``sizes`` are listed with that size, and as other weights in each revision, whatever
+    they hold. ``base`` is the URL that clients know the server by.
     """
 
     daemon_threads = True
@@ -25,7 +27,9 @@ class FakeHub(http.server.ThreadingHTTPServer):
     def __init__(self, root: Path) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.root = root
+        self.base = self.url
         self.tags: set[str] = set()
+        self.sizes: dict[str, int] = {}
         self.commits: dict[str, list[tuple[str, str]]] = {}
         self.requests: list[str] = []
         self.tokens: list[str | None] = []
@@ -138,10 +142,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 entries.append({"type": "directory", "path": name, "size": 0, "oid": "0" * 40})
                 continue
             data = file.read_bytes()
-            entry = {"type": "file", "path": name, "size": len(data), "oid": "0" * 40}
+            size = self.server.sizes.get(name, len(data))
+            entry = {"type": "file", "path": name, "size": size, "oid": "0" * 40}
             if file.suffix in (".safetensors", ".bin"):
-                digest = hashlib.sha256(data).hexdigest()
-                entry["lfs"] = {"oid": digest, "size": len(data), "pointerSize": 134}
+                content = f"{commit}/{name}".encode() if name in self.server.sizes else data
+                digest = hashlib.sha256(content).hexdigest()
+                entry["lfs"] = {"oid": digest, "size": size, "pointerSize": 134}
             entries.append(entry)
         self.pages(entries)
 
@@ -150,7 +156,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         second = "cursor=2" in self.path
         page = entries[1:] if second else entries[:1]
         mark = "&" if "?" in self.path else "?"
-        link = f'<{self.server.url}{self.path}{mark}cursor=2>; rel="next"'
+        link = f'<{self.server.base}{self.path}{mark}cursor=2>; rel="next"'
         headers = {} if second else {"Link": link}
         self.send(200, json.dumps(page).encode(), **headers)
 

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from ke_ray.core.measures import DEFAULT_MEASURES
 from ke_ray.errors import CheckpointError, DataError, ResultsError, UnsupportedArchitectureError
 from ke_ray.planning.scan import prepare_scan
+from ke_ray.planning.scan_forecast import forecast
 from ke_ray.studies.scan import ScanStudy
 
 
@@ -81,6 +82,14 @@ def test_checkpoints_that_cannot_be_read_are_not_answered_with_a_missing_token_i
     study = scan_study(checkpoints={"spec": str(folder)}, data={"x": str(documents)})
     with pytest.raises(CheckpointError, match="holds no weights"):
         prepare_scan(study)
+
+
+def test_data_that_can_never_be_read_are_refused_before_checkpoints_are_listed(scan_study):
+    source = "hf:allenai/dolma:v1_6-sample:train"
+    study = scan_study(checkpoints={"spec": "no/such*"}, data={"x": source})
+    for plan in (prepare_scan, forecast):
+        with pytest.raises(DataError, match=r"dolma\.py.*https://olmo-data\.org/"):
+            plan(study)
 
 
 def test_checkpoints_without_a_tokenizer_name_the_option(scan_study, tmp_path):

@@ -82,3 +82,22 @@ def test_a_token_is_multiplied_with_the_experts_that_it_is_routed_to(
     config = tiny_decoder(model_type).config
     heads = config.num_key_value_heads / 4
     assert num_body_parameters(config) == 2 * (32**2 * (2 + 2 * heads) + 3 * 32 * memories)
+
+
+def test_the_forecast_is_by_device_and_dtype_and_says_what_is_assumed(
+    scan_study: Callable[..., ScanStudy], series: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many = {"num_instances": 10**9, "sequence_length": 24}
+    auto = forecast(scan_study(dtype="auto", **many))
+    assert "hours on GPUs in bfloat16, assumed to reach" in auto
+    assert "measured in float32; 60 % of it assumed" in auto  # of the CPU here
+    (line,) = [
+        line for line in auto.splitlines() if line.startswith("hours of scoring on one H100")
+    ]
+    assert "assumed" in line
+    hours = {name: float(n) for n, name in re.findall(r"(\S+) in ([^,]+)", line)}
+    assert list(hours) == ["bfloat16", "float32 with TF32", "float32"]
+    assert hours["float32"] / hours["bfloat16"] == pytest.approx(989 / 67, rel=0.01)
+    assert gpu_hours(auto)[1] == pytest.approx(hours["bfloat16"], rel=0.01)
+    tf32 = forecast(scan_study(matmul_precision="auto", **many))
+    assert gpu_hours(tf32)[1] == pytest.approx(hours["float32 with TF32"], rel=0.01)

@@ -86,7 +86,7 @@ def texts_of(values: Any) -> Iterator[str]:
 
 
 @pytest.mark.parametrize(
-    "path", sorted([*SWEEPS.glob("*.yaml"), *(ROOT / "jobs").glob("*.yaml")]), ids=lambda p: p.name
+    "path", sorted([*SWEEPS.rglob("*.yaml"), *(ROOT / "jobs").glob("*.yaml")]), ids=lambda p: p.name
 )
 def test_no_shipped_file_reads_a_data_set_that_is_made_by_a_script(path: Path) -> None:
     named = {
@@ -97,9 +97,16 @@ def test_no_shipped_file_reads_a_data_set_that_is_made_by_a_script(path: Path) -
     assert named & MADE_BY_SCRIPTS == set()
 
 
-@pytest.mark.parametrize("name", ["olmo_1b", "olmo_7b", "pythia_1b"])
-def test_the_shipped_scans_read_a_file_of_dolma_over_https(name: str) -> None:
-    study = load_study(SWEEPS / f"{name}.yaml", ScanStudy)
+@pytest.mark.parametrize(
+    "path",
+    [
+        *(SWEEPS / f"{name}.yaml" for name in ("olmo_1b", "olmo_7b", "pythia_1b")),
+        *sorted(SWEEPS.glob("series/*.yaml")),
+    ],
+    ids=lambda path: path.stem,
+)
+def test_the_shipped_scans_read_a_file_of_dolma_over_https(path: Path) -> None:
+    study = load_study(path, ScanStudy)
     (source,) = study.data.values()
     assert re.fullmatch(r"https://olmo-data\.org/dolma-v1_6-8B-sample/\S+\.json\.gz", source)
     assert source.endswith(DOCUMENT_SUFFIXES)

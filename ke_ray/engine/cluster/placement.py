@@ -10,11 +10,15 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 from ke_ray.errors import ConfigError
+from ke_ray.planning.scan_precision import local_gpus
 
 log = logging.getLogger(__name__)
+
+Answer = TypeVar("Answer")
 
 #: Resources of one node, as Ray names them: ``CPU``, ``GPU``, ``memory`` (bytes), …
 Node = Mapping[str, float]
@@ -109,13 +113,24 @@ def training_nodes(use_gpu: bool | None) -> list[dict[str, float]]:
     )
 
 
+def gpus_have_bfloat16() -> bool | None:
+    """Whether all GPUs that torch can use have units for bfloat16; None where it can use none."""
+    answers = [units for units in _on_gpu_nodes(_probe_units).values() if units is not None]
+    return all(answers) if answers else None
+
+
 def _gpu_problems() -> dict[str, str | None]:
     """Why torch cannot use a GPU, None where it can, by address of the nodes that declare any."""
+    return _on_gpu_nodes(_probe_gpu)
+
+
+def _on_gpu_nodes(question: Callable[[], Answer]) -> dict[str, Answer | None]:
+    """The answer of each node that declares GPUs, by its address; None of one that has gone."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     # A process of its own: CUDA remembers which devices it saw first.
-    probe = ray.remote(num_cpus=0, max_calls=1, max_retries=2)(_probe_gpu)
+    probe = ray.remote(num_cpus=0, max_calls=1, max_retries=2)(question)
     answers = {
         node["NodeManagerAddress"]: probe.options(
             scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
@@ -123,22 +138,31 @@ def _gpu_problems() -> dict[str, str | None]:
         for node in ray.nodes()
         if node["Alive"] and node["Resources"].get("GPU")
     }
-    problems: dict[str, str | None] = {}
+    found: dict[str, Answer | None] = {}
     for address, answer in answers.items():
         try:
-            problems[address] = ray.get(answer, timeout=_GPU_PROBE_TIMEOUT_S)
-        except ray.exceptions.RayError as error:  # a node that has just gone trains nothing either
+            found[address] = ray.get(answer, timeout=_GPU_PROBE_TIMEOUT_S)
+        except ray.exceptions.RayError as error:  # a node that has just gone runs nothing either
             log.debug("The node %s did not say whether torch can use its GPUs: %s", address, error)
-            problems[address] = None
-    return problems
+            found[address] = None
+    return found
 
 
 def _probe_gpu() -> str | None:
+    _unhide_gpus()
+    return _cuda_problem()
+
+
+def _probe_units() -> bool | None:
+    _unhide_gpus()
+    return local_gpus()
+
+
+def _unhide_gpus() -> None:
     # Ray hides all GPUs from a task that was granted none.
     for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"):
         if os.environ.get(name) == "":
             del os.environ[name]
-    return _cuda_problem()
 
 
 def _cuda_problem() -> str | None:

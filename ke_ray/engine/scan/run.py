@@ -12,13 +12,18 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
 from ke_ray import storage
 from ke_ray.engine.cluster.metrics import ScanMeter
-from ke_ray.engine.cluster.placement import cluster_nodes, count_places, most_cpus
+from ke_ray.engine.cluster.placement import (
+    cluster_nodes,
+    count_places,
+    gpus_have_bfloat16,
+    most_cpus,
+)
 from ke_ray.engine.cluster.placement_watch import watch_placement
 from ke_ray.engine.cluster.session import beside_driver, ray_session
 from ke_ray.engine.cluster.shared_storage import check_nodes_see
@@ -29,6 +34,7 @@ from ke_ray.outcomes import Display, ScanOutcome
 from ke_ray.planning.scan import ScanSetup
 from ke_ray.planning.scan_items import load_tokens, plan_items
 from ke_ray.planning.scan_messages import ScorerSettings, item_to_json
+from ke_ray.planning.scan_precision import Gpus
 from ke_ray.planning.scan_tracking import log_finished, start_scan_run
 from ke_ray.storage.ownership import claimed
 from ke_ray.studies.parts import study_label
@@ -36,6 +42,18 @@ from ke_ray.tracking.run import TrackedRun
 from ke_ray.tracking.tracker import Tracker
 
 log = logging.getLogger(__name__)
+
+
+@contextmanager
+def cluster_gpus() -> Iterator[Gpus]:
+    """What ``prepare_scan`` asks about GPUs; once asked, Ray's session lasts for the block."""
+    with ExitStack() as stack:
+
+        def ask() -> bool | None:
+            stack.enter_context(ray_session())
+            return gpus_have_bfloat16()
+
+        yield ask
 
 
 def run_scan(setup: ScanSetup, display: Display, tracker: Tracker) -> ScanOutcome:
@@ -124,6 +142,7 @@ def _score(setup: ScanSetup, run: TrackedRun, display: Display, outcome: ScanOut
         cache_bytes=study.cache_bytes,
         resuscitation=study.resuscitation,
         architecture=study.architecture,
+        matmul_precision=study.matmul_precision,
     )
     monitor = ray.remote(ScanMonitor).options(max_restarts=0, **beside_driver()).remote()
     arrays = {

@@ -134,6 +134,7 @@ class CheckpointScorer:
 
         if settings.threads:
             torch.set_num_threads(settings.threads)
+        torch.set_float32_matmul_precision(settings.matmul_precision)
         use_description(settings.architecture)
         self._settings = settings
         self._checkpoints = checkpoints

@@ -21,6 +21,7 @@ from command_process import Command, start_command
 from tiny_studies import tiny_continual, tiny_pretrain, write_study
 from tiny_sweep import tiny_sweep
 
+from ke_ray.results import read_manifest
 from ke_ray.storage import read_table
 
 pytestmark = [
@@ -74,8 +75,10 @@ def test_a_scan_scores_on_cpus_and_says_so_once(
     messages = cluster.messages(
         *("scan", pretrained / "checkpoints", "--data", f"ids={tmp_path / 'ids.npy'}"),
         *("--num-instances", 40, "--sequence-length", 24, "--measures", "knowledge_entropy"),
-        *("--output", tmp_path / "scan", "--no-mlflow"),
+        *("--output", tmp_path / "scan", "--dtype", "auto", "--no-mlflow"),
     )
+    # Each node is asked what torch can do there, not what it declares.
+    assert read_manifest(str(tmp_path / "scan"))["identity"]["dtype"] == "float32"
     rows = read_table(str(tmp_path / "scan" / "entropy.parquet")).to_pylist()
     assert {row["status"] for row in rows} == {"ok"}
     assert messages.count("Ray granted a GPU on the node") == 1
