@@ -27,6 +27,7 @@ class FakeHub(http.server.ThreadingHTTPServer):
         self.root = root
         self.tags: set[str] = set()
         self.commits: dict[str, list[tuple[str, str]]] = {}
+        self.sizes: dict[str, int] = {}  # repository -> what it says its weight files have
         self.requests: list[str] = []
         self.tokens: list[str | None] = []
         self.refuse: list[tuple[str, int, dict[str, str]]] = []
@@ -140,8 +141,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             data = file.read_bytes()
             entry = {"type": "file", "path": name, "size": len(data), "oid": "0" * 40}
             if file.suffix in (".safetensors", ".bin"):
+                size = self.server.sizes.get(repo, len(data))
+                entry["size"] = size
                 digest = hashlib.sha256(data).hexdigest()
-                entry["lfs"] = {"oid": digest, "size": len(data), "pointerSize": 134}
+                entry["lfs"] = {"oid": digest, "size": size, "pointerSize": 134}
             entries.append(entry)
         self.pages(entries)
 
