@@ -35,6 +35,24 @@ class Cost:
     num_tokens: int | None
     h100_hours: float | None
 
+    def __str__(self) -> str:
+        """``34 checkpoints, 160 GB, 143M tokens, 3.0 H100-hours``; a dash where unknown."""
+        gigabytes = None if self.bytes_to_fetch is None else self.bytes_to_fetch / 1e9
+        millions = None if self.num_tokens is None else self.num_tokens / 1e6
+        parts = (
+            (self.num_checkpoints, f" checkpoint{'s' * (self.num_checkpoints != 1)}"),
+            (gigabytes, " GB"),
+            (millions, "M tokens"),
+            (self.h100_hours, " H100-hours"),
+        )
+        return ", ".join(f"{_number(value)}{unit}" for value, unit in parts)
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:,.0f}" if value >= 10 or value == int(value) else f"{value:.1f}"
+
 
 def cost_of(study: ScanStudy | ContinualStudy | SweepStudy) -> Cost:
     """The cost of a study. Scans ask the source of their checkpoints; training needs no network.

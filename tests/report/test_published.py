@@ -172,6 +172,8 @@ def _stage_sweep(folder: Path, name: str = "olmo_1b_stages") -> Path:
             "acquisition": 0.25 - 0.005 * number**1.2,
             "forgetting": 0.1 + 0.01 * number**1.1,
             "knowledge_entropy_before_nats": 144.0 - 0.03 * number,
+            "downstream_before": 0.6,
+            "downstream_after": 0.54 - 0.001 * number,
         }
         for number, point in enumerate(steps)
     ]
@@ -254,3 +256,27 @@ def test_a_sweep_of_another_model_is_not_beside_table_1(tmp_path: Path) -> None:
     made = sections(find_results([folder]))
     assert "sweep-table-1" not in {figure.id for figure in made[0].figures}
     assert any("does not start from OLMo-1B" in text for text in made[0].missing)
+
+
+def test_every_figure_that_the_page_of_the_paper_names_is_made(tmp_path: Path) -> None:
+    page = (_SWEEPS.parent / "docs" / "paper.md").read_text()
+    named = set(re.findall(r"`((?:scan|continual|sweep|compare)-[\w-]+)`", page))
+    assert len(named) > 12
+    made = {"compare-stages"}  # of several results; the others are those of one
+    scan = synthetic.make_scan(tmp_path / "scan", steps=[0, 1, 2])
+    entropy = pq.read_table(scan / "entropy.parquet").to_pandas()
+    relu = entropy[entropy["measure"] == "knowledge_entropy"].assign(
+        measure="knowledge_entropy_relu"
+    )
+    table = pa.Table.from_pandas(pd.concat([entropy, relu], ignore_index=True))
+    pq.write_table(table, scan / "entropy.parquet")
+    folders = (
+        scan,
+        synthetic.make_continual(tmp_path / "continual"),
+        synthetic.make_sweep(tmp_path / "sweep"),
+        _stage_sweep(tmp_path / "stages"),
+        _table_1_sweep(tmp_path / "table1"),
+    )
+    for folder in folders:
+        made |= set(_figures(folder))
+    assert named - made == set()
