@@ -15,6 +15,7 @@ import typer
 
 from ke_ray.cli import (
     checkpoints,
+    data,
     demo,
     doctor,
     resuscitate,
@@ -37,7 +38,19 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for module in (demo, checkpoints, train, scan, resuscitate, sweep, submit, view, studies, doctor):
+for module in (
+    demo,
+    checkpoints,
+    data,
+    train,
+    scan,
+    resuscitate,
+    sweep,
+    submit,
+    view,
+    studies,
+    doctor,
+):
     module.register(app)
 
 
