@@ -24,6 +24,7 @@ from ke_ray.cli import (
     submit,
     sweep,
     train,
+    verify,
     view,
 )
 from ke_ray.errors import KeRayError
@@ -45,6 +46,7 @@ for module in (
     train,
     scan,
     resuscitate,
+    verify,
     sweep,
     submit,
     view,

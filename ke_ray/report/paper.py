@@ -109,6 +109,11 @@ def published(setting: str, column: str) -> tuple[float, ...]:
     return values
 
 
+def is_olmo_1b(spec: str) -> bool:
+    """Whether a SPEC names the model of the tables."""
+    return "olmo-1b" in spec.lower().replace("_", "-")
+
+
 def nearest_stage(step: float) -> int | None:
     """The index in ``STEPS`` of the stage at which a run starts; None where it is none of them."""
     gaps = np.abs(np.subtract(STEPS, step))
@@ -131,8 +136,7 @@ def repeated(result: Result, frame: pd.DataFrame) -> tuple[pd.Series, str]:
 
 
 def _differences(result: Result, row: Mapping[str, Any]) -> Iterator[str]:
-    spec = str(_value(result, row, "starts.spec")).lower().replace("_", "-")
-    if "olmo-1b" not in spec:
+    if not is_olmo_1b(str(_value(result, row, "starts.spec"))):
         yield "the study does not start from OLMo-1B"
     if row["variant"] != "original":
         yield "the starts are resuscitated"
