@@ -17,6 +17,7 @@ import typer
 
 from ke_ray.cli import (
     checkpoints,
+    data,
     demo,
     doctor,
     resuscitate,
@@ -25,6 +26,7 @@ from ke_ray.cli import (
     submit,
     sweep,
     train,
+    verify,
     view,
 )
 from ke_ray.errors import KeRayError
@@ -39,7 +41,20 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for module in (demo, checkpoints, train, scan, resuscitate, sweep, submit, view, studies, doctor):
+for module in (
+    demo,
+    checkpoints,
+    data,
+    train,
+    scan,
+    resuscitate,
+    verify,
+    sweep,
+    submit,
+    view,
+    studies,
+    doctor,
+):
     module.register(app)
 
 

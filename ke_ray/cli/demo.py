@@ -128,8 +128,8 @@ def _demo(folder: str) -> int:
         phases.add("sweep", swept.phases_s, ("ray_start", "worker_start"))
     summary["sweep"] = sweep_summary(f"{folder}/sweep")
     _look(
-        "each factor against 'none', the checkpoint as it is. In the paper factors of 1 and more help "
-        "a late checkpoint; where intervals overlap, four short trials cannot tell."
+        "each factor against 'none', the checkpoint as it is. In the paper factors of 1 and more "
+        "help a late checkpoint; where intervals overlap, four short trials cannot tell."
     )
     storage.write_json(summary_path, summary)
 

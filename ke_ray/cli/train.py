@@ -26,7 +26,6 @@ from ke_ray.secrets import redact
 from ke_ray.storage.ownership import claimed
 from ke_ray.studies.continual import ContinualStudy
 from ke_ray.studies.training import PretrainStudy
-from ke_ray.training.runs import list_runs
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -108,11 +107,9 @@ def continual(
         options["resuscitation"] = parse_resuscitate(resuscitate)
     loaded = read_study(study, ContinualStudy, options, overrides, "ke-ray continual")
     if dry_run:
-        specs = list_runs(loaded)
-        print(plan_text(loaded))
-        print(f"runs: {len(specs)}")
-        for spec in specs:
-            print(f"  {spec.name}")
+        from ke_ray.planning.training_forecast import forecast
+
+        print(forecast(loaded))
         return
     raise typer.Exit(execute_continual(loaded).exit_code)
 

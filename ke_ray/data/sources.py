@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 import fsspec
 import zstandard
 
+from ke_ray.data.published import how_to_get
 from ke_ray.errors import DataError
 from ke_ray.storage.drivers import explain_driver_error
 
@@ -86,7 +87,9 @@ def reading(source: str) -> Iterator[None]:
     except FileNotFoundError as error:
         if "://" in source:
             raise DataError(f"'{source}' does not exist or cannot be reached.") from error
-        raise DataError(f"There is no '{source}'; give an existing file, folder or URL.") from error
+        raise DataError(
+            f"There is no '{source}'; give an existing file, folder or URL.{how_to_get(source)}"
+        ) from error
     except PermissionError as error:
         raise DataError(f"'{source}' may not be read: permission denied.") from error
     except IsADirectoryError as error:
@@ -155,7 +158,7 @@ def list_files(source: str, suffixes: Sequence[str] | None = None) -> list[Sourc
             except (ValueError, re.error) as error:
                 raise DataError(f"'{source}' is not a valid pattern: {error}.") from error
             if not matches:
-                raise DataError(f"The pattern '{source}' matches no file.")
+                raise DataError(f"The pattern '{source}' matches no file.{how_to_get(source)}")
             return [as_source_file(name) for name in matches]
         if protocol not in ("http", "https") and filesystem.isdir(path):
             names = [

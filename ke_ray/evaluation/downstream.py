@@ -142,7 +142,8 @@ def _local_overrides(task: str, data_dir: str | os.PathLike[str]) -> dict[str, A
         if missing:
             raise DataError(f"{name}: '{missing[0]}' is missing.")
     rows = list(by_name.values())
-    if task == "hellaswag":
+    is_clean = task == "hellaswag" and "ctx_a" not in rows[0]  # else lm-eval cleans its texts
+    if is_clean:
         rows = [_hellaswag_fields(row) for row in rows]
     overrides = {
         "task": task,
@@ -151,7 +152,7 @@ def _local_overrides(task: str, data_dir: str | os.PathLike[str]) -> dict[str, A
         "validation_split": "validation",
         "test_split": None,
     }
-    if task == "hellaswag":
+    if is_clean:
         overrides["process_docs"] = None
     return overrides
 

@@ -77,7 +77,7 @@ def build_report(
 def sections(results: Sequence[Result]) -> list[Section]:
     """The parts of the report: a comparison if possible, a section per result, what is missing."""
     parts: list[Section] = []
-    together = comparison.compare_scans(results)
+    together = [*comparison.compare_scans(results), *comparison.compare_stages(results)]
     if together:
         parts.append(Section("comparison", "Side by side", figures=together))
     counts: dict[str, int] = {}

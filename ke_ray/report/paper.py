@@ -1,9 +1,13 @@
 """Published results to lay over a study, where the study repeats the published one.
 
 Kim et al. (arXiv 2410.01380 v3), Table 1: OLMo-1B continued on PubMed, 204,800 sequences of
-1,024 tokens, acquisition A and forgetting F in per cent by starting step and setting. The paper's
-A comes from summed log probabilities divided by the padded length of a batch, ours from log
-probabilities per target token: their trends compare, their values only roughly.
+1,024 tokens, acquisition A and forgetting F in per cent by starting step and setting; Table 2: K
+and P behind them. The paper's K and A come from summed log probabilities divided by the padded
+length of a batch, ours from log probabilities per target token: trends compare, values of A only
+roughly, and values of K not at all.
+
+Of Table 2 the rows of the baseline are known here. K and P before training follow from them, A and
+F (``before``), and those of the other settings from the same starts (``after``).
 """
 
 from __future__ import annotations
@@ -50,6 +54,66 @@ TABLE_1: dict[str, Row] = {
 }
 
 
+# The baseline after training, as printed: K in the published code's units, P in %.
+_BASELINE_AFTER = {
+    "probe_logprob_after": (-0.281, -0.280, -0.293, -0.301),
+    "downstream_after": (54.0, 54.6, 52.8, 52.0),
+}
+# A column of K or P after training -> the column of A or F that leads back to K or P before it.
+_CHANGE = {"probe_logprob_after": "acquisition", "downstream_after": "forgetting"}
+
+
+# (model, measure) -> the ends of the axis of the paper's figure in nats; read off its ticks.
+_AXES = {
+    ("olmo-1b", "knowledge_entropy"): (143.6, 144.0),
+    ("olmo-7b", "knowledge_entropy"): (297.0, 297.6),
+    ("olmo-1b", "knowledge_entropy of a layer"): (8.88, 9.00),
+}
+
+
+def axis_of_figure(scan: Result, measure: str) -> tuple[float, float] | None:
+    """What the axis of the paper's figure of a measure spans; None for models not the paper's."""
+    config = scan.manifest.get("config")
+    checkpoints = config.get("checkpoints") if isinstance(config, Mapping) else None
+    spec = str(checkpoints.get("spec")) if isinstance(checkpoints, Mapping) else ""
+    name = spec.rsplit("/", 1)[-1].lower().removesuffix("-hf")
+    return _AXES.get((name, measure))
+
+
+def before(column: str) -> tuple[float, ...]:
+    """K or P (its column after training) of the untrained starts at ``STEPS``, as implied.
+
+    A = (K_CL − K_PT) / |K_PT| with K < 0, and F = −(P_CL − P_PT) / P_PT: both give the start as the
+    value after training divided by 1 − A, or by 1 − F.
+    """
+    changes = getattr(TABLE_1["baseline"], _CHANGE[column])
+    values = _BASELINE_AFTER[column]
+    return tuple(value / (1 - change / 100) for value, change in zip(values, changes, strict=True))
+
+
+def after(setting: str, column: str) -> tuple[float, ...]:
+    """K or P after training at ``STEPS``: the baseline's as printed, the others' as implied."""
+    if setting == "baseline":
+        return _BASELINE_AFTER[column]
+    changes = getattr(TABLE_1[setting], _CHANGE[column])
+    return tuple(
+        value * (1 - change / 100) for value, change in zip(before(column), changes, strict=True)
+    )
+
+
+def published(setting: str, column: str) -> tuple[float, ...]:
+    """A, F (in %), K or P (in %) after training of a setting at ``STEPS``, by column of runs."""
+    if column in _CHANGE:
+        return after(setting, column)
+    values: tuple[float, ...] = getattr(TABLE_1[setting], column)
+    return values
+
+
+def is_olmo_1b(spec: str) -> bool:
+    """Whether a SPEC names the model of the tables."""
+    return "olmo-1b" in spec.lower().replace("_", "-")
+
+
 def nearest_stage(step: float) -> int | None:
     """The index in ``STEPS`` of the stage at which a run starts; None where it is none of them."""
     gaps = np.abs(np.subtract(STEPS, step))
@@ -72,8 +136,7 @@ def repeated(result: Result, frame: pd.DataFrame) -> tuple[pd.Series, str]:
 
 
 def _differences(result: Result, row: Mapping[str, Any]) -> Iterator[str]:
-    spec = str(_value(result, row, "starts.spec")).lower().replace("_", "-")
-    if "olmo-1b" not in spec:
+    if not is_olmo_1b(str(_value(result, row, "starts.spec"))):
         yield "the study does not start from OLMo-1B"
     if row["variant"] != "original":
         yield "the starts are resuscitated"

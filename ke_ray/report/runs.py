@@ -18,6 +18,7 @@ RUN_COLUMNS: dict[str, tuple[str, str, float]] = {
     for column in TABLES["runs"]
     if column.title
 }
+_DECLARED = {column.name for table in ("runs", "trials") for column in TABLES[table]}
 _VARIANT = ("resuscitation_ratio", "amplifying_factor", "control")
 _BOOKKEEPING = {"mlflow", "output", "name", "experiment"}
 
@@ -104,14 +105,17 @@ def in_unit(frame: pd.DataFrame, column: str) -> pd.Series:
 
 
 def swept_parameters(result: Result) -> list[str]:
-    """Dotted parameter columns (and run columns) of a sweep that take more than one value."""
+    """Columns of swept keys (and of runs) of a sweep that take more than one value."""
     frame = good_runs(result)
+    declared = {*_DECLARED, "variant", "x", "unit"}
     named = [
-        name for name in frame.columns if "." in name and name.split(".", 1)[0] not in _BOOKKEEPING
+        name
+        for name in frame.columns
+        if name not in declared and name.split(".", 1)[0] not in _BOOKKEEPING
     ]
     extra = [name for name in (*_VARIANT, "checkpoint", "corpus", "seed") if name in frame.columns]
     varied = [name for name in named + extra if frame[name].astype(str).nunique() > 1]
-    # A dotted key and its run column hold the same thing: keep the first.
+    # A swept key and its run column hold the same thing: keep the first.
     kept: list[str] = []
     for name in varied:
         values = frame[name].astype(str).tolist()

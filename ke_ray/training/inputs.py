@@ -119,15 +119,33 @@ def load_inputs(study: ContinualStudy, start: StartConfig, seed: int) -> RunInpu
     num_steps = study.epochs * rows.steps_per_epoch(study.global_batch_size)
     fact_sets = _load_facts(study)
     plan = _plan(study, start, fact_sets, num_steps)
-    questions = Questions(
-        start.tokenizer,
-        tuple(build_probes(fact_sets, start.tokenizer, max_positions=start.max_positions))
+    questions = _questions(study, start, fact_sets)
+    return RunInputs(start, rows, num_steps, plan, questions, probe_steps(study, plan, num_steps))
+
+
+def load_questions(study: ContinualStudy, start: StartConfig) -> Questions:
+    """What a start is evaluated on; the training corpus is not read.
+
+    Raises:
+        DataError: facts or texts are missing, or a probe is too long.
+    """
+    return _questions(study, start, _load_facts(study))
+
+
+def _questions(
+    study: ContinualStudy, start: StartConfig, fact_sets: Sequence[FactSet]
+) -> Questions:
+    probes = (
+        build_probes(fact_sets, start.tokenizer, max_positions=start.max_positions)
         if fact_sets
-        else (),
+        else ()
+    )
+    return Questions(
+        start.tokenizer,
+        tuple(probes),
         _corpus(study, start, study.held_out),
         _corpus(study, start, study.entropy),
     )
-    return RunInputs(start, rows, num_steps, plan, questions, probe_steps(study, plan, num_steps))
 
 
 def _load_facts(study: ContinualStudy) -> list[FactSet]:

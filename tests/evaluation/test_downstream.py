@@ -189,7 +189,8 @@ def test_local_prompts_are_those_of_lm_evals_own_tasks(folder: Path) -> None:
     assert texts["hellaswag"] == f"{label}: {context}"
 
 
-def test_cleaned_hellaswag_gives_the_prompts_of_the_original(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_clean", [True, False])
+def test_hellaswag_gives_the_prompts_of_the_original(tmp_path: Path, is_clean: bool) -> None:
     from datasets import Dataset
     from lm_eval.tasks.hellaswag.utils import process_docs
 
@@ -213,7 +214,9 @@ def test_cleaned_hellaswag_gives_the_prompts_of_the_original(tmp_path: Path) -> 
         "label": 2,
     }
     (tmp_path / "hellaswag").mkdir()
-    (tmp_path / "hellaswag" / "validation.jsonl").write_text(json.dumps(cleaned))
+    (tmp_path / "hellaswag" / "validation.jsonl").write_text(
+        json.dumps(cleaned if is_clean else {**original, "ctx": "[title] not read"})
+    )
     task = load_tasks(["hellaswag"], data_dir=tmp_path)["hellaswag"]
     doc = task.eval_docs[0]
     assert task.doc_to_choice(doc) == expected["choices"]

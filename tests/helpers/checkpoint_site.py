@@ -25,6 +25,7 @@ class Site(http.server.ThreadingHTTPServer):
         self.faults: dict[str, list[str]] = {}
         self.requests: list[tuple[str, str, str | None]] = []
         self.pause_s = 0.0
+        self.stated: dict[str, str] = {}  # path -> the sha256 that it states, as the Hub does
 
     @property
     def url(self) -> str:
@@ -65,6 +66,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_error(404)
             return
         data = file.read_bytes()
+        if self.path in self.server.stated and not body:
+            self.send_response(302)  # to a store that knows nothing of hashes
+            self.send_header("Location", "/store")
+            self.send_header("X-Linked-ETag", f'"{self.server.stated[self.path]}"')
+            self.send_header("X-Linked-Size", str(len(data)))
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
         start = 0
         etag = f'"{hash(data)}"'
         if wanted and self.headers.get("If-Range") == etag and fault != "norange":

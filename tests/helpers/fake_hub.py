@@ -29,6 +29,7 @@ class FakeHub(http.server.ThreadingHTTPServer):
         self.root = root
         self.base = self.url
         self.tags: set[str] = set()
+        # What it says its weight files have, by path in the repository or by repository.
         self.sizes: dict[str, int] = {}
         self.commits: dict[str, list[tuple[str, str]]] = {}
         self.requests: list[str] = []
@@ -142,10 +143,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 entries.append({"type": "directory", "path": name, "size": 0, "oid": "0" * 40})
                 continue
             data = file.read_bytes()
-            size = self.server.sizes.get(name, len(data))
+            is_weights, sizes = file.suffix in (".safetensors", ".bin"), self.server.sizes
+            size = sizes.get(name, sizes.get(repo, len(data)) if is_weights else len(data))
             entry = {"type": "file", "path": name, "size": size, "oid": "0" * 40}
-            if file.suffix in (".safetensors", ".bin"):
-                content = f"{commit}/{name}".encode() if name in self.server.sizes else data
+            if is_weights:
+                content = f"{commit}/{name}".encode() if name in sizes else data
                 digest = hashlib.sha256(content).hexdigest()
                 entry["lfs"] = {"oid": digest, "size": size, "pointerSize": 134}
             entries.append(entry)

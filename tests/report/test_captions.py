@@ -16,13 +16,11 @@ from rich.console import Console
 from ke_ray.report import paper
 from ke_ray.report.build import sections
 from ke_ray.report.charts.comparison import compare_scans, labels, warnings
-from ke_ray.report.charts.figure import Figure, TextTable
+from ke_ray.report.charts.figure import Figure
 from ke_ray.report.correlation import p_value
 from ke_ray.report.series import paired_change
 from ke_ray.report.sources import Result, find_results, read_result
 from ke_ray.report.terminal import print_results
-from ke_ray.results.sweep_folder import trials_table
-from ke_ray.studies.sweep import load_sweep
 
 _SWEEPS = Path(__file__).parents[2] / "sweeps"
 
@@ -73,80 +71,6 @@ def test_the_p_value_is_that_of_the_t_test() -> None:
     x, y = rng.normal(size=(2, 9))
     reference = stats.pearsonr(x, y)
     assert p_value(reference.statistic, 9) == pytest.approx(reference.pvalue)
-
-
-def _table_1_sweep(folder: Path) -> Path:
-    """Trials of ``sweeps/table1.yaml`` as the sweep writes them; A and F drawn anew."""
-    study = load_sweep(_SWEEPS / "table1.yaml")
-    rng = np.random.default_rng(3)
-    rows = []
-    for number, point in enumerate(study.points):
-        params = {
-            "global_batch_size": 128,
-            "optimizer.learning_rate": 4e-4,
-            "epochs": 1,
-            **point,
-        }
-        rows.append(
-            {
-                "trial_id": f"{number:04d}",
-                "point": number,
-                "params": params,
-                "status": "ok",
-                "checkpoint": f"step{point['checkpoint']}",
-                "step": point["checkpoint"] - 150,
-                "seed": 6198,
-                "corpus": "pubmed",
-                "control": "none",
-                "num_tokens": params["epochs"] * 204_800 * 1024,
-                "acquisition": rng.normal(0.2, 0.05),
-                "forgetting": rng.normal(0.1, 0.05),
-            }
-        )
-    folder.mkdir(parents=True)
-    pq.write_table(trials_table(rows, study.shown_keys), folder / "trials.parquet")
-    config = study.model_dump(mode="json", by_alias=True)
-    (folder / "manifest.json").write_text(
-        json.dumps({"kind": "sweep", "schema_version": 1, "config": config})
-    )
-    return folder
-
-
-def test_table_1_is_laid_over_its_own_sweep(tmp_path: Path) -> None:
-    folder = _table_1_sweep(tmp_path / "table1")
-    figure = _figures(folder)["sweep-table-1"]
-    trials = pq.read_table(folder / "trials.parquet").to_pandas()
-    shown = {panel.key[0]: panel.view for panel in figure.panels}
-    for column, title in (("acquisition", "Acquisition A"), ("forgetting", "Forgetting F")):
-        rows = shown[title].rows
-        assert set(rows["setting"]) == set(paper.TABLE_1)
-        for name, published in paper.TABLE_1.items():
-            line = rows[rows["setting"] == name]
-            theirs = line[line["source"] == "the paper"]
-            assert tuple(theirs["x"]) == paper.STEPS
-            assert tuple(theirs["value"]) == getattr(published, column)
-            own = trials[
-                (trials["global_batch_size"] == published.global_batch_size)
-                & (trials["optimizer.learning_rate"] == published.learning_rate)
-                & (trials["epochs"] == published.epochs)
-            ]
-            ours = line[line["source"] == "these trials"]
-            np.testing.assert_allclose(ours["value"], own.sort_values("step")[column] * 100)
-    assert isinstance(shown["table"], TextTable)
-    assert list(shown["table"].rows[0][:2]) == ["baseline", "117,850"]
-    assert shown["table"].rows[0][3] == "25.2"
-    assert len(shown["table"].rows) == 20
-    assert "trend" in figure.caption
-
-
-def test_a_sweep_of_another_model_is_not_beside_table_1(tmp_path: Path) -> None:
-    folder = _table_1_sweep(tmp_path / "table1")
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["config"]["base"]["starts"]["spec"] = "allenai/OLMo-2-0425-1B"
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    made = sections(find_results([folder]))
-    assert "sweep-table-1" not in {figure.id for figure in made[0].figures}
-    assert any("does not start from OLMo-1B" in text for text in made[0].missing)
 
 
 def test_scans_in_different_dtypes_are_compared_with_a_word(tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 Two scans are laid over each other where they share data and measure version, and the thresholds of
 a measure that has any. Numbers in different dtypes, and of resuscitated checkpoints, may be
-compared: their lines and the caption say so. Everything else is refused with a warning.
+compared: their lines and the caption say so. Everything else is refused with a warning. Studies
+that start from several stages are laid over each other in A and F, which are shares.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from ke_ray.report import series
+from ke_ray.report import runs, series
+from ke_ray.report.axis import TITLES
 from ke_ray.report.charts.figure import Figure, Panel
 from ke_ray.report.charts.plot import X, series_plot
 from ke_ray.report.charts.scan import band_caption, measure_axis, x_title
@@ -222,3 +224,47 @@ def _rows(group: Sequence[tuple[Result, str]], measure: str) -> pd.DataFrame:
             )
         )
     return pd.concat(parts, ignore_index=True)
+
+
+def compare_stages(results: Sequence[Result]) -> list[Figure]:
+    """A and F by stage of several studies (1B beside 7B, PubMed beside C4); empty for fewer."""
+    studies = [result for result in results if result.kind in ("continual", "sweep")]
+    names = labels(studies)
+    parts = []
+    for study in studies:
+        frame = runs.good_runs(study)
+        frame = frame[frame["variant"] == "original"]
+        if "checkpoint" not in frame or frame["checkpoint"].nunique() < 2:
+            continue
+        settings = [name.removeprefix("original") for name in runs.setting_names(study, frame)]
+        name = names[study.path]
+        parts.append(frame.assign(series=[f"{name}{setting}" for setting in settings], of=name))
+    if len(parts) < 2:
+        return []
+    rows = pd.concat(parts, ignore_index=True)
+    panels = []
+    for column in ("acquisition", "forgetting"):
+        title, unit, _ = runs.RUN_COLUMNS[column]
+        for counted, own in rows.groupby("unit", sort=False):
+            mean = runs.aggregate(own, ["series", "x"], column)
+            if own["of"].nunique() < 2 or mean.empty:
+                continue
+            x = X("x", f"{TITLES[counted]} of the start")
+            plot = series_plot(mean, x, f"{title} ({unit})", bars=True)
+            panels.append(Panel((f"{title}, by {counted}",), plot))
+    if not panels:
+        return []
+    return [
+        Figure(
+            id="compare-stages",
+            title="Studies by starting stage, side by side",
+            caption="Unchanged starts alone. Bars: 95 % Student interval over the runs of a start, "
+            "or a single run's bootstrap interval. A and F are shares of each study's own K and P: "
+            "their trends compare, whatever the models and the corpora.",
+            panels=panels,
+            controls=("shown",),
+            paper="Fig. 4, 6, 13",
+            source=", ".join(study.path for study in studies),
+            wide=True,
+        )
+    ]

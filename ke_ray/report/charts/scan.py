@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from ke_ray.core.measures import MEASURES
-from ke_ray.report import axis, series
+from ke_ray.report import axis, paper, series
 from ke_ray.report.charts.distribution import distribution_figures
 from ke_ray.report.charts.figure import Figure, Panel, Plot, TextTable, figure_of
 from ke_ray.report.charts.plot import Rule, X, heat_map, series_plot
@@ -18,8 +18,8 @@ from ke_ray.report.charts.training_runs import ALL_SEEDS, border_rules, runs_cap
 from ke_ray.report.sources import Result
 
 _ENTROPIES = {  # measure -> where the paper shows it
-    "knowledge_entropy": "Fig. 2, A.2",
-    "knowledge_entropy_relu": "A.2",
+    "knowledge_entropy": "Fig. 2",
+    "knowledge_entropy_relu": "Fig. 9, A.2",
     "token_entropy": "",
     "memory_information": "",
     "attention_entropy": "Fig. 3",
@@ -175,11 +175,17 @@ def _figure_of_curve(
     return figure(f"{number}-{name}", title=f"{title}: {label}", **parts)
 
 
+def _published_axis(scan: Result, measure: str) -> list[Rule]:
+    """Marks at the ends of the axis of the paper's figure, of the paper's models."""
+    ends = paper.axis_of_figure(scan, measure) or ()
+    return [Rule("y", end, f"the paper's axis: {end:g}") for end in ends]
+
+
 def measure_plot(
     scan: Result, measure: str, rows: pd.DataFrame, x: X, *, interactive: bool = True
 ) -> Plot:
     """The model-wide value of a measure, one line per curve and corpus, from ``measure_rows``."""
-    rules = border_rules(scan, x)
+    rules = [*border_rules(scan, x), *_published_axis(scan, measure)]
     if measure == "knowledge_entropy" and len(rows):
         span = max(float(np.ptp(rows["value"])), 1e-9)
         rules += [
@@ -310,7 +316,7 @@ def _layers(scan: Result, measures: list[str], figure: Callable[..., Figure]) ->
                 columns=_CHECKPOINT,
                 colour="layer",
                 spread="layer",
-                rules=border_rules(scan, x),
+                rules=[*border_rules(scan, x), *_published_axis(scan, f"{measure} of a layer")],
             )
             curves.append(Panel((title, corpus), plot))
             for shown in ("change", "value"):

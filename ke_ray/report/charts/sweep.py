@@ -1,4 +1,4 @@
-"""Figures of a sweep: Table 1, factor curve, ratio × factor map, Pareto front, parameters."""
+"""Figures of a sweep: stages, factor curve, ratio × factor map, Pareto front, parameters."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import altair as alt
 import numpy as np
 import pandas as pd
 
-from ke_ray.report import paper, runs
-from ke_ray.report.charts.continual import published_rows
-from ke_ray.report.charts.figure import Chart, Figure, Panel, Plot, TextTable, figure_of, number
+from ke_ray.report import runs
+from ke_ray.report.charts.figure import Chart, Figure, Panel, Plot, figure_of
 from ke_ray.report.charts.plot import Rule, X, heat_map, layered, series_plot
+from ke_ray.report.charts.stages import before_after_figures, stage_figures
+from ke_ray.report.charts.table1 import table_1_figures
 from ke_ray.report.sources import Result
 
 _SHOWN = (
@@ -38,7 +39,8 @@ def sweep_figures(study: Result, prefix: str) -> tuple[list[Figure], list[str]]:
     frame = _own_originals(frame.assign(control=frame["control"].map(_control)))
     missing: list[str] = []
     figures = [
-        *_table_1(study, prefix, frame, missing),
+        *table_1_figures(study, prefix, frame, missing),
+        *_stages(study, prefix, frame, missing),
         *_factor_curve(study, prefix, frame, missing),
         *_map(study, prefix, frame, missing),
         *_front(study, prefix, missing),
@@ -46,6 +48,16 @@ def sweep_figures(study: Result, prefix: str) -> tuple[list[Figure], list[str]]:
         *_parallel(study, prefix, frame),
     ]
     return figures, missing
+
+
+def _stages(study: Result, prefix: str, frame: pd.DataFrame, missing: list[str]) -> list[Figure]:
+    """What continual studies show by stage, where the trials start from several checkpoints."""
+    if frame["checkpoint"].nunique() < 2:
+        return []
+    return [
+        *stage_figures(study, prefix, frame, missing),
+        *([] if runs.other_parameters(study) else before_after_figures(study, prefix, frame, [])),
+    ]
 
 
 def _own_originals(frame: pd.DataFrame) -> pd.DataFrame:
@@ -74,64 +86,6 @@ def _titled(column: str) -> tuple[str, str]:
 def _starts(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     """Trials by starting checkpoint: stages are never averaged together."""
     return [(str(name), part) for name, part in frame.groupby("checkpoint", sort=False)]
-
-
-def _table_1(study: Result, prefix: str, frame: pd.DataFrame, missing: list[str]) -> list[Figure]:
-    """A and F by starting step and setting beside the published ones."""
-    settings, reason = paper.repeated(study, frame)
-    frame = frame.assign(setting=settings)[settings.notna()]
-    if frame.empty:
-        missing.append(f"The paper's Table 1 is not laid over A and F: {reason}.")
-        return []
-    panels = []
-    tables: dict[str, pd.DataFrame] = {}
-    names = [name for name in paper.TABLE_1 if (frame["setting"] == name).any()]
-    for column in ("acquisition", "forgetting"):
-        title, axis = _titled(column)
-        own = runs.aggregate(frame, ["setting", "step"], column).rename(columns={"step": "x"})
-        if own.empty:
-            continue
-        parts = (own.assign(source="these trials"), published_rows(names, column))
-        rows = pd.concat(parts, ignore_index=True).fillna({"source": "the paper"})
-        rows["setting"] = pd.Categorical(rows["setting"], names)
-        rows = rows.sort_values(["setting", "source"], ascending=[True, False])
-        rows["setting"] = rows["setting"].astype(str)
-        x = X("x", "pretraining step of the start")
-        plot = series_plot(rows, x, axis, colour="setting", dash="source", bars=True)
-        panels.append(Panel((title,), plot))
-        tables[column] = own.set_index(["setting", "x"])
-    if set(tables) == {"acquisition", "forgetting"}:
-        panels.append(Panel(("table",), _beside_the_paper(tables, names)))
-    return [
-        figure_of(
-            study,
-            prefix,
-            "table-1",
-            title="Table 1 of the paper, repeated",
-            caption="Solid: these trials, with 95 % Student intervals over seeds or a single "
-            "trial's bootstrap interval; dashed: as published. " + paper.TREND_ONLY,
-            paper="Table 1",
-            panels=panels,
-            controls=("shown",),
-            wide=True,
-        )
-    ]
-
-
-def _beside_the_paper(tables: dict[str, pd.DataFrame], names: list[str]) -> TextTable:
-    heads = ["setting", "step", "A % [95 %]", "A %, paper", "F % [95 %]", "F %, paper"]
-    both = tables["acquisition"].index.intersection(tables["forgetting"].index)
-    cells = []
-    for setting, step in sorted(both, key=lambda key: (names.index(key[0]), key[1])):
-        stage = paper.nearest_stage(step)
-        row = [setting, number(step)]
-        for column, table in tables.items():
-            value, low, high = table.loc[(setting, step), ["value", "low", "high"]]
-            interval = f" [{low:.1f}, {high:.1f}]" if math.isfinite(low + high) else ""
-            published = getattr(paper.TABLE_1[setting], column)
-            row += [f"{value:.1f}{interval}", "–" if stage is None else str(published[stage])]
-        cells.append(row)
-    return TextTable(heads, cells)
 
 
 def _factor_curve(

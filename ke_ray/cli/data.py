@@ -1,0 +1,61 @@
+"""``ke-ray data``: the published data that studies read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+_FOLDER = "data"
+
+data = typer.Typer(help="List and fetch the published data that the shipped studies read.")
+
+Folder = Annotated[str, typer.Option(help="The folder for data, by which studies name theirs.")]
+
+
+@data.command("list")
+def list_data(folder: Folder = _FOLDER) -> None:
+    """List what is published: files here and in all, size, licence, page."""
+    from ke_ray.data.published import list_published, missing_files
+
+    table = Table("name", "files", "size", "what", "licence", "page", box=None, pad_edge=False)
+    table.header_style = "bold"
+    for published in list_published().values():
+        num_files = len(published.files)
+        num_here = num_files - len(missing_files(published, Path(folder)))
+        size = f"{published.size_bytes / 1e6:,.0f} MB"
+        about = (published.title, published.licence, published.page)
+        table.add_row(published.name, f"{num_here} of {num_files}", size, *about)
+    Console().print(table)
+    typer.echo(f"\nke-ray data fetch NAME… fetches into '{folder}'..")
+
+
+@data.command("fetch")
+def fetch_data(
+    names: Annotated[list[str], typer.Argument(metavar="NAME…", help="As `ke-ray data list`.")],
+    folder: Folder = _FOLDER,
+    mirror: Annotated[
+        str | None, typer.Option(help="An address with the same files, as FOLDER/NAME below it.")
+    ] = None,
+) -> None:
+    """Fetch published data and verify it; what is there is verified alone."""
+    from ke_ray.data.published import fetch, find_published
+
+    for published in [find_published(name) for name in names]:
+        typer.echo(f"{published.name}: {published.title}. Licence: {published.licence}.")
+        num_fetched = num_unverified = 0
+        for file in fetch(published, Path(folder), mirror=mirror, say=typer.echo):
+            num_fetched += file.fetched
+            num_unverified += not file.verified
+        place = Path(folder) / published.folder
+        remark = f"; of {num_unverified} no sha256 is published" if num_unverified else ""
+        num_files = len(published.files)
+        typer.echo(f"{num_files} files in {place}, {num_fetched} of them new{remark}.")
+
+
+def register(app: typer.Typer) -> None:
+    """Add this module's commands."""
+    app.add_typer(data, name="data")
