@@ -19,6 +19,7 @@ from ke_ray.cli import (
     doctor,
     resuscitate,
     scan,
+    status,
     studies,
     submit,
     sweep,
@@ -37,7 +38,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for module in (demo, checkpoints, train, scan, resuscitate, sweep, submit, view, studies, doctor):
+for module in (
+    *(demo, checkpoints, train, scan, resuscitate, sweep, submit, status, view, studies, doctor),
+):
     module.register(app)
 
 

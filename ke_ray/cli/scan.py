@@ -26,7 +26,7 @@ from ke_ray.cli.options import (
     parse_resuscitate,
     read_study,
 )
-from ke_ray.cli.progress import TerminalDisplay, print_outcome
+from ke_ray.cli.progress import command_display, print_outcome
 from ke_ray.cli.publish import publish_scan
 from ke_ray.errors import ConfigError
 from ke_ray.shipped import find_study
@@ -140,10 +140,13 @@ def execute_scan(study: ScanStudy) -> ScanOutcome:
     from ke_ray.resuscitation.prediction import write_predictions
     from ke_ray.tracking.tracker import open_tracker
 
-    with claimed(study.output, "scan"):
+    with (
+        claimed(study.output, "scan"),
+        command_display("scan", "checkpoints", study.output) as display,
+    ):
         setup = prepare_scan(study)
         with open_tracker(study.mlflow) as tracker:
-            outcome = run_scan(setup, TerminalDisplay("scan", "checkpoints"), tracker)
+            outcome = run_scan(setup, display, tracker)
             run = tracker.run(outcome.mlflow_run_id)
             log_predictions(run, write_predictions(study.output), setup)
             publish_scan(study.output, run)
