@@ -15,6 +15,7 @@ from ke_ray.cli.checkpoints import (
     Steps,
     TokensPerStep,
 )
+from ke_ray.cli.next_steps import after_results, print_next
 from ke_ray.cli.options import (
     ArchitectureFile,
     DryRun,
@@ -115,6 +116,7 @@ def scan(
         print(forecast(study))
         return
     outcome = execute_scan(study)
+    print_next(after_results(study.output, failed=bool(outcome.failures)))
     raise typer.Exit(outcome.exit_code)
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from ke_ray import storage
+from ke_ray.cli.next_steps import after_results, print_next
 from ke_ray.cli.options import DryRun, MlflowUri, NoMlflow, Output, Set
 from ke_ray.cli.progress import command_display, print_outcome
 from ke_ray.cli.publish_sweep import publish_sweep, settings_cells
@@ -42,6 +43,7 @@ def sweep(
         print(forecast(loaded))
         return
     outcome = execute_sweep(loaded)
+    print_next(after_results(loaded.output, failed=bool(outcome.failures)))
     raise typer.Exit(outcome.exit_code)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import yaml
 
+from ke_ray.cli.next_steps import after_pretrain, after_results, print_next
 from ke_ray.cli.options import (
     ArchitectureFile,
     DryRun,
@@ -60,6 +61,7 @@ def pretrain(
         print(f"checkpoints at steps: {', '.join(map(str, loaded.checkpoint_steps))}")
         return
     execute_pretrain(loaded)
+    print_next(after_pretrain(loaded))
 
 
 def execute_pretrain(study: PretrainStudy) -> PretrainOutcome:
@@ -114,7 +116,9 @@ def continual(
         for spec in specs:
             print(f"  {spec.name}")
         return
-    raise typer.Exit(execute_continual(loaded).exit_code)
+    outcome = execute_continual(loaded)
+    print_next(after_results(loaded.output, failed=bool(outcome.failures)))
+    raise typer.Exit(outcome.exit_code)
 
 
 def execute_continual(study: ContinualStudy) -> Outcome:
