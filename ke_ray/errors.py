@@ -86,11 +86,6 @@ class NonFiniteLossError(TrainingError):
     """The loss or the gradient norm became infinite or NaN."""
 
 
-def printable(text: str) -> str:
-    """A text from outside as one line that no terminal takes for a command."""
-    return " ".join(text.split()).translate(_CONTROLS)
-
-
 def row_error(error: BaseException) -> str:
     """Format an exception for a result row's ``error`` column."""
     text = str(error).strip()

@@ -15,8 +15,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ke_ray.errors import printable
-
 _MAX_SAMPLES = 1024
 _MAX_FAILURES = 10
 _SETTLED_S = 0.5
@@ -157,7 +155,7 @@ class Progress:
             self.worked_at = time.time()
             self._tokens_pace.add(time.monotonic(), num_tokens)
         self.num_tokens, self.total_tokens = max(self.num_tokens, num_tokens), total
-        self.note = printable(note)
+        self.note = one_line(note)
 
     def ended(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """One item has ended; its result rows, each with its ``status``."""
@@ -250,6 +248,11 @@ class Progress:
             "worked_at": self.worked_at,
             "updated_at": time.time(),
         }
+
+
+def one_line(text: str) -> str:
+    """A text from outside as one line that no terminal takes for a command."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text.split()))
 
 
 def duration(seconds: float) -> str:

@@ -19,9 +19,9 @@ from rich.progress import Progress as Bar
 from rich.table import Column
 
 from ke_ray import storage
-from ke_ray.errors import KeRayError, printable
+from ke_ray.errors import KeRayError
 from ke_ray.outcomes import Display, Outcome
-from ke_ray.progress import Progress
+from ke_ray.progress import Progress, one_line
 from ke_ray.secrets import redact
 from ke_ray.storage.ownership import PROGRESS
 
@@ -85,7 +85,7 @@ class TerminalDisplay(Display):
         if self._progress.total_tokens:  # tokens say more
             self._show(is_due=time.monotonic() - self._printed >= _LINE_EVERY_S)
             return
-        self._progress.note = printable(f"{name}: {_result(rows[-1])}")
+        self._progress.note = one_line(f"{name}: {_result(rows[-1])}")
         self._show(is_due=True)
 
     def stop(self) -> None:

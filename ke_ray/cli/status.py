@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ke_ray.errors import printable
-from ke_ray.progress import duration
+from ke_ray.progress import duration, one_line
 
 if TYPE_CHECKING:
     from ke_ray.results.status import StudyStatus
@@ -77,7 +76,7 @@ def status_lines(study: StudyStatus) -> list[str]:
     if study.command and study.state in ("stopped", "failed"):
         lines.append(f"  command: {study.command}")
     # Names and errors come from files that others may have written.
-    return [line[: len(line) - len(line.lstrip())] + printable(line) for line in lines]
+    return [line[: len(line) - len(line.lstrip())] + one_line(line) for line in lines]
 
 
 def _signs_of_life(study: StudyStatus) -> list[str]:

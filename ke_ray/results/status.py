@@ -15,8 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
-import pyarrow as pa
-
 from ke_ray import storage
 from ke_ray.errors import KeRayError, ResultsError
 from ke_ray.progress import TimeLeft
@@ -343,12 +341,8 @@ _COUNTS: dict[str, Callable[[str, Mapping[str, Any]], dict[str, Any]]] = {
 
 def _distinct(uri: str, keys: Sequence[str]) -> list[dict[str, Any]]:
     """The different values of some columns; those that the table lacks are null."""
-    file = storage.open_table(uri)
-    present = [key for key in keys if key in file.schema_arrow.names]
-    try:
-        table = file.read(columns=present)
-    except pa.ArrowException as error:
-        raise ResultsError(f"'{uri}' cannot be read: {error}.") from error
+    table = storage.read_table(uri)
+    present = [key for key in keys if key in table.column_names]
     rows = table.group_by(present).aggregate([]).to_pylist()
     return [{**dict.fromkeys(keys), **row} for row in rows]
 
