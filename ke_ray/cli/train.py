@@ -27,7 +27,6 @@ from ke_ray.secrets import redact
 from ke_ray.storage.ownership import claimed
 from ke_ray.studies.continual import ContinualStudy
 from ke_ray.studies.training import PretrainStudy
-from ke_ray.training.runs import list_runs
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -110,11 +109,9 @@ def continual(
         options["resuscitation"] = parse_resuscitate(resuscitate)
     loaded = read_study(study, ContinualStudy, options, overrides, "ke-ray continual")
     if dry_run:
-        specs = list_runs(loaded)
-        print(plan_text(loaded))
-        print(f"runs: {len(specs)}")
-        for spec in specs:
-            print(f"  {spec.name}")
+        from ke_ray.planning.training_forecast import forecast
+
+        print(forecast(loaded))
         return
     outcome = execute_continual(loaded)
     print_next(after_results(loaded.output, failed=bool(outcome.failures)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
@@ -67,31 +68,86 @@ def _flops_per_token(config: Any, measures: Sequence[str]) -> float:
     return 2.0 * (parameters + config.hidden_size * config.vocab_size) * _THREE_ENTROPIES
 
 
-def _on_gpus(study: ScanStudy, sizes: list[int], flops: float, *, fetched: bool) -> str:
-    """Hours on GPUs, by the engine's own plan.
+@dataclass(frozen=True)
+class ScanForecast:
+    """Counts of a scan, made beforehand.
 
-    Args:
-        sizes: bytes of each checkpoint.
-        flops: of one token.
+    Attributes:
+        study: with the measures that its model gets by default.
+        refs: the checkpoints.
+        sizes: bytes of each checkpoint, as far as they are known.
+        num_fetched: checkpoints that are not on this machine.
+        num_guessed: sizes taken to be that of another checkpoint.
+        num_tokens: to score, over checkpoints and corpora.
+        flops: operations per token; None where no checkpoint's config could be read.
     """
-    corpora = tuple(
-        CorpusWork(name, study.measures, study.num_instances, study.sequence_length)
-        for name in study.data
-    )
-    works = [CheckpointWork(index, corpora) for index in range(len(sizes))]
-    peak = H100_FLOPS_PER_S[study.dtype]
-    tokens_per_s = _EFFICIENCY * peak / flops
-    bytes_per_s = BYTES_PER_S["fetched" if fetched else "here"]
-    load_s = sum(sizes) / len(sizes) / bytes_per_s
+
+    study: ScanStudy
+    refs: list[CheckpointRef]
+    sizes: list[int]
+    num_fetched: int
+    num_guessed: int
+    num_tokens: int
+    flops: float | None
+
+    @property
+    def bytes_to_fetch(self) -> int | None:
+        """None where a size is not known."""
+        if not self.num_fetched:
+            return 0
+        return sum(self.sizes) if len(self.sizes) == self.num_fetched else None
+
+    def hours_on_gpus(self, num_gpus: int) -> float | None:
+        """Hours on so many H100s, by the engine's own plan; loads and fetches included."""
+        if self.flops is None or not self.sizes:
+            return None
+        study, fetched = self.study, bool(self.num_fetched)
+        corpora = tuple(
+            CorpusWork(name, study.measures, study.num_instances, study.sequence_length)
+            for name in study.data
+        )
+        works = [CheckpointWork(index, corpora) for index in range(len(self.sizes))]
+        tokens_per_s = _EFFICIENCY * H100_FLOPS_PER_S[study.dtype] / self.flops
+        load_s = sum(self.sizes) / len(self.sizes) / _bytes_per_s(fetched)
+        items = plan_items(works, num_gpus, load_tokens(gpu=True, fetched=fetched))
+        return makespan(items, num_gpus, load_s * tokens_per_s) / tokens_per_s / 3600
+
+
+def measure_scan(study: ScanStudy) -> ScanForecast:
+    """Count; the source of the checkpoints is asked for names, sizes and one config.
+
+    Raises:
+        CheckpointSpecError: the selection names nothing.
+    """
+    use_description(study.architecture)
+    refs = select_checkpoints(study.checkpoints)
+    config = _first_config(refs)
+    study = study.of_mixture() if config is not None and is_mixture(config) else study
+    store = Store(study.cache_dir)
+    fetched = [ref for ref in refs if not store.is_cached(ref)]
+    to_fetch, num_guessed = _sizes(fetched)
+    sizes = to_fetch if fetched else [ref.size_bytes or 0 for ref in refs]
+    num_tokens = study.num_instances * study.sequence_length * len(study.data) * len(refs)
+    flops = None if config is None else _flops_per_token(config, study.measures)
+    return ScanForecast(study, refs, sizes, len(fetched), num_guessed, num_tokens, flops)
+
+
+def _bytes_per_s(fetched: bool) -> float:
+    return BYTES_PER_S["fetched" if fetched else "here"]
+
+
+def _on_gpus(plan: ScanForecast) -> str:
+    peak = H100_FLOPS_PER_S[plan.study.dtype]
+    fetched = bool(plan.num_fetched)
     shown = []
     for number in _NUM_GPUS:
-        items = plan_items(works, number, load_tokens(gpu=True, fetched=fetched))
-        hours = makespan(items, number, load_s * tokens_per_s) / tokens_per_s / 3600
+        hours = plan.hours_on_gpus(number)
+        assert hours is not None
         shown.append(f"{hours:.3g} on {number} ({number * hours:.3g} GPU-hours)")
     return (
-        f"hours on GPUs in {study.dtype}, assumed to reach {_EFFICIENCY * peak / 1e12:.0f} TFLOP/s "
-        f"(60 % of an H100's {peak / 1e12:.0f}) and to {'fetch' if fetched else 'load'} "
-        f"{bytes_per_s / 1e6:,.0f} MB/s each: " + ", ".join(shown)
+        f"hours on GPUs in {plan.study.dtype}, assumed to reach {_EFFICIENCY * peak / 1e12:.0f} "
+        f"TFLOP/s (60 % of an H100's {peak / 1e12:.0f}) and to {'fetch' if fetched else 'load'} "
+        f"{_bytes_per_s(fetched) / 1e6:,.0f} MB/s each: " + ", ".join(shown)
     )
 
 
@@ -120,49 +176,41 @@ def _sizes(refs: list[CheckpointRef]) -> tuple[list[int], int]:
 
 def forecast(study: ScanStudy) -> str:
     """The plan of a scan as text: the resolved study, then the figures behind it."""
-    use_description(study.architecture)
-    refs = select_checkpoints(study.checkpoints)
-    config = _first_config(refs)
-    study = study.of_mixture() if config is not None and is_mixture(config) else study
-    store = Store(study.cache_dir)
-    fetched = [ref for ref in refs if not store.is_cached(ref)]
-    to_fetch, num_guessed = _sizes(fetched)
-    num_tokens = study.num_instances * study.sequence_length * len(study.data) * len(refs)
+    plan = measure_scan(study)
+    study, refs, sizes = plan.study, plan.refs, plan.sizes
     lines = [
         yaml.safe_dump(
             redact(json.loads(study.model_dump_json(exclude_none=True))), sort_keys=False
         ),
         f"checkpoints: {len(refs)} ({sum(r.duplicate_of is not None for r in refs)} duplicates)",
-        f"tokens to score: {num_tokens:,} ({len(study.data)} corpora)",
+        f"tokens to score: {plan.num_tokens:,} ({len(study.data)} corpora)",
     ]
-    if not fetched:
+    if not plan.num_fetched:
         lines.append("bytes to fetch: 0 (all checkpoints are on this file system)")
     else:
-        unknown = len(fetched) - len(to_fetch)
-        guessed = f" ({num_guessed} sizes taken to be that of another)" if num_guessed else ""
+        unknown = plan.num_fetched - len(sizes)
+        guessed = f" ({plan.num_guessed} sizes taken to be that of another)"
         if unknown:
             lines.append(
                 f"bytes to fetch: not known for {unknown} checkpoints (no server answered)"
             )
-        if to_fetch:
-            lines.append(f"bytes to fetch: {sum(to_fetch):,}{guessed}")
+        if sizes:
+            lines.append(f"bytes to fetch: {sum(sizes):,}{guessed if plan.num_guessed else ''}")
             # Fetched checkpoints stay until the budget needs their room.
-            peak = min(study.cache_bytes or sum(to_fetch), sum(to_fetch))
+            peak = min(study.cache_bytes or sum(sizes), sum(sizes))
             hint = "" if study.cache_bytes else " (all of them; --cache-bytes bounds it)"
             lines.append(f"peak disk per node: {peak:,} bytes{hint}")
-    if config is None:
+    if plan.flops is None:
         lines.append("hours: not known (no checkpoint's config could be read)")
     else:
         speed = measured_speed(study.dtype)
-        flops = _flops_per_token(config, study.measures)
-        score_s = flops * num_tokens / (_EFFICIENCY * speed.flops_per_s)
-        fetch_s = sum(to_fetch) / BYTES_PER_S["fetched"]
+        score_s = plan.flops * plan.num_tokens / (_EFFICIENCY * speed.flops_per_s)
+        fetch_s = (sum(sizes) if plan.num_fetched else 0) / BYTES_PER_S["fetched"]
         lines.append(
             f"hours with one scorer on this machine's {speed.device}: scoring "
             f"{score_s / 3600:,.2f} ({speed}; 60 % of it assumed), "
             f"fetching {fetch_s / 3600:.2f} (100 MB/s assumed); the two overlap"
         )
-        sizes = [ref.size_bytes or 0 for ref in refs] if not fetched else to_fetch
         if sizes:
-            lines.append(_on_gpus(study, sizes, flops, fetched=bool(fetched)))
+            lines.append(_on_gpus(plan))
     return "\n".join(lines)

@@ -11,7 +11,8 @@ import yaml
 from ke_ray.config import validate
 from ke_ray.errors import ConfigError
 from ke_ray.planning.sweep import fixed_points, trial_study, value_at
-from ke_ray.planning.sweep_forecast import measure_sweep, num_tokens
+from ke_ray.planning.sweep_forecast import measure_sweep
+from ke_ray.planning.training_forecast import num_tokens
 from ke_ray.results.columns import OBJECTIVES
 from ke_ray.studies.continual import ContinualStudy
 from ke_ray.studies.sweep import SweepStudy, load_sweep, sweep_keys
