@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo gpu-check test test-fast test-ray test-slow test-browser lint format clean-demo
+.PHONY: install demo gpu-check test test-fast test-ray test-slow test-browser lint format \
+	release-check clean-demo
 
 install: $(STAMP)
 
@@ -54,6 +55,16 @@ gpu-check:
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Before a release: packages that can be uploaded and work without the checkout, and files that
+# agree on the version. Needs a package index for `build` and `twine`.
+release-check: install
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[release]'
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m twine check --strict dist/*
+	$(PYTEST) tests/cli/test_wheel.py tests/jobs/test_image.py tests/test_docs.py
+	$(BIN)/python tests/release/check_release.py
 
 clean-demo:
 	rm -rf runs/demo

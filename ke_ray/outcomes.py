@@ -20,6 +20,9 @@ class Display:
     def tokens(self, num_tokens: int, total: int, note: str = "") -> None:
         """Tokens of all items so far, of how many, about once per second."""
 
+    def loaded(self, num_bytes: int) -> None:
+        """Bytes of checkpoints that were fetched or read so far."""
+
     def ended(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """One item has ended; its result rows, each with its ``status``."""
 

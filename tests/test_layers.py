@@ -155,6 +155,7 @@ def test_only_tracking_imports_mlflow_anywhere():
 ORDER = (
     ("secrets",),
     ("errors", "outcomes"),
+    ("progress",),
     ("storage",),
     ("config",),
     ("core",),

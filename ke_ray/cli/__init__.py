@@ -22,6 +22,7 @@ from ke_ray.cli import (
     doctor,
     resuscitate,
     scan,
+    status,
     studies,
     submit,
     sweep,
@@ -42,18 +43,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 for module in (
-    demo,
-    checkpoints,
-    data,
-    train,
-    scan,
-    resuscitate,
-    verify,
-    sweep,
-    submit,
-    view,
-    studies,
-    doctor,
+    *(demo, checkpoints, data, train, scan, resuscitate, verify, sweep, submit),
+    *(status, view, studies, doctor),
 ):
     module.register(app)
 

@@ -1,129 +1,139 @@
-"""Progress on a terminal, and plain lines where there is none."""
+"""What a command says of itself: progress while it runs, and in the end what came of it."""
 
 from __future__ import annotations
 
+import logging
+import os
+import socket
 import sys
+import threading
 import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
+from rich.table import Column
 
+from ke_ray import storage
+from ke_ray.errors import KeRayError
 from ke_ray.outcomes import Display, Outcome
+from ke_ray.progress import Progress, one_line
+from ke_ray.secrets import redact
+from ke_ray.storage.ownership import PROGRESS
 
-_LINE_EVERY_S = 10.0
+_LINE_EVERY_S, _SILENCE_S = 10.0, 60.0
+_BEAT_S = 5.0
+_BAR_COLUMNS = 24  # of the spinner, the bar and the elapsed time
 
-
-def duration(seconds: float) -> str:
-    """``1:02:03``, ``2:03`` or ``–`` where it is not known."""
-    if seconds != seconds or seconds == float("inf"):
-        return "–"
-    whole = round(seconds)
-    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+log = logging.getLogger(__name__)
 
 
 class TerminalDisplay(Display):
-    """Items done, failed and left, tokens per second, and the time left.
+    """Items done, failed and left, tokens and bytes per second, and the time left.
+
+    On a terminal that is one line that fits its width; elsewhere (a log, a pipe) plain lines, one
+    every ten seconds while something happens and one every minute while nothing does. The same is
+    kept in the output folder, which the command has claimed, from ``start`` to ``stop``.
 
     Args:
         command: ``scan``, ``pretrain``, ``continual`` or ``sweep``.
         items: what its items are called: ``checkpoints``, ``runs`` or ``trials``.
+        output: the folder that the command writes.
     """
 
-    def __init__(self, command: str, items: str) -> None:
-        self._command, self._items = command, items
+    def __init__(self, command: str, items: str, output: str) -> None:
+        self._progress, self._output = Progress(command, items), output
         self._console = Console(stderr=True)
-        self._bar: Progress | None = None
-        self._num_items = 0
-        self._counts: Counter[str] = Counter()
-        self._started = self._printed = 0.0
-        self._num_tokens = self._total = 0
-        self._first: tuple[float, int] | None = None
-        self._note = ""
+        self._bar: Bar | None = None
+        self._printed = 0.0
+        self._stopped = threading.Event()
+        self._heart: threading.Thread | None = None
 
     def start(self, *, num_items: int, num_skipped: int, note: str = "") -> None:
+        progress = self._progress
         if num_skipped:
-            self._print(f"{num_skipped} {self._items} are finished already and skipped.")
+            self._print(f"{num_skipped} {progress.items} are finished already and skipped.")
         if note:
-            self._print(f"{self._command}: {num_items} {self._items}, {note}")
-        self._num_items, self._started = num_items, time.monotonic()
-        if num_items and self._console.is_terminal:
-            self._bar = Progress(
-                SpinnerColumn(),
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TimeElapsedColumn(),
-                console=self._console,
-                transient=True,
-            )
+            self._print(f"{progress.command}: {num_items} {progress.items}, {note}")
+        progress.start(num_items, num_skipped)
+        if not num_items:
+            return
+        # Not Console.is_terminal, which FORCE_COLOR makes true of a file.
+        if sys.stderr.isatty() and not self._console.is_dumb_terminal:
+            text = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True))
+            columns = (SpinnerColumn(), text, BarColumn(bar_width=10), TimeElapsedColumn())
+            self._bar = Bar(*columns, console=self._console, transient=True)
             self._bar.start()
-            self._bar.add_task(self._text(), total=None)
+            self._bar.add_task(self._line(), total=None)
+        self._keep()
+        self._heart = threading.Thread(target=self._beat, name="ke_ray-progress", daemon=True)
+        self._heart.start()
 
     def tokens(self, num_tokens: int, total: int, note: str = "") -> None:
-        self._num_tokens, self._total = max(self._num_tokens, num_tokens), total
-        self._note = note
-        if self._first is None and num_tokens:
-            self._first = (time.monotonic(), num_tokens)
+        self._progress.tokens(num_tokens, total, note)
         self._show(is_due=time.monotonic() - self._printed >= _LINE_EVERY_S)
 
+    def loaded(self, num_bytes: int) -> None:
+        self._progress.num_bytes = num_bytes
+
     def ended(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        statuses = {row["status"] for row in rows}
-        self._counts["failed" if "failed" in statuses else next(iter(statuses), "ok")] += 1
-        if self._total:  # tokens say more
+        self._progress.ended(name, rows)
+        if self._progress.total_tokens:  # tokens say more
             self._show(is_due=time.monotonic() - self._printed >= _LINE_EVERY_S)
             return
-        self._note = f"{name}: {_result(rows[-1])}"
+        self._progress.note = one_line(f"{name}: {_result(rows[-1])}")
         self._show(is_due=True)
 
     def stop(self) -> None:
+        if self._stopped.is_set():
+            return
+        self._stopped.set()
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
-        if self._num_tokens or self._counts:
-            self._print(self._text())
+        if self._heart is not None:
+            self._heart.join()
+            self._keep()  # which also removes what a killed command was writing
+            with suppress(KeRayError, OSError):
+                storage.remove(storage.join(self._output, PROGRESS))
+        if self._progress.num_tokens or self._progress.counts.total():
+            self._print(self._progress.line(self._console.width if sys.stderr.isatty() else None))
+
+    def _beat(self) -> None:
+        while not self._stopped.wait(_BEAT_S):
+            self._keep()
+            self._show(is_due=time.monotonic() - self._printed >= _SILENCE_S)
+
+    def _keep(self) -> None:
+        """Write the progress into the output folder; trouble with that is no trouble."""
+        owner = {"host": socket.gethostname(), "pid": os.getpid()}
+        values = redact({**owner, **self._progress.as_json()})
+        try:
+            storage.write_json(storage.join(self._output, PROGRESS), values)
+        except Exception as error:  # each driver has its own kinds; the next beat tries again
+            log.debug("the progress of '%s' could not be written: %s", self._output, error)
 
     def _print(self, text: str) -> None:
         self._printed = time.monotonic()
         print(text, file=sys.stderr, flush=True)
 
     def _show(self, *, is_due: bool) -> None:
-        if self._bar is not None:
-            done, total = self._num_tokens, self._total
+        progress, bar = self._progress, self._bar
+        if bar is not None:
+            done, total = progress.num_tokens, progress.total_tokens
             if not total:
-                done, total = self._counts.total(), self._num_items
-            task = self._bar.tasks[0]
-            self._bar.update(task.id, completed=done, total=total, description=self._text())
-        elif is_due:
-            self._print(self._text())
+                done, total = progress.counts.total(), progress.num_items
+            task = bar.tasks[0].id
+            bar.update(task, completed=done, total=total, description=self._line())
+        elif is_due and not self._stopped.is_set():
+            self._print(progress.line())
 
-    def _text(self) -> str:
-        num_ended = self._counts.total()
-        left = self._num_items - num_ended
-        parts = []
-        if self._num_items > 1:
-            counts = {"done": self._counts["ok"], "failed": self._counts["failed"], "left": left}
-            if self._counts["stopped"]:
-                counts["stopped early"] = self._counts["stopped"]
-            parts = [f"{number} {word}" for word, number in counts.items()]
-        seconds_left = None
-        if self._first is not None:
-            started, before = self._first
-            elapsed_s = time.monotonic() - started
-            # The rate leaves out start-up: it counts from the first tokens that were reported.
-            rate = (self._num_tokens - before) / elapsed_s if elapsed_s > 0.5 else 0.0
-            if rate > 0:
-                parts.append(f"{rate:,.0f} tokens/s")
-                seconds_left = max(self._total - self._num_tokens, 0) / rate
-        elif num_ended:
-            seconds_left = (time.monotonic() - self._started) / num_ended * left
-        if seconds_left is not None and left:
-            parts.append(f"about {duration(seconds_left)} left")
-        text = f"{self._command}: " + ", ".join(parts or ["started"])
-        return f"{text}; {self._note}" if self._note else text
+    def _line(self) -> str:
+        return self._progress.line(max(self._console.width - _BAR_COLUMNS, 10))
 
 
 def _result(row: Mapping[str, Any]) -> str:
@@ -135,6 +145,24 @@ def _result(row: Mapping[str, Any]) -> str:
         if row.get(column) is not None
     ]
     return ", ".join(parts) or "ok"
+
+
+@contextmanager
+def command_display(command: str, items: str, output: str) -> Iterator[TerminalDisplay]:
+    """A display for the block; an interrupt says what is saved."""
+    display = TerminalDisplay(command, items, output)
+    try:
+        yield display
+    except KeyboardInterrupt:
+        from ke_ray.results.status import read_status, summary
+
+        display.stop()
+        with suppress(KeRayError, OSError):
+            for study in read_status(output):
+                print(f"Saved in {study.folder}: {summary(study)}.", file=sys.stderr)
+        raise
+    finally:
+        display.stop()
 
 
 def print_outcome(outcome: Outcome, done: str) -> None:

@@ -15,6 +15,7 @@ from ke_ray.cli.checkpoints import (
     Steps,
     TokensPerStep,
 )
+from ke_ray.cli.next_steps import after_results, print_next
 from ke_ray.cli.options import (
     ArchitectureFile,
     DryRun,
@@ -26,7 +27,7 @@ from ke_ray.cli.options import (
     parse_resuscitate,
     read_study,
 )
-from ke_ray.cli.progress import TerminalDisplay, print_outcome
+from ke_ray.cli.progress import command_display, print_outcome
 from ke_ray.cli.publish import publish_scan
 from ke_ray.errors import ConfigError
 from ke_ray.shipped import find_study
@@ -115,6 +116,7 @@ def scan(
         print(forecast(study))
         return
     outcome = execute_scan(study)
+    print_next(after_results(study.output, failed=bool(outcome.failures)))
     raise typer.Exit(outcome.exit_code)
 
 
@@ -140,10 +142,14 @@ def execute_scan(study: ScanStudy) -> ScanOutcome:
     from ke_ray.resuscitation.prediction import write_predictions
     from ke_ray.tracking.tracker import open_tracker
 
-    with claimed(study.output, "scan"), cluster_gpus() as gpus:
+    with (
+        claimed(study.output, "scan"),
+        command_display("scan", "checkpoints", study.output) as display,
+        cluster_gpus() as gpus,
+    ):
         setup = prepare_scan(study, gpus)
         with open_tracker(study.mlflow) as tracker:
-            outcome = run_scan(setup, TerminalDisplay("scan", "checkpoints"), tracker)
+            outcome = run_scan(setup, display, tracker)
             run = tracker.run(outcome.mlflow_run_id)
             log_predictions(run, write_predictions(study.output), setup)
             publish_scan(study.output, run)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
+import shutil
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from ke_ray.errors import ConfigError, nearest
 from ke_ray.shipped import MODELINE, list_shipped, study_path
@@ -16,14 +16,36 @@ from ke_ray.shipped import MODELINE, list_shipped, study_path
 
 def studies() -> None:
     """List the studies that ship with ke_ray; their names stand for their files."""
-    table = Table("study", "kind", "what it does", box=None, pad_edge=False, header_style="bold")
+    from ke_ray.planning.listed_cost import listed_cost
+
+    rows = [("study", "kind", "to fetch", "H100-hours", "what it does")]
     for study in list_shipped():
-        table.add_row(study.name, study.kind, study.title)
-    Console().print(table)
+        size, hours = listed_cost(study)
+        each = " each" if study.kind == "scan" else ""
+        costs = (_bytes(size, each), "–" if hours is None else f"{hours:.2g}{each}")
+        rows.append((study.name, study.kind, *costs, study.title))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    for row in rows:
+        cells = [
+            cell.rjust(w) if cell in row[2:4] else cell.ljust(w)
+            for cell, w in zip(row, widths, strict=True)
+        ]
+        line = "  ".join(cells).rstrip()
+        typer.echo(line if not columns or len(line) <= columns else f"{line[: columns - 1]}…")
     typer.echo(
-        "\nke-ray KIND STUDY --dry-run says what it would fetch and how long that would take; "
-        "ke-ray init STUDY writes a copy to change."
+        "\nEstimates, by the sizes in the models' names; of scans for each checkpoint. ke-ray KIND "
+        "STUDY --dry-run says\nwhat it would fetch and how long that would take; ke-ray init STUDY "
+        "writes a copy to change."
     )
+
+
+def _bytes(number: float | None, each: str) -> str:
+    if number is None:
+        return "–"
+    if number < 1e9:
+        return f"{number / 1e6:,.0f} MB{each}" if number else "0"
+    return f"{number / 1e9:,.0f} GB{each}"
 
 
 def init(

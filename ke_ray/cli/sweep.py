@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import typer
 
 from ke_ray import storage
+from ke_ray.cli.next_steps import after_results, print_next
 from ke_ray.cli.options import DryRun, MlflowUri, NoMlflow, Output, Set
-from ke_ray.cli.progress import TerminalDisplay, print_outcome
+from ke_ray.cli.progress import command_display, print_outcome
 from ke_ray.cli.publish_sweep import publish_sweep, settings_cells
 from ke_ray.cli.train import Study
 from ke_ray.shipped import study_path
@@ -42,6 +43,7 @@ def sweep(
         print(forecast(loaded))
         return
     outcome = execute_sweep(loaded)
+    print_next(after_results(loaded.output, failed=bool(outcome.failures)))
     raise typer.Exit(outcome.exit_code)
 
 
@@ -51,10 +53,13 @@ def execute_sweep(study: SweepStudy) -> SweepOutcome:
     from ke_ray.planning.sweep import prepare_sweep
     from ke_ray.tracking.tracker import open_tracker
 
-    with claimed(study.output, "sweep"):
+    with (
+        claimed(study.output, "sweep"),
+        command_display("sweep", "trials", study.output) as display,
+    ):
         plan = prepare_sweep(study)
         with open_tracker(study.mlflow) as tracker:
-            outcome = run_sweep(plan, tracker, TerminalDisplay("sweep", "trials"))
+            outcome = run_sweep(plan, tracker, display)
             if outcome.rows:
                 publish_sweep(study.output, tracker, outcome.mlflow_run_id)
     for line in settings_lines(study.output):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import yaml
 
+from ke_ray.cli.next_steps import after_pretrain, after_results, print_next
 from ke_ray.cli.options import (
     ArchitectureFile,
     DryRun,
@@ -19,7 +20,7 @@ from ke_ray.cli.options import (
     parse_resuscitate,
     read_study,
 )
-from ke_ray.cli.progress import TerminalDisplay, print_outcome
+from ke_ray.cli.progress import command_display, print_outcome
 from ke_ray.cli.publish import publish_report
 from ke_ray.cli.scan import print_results
 from ke_ray.secrets import redact
@@ -59,17 +60,20 @@ def pretrain(
         print(f"checkpoints at steps: {', '.join(map(str, loaded.checkpoint_steps))}")
         return
     execute_pretrain(loaded)
+    print_next(after_pretrain(loaded))
 
 
 def execute_pretrain(study: PretrainStudy) -> PretrainOutcome:
     """Run a pretraining study with progress on the terminal, and say what came of it."""
-    display = TerminalDisplay("pretrain", "runs")
+    with (
+        claimed(study.output, "pretrain"),
+        command_display("pretrain", "runs", study.output) as display,
+    ):
 
-    def show(progress: Progress) -> None:
-        display.tokens(progress.record.num_tokens, study.num_tokens, str(progress))
+        def show(progress: Progress) -> None:
+            display.tokens(progress.record.num_tokens, study.num_tokens, str(progress))
 
-    display.start(num_items=1, num_skipped=0)
-    try:
+        display.start(num_items=1, num_skipped=0)
         if study.num_workers == 1:
             from ke_ray.training.pretrain import run_pretrain
 
@@ -78,8 +82,6 @@ def execute_pretrain(study: PretrainStudy) -> PretrainOutcome:
             from ke_ray.engine.train.trainer import run_pretrain_on_ray
 
             outcome = run_pretrain_on_ray(study, show)
-    finally:
-        display.stop()
     if outcome.num_skipped:
         typer.echo(f"Pretraining is finished already and skipped: {outcome.output}")
     typer.echo(
@@ -111,19 +113,18 @@ def continual(
 
         print(forecast(loaded))
         return
-    raise typer.Exit(execute_continual(loaded).exit_code)
+    outcome = execute_continual(loaded)
+    print_next(after_results(loaded.output, failed=bool(outcome.failures)))
+    raise typer.Exit(outcome.exit_code)
 
 
 def execute_continual(study: ContinualStudy) -> Outcome:
     """Run a continual-learning study with progress on the terminal, and print its table."""
     from ke_ray.engine.train.continual import run_continual_study
 
-    display = TerminalDisplay("continual", "runs")
     with claimed(study.output, "continual"):
-        try:
+        with command_display("continual", "runs", study.output) as display:
             outcome = run_continual_study(study, display)
-        finally:
-            display.stop()
         if len(outcome.rows) > outcome.num_skipped:
             ids = [row.get("mlflow_run_id") for row in outcome.rows]
             publish_report(study.output, study.mlflow, ids)

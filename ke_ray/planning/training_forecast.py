@@ -21,7 +21,7 @@ from ke_ray.training.runs import list_runs
 #: Of the matrix products' speed that training as a whole reaches (assumed).
 EFFICIENCY = 0.4
 #: Published checkpoints are float32 where nothing tells their size (assumed).
-_BYTES_PER_PARAMETER = 4
+BYTES_PER_PARAMETER = 4
 _SIZE_IN_NAME = re.compile(r"(?<![0-9.])(\d+(?:\.\d+)?)([bBmM])(?![a-zA-Z])")
 
 
@@ -44,11 +44,18 @@ def num_parameters(study: ContinualStudy) -> tuple[float | None, str]:
             return None, "no checkpoint could be read"
         head = config.hidden_size * config.vocab_size
         return float(num_body_parameters(config) + head), "the checkpoint's config"
-    size = _SIZE_IN_NAME.search(spec)
-    if size is None:
+    parameters = parameters_by_name(spec)
+    if parameters is None:
         return None, f"'{spec}' is not here and its name gives no size"
-    unit = 1e9 if size.group(2) in "bB" else 1e6
-    return float(size.group(1)) * unit, f"the name '{spec}'"
+    return parameters, f"the name '{spec}'"
+
+
+def parameters_by_name(name: str) -> float | None:
+    """The number in ``OLMo-1B`` or ``pythia-160m``; None where a name has none."""
+    size = _SIZE_IN_NAME.search(name)
+    if size is None:
+        return None
+    return float(size.group(1)) * (1e9 if size.group(2) in "bB" else 1e6)
 
 
 def bytes_of_starts(study: ContinualStudy, num_starts: int | None) -> int | None:
@@ -62,7 +69,7 @@ def bytes_of_starts(study: ContinualStudy, num_starts: int | None) -> int | None
     parameters, _ = num_parameters(study)
     if parameters is None or num_starts is None:
         return None
-    return int(num_starts * parameters * _BYTES_PER_PARAMETER)
+    return int(num_starts * parameters * BYTES_PER_PARAMETER)
 
 
 def training_hours(parameters: float, tokens: int, flops_per_s: float) -> float:

@@ -20,7 +20,7 @@ from ke_ray import storage
 from ke_ray.errors import ResultsError, StorageError
 from ke_ray.storage.sole_writer import is_held, sole_writer
 
-MARK, LOCK = ".ke-ray.json", ".ke-ray.lock"
+MARK, LOCK, PROGRESS = ".ke-ray.json", ".ke-ray.lock", ".ke-ray.progress.json"
 _SHOWN = 4
 
 
@@ -150,14 +150,14 @@ def mark_cache(folder: str | os.PathLike[str], kind: str, names: Collection[str]
 
 
 def _foreign_names(folder: str) -> list[str]:
-    """Names in a folder, without marker, lock and temporary files of ke_ray."""
+    """Names in a folder, without marker, lock, progress and temporary files of ke_ray."""
     if storage.is_local(folder) and storage.local_path(folder).is_file():
         raise StorageError(
             f"Cannot write '{folder}': it is a file, and a folder is needed; choose another folder."
         )
     with storage.explained(folder, "read"):
         names = storage.list_dir(folder)
-    own = {LOCK, ""}
+    own = {LOCK, PROGRESS, ""}
     if MARK in names and _kind(folder, MARK) is not None:
         own.add(MARK)
     return [name for name in names if name not in own and not storage.is_temporary(name)]

@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 from ke_ray import storage
@@ -30,6 +31,8 @@ from ke_ray.errors import ResultsError
 HEARTBEAT_S, EXPIRES_S = 15.0, 60.0
 # Stores without conditional writes let two commands write a lease at once: the later one stays.
 _SETTLE_S = 1.0
+# Who looks at a lock (``current_writer``) shares it for an instant, which is no reason to refuse.
+_LOCK_ATTEMPTS, _LOCK_RETRY_S = 3, 0.05
 
 log = logging.getLogger(__name__)
 _held: ContextVar[frozenset[str]] = ContextVar("locks that this command holds", default=frozenset())
@@ -66,6 +69,68 @@ def sole_writer(lock: str, target: str) -> Iterator[None]:
             yield
         finally:
             _held.reset(token)
+
+
+@dataclass(frozen=True)
+class Writer:
+    """The command that a lock file names.
+
+    Attributes:
+        is_alive: whether it holds the lock, or renewed its lease within ``EXPIRES_S``; None where
+            that cannot be found out from here.
+        renewed_s: seconds since it renewed its lease; None where the kernel locks.
+    """
+
+    host: str
+    pid: int | None
+    since: str
+    is_alive: bool | None
+    renewed_s: float | None = None
+
+
+def current_writer(lock: str) -> Writer | None:
+    """Who holds a lock, or did when it was killed; nothing is written or kept.
+
+    Returns:
+        None where there is no lock file of ke_ray.
+    """
+    is_locked: bool | None = None
+    if storage.is_local(lock):
+        try:
+            descriptor = os.open(storage.local_path(lock), os.O_RDONLY | os.O_NONBLOCK)
+        except OSError as error:
+            missing = isinstance(error, FileNotFoundError | NotADirectoryError)
+            return None if missing else Writer("", None, "", None)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            is_locked = False
+        except BlockingIOError:
+            is_locked = True
+        except OSError as error:
+            log.debug("a file system without locks: %s", error)
+        try:
+            text = os.read(descriptor, 4096)
+        except OSError:  # a folder
+            text = b"-"
+        finally:
+            os.close(descriptor)
+    else:
+        try:
+            text = storage.read_bytes(lock)
+        except FileNotFoundError:
+            return None
+    owner = _parsed(text) if text else {}  # empty: it has just been locked
+    if owner is None:
+        return None
+    renewed_s = max(0.0, _silent_s(owner)) if "renewed_at" in owner else None
+    pid = owner.get("pid")
+    return Writer(
+        host=str(owner.get("host", "")),
+        pid=pid if isinstance(pid, int) else None,
+        since=str(owner.get("since", "")),
+        is_alive=is_locked if renewed_s is None else renewed_s < EXPIRES_S,
+        renewed_s=renewed_s,
+    )
 
 
 def _owner() -> dict[str, Any]:
@@ -110,14 +175,17 @@ def _lock_file(lock: str, target: str) -> int | None:
 
 def _flock(descriptor: int) -> bool | None:
     """Whether the kernel gave us the lock; None where the file system has none."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        log.debug("a file system without locks: %s", error)
-        return None
-    return True
+    for attempt in range(_LOCK_ATTEMPTS):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(_LOCK_RETRY_S if attempt + 1 < _LOCK_ATTEMPTS else 0.0)
+        except OSError as error:
+            log.debug("a file system without locks: %s", error)
+            return None
+        else:
+            return True
+    return False
 
 
 @contextmanager

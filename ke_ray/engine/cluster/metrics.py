@@ -107,7 +107,7 @@ class ScanMeter:
         self._display, self._outcome, self._study = display, outcome, study
         self._queue, self._num_scorers = len(works), num_scorers
         self._total = sum(work.num_tokens for work in works)
-        self._num_tokens = self._num_timed = 0
+        self._num_tokens = self._num_timed = self._num_bytes = 0
         self._busy: deque[tuple[float, float]] = deque([(time.monotonic(), 0.0)])
 
     def tick(self, num_tokens: int, busy_s: float) -> None:
@@ -123,6 +123,11 @@ class ScanMeter:
         self._record("queue", self._queue)
         self._record("scorers", self._num_scorers)
         self._record("idle_share", self._idle_share(busy_s))
+
+    def loaded(self, num_bytes: int) -> None:
+        """A scorer has fetched or read a checkpoint of this size."""
+        self._num_bytes += num_bytes
+        self._display.loaded(self._num_bytes)
 
     def ended(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """One checkpoint is done."""

@@ -75,6 +75,8 @@ class Collector:
         timing = {k: output[k] for k in ("fetch_s", "load_s", "score_s", "wait_s") if output[k]}
         if timing:
             self._outcome.timings.append(timing)
+        if "load_s" in timing:
+            self._meter.loaded(self._setup.refs[index].size_bytes or 0)
         if record := output.get("resuscitation"):
             write_record(self._setup.study.output, self._setup.refs[index].name, record)
         if output["status"] == "ok" and output["sums"] is not None:

@@ -19,6 +19,7 @@ from ke_ray.outcomes import Display
 from ke_ray.planning import scan_items as plan
 from ke_ray.planning.scan import prepare_scan
 from ke_ray.results import ScanFolder, read_manifest
+from ke_ray.results.status import read_status
 from ke_ray.studies.parts import TrackingSettings
 from ke_ray.tracking.tracker import open_tracker
 
@@ -329,6 +330,8 @@ def test_an_interrupt_keeps_what_is_finished(scan_study, series, expected):
     assert read_manifest(study.output)["status"] == "interrupted"
     finished = {key[0] for key in values_of(study.output)}
     assert finished
+    (told,) = read_status(study.output)
+    assert (told.state, told.done, told.left) == ("stopped", len(finished), 4 - len(finished))
     _, again = scan(study)
     assert again.skipped == len(finished)
     assert set(again.done) == {"step10", "step20", "step30", "step40"} - finished
