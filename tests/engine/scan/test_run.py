@@ -296,8 +296,9 @@ def test_an_item_that_keeps_killing_its_actor_is_given_up(scan_study, series, to
     import pyarrow as pa
     import ray
 
-    from ke_ray.engine.scan.scorer import CheckpointScorer, ScanMonitor
+    from ke_ray.engine.scan.scorer import CheckpointScorer
     from ke_ray.planning.scan_messages import ScorerSettings, item_to_json
+    from ke_ray.planning.scan_monitor import ScanMonitor
 
     setup = prepare_scan(scan_study(measures=("knowledge_entropy",)))
     monitor = ray.remote(num_cpus=0)(ScanMonitor).remote()
