@@ -31,7 +31,10 @@ lint: install
 
 # Two processes of one thread each: the models are tiny, and a start of Ray is waiting as much as
 # work. tests/conftest.py says which tests stay together, for what they share, and which go first.
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+# Where Python is told to write no bytecode, each of their processes would compile ke_ray anew, which
+# takes up to a second.
+PYTEST = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 \
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 # Parts of `make test`, which runs them all at once, so that they start what they share once.
 # Tests that need a CUDA device run here where there is one, and skip saying so elsewhere.

@@ -293,6 +293,12 @@ def heavy_packages(module: str) -> set[str]:
     return heavy
 
 
+@pytest.mark.parametrize("module", ["planning.scan_monitor", "planning.trial_book"])
+def test_actors_that_only_keep_notes_import_nothing_heavy(module) -> None:
+    """An actor imports the module of its class, in a process of its own at every start."""
+    assert heavy_packages(f"ke_ray.{module}") == set()
+
+
 def test_nothing_is_imported_late_that_costs_nothing() -> None:
     """A local import hides what a module depends on: it has to keep something heavy away."""
     offenders = []

@@ -64,9 +64,9 @@ def ray_cluster() -> Iterator[None]:
         yield
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def scan() -> Callable[[ScanStudy], Any]:
-    """Runs a scan study in the test's Ray session."""
+    """Runs a scan study in the tests' Ray session."""
 
     def run(study: ScanStudy) -> Any:
         from ke_ray.engine.scan.run import run_scan
@@ -80,20 +80,25 @@ def scan() -> Callable[[ScanStudy], Any]:
     return run
 
 
+def make_study(series: Path, token_ids: Path, output: Path, **keys: Any) -> ScanStudy:
+    """A scan study of the tiny series; keywords replace keys."""
+    values: dict[str, Any] = {
+        "checkpoints": {"spec": str(series)},
+        "data": {"ids": str(token_ids)},
+        "num_instances": 70,
+        "sequence_length": 24,
+        "num_actors": 1,  # a second one imports torch and transformers for another 3 seconds
+        "output": str(output),
+        "mlflow": {"enabled": False},
+    }
+    return ScanStudy.model_validate(values | keys)
+
+
 @pytest.fixture
 def scan_study(series: Path, token_ids: Path, tmp_path: Path) -> Callable[..., ScanStudy]:
     """Makes a scan study of the tiny series; keywords replace keys."""
 
-    def make(**keys: Any) -> ScanStudy:
-        values: dict[str, Any] = {
-            "checkpoints": {"spec": str(series)},
-            "data": {"ids": str(token_ids)},
-            "num_instances": 70,
-            "sequence_length": 24,
-            "num_actors": 1,  # a second one imports torch and transformers for another 3 seconds
-            "output": str(tmp_path / "scan"),
-            "mlflow": {"enabled": False},
-        }
-        return ScanStudy.model_validate(values | keys)
+    def make(*, output: str | Path = tmp_path / "scan", **keys: Any) -> ScanStudy:
+        return make_study(series, token_ids, Path(output), **keys)
 
     return make

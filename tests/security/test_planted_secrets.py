@@ -104,7 +104,7 @@ def test_no_output_holds_a_planted_secret(
     )
     (place / "in" / "continual.yaml").write_text(study.model_dump_json(exclude_unset=True))
     (place / "in" / "sweep.yaml").write_text(
-        "kind: sweep\nbase: continual.yaml\nspace: {optimizer.learning_rate: [0.001, 0.002]}\n"
+        "kind: sweep\nbase: continual.yaml\nspace: {optimizer.learning_rate: [0.001]}\n"
         f"objectives: [knowledge_entropy_after_nats]\noutput: {place / 'sweep'}\n"
     )
     (place / "in" / "list.csv").write_text(f"step,url\n10,{checkpoint}\n5,{site}/absent/step5\n")

@@ -29,6 +29,9 @@ _ENVIRONMENT = {
     # Two seconds between health checks would be added to every report of a training run.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_TRAIN_V2_ENABLED": "1",
+    # It tells workers that their node will be taken away, so that they save in time. Ours save as
+    # they go; a worker that went with its node is replaced without it too.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     # Ray warns at each start that a later version will not hide GPUs from CPU actors.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # In a submitted job Ray refuses variables for the workers that the job's environment has too.

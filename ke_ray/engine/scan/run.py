@@ -28,12 +28,13 @@ from ke_ray.engine.cluster.placement_watch import watch_placement
 from ke_ray.engine.cluster.session import beside_driver, ray_session
 from ke_ray.engine.cluster.shared_storage import check_nodes_see
 from ke_ray.engine.scan.collect import Collector
-from ke_ray.engine.scan.scorer import CheckpointScorer, ScanMonitor
+from ke_ray.engine.scan.scorer import CheckpointScorer
 from ke_ray.errors import StorageError, UserError
 from ke_ray.outcomes import Display, ScanOutcome
 from ke_ray.planning.scan import ScanSetup
 from ke_ray.planning.scan_items import load_tokens, plan_items
 from ke_ray.planning.scan_messages import ScorerSettings, item_to_json
+from ke_ray.planning.scan_monitor import ScanMonitor
 from ke_ray.planning.scan_precision import Gpus
 from ke_ray.planning.scan_tracking import log_finished, start_scan_run
 from ke_ray.storage.ownership import claimed

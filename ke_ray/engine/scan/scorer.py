@@ -13,6 +13,7 @@ is given up after ``MAX_ATTEMPTS`` by count of the monitor, which outlives the a
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import threading
@@ -55,46 +56,6 @@ MAX_ATTEMPTS = 3
 _REPORT_EVERY_S = 0.5
 
 
-class ScanMonitor:
-    """Counts attempts and tokens for all scorers; a small actor that needs no CPU of its own."""
-
-    def __init__(self) -> None:
-        self._attempts: dict[int, int] = {}
-        self._scored: dict[int, tuple[int, float]] = {}
-        self._warned = False
-        self._warnings: list[str] = []
-
-    def warn(self, text: str) -> None:
-        """Pass on a warning of a scorer; the first one speaks for all."""
-        if not self._warned:
-            self._warned = True
-            self._warnings.append(text)
-
-    def take_warnings(self) -> list[str]:
-        """Warnings since the last call."""
-        taken, self._warnings = self._warnings, []
-        return taken
-
-    def begin(self, item: int) -> int:
-        """Count an attempt at an item; returns how many there were, this one included."""
-        self._attempts[item] = self._attempts.get(item, 0) + 1
-        self._scored[item] = (0, 0.0)
-        return self._attempts[item]
-
-    def attempts(self, item: int) -> int:
-        """How many attempts at an item have started."""
-        return self._attempts.get(item, 0)
-
-    def report(self, item: int, num_tokens: int, busy_s: float) -> None:
-        """Tokens scored of an item so far, and the seconds that took."""
-        self._scored[item] = (num_tokens, busy_s)
-
-    def scored(self) -> tuple[int, float]:
-        """Tokens and seconds of all items so far."""
-        tokens, seconds = zip(*self._scored.values(), strict=True) if self._scored else ((), ())
-        return sum(tokens), sum(seconds)
-
-
 @dataclass
 class _Loaded:
     """A model that one or two items use."""
@@ -119,7 +80,7 @@ class CheckpointScorer:
         settings: the same for all.
         checkpoints: the listing; work items name a checkpoint by its index.
         corpora: name → object reference of (input_ids, lengths).
-        monitor: handle of the ``ScanMonitor``.
+        monitor: handle of the :class:`~ke_ray.planning.scan_monitor.ScanMonitor`.
     """
 
     def __init__(
@@ -129,9 +90,14 @@ class CheckpointScorer:
         corpora: dict[str, Any],
         monitor: Any,
     ) -> None:
-        import ray
-        import torch
-
+        # These imports leave no garbage, and to look for it would take a sixth of their time.
+        gc.disable()
+        try:
+            import ray
+            import torch
+            import transformers.modeling_utils  # noqa: F401  # that of every model, loaded here
+        finally:
+            gc.enable()
         if settings.threads:
             torch.set_num_threads(settings.threads)
         torch.set_float32_matmul_precision(settings.matmul_precision)

@@ -24,10 +24,11 @@ from ke_ray.engine.cluster.session import beside_driver, ray_session
 from ke_ray.engine.cluster.shared_storage import check_nodes_see
 from ke_ray.engine.cluster.shared_tracking import check_nodes_reach_store
 from ke_ray.engine.sweep.resources import TrialResources, sweep_nodes, trial_resources
-from ke_ray.engine.sweep.trial import STOPPED_TAG, TIME, VALUE, TrialBook, config_of_trial
+from ke_ray.engine.sweep.trial import STOPPED_TAG, TIME, VALUE, config_of_trial
 from ke_ray.engine.train.continual import read_by_workers
 from ke_ray.outcomes import Display, SweepOutcome
 from ke_ray.planning.sweep import SweepPlan
+from ke_ray.planning.trial_book import TrialBook
 from ke_ray.planning.trials import Trial
 from ke_ray.results.columns import OBJECTIVES
 from ke_ray.results.manifest import new_manifest, read_manifest, write_manifest

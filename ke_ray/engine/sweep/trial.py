@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import logging
 import os
-import time
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -60,36 +58,6 @@ def study_of(config: Mapping[str, Any]) -> tuple[ContinualStudy, RunSpec]:
     return study, RunSpec(config["name"], CheckpointRef(**config["ref"]), config["seed"])
 
 
-class TrialBook:
-    """An actor that holds the configs of trials and counts their attempts.
-
-    Tune writes what it passes to a trial into files of its own, and sources may hold a login. So
-    Tune passes a name. The count outlives the trials' processes.
-    """
-
-    def __init__(self, max_attempts: int) -> None:
-        self._max_attempts = max_attempts
-        self._configs: dict[str, dict[str, Any]] = {}
-        self._attempts: Counter[str] = Counter()
-        self._first_at: float | None = None
-
-    def put(self, name: str, config: dict[str, Any]) -> None:
-        """Store the config of a trial."""
-        self._configs[name] = config
-
-    def begin(self, name: str) -> dict[str, Any] | None:
-        """Count another attempt at a trial, and give its config; None where there were enough."""
-        if self._attempts[name] >= self._max_attempts:
-            return None
-        self._attempts[name] += 1
-        self._first_at = self._first_at or time.time()
-        return self._configs[name]
-
-    def summary(self) -> tuple[float | None, dict[str, int]]:
-        """When the first attempt started (Unix seconds), and the attempts at each trial."""
-        return self._first_at, dict(self._attempts)
-
-
 def run_trial(named: dict[str, str], book: Any, environment: Mapping[str, str]) -> None:
     """Tune's trainable.
 
@@ -97,7 +65,7 @@ def run_trial(named: dict[str, str], book: Any, environment: Mapping[str, str]) 
         named: ``trial``, the name of a config: what :func:`config_of_trial` makes, with ``cwd``,
             ``threads``, ``command`` (names the command that runs the sweep), ``parent_id`` and
             ``watch`` (whether a scheduler wants intermediate results).
-        book: handle of the :class:`TrialBook`.
+        book: handle of the :class:`~ke_ray.planning.trial_book.TrialBook`.
         environment: variables that are not to be written down (MLflow's credentials).
     """
     import ray

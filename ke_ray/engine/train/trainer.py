@@ -168,24 +168,25 @@ def build_trainer(
     per_worker: dict[str, float] = {"CPU": resources.cpus}
     if resources.use_gpu:
         per_worker["GPU"] = 1
-    # In a closure and not in the config, which Ray shows: MLflow's credentials are among them.
     environment = {k: v for k, v in os.environ.items() if k.startswith("MLFLOW_")}
+    config = {
+        "function": function,
+        "payload": payload,
+        "threads": resources.cpus,
+        "use_gpu": resources.use_gpu,
+        "cwd": str(Path.cwd()),
+        "fatal": storage.join(folder, name, "fatal.json"),
+        "progress": storage.join(folder, "progress.json"),
+    }
 
-    def main(config: dict[str, Any]) -> None:
+    # In a closure and not as ``train_loop_config``: that one Ray shows (MLflow's credentials are in
+    # it), and its controller reads it, for which it would import all that the workers need.
+    def main() -> None:
         os.environ.update(environment)
         _worker_main(config)
 
     return TorchTrainer(
         main,
-        train_loop_config={
-            "function": function,
-            "payload": payload,
-            "threads": resources.cpus,
-            "use_gpu": resources.use_gpu,
-            "cwd": str(Path.cwd()),
-            "fatal": storage.join(folder, name, "fatal.json"),
-            "progress": storage.join(folder, "progress.json"),
-        },
         scaling_config=ScalingConfig(
             num_workers=settings.num_workers,
             use_gpu=resources.use_gpu,

@@ -226,7 +226,7 @@ def test_a_sweep_over_both_nodes(two_nodes: TwoNodes, on_s3: str, tmp_path: Path
         "kind": "sweep",
         "output": output,
         "base": continual_keys("s3://shared/series", output, **keys),
-        "space": {"resuscitation.factor": [0.5, 1, 2]},
+        "space": {"resuscitation.factor": [2]},
         "points": [{"resuscitation": None}],
         "objectives": ["acquisition", "forgetting"],
     }
@@ -237,8 +237,8 @@ def test_a_sweep_over_both_nodes(two_nodes: TwoNodes, on_s3: str, tmp_path: Path
     assert two_nodes.nodes_of("TrialBook") == two_nodes.alive(head_only=True)
 
     trials = storage.read_table(f"{output}/trials.parquet").to_pylist()
-    assert [row["status"] for row in trials] == ["ok"] * 4
-    assert len({row["mlflow_run_id"] for row in trials}) == 4
+    assert [row["status"] for row in trials] == ["ok"] * 2
+    assert len({row["mlflow_run_id"] for row in trials}) == 2
     (doubled,) = (row for row in trials if row["resuscitation.factor"] == 2)
     keys["resuscitation"] = resuscitation | {"factor": 2.0}
     (expected,) = here(tmp_path, on_s3, **keys)

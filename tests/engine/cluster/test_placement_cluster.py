@@ -120,24 +120,18 @@ def test_a_scan_waits_for_gpus_that_no_node_has(
     assert "No node of the cluster can hold what the work needs" in said
 
 
-def test_a_continual_study_at_its_defaults(
+def test_pretraining_with_a_worker_on_each_node_follows_one_worker(
     cluster: Cluster, pretrained: Path, tmp_path: Path
 ) -> None:
-    study = tiny_continual(
-        tmp_path / "out", pretrained, executor="ray", starts={"steps": "10:"}, held_out=None
-    )
-    messages = cluster.messages("continual", write_study(study, tmp_path / "study.yaml"))
-    (row,) = read_table(f"{study.output}/runs.parquet").to_pylist()
-    assert row["status"] == "ok"
-    assert "declares GPUs, but torch" in messages
-    assert "Training runs on CPUs" in messages
-
-
-def test_pretraining_with_a_worker_on_each_node(cluster: Cluster, tmp_path: Path) -> None:
-    study = tiny_pretrain(tmp_path / "out", num_workers=2)
+    study = tiny_pretrain(tmp_path / "out", num_workers=2, micro_batch_size=2)
     messages = cluster.messages("pretrain", write_study(study, tmp_path / "study.yaml"))
     assert "Training runs on CPUs" in messages
     assert (tmp_path / "out" / "checkpoints" / "step10" / "model.safetensors").is_file()
+    both, one = (
+        read_table(str(folder / "train.parquet")).column("loss").to_numpy()
+        for folder in (tmp_path / "out", pretrained)
+    )
+    np.testing.assert_allclose(both, one, atol=1e-5)
 
 
 def test_a_trial_of_a_sweep(cluster: Cluster, pretrained: Path, tmp_path: Path) -> None:
@@ -216,6 +210,9 @@ def test_a_study_that_lost_its_node_ends_with_a_message(
             assert time.monotonic() < deadline
             time.sleep(0.2)
     assert command.wait() == 1, command.stdout
+    said = " ".join(command.stdout.split())
+    assert "declares GPUs, but torch" in said
+    assert "Training runs on CPUs" in said
     assert "Waiting for a place" in command.stdout
     assert "ke-ray: No node of the cluster can hold what the work needs: 1 × (4 CPUs)" in (
         command.stdout

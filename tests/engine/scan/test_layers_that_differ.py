@@ -27,29 +27,31 @@ def models(tiny_decoder):
     return {name: tiny_decoder(model_type) for name, model_type in TYPES.items()}
 
 
-@pytest.fixture
-def scanned(models, scan, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def scanned(models, scan, ray_cluster, tmp_path_factory):
     """A scan whose checkpoints are cut, so that sums and what layers lack travel in parts."""
-    monkeypatch.setattr(plan, "MIN_TOKENS_OF_A_CUT", 1)
-    monkeypatch.setitem(plan.BYTES_PER_S, "here", 1e15)
+    folder = tmp_path_factory.mktemp("differ")
     for name, model in models.items():
-        save_model(model, tmp_path / "series" / name)
+        save_model(model, folder / "series" / name)
     ids = np.random.default_rng(0).integers(3, 97, (20, 12)).astype(np.uint16)
-    np.save(tmp_path / "ids.npy", ids)
+    np.save(folder / "ids.npy", ids)
     study = ScanStudy.model_validate(
         {
-            "checkpoints": {"spec": str(tmp_path / "series")},
-            "data": {"ids": str(tmp_path / "ids.npy")},
+            "checkpoints": {"spec": str(folder / "series")},
+            "data": {"ids": str(folder / "ids.npy")},
             "num_instances": 20,
             "sequence_length": 12,
             "eos_token_id": 2,
             "measures": list(MEASURES),
             "num_actors": 2,
-            "output": str(tmp_path / "out"),
+            "output": str(folder / "out"),
             "mlflow": {"enabled": False},
         }
     )
-    outcome = scan(study)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(plan, "MIN_TOKENS_OF_A_CUT", 1)
+        monkeypatch.setitem(plan.BYTES_PER_S, "here", 1e15)
+        outcome = scan(study)
     assert outcome.exit_code == 0, outcome.failures
     return study.output, ids.astype(np.int64)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_scans import make_study
 
 from ke_ray.core.resuscitation import multipliers, predicted_entropy_nats
 from ke_ray.errors import ResultsError
@@ -13,20 +14,41 @@ from ke_ray.resuscitation.prediction import prediction_lines, read_predictions, 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
 
-def test_the_first_layer_becomes_what_was_predicted(scan, scan_study, series, tmp_path):
-    plain = scan_study(measures=("knowledge_entropy",), checkpoints={"spec": f"{series}/step20"})
-    scan(plain)
-    keys = {"ratio": 0.5, "factor": 2.0, "coefficients": plain.output}
-    revived = scan_study(
-        measures=("knowledge_entropy",),
-        # Both: the coefficients are those of step20 alone, so step30 must be refused.
+KEYS = {"measures": ("knowledge_entropy",)}
+
+
+@pytest.fixture(scope="module")
+def plain(ray_cluster, scan, series, token_ids, tmp_path_factory):
+    """A scan of ``step20`` as it is."""
+    folder = tmp_path_factory.mktemp("plain") / "scan"
+    spec = {"spec": f"{series}/step20"}
+    study = make_study(series, token_ids, folder, checkpoints=spec, **KEYS)
+    scan(study)
+    return study
+
+
+@pytest.fixture(scope="module")
+def revived(plain, scan, series, token_ids, tmp_path_factory):
+    """Both checkpoints resuscitated with the coefficients of that one: the study, how it went."""
+    study = make_study(
+        series,
+        token_ids,
+        tmp_path_factory.mktemp("revived") / "scan",
         checkpoints={"spec": str(series), "steps": "20:30"},
-        resuscitation=keys,
-        output=str(tmp_path / "revived"),
+        resuscitation={"ratio": 0.5, "factor": 2.0, "coefficients": plain.output},
+        **KEYS,
     )
-    outcome = scan(revived)
+    return study, scan(study)
+
+
+def test_coefficients_of_other_weights_are_refused(revived):
+    outcome = revived[1]
     assert [name for name, _ in outcome.failures] == ["step30"]
     assert "no coefficients of these weights" in outcome.failures[0][1]
+
+
+def test_the_first_layer_becomes_what_was_predicted(plain, revived):
+    revived, _ = revived
     mean = torch.from_numpy(ScanFolder.open(plain.output).mean_coefficients("step20"))
     predicted = predicted_entropy_nats(mean, multipliers(mean, 0.5, 2.0))
     found = {
@@ -56,21 +78,19 @@ def test_the_first_layer_becomes_what_was_predicted(scan, scan_study, series, tm
     assert write_predictions(plain.output) == []
 
 
-def test_without_coefficients_they_are_measured_first(scan, scan_study, series, tmp_path):
+def test_without_coefficients_they_are_measured_first(revived, scan, scan_study, series, tmp_path):
     """``--resuscitate ratio=0.5,factor=2`` alone: the same as from a scan of the same data."""
-    plain = scan_study(measures=("knowledge_entropy",), checkpoints={"spec": f"{series}/step20"})
-    scan(plain)
-    found = []
-    for coefficients in (plain.output, None):
-        keys = {"ratio": 0.5, "factor": 2.0, "coefficients": coefficients}
-        study = scan_study(
-            measures=("knowledge_entropy",),
-            checkpoints={"spec": f"{series}/step20"},
-            resuscitation=keys,
-            output=str(tmp_path / f"revived{coefficients is None}"),
-        )
-        assert scan(study).exit_code == 0
-        found.append({row["layer"]: row for row in write_predictions(study.output)})
+    study = scan_study(
+        checkpoints={"spec": f"{series}/step20"},
+        resuscitation={"ratio": 0.5, "factor": 2.0},
+        output=str(tmp_path / "alone"),
+        **KEYS,
+    )
+    assert scan(study).exit_code == 0
+    found = [
+        {row["layer"]: row for row in write_predictions(output)}
+        for output in (revived[0].output, study.output)
+    ]
     for layer, row in found[0].items():
         for name in ("before_nats", "predicted_nats", "measured_nats"):
             assert found[1][layer][name] == pytest.approx(row[name], abs=1e-6)

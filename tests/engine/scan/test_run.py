@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import threading
@@ -10,8 +9,8 @@ import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
+from tiny_scans import make_study
 
 from ke_ray.core.measures import MEASURES
 from ke_ray.engine.scan.run import run_scan
@@ -89,16 +88,45 @@ def expected(series, token_ids):
     return values
 
 
-@pytest.mark.parametrize(
-    ("num_actors", "batch_size", "least_cut"), [(1, 70, 65536), (2, 3, 65536), (2, 7, 1)]
-)
+@pytest.fixture(scope="module")
+def whole(ray_cluster, series, token_ids, tmp_path_factory):
+    """A tracked scan of everything on one actor, and the tokens that it showed on its way."""
+    folder = tmp_path_factory.mktemp("whole")
+    seen = []
+
+    class Counter(Recorder):
+        def tokens(self, num_tokens, total, note=""):
+            assert total == 4 * 70 * 24
+            seen.append(num_tokens)
+
+    study = make_study(
+        series,
+        token_ids,
+        folder / "scan",
+        measures=tuple(MEASURES),
+        batch_size=10,
+        mlflow=TrackingSettings(uri=f"sqlite:///{folder}/mlflow.db", experiment="scans"),
+    )
+    threads_before = threading.active_count()
+    outcome, _ = scan(study, Counter())
+    time.sleep(0.1)
+    assert threading.active_count() <= threads_before + 2
+    assert outcome.exit_code == 0
+    return study, outcome, seen
+
+
+def test_one_actor_gives_the_values_of_one_call(whole, expected):
+    assert_same(values_of(whole[0].output), expected)
+
+
+@pytest.mark.parametrize(("batch_size", "least_cut"), [(3, 65536), (7, 1)])
 def test_actors_batches_and_cuts_change_nothing(
-    scan_study, series, expected, monkeypatch, num_actors, batch_size, least_cut
+    scan_study, series, expected, monkeypatch, batch_size, least_cut
 ):
     monkeypatch.setattr(plan, "MIN_TOKENS_OF_A_CUT", least_cut)
     monkeypatch.setitem(plan.BYTES_PER_S, "here", 1e15)  # loading costs nothing
     study = scan_study(
-        num_actors=num_actors,
+        num_actors=2,
         batch_size=batch_size,
         measures=tuple(MEASURES),
         # An odd number, so that the last checkpoint is cut where cutting is allowed.
@@ -106,18 +134,18 @@ def test_actors_batches_and_cuts_change_nothing(
     )
     setup = prepare_scan(study)
     if least_cut == 1:
-        assert len(plan.plan_items(setup.works, num_actors, 0.0)) == 4
+        assert len(plan.plan_items(setup.works, 2, 0.0)) == 4
     outcome, _ = scan(study)
     assert outcome.exit_code == 0
     assert_same(values_of(study.output), {k: v for k, v in expected.items() if k[0] != "step40"})
 
 
-def test_result_columns_hold_what_they_say(scan_study, series):
-    study = scan_study(measures=("knowledge_entropy", "gini"))
-    scan(study)
+def test_result_columns_hold_what_they_say(whole, expected):
+    study, _, _ = whole
     folder = ScanFolder.open(study.output)
     rows = folder.entropy().to_pylist()
-    assert len(rows) == 4 * 2 * 3
+    assert len(rows) == len(expected)
+    assert sum(r["measure"] in ("knowledge_entropy", "gini") for r in rows) == 4 * 2 * 3
     first = rows[0]
     assert (first["checkpoint"], first["step"], first["num_instances"]) == ("step10", 10, 70)
     assert first["num_tokens"] == 70 * 24
@@ -126,9 +154,11 @@ def test_result_columns_hold_what_they_say(scan_study, series):
         (label, 2, 48, None)
     }
     assert len(first["weights_sha256"]) == len(first["data_sha256"]) == 64
-    units = {(r["measure"], r["unit"]) for r in rows}
-    assert units == {("knowledge_entropy", "nats"), ("gini", "fraction")}
-    assert folder.replicates().num_rows == 4 * 2 * 3 * 64
+    units = {r["measure"]: r["unit"] for r in rows}
+    assert (units["knowledge_entropy"], units["gini"]) == ("nats", "fraction")
+    replicates = folder.replicates().to_pylist()
+    for measure in ("knowledge_entropy", "gini"):
+        assert sum(row["measure"] == measure for row in replicates) == 4 * 3 * 64
     coefficients = folder.mean_coefficients("step20")
     assert coefficients.shape == (2, 48)
     shares = coefficients / coefficients.sum(1, keepdims=True)
@@ -153,12 +183,13 @@ def test_finished_work_is_never_done_again_and_wider_requests_add(scan_study, se
     assert (again.done, again.skipped) == ([], 2)
     _, wider = scan(scan_study(measures=("knowledge_entropy",)))
     assert (sorted(wider.done), wider.skipped) == (["step30", "step40"], 2)
-    _, more = scan(scan_study(measures=("knowledge_entropy", "top_k_mass")))
-    assert (sorted(more.done), more.skipped) == (["step10", "step20", "step30", "step40"], 0)
+    more = prepare_scan(scan_study(measures=("knowledge_entropy", "top_k_mass")))
+    assert (len(more.works), more.num_skipped) == (4, 0)
     other = token_ids.with_name("other.npy")
     np.save(other, np.load(token_ids)[::-1])
     both = {"ids": str(token_ids), "other": str(other)}
-    scan(scan_study(measures=("knowledge_entropy", "top_k_mass"), data=both))
+    _, all_of_it = scan(scan_study(measures=("knowledge_entropy", "top_k_mass"), data=both))
+    assert (len(all_of_it.done), all_of_it.skipped) == (4, 0)
     found = values_of(narrow.output)
     assert {key: found[key] for key in before} == before
     assert len(found) == 4 * 2 * 2 * 3
@@ -189,9 +220,7 @@ def test_broken_checkpoints_become_rows_and_the_others_finish(scan_study, series
     for name, how in broken.items():
         shutil.copytree(series / "step10", folder / name)
         break_checkpoint(folder / name, how)
-    study = scan_study(
-        checkpoints={"spec": str(folder)}, measures=("knowledge_entropy",), num_actors=2
-    )
+    study = scan_study(checkpoints={"spec": str(folder)}, measures=("knowledge_entropy",))
     outcome, recorder = scan(study)
     assert outcome.exit_code == 1
     assert sorted(recorder.done) == ["step10", "step20", "step30", "step40"]
@@ -254,51 +283,14 @@ def test_other_weights_under_one_name_are_scored_from_scratch(
     assert values_of(study.output).keys() > wanted.keys()
 
 
-def scorer_pids():
-    return [
-        child.pid
-        for child in psutil.Process().children(recursive=True)
-        if "MapWorker" in " ".join(child.cmdline())
-    ]
-
-
-def test_a_killed_scorer_changes_no_result(scan_study, expected, tmp_path, series):
-    # Enough checkpoints that the kill falls into the middle.
-    folder = tmp_path / "series"
-    for number in range(12):
-        shutil.copytree(series / f"step{10 * (number % 4 + 1)}", folder / f"step{number}")
-    study = scan_study(
-        checkpoints={"spec": str(folder)}, measures=tuple(MEASURES), num_actors=2, batch_size=1
-    )
-    recorder = Recorder()
-    killed = []
-
-    def kill_once(name):
-        if len(recorder.done) == 3 and not killed:
-            killed.extend(scorer_pids()[:1])
-            os.kill(killed[0], signal.SIGKILL)
-
-    recorder.on_checkpoint = kill_once
-    outcome, _ = scan(study, recorder)
-    assert killed
-    assert outcome.exit_code == 0
-    assert sorted(recorder.done) == sorted(f"step{n}" for n in range(12))
-    wanted = {
-        (f"step{n}", *key[1:]): value
-        for n in range(12)
-        for key, value in expected.items()
-        if key[0] == f"step{10 * (n % 4 + 1)}"
-    }
-    assert_same(values_of(study.output), wanted)
-
-
 def test_an_item_that_keeps_killing_its_actor_is_given_up(scan_study, series, token_ids):
     """The scorer's own count of attempts, with a real monitor that has seen three of them."""
     import pyarrow as pa
     import ray
 
-    from ke_ray.engine.scan.scorer import CheckpointScorer, ScanMonitor
+    from ke_ray.engine.scan.scorer import CheckpointScorer
     from ke_ray.planning.scan_messages import ScorerSettings, item_to_json
+    from ke_ray.planning.scan_monitor import ScanMonitor
 
     setup = prepare_scan(scan_study(measures=("knowledge_entropy",)))
     monitor = ray.remote(num_cpus=0)(ScanMonitor).remote()
@@ -341,15 +333,11 @@ def test_an_interrupt_keeps_what_is_finished(scan_study, series, expected):
     )
 
 
-def test_mlflow_has_a_point_for_each_checkpoint(scan_study, tmp_path):
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
-    study = scan_study(
-        measures=("knowledge_entropy",), mlflow=TrackingSettings(uri=uri, experiment="scans")
-    )
-    outcome, _ = scan(study)
+def test_mlflow_has_a_point_for_each_checkpoint(whole):
     from mlflow.tracking import MlflowClient
 
-    client = MlflowClient(uri)
+    study, outcome, _ = whole
+    client = MlflowClient(study.mlflow.uri)
     run = client.get_run(outcome.mlflow_run_id)
     assert run.info.status == "FINISHED"
     history = client.get_metric_history(outcome.mlflow_run_id, "knowledge_entropy/total_nats")
@@ -365,17 +353,7 @@ def test_mlflow_has_a_point_for_each_checkpoint(scan_study, tmp_path):
     assert run.inputs.dataset_inputs[0].dataset.name == "ids"
 
 
-def test_progress_counts_tokens_while_it_runs(scan_study):
-    seen = []
-
-    class Counter(Recorder):
-        def tokens(self, num_tokens, total, note=""):
-            assert total == 4 * 70 * 24
-            seen.append(num_tokens)
-
-    threads_before = threading.active_count()
-    scan(scan_study(batch_size=1, num_actors=1), Counter())
+def test_progress_counts_tokens_while_it_runs(whole):
+    _, _, seen = whole
     assert seen == sorted(seen)
     assert seen[-1] == 4 * 70 * 24
-    time.sleep(0.1)
-    assert threading.active_count() <= threads_before + 2

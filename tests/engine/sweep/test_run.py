@@ -124,6 +124,7 @@ def test_a_failing_trial_is_retried_then_a_row_and_the_others_finish(
         space={"optimizer.learning_rate": [1e18, 2e-3]},
         points=[],
         retries=1,
+        max_concurrent=1,  # one actor for both
         mlflow={"uri": uri},
     )
     outcome = sweep(study)
@@ -242,6 +243,7 @@ def test_tpe_with_two_objectives(tmp_path: Path, series: Path, ray_cluster: None
         points=[],
         num_trials=3,
         startup_trials=2,
+        max_concurrent=1,
     )
     outcome = sweep(study)
     assert outcome.exit_code == 0, outcome.failures

@@ -142,7 +142,8 @@ def test_a_killed_driver_is_resumed_by_the_same_command(tmp_path: Path, series: 
         tmp_path / "out",
         series,
         **{"executor": "ray", "cpus_per_worker": 1, "starts": {"steps": "10:"}, "seeds": (0, 1)},
-        **{"save_every": 2, "micro_batch_size": 1, "epochs": 20, "injection": {"every": 60}},
+        **{"save_every": 2, "micro_batch_size": 1, "epochs": 10, "injection": {"every": 30}},
+        **{"probes": {"every": 30}, "downstream": None, "held_out": None, "entropy": None},
     )
     file = write_study(study, tmp_path / "study.yaml")
     first, second = (tmp_path / "out" / "runs" / f"step10-seed{seed}" for seed in (0, 1))
@@ -163,4 +164,4 @@ def test_a_killed_driver_is_resumed_by_the_same_command(tmp_path: Path, series: 
     rows = read_table(tmp_path / "out" / "runs.parquet").to_pylist()
     assert [row["status"] for row in rows] == ["ok", "ok"]
     steps = read_table(tmp_path / "out" / "train.parquet").to_pandas().groupby("run")["step"]
-    assert all(list(group) == list(range(1, 121)) for _, group in steps)
+    assert all(list(group) == list(range(1, 61)) for _, group in steps)
