@@ -15,6 +15,10 @@ from pydantic import Field, model_validator
 from ke_ray.config import Key, Strict
 from ke_ray.studies.parts import TrackingSettings
 
+#: Elements of the largest [tokens, vocabulary] in memory (``ke_ray.training.loss``): 128 MiB of
+#: float32.
+LOGITS_AT_ONCE = 2**25
+
 
 class OptimizerSettings(Strict):
     """AdamW. Embeddings, norms and biases are never decayed (docs/science.md#training-recipe)."""

@@ -22,12 +22,12 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from ke_ray.errors import NonFiniteLossError
 from ke_ray.studies.training import TrainingSettings
 from ke_ray.training.batches import BatchPlan, TokenRows
 from ke_ray.training.checkpoint import TrainingState, load_state, save_state
+from ke_ray.training.loss import row_losses
 from ke_ray.training.optimizer import build_optimizer, clip_gradients
 from ke_ray.training.parallel import (
     Worker,
@@ -39,8 +39,6 @@ from ke_ray.training.parallel import (
     wrap_model,
 )
 from ke_ray.training.schedule import learning_rate_factor
-
-IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -88,24 +86,6 @@ class Hooks:
     at_steps: frozenset[int] = frozenset()
     on_progress: Callable[[Progress], None] | None = None
     on_saved: Callable[[TrainingState], None] | None = None
-
-
-def row_losses(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    """Sum over positions of −ln p(next token), per row.
-
-    Args:
-        ids: int64 [rows, T].
-
-    Returns:
-        float32 [rows], in nats; T − 1 targets a row.
-    """
-    logits = model(input_ids=ids, use_cache=False).logits  # [rows, T, vocabulary]
-    # The last position gets an ignored target: shifting the logits would copy all of them.
-    targets = F.pad(ids[:, 1:], (0, 1), value=IGNORED)
-    losses = F.cross_entropy(
-        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="none"
-    )
-    return losses.view(ids.shape).sum(dim=1)
 
 
 @dataclass

@@ -6,8 +6,7 @@ Built on ``torch.distributed`` alone, so that the loop runs the same under Ray T
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -107,17 +106,14 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
-@contextlib.contextmanager
-def accumulate(model: nn.Module, last: bool) -> Iterator[None]:
-    """Gradients are exchanged between workers only in the ``last`` micro-batch of a step."""
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        with contextlib.nullcontext() if last else model.no_sync():
-            yield
-        return
-    sharded = getattr(model, "set_requires_gradient_sync", None)
-    if sharded is not None:
-        sharded(last)
-    yield
+def accumulate(model: nn.Module, last: bool) -> AbstractContextManager[None]:
+    """Replicas exchange gradients only in the ``last`` micro-batch of a step.
+
+    FSDP does so in each: every worker would otherwise hold the gradients of the whole model.
+    """
+    if isinstance(model, nn.parallel.DistributedDataParallel) and not last:
+        return model.no_sync()
+    return nullcontext()
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import traceback
+from functools import partial
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from command_process import start_process
 from transformers import OlmoConfig, OlmoeConfig, OlmoeForCausalLM, OlmoForCausalLM
 
 from ke_ray.studies.training import TrainingSettings
+from ke_ray.training import loop
 from ke_ray.training.loop import Hooks, train
+from ke_ray.training.loss import row_losses
 from ke_ray.training.parallel import Worker
 
 VOCABULARY = 64
@@ -149,6 +152,18 @@ def main(job: dict[str, Any]) -> None:
         if step == job.get("die_after"):
             os.kill(os.getpid(), signal.SIGKILL)
 
+    if "max_logits" in job:
+        loop.row_losses = partial(row_losses, max_logits=job["max_logits"])
+    held: list[int] = []  # elements of a parameter's gradient here, when a forward pass begins
+    if job.get("watch_gradients"):
+        watched = model.model.layers[1].mlp.up_proj
+
+        def watch(*_: object) -> None:
+            gradient = watched.weight.grad
+            local = getattr(gradient, "to_local", lambda: gradient)()
+            held.append(0 if local is None else local.numel())
+
+        model.model.layers[0].register_forward_pre_hook(watch)
     state = train(
         model,
         tiny_rows(),
@@ -167,6 +182,7 @@ def main(job: dict[str, Any]) -> None:
         job["out"],
         loss=[row["loss"] for row in rows],
         grad_norm=[row["grad_norm"] for row in rows],
+        **({"held": held} if held else {}),
         **weights,
     )
     if worker.world_size > 1:

@@ -85,6 +85,17 @@ def test_workers_change_nothing_beyond_rounding(
         np.testing.assert_allclose(together[name], expected, atol=2e-6, err_msg=name)
 
 
+def test_sharded_workers_keep_only_their_own_gradients_between_micro_batches(
+    tmp_path: Path, alone: dict[str, np.ndarray]
+) -> None:
+    keys = {"num_workers": 2, "micro_batch_size": 2, "strategy": "fsdp"}
+    job = {"keys": keys | {"activation_checkpointing": True}, "max_logits": 5 * 64}
+    together = run_workers(tmp_path, 2, watch_gradients=True, **job)
+    assert together["held"].tolist() == [0, 16 * 32 // 2] * 12
+    np.testing.assert_allclose(together["loss"], alone["loss"], atol=2e-6)
+    np.testing.assert_allclose(together["grad_norm"], alone["grad_norm"], atol=2e-6)
+
+
 @pytest.fixture(scope="module")
 def mixture_alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
     return run_workers(tmp_path_factory.mktemp("mixture"), 1, mixture=True, num_steps=4)
