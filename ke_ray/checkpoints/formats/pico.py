@@ -49,12 +49,15 @@ def read_pico_config(path: Path) -> PreTrainedConfig | None:
     values = _values(path)
     if values is None:
         return None
-    sizes = {own: values.get(own) for own in _SIZES}
     # An absent number of key-value heads means one for each query head.
-    sizes["attention_n_kv_heads"] = sizes["attention_n_kv_heads"] or sizes["attention_n_heads"]
-    for own, size in sizes.items():
+    if values.get("attention_n_kv_heads") is None:
+        values["attention_n_kv_heads"] = values.get("attention_n_heads")
+    sizes: dict[str, int] = {}
+    for own in _SIZES:
+        size = values.get(own)
         if type(size) is not int or not 0 < size < _INT_LIMIT:
             raise CheckpointError(f"'{path}': {own}={size!r} is not a positive whole number.")
+        sizes[own] = size
     rates: dict[str, float] = {}
     for own, default in (("norm_eps", 1e-6), ("position_emb_theta", 10_000.0)):
         rate = values.get(own, default)
