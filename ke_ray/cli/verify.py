@@ -14,7 +14,6 @@ from ke_ray.config import load_study, read_yaml
 from ke_ray.errors import ConfigError
 from ke_ray.shipped import study_path
 from ke_ray.studies.continual import ContinualStudy
-from ke_ray.studies.sweep import load_sweep
 
 #: Points that P may differ from the paper's: the prompts are others (assumed, not measured).
 _TOLERANCE_POINTS = 3.0
@@ -55,6 +54,8 @@ def verify(
 
 
 def _continual(path: str, overrides: list[str]) -> ContinualStudy:
+    from ke_ray.studies.sweep import load_sweep
+
     kind = read_yaml(path, "a study file").get("kind")
     if kind == "sweep":
         return load_sweep(path, overrides).base
