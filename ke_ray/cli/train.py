@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
     from ke_ray.outcomes import Outcome, PretrainOutcome
-    from ke_ray.studies.continual import ContinualStudy
-    from ke_ray.studies.training import PretrainStudy
     from ke_ray.training.loop import Progress
 
 Study = Annotated[
