@@ -142,6 +142,9 @@ def execute_scan(study: ScanStudy) -> ScanOutcome:
 
     with claimed(study.output, "scan"), cluster_gpus() as gpus:
         setup = prepare_scan(study, gpus)
+        for key in ("dtype", "matmul_precision"):
+            if getattr(study, key) == "auto":
+                typer.echo(f"{key}: auto is {getattr(setup.study, key)} here", err=True)
         with open_tracker(study.mlflow) as tracker:
             outcome = run_scan(setup, TerminalDisplay("scan", "checkpoints"), tracker)
             run = tracker.run(outcome.mlflow_run_id)
