@@ -50,8 +50,8 @@ test-slow: install
 test-browser: install
 	$(PYTEST) -m "browser and not slow and not ray"
 
-# On one card in at most ten minutes, with whatever python has torch, transformers and pytest: no
-# Ray and no .venv. ARGS=--tiny runs it on a CPU.
+# Meant for one card and ten minutes, with whatever python has torch, transformers and pytest: no Ray
+# and no .venv. ARGS=--tiny runs it on a CPU.
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py $(ARGS)
 

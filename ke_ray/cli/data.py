@@ -30,7 +30,7 @@ def list_data(folder: Folder = _FOLDER) -> None:
         about = (published.title, published.licence, published.page)
         table.add_row(published.name, f"{num_here} of {num_files}", size, *about)
     Console().print(table)
-    typer.echo(f"\nke-ray data fetch NAME… fetches into '{folder}'..")
+    typer.echo(f"\nke-ray data fetch NAME… fetches into '{folder}'.")
 
 
 @data.command("fetch")

@@ -148,6 +148,9 @@ def execute_scan(study: ScanStudy) -> ScanOutcome:
         cluster_gpus() as gpus,
     ):
         setup = prepare_scan(study, gpus)
+        for key in ("dtype", "matmul_precision"):
+            if getattr(study, key) == "auto":
+                typer.echo(f"{key}: auto is {getattr(setup.study, key)} here", err=True)
         with open_tracker(study.mlflow) as tracker:
             outcome = run_scan(setup, display, tracker)
             run = tracker.run(outcome.mlflow_run_id)

@@ -16,9 +16,6 @@ def matmul_precision(value: str) -> Iterator[None]:
     keeps 10 bits of each factor.
     """
     before = torch.get_float32_matmul_precision()
-    if before == value:
-        yield
-        return
     torch.set_float32_matmul_precision(value)
     try:
         yield

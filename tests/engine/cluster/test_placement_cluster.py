@@ -79,6 +79,7 @@ def test_a_scan_scores_on_cpus_and_says_so_once(
     )
     # Each node is asked what torch can do there, not what it declares.
     assert read_manifest(str(tmp_path / "scan"))["identity"]["dtype"] == "float32"
+    assert "dtype: auto is float32 here" in messages
     rows = read_table(str(tmp_path / "scan" / "entropy.parquet")).to_pylist()
     assert {row["status"] for row in rows} == {"ok"}
     assert messages.count("Ray granted a GPU on the node") == 1

@@ -6,6 +6,7 @@ import shutil
 import signal
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -287,7 +288,9 @@ def test_an_item_that_keeps_killing_its_actor_is_given_up(scan_study, series, to
     """The scorer's own count of attempts, with a real monitor that has seen three of them."""
     import pyarrow as pa
     import ray
+    import torch
 
+    from ke_ray.core.precision import matmul_precision
     from ke_ray.engine.scan.scorer import CheckpointScorer
     from ke_ray.planning.scan_messages import ScorerSettings, item_to_json
     from ke_ray.planning.scan_monitor import ScanMonitor
@@ -295,12 +298,12 @@ def test_an_item_that_keeps_killing_its_actor_is_given_up(scan_study, series, to
     setup = prepare_scan(scan_study(measures=("knowledge_entropy",)))
     monitor = ray.remote(num_cpus=0)(ScanMonitor).remote()
     corpus = setup.corpora["ids"]
-    scorer = CheckpointScorer(
-        ScorerSettings("float32", 8, 0.01, 0.1, "auto", None, None, None),
-        setup.refs,
-        {"ids": ray.put((corpus.input_ids, corpus.lengths))},
-        monitor,
-    )
+    settings = ScorerSettings("float32", 8, 0.01, 0.1, "auto", None, None, None)
+    arrays = {"ids": ray.put((corpus.input_ids, corpus.lengths))}
+    with matmul_precision("highest"):  # a scorer has its process for itself
+        CheckpointScorer(replace(settings, matmul_precision="high"), setup.refs, arrays, monitor)
+        assert torch.get_float32_matmul_precision() == "high"
+    scorer = CheckpointScorer(settings, setup.refs, arrays, monitor)
     item = plan.plan_items(setup.works, 1, 0.0)[0]
     batch = pa.table({"item": [item_to_json(item)]})
     statuses = [scorer(batch)["status"].to_pylist() for _ in range(4)]
