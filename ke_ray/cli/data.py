@@ -9,6 +9,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ke_ray.data.published import fetch, find_published, list_published, missing_files
+
 _FOLDER = "data"
 
 data = typer.Typer(help="List and fetch the published data that the shipped studies read.")
@@ -19,8 +21,6 @@ Folder = Annotated[str, typer.Option(help="The folder for data, by which studies
 @data.command("list")
 def list_data(folder: Folder = _FOLDER) -> None:
     """List what is published: files here and in all, size, licence, page."""
-    from ke_ray.data.published import list_published, missing_files
-
     table = Table("name", "files", "size", "what", "licence", "page", box=None, pad_edge=False)
     table.header_style = "bold"
     for published in list_published().values():
@@ -30,7 +30,7 @@ def list_data(folder: Folder = _FOLDER) -> None:
         about = (published.title, published.licence, published.page)
         table.add_row(published.name, f"{num_here} of {num_files}", size, *about)
     Console().print(table)
-    typer.echo(f"\nke-ray data fetch NAME… fetches into '{folder}'..")
+    typer.echo(f"\nke-ray data fetch NAME… fetches into '{folder}'.")
 
 
 @data.command("fetch")
@@ -42,8 +42,6 @@ def fetch_data(
     ] = None,
 ) -> None:
     """Fetch published data and verify it; what is there is verified alone."""
-    from ke_ray.data.published import fetch, find_published
-
     for published in [find_published(name) for name in names]:
         typer.echo(f"{published.name}: {published.title}. Licence: {published.licence}.")
         num_fetched = num_unverified = 0

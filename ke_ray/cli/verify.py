@@ -14,7 +14,7 @@ from ke_ray.config import load_study, read_yaml
 from ke_ray.errors import ConfigError
 from ke_ray.shipped import study_path
 from ke_ray.studies.continual import ContinualStudy
-from ke_ray.studies.sweep import load_sweep
+from ke_ray.training.runs import list_runs
 
 #: Points that P may differ from the paper's: the prompts are others (assumed, not measured).
 _TOLERANCE_POINTS = 3.0
@@ -33,7 +33,6 @@ def verify(
     and P of the untrained starts are laid beside those that Tables 1 and 2 of the paper imply; K
     has another unit there and is not compared.
     """
-    from ke_ray.training.runs import list_runs
     from ke_ray.training.starts import find_sources, measure_starts
 
     loaded = _continual(study_path(study), overrides or [])
@@ -57,6 +56,8 @@ def verify(
 def _continual(path: str, overrides: list[str]) -> ContinualStudy:
     kind = read_yaml(path, "a study file").get("kind")
     if kind == "sweep":
+        from ke_ray.studies.sweep import load_sweep
+
         return load_sweep(path, overrides).base
     if kind == "continual":
         return load_study(path, ContinualStudy, overrides)

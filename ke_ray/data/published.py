@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 from pydantic import Field
 
 from ke_ray.checkpoints.hub_api import endpoint_url
@@ -243,6 +242,8 @@ def _fetch_file(
 
 def _to_json_lines(path: Path) -> None:
     """Rewrite a Parquet file as JSON lines, one per row."""
+    import pyarrow.parquet as pq
+
     rows = pq.read_table(path).to_pylist()
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
 
