@@ -58,6 +58,8 @@ def _continual(path: str, overrides: list[str]) -> ContinualStudy:
 
     kind = read_yaml(path, "a study file").get("kind")
     if kind == "sweep":
+        from ke_ray.studies.sweep import load_sweep
+
         return load_sweep(path, overrides).base
     if kind == "continual":
         return load_study(path, ContinualStudy, overrides)
