@@ -22,6 +22,7 @@ from ke_ray.cli.options import (
 from ke_ray.cli.progress import TerminalDisplay, print_outcome
 from ke_ray.cli.publish import publish_report
 from ke_ray.cli.scan import print_results
+from ke_ray.planning.training_forecast import check_memory, memory_text
 from ke_ray.secrets import redact
 from ke_ray.storage.ownership import claimed
 from ke_ray.studies.continual import ContinualStudy
@@ -58,12 +59,14 @@ def pretrain(
         print(plan_text(loaded))
         print(f"steps: {loaded.num_steps:,}, tokens: {loaded.num_tokens:,}")
         print(f"checkpoints at steps: {', '.join(map(str, loaded.checkpoint_steps))}")
+        print(memory_text(loaded))
         return
     execute_pretrain(loaded)
 
 
 def execute_pretrain(study: PretrainStudy) -> PretrainOutcome:
     """Run a pretraining study with progress on the terminal, and say what came of it."""
+    check_memory(study)
     display = TerminalDisplay("pretrain", "runs")
 
     def show(progress: Progress) -> None:
@@ -113,6 +116,7 @@ def continual(
         print(f"runs: {len(specs)}")
         for spec in specs:
             print(f"  {spec.name}")
+        print(memory_text(loaded))
         return
     raise typer.Exit(execute_continual(loaded).exit_code)
 
@@ -121,6 +125,7 @@ def execute_continual(study: ContinualStudy) -> Outcome:
     """Run a continual-learning study with progress on the terminal, and print its table."""
     from ke_ray.engine.train.continual import run_continual_study
 
+    check_memory(study)
     display = TerminalDisplay("continual", "runs")
     with claimed(study.output, "continual"):
         try:
