@@ -39,8 +39,10 @@ def sweep(
     loaded = load_sweep(study_path(study), [*options, *(overrides or [])])
     if dry_run:
         from ke_ray.planning.sweep_forecast import forecast
+        from ke_ray.planning.sweep_memory import sweep_memory_text
 
         print(forecast(loaded))
+        print(sweep_memory_text(loaded))
         return
     outcome = execute_sweep(loaded)
     print_next(after_results(loaded.output, failed=bool(outcome.failures)))
@@ -51,8 +53,10 @@ def execute_sweep(study: SweepStudy) -> SweepOutcome:
     """Run a sweep with progress on the terminal; publish and print what came of it."""
     from ke_ray.engine.sweep.run import run_sweep
     from ke_ray.planning.sweep import prepare_sweep
+    from ke_ray.planning.sweep_memory import check_sweep_memory
     from ke_ray.tracking.tracker import open_tracker
 
+    check_sweep_memory(study)
     with (
         claimed(study.output, "sweep"),
         command_display("sweep", "trials", study.output) as display,

@@ -23,6 +23,7 @@ from ke_ray.cli.options import (
 from ke_ray.cli.progress import command_display, print_outcome
 from ke_ray.cli.publish import publish_report
 from ke_ray.cli.scan import print_results
+from ke_ray.planning.memory_forecast import check_memory, memory_text
 from ke_ray.secrets import redact
 from ke_ray.storage.ownership import claimed
 from ke_ray.studies.continual import ContinualStudy
@@ -56,6 +57,7 @@ def pretrain(
         print(plan_text(loaded))
         print(f"steps: {loaded.num_steps:,}, tokens: {loaded.num_tokens:,}")
         print(f"checkpoints at steps: {', '.join(map(str, loaded.checkpoint_steps))}")
+        print(memory_text(loaded))
         return
     execute_pretrain(loaded)
     print_next(after_pretrain(loaded))
@@ -63,6 +65,7 @@ def pretrain(
 
 def execute_pretrain(study: PretrainStudy) -> PretrainOutcome:
     """Run a pretraining study with progress on the terminal, and say what came of it."""
+    check_memory(study)
     with (
         claimed(study.output, "pretrain"),
         command_display("pretrain", "runs", study.output) as display,
@@ -110,6 +113,7 @@ def continual(
         from ke_ray.planning.training_forecast import forecast
 
         print(forecast(loaded))
+        print(memory_text(loaded))
         return
     outcome = execute_continual(loaded)
     print_next(after_results(loaded.output, failed=bool(outcome.failures)))
@@ -120,6 +124,7 @@ def execute_continual(study: ContinualStudy) -> Outcome:
     """Run a continual-learning study with progress on the terminal, and print its table."""
     from ke_ray.engine.train.continual import run_continual_study
 
+    check_memory(study)
     with claimed(study.output, "continual"):
         with command_display("continual", "runs", study.output) as display:
             outcome = run_continual_study(study, display)

@@ -89,6 +89,12 @@ class TrainingSettings(Strict):
     use_gpu: bool | None = Key(
         None, affects_result=False, description="one GPU per worker; null: where there is one"
     )
+    gpu_memory_gib: float | None = Key(
+        None,
+        affects_result=False,
+        gt=1,
+        description="memory of one GPU in GiB, to refuse what does not fit; null: this machine's",
+    )
     cpus_per_worker: int | None = Key(
         None, affects_result=False, ge=1, description="null: an even share of the CPUs"
     )

@@ -67,12 +67,22 @@ def _named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return {**dict(module.named_parameters()), **buffers}
 
 
-def full_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and persistent buffers on the CPU, whole even where the model is sharded.
+def full_tensors(model: nn.Module, worker: Worker) -> dict[str, torch.Tensor]:
+    """Parameters and persistent buffers on the main worker's CPU, whole also of a sharded model.
 
-    A collective under FSDP: call it on every worker. Tied weights come once.
+    A collective under FSDP: call it on every worker; the others get an empty dictionary. Tied
+    weights come once.
     """
-    return {name: full_tensor(t).contiguous() for name, t in _named_tensors(model).items()}
+    return _gathered(_named_tensors(model), worker)
+
+
+def _gathered(tensors: dict[str, torch.Tensor], worker: Worker) -> dict[str, torch.Tensor]:
+    whole = {}
+    for name, tensor in tensors.items():
+        gathered = full_tensor(tensor)
+        if worker.is_main:  # the others would hold as much for nothing
+            whole[name] = gathered.contiguous()
+    return whole
 
 
 def _rng_tensors(worker: Worker) -> dict[str, torch.Tensor]:
@@ -99,22 +109,28 @@ def save_state(
         identity: fingerprint of the run, compared on load.
         keep: how many states to keep; older ones are removed after this one is complete.
     """
-    tensors = full_tensors(model)
-    moments: dict[str, torch.Tensor] = {}
-    for name, parameter in unwrap(model).named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            moments[f"{name}::{key}"] = full_tensor(value).contiguous()
+    folder, sizes = storage.join(uri, _folder(state.step)), {}
+
+    def write(name: str, payload: bytes) -> None:
+        storage.write_atomic(storage.join(folder, name), payload)
+        sizes[name] = len(payload)
+
+    # One file after the other: host memory has to hold the largest of them, and its bytes.
+    tensors = full_tensors(model, worker)
+    if worker.is_main:
+        write("model.safetensors", save_safetensors(tensors))
+    del tensors
+    moments = {
+        f"{name}::{key}": value
+        for name, parameter in unwrap(model).named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+    moments = _gathered(moments, worker)
     rng = _rng_tensors(worker)
     if worker.is_main:
-        folder = storage.join(uri, _folder(state.step))
-        payloads = {
-            "model.safetensors": save_safetensors(tensors),
-            "optimizer.safetensors": save_safetensors(moments),
-            "rng.safetensors": save_safetensors(rng),
-            "records.json": json.dumps(state.records).encode(),
-        }
-        for name, payload in payloads.items():
-            storage.write_atomic(storage.join(folder, name), payload)
+        write("optimizer.safetensors", save_safetensors(moments))
+        write("rng.safetensors", save_safetensors(rng))
+        write("records.json", json.dumps(state.records).encode())
         meta = {
             "state_version": STATE_VERSION,
             "identity": identity,
@@ -122,7 +138,7 @@ def save_state(
             "num_tokens": state.num_tokens,
             "elapsed_s": state.elapsed_s,
             "world_size": worker.world_size,
-            "sizes": {name: len(payload) for name, payload in payloads.items()},
+            "sizes": sizes,
         }
         storage.write_json(storage.join(folder, "state.json"), meta)
         for old in _steps(uri)[:-keep]:

@@ -27,7 +27,7 @@ def whole_model(model: nn.Module, worker: Worker) -> Any | None:
     """
     if not any(hasattr(p, "full_tensor") for p in model.parameters()):
         return model if worker.is_main else None
-    tensors = full_tensors(model)
+    tensors = full_tensors(model, worker)
     if not worker.is_main:
         return None
     with torch.random.fork_rng(devices=[]):  # its first weights draw random numbers

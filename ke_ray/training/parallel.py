@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from ke_ray.errors import UnsupportedArchitectureError
+from ke_ray.errors import ConfigError, UnsupportedArchitectureError
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,26 @@ class Worker:
     def is_main(self) -> bool:
         """Whether this is the worker that writes files."""
         return self.rank == 0
+
+
+def lone_worker(use_gpu: bool | None) -> Worker:
+    """The only worker of a study, in this process, on the device that the study asks for.
+
+    Args:
+        use_gpu: as in studies; None: where this process has a GPU that torch can use.
+
+    Raises:
+        ConfigError: a GPU is requested and there is none.
+    """
+    if use_gpu is not False and torch.cuda.is_available():
+        return Worker(device="cuda")
+    if use_gpu:
+        raise ConfigError(
+            f"use_gpu is true, but torch {torch.__version__} finds no GPU in this process. Leave "
+            "use_gpu out to train on CPUs too, or run it where there is one (a job gets one by "
+            "entrypoint_num_gpus)."
+        )
+    return Worker()
 
 
 def all_reduce_sum(tensor: torch.Tensor, worker: Worker) -> torch.Tensor:

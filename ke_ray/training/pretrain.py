@@ -36,7 +36,7 @@ from ke_ray.training.checkpoint import TrainingState, remove_states
 from ke_ray.training.export import export_model
 from ke_ray.training.initial import build_config, build_model
 from ke_ray.training.loop import Hooks, Progress, train
-from ke_ray.training.parallel import Worker, barrier
+from ke_ray.training.parallel import Worker, barrier, lone_worker
 from ke_ray.training.tracking import log_progress, tracked_run
 
 _log = logging.getLogger(__name__)
@@ -166,12 +166,13 @@ def run_pretrain(
     A finished study is not run again; one that was killed resumes from its last saved state.
 
     Args:
-        worker: None: run alone and claim the output folder (``storage.ownership``). A driver
-            claims it for its workers.
+        worker: None: run alone, on the device that ``use_gpu`` says, and claim the output folder
+            (``storage.ownership``). A driver claims it for its workers.
 
     Raises:
         ResultsError: the output folder is not ke_ray's, holds another study, or another command
             is writing it.
+        ConfigError: a GPU is requested and there is none.
         NonFiniteLossError: training broke down; the checkpoints so far are kept.
         StorageError: the MLflow store cannot be used; nothing was trained.
     """
@@ -185,6 +186,7 @@ def _run_claimed(
     started = time.perf_counter()
     finished = is_finished(study)
     if worker is None and not finished:
+        worker = lone_worker(study.use_gpu)
         check_store(study.mlflow)  # the driver of workers has checked it for them
     worker = worker or Worker()
     barrier(worker)

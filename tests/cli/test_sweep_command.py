@@ -43,6 +43,8 @@ def test_every_shipped_sweep_has_a_plan_without_a_network(ke_ray, monkeypatch, t
     assert "about" in lines["training tokens"]
     assert ("H100" in lines["hours"]) == (name != "demo")
     assert ("assumed" in lines["hours"]) == ("measured in" in lines["hours"]) == (name != "demo")
+    if name in ("table1", "demo"):
+        assert ("activations" in result.out) == (name == "table1")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -295,6 +295,7 @@ def test_concurrency_follows_the_cluster(
         ({"gpus_per_trial": 1}, {}, ONE, "1 CPU and 1 GPU"),
         ({}, {"use_gpu": True}, ONE, "1 GPU"),
         ({}, {"num_workers": 4}, ONE, "4 workers of 1 CPU"),
+        ({}, {"num_workers": 4}, [{"CPU": 16.0, "GPU": 2.0}], "4 workers of 1 CPU and 1 GPU"),
         ({"cpus_per_trial": 1}, {"num_workers": 2}, ONE, "fewer than the 2 workers"),
         ({"gpus_per_trial": 0.5}, {"num_workers": 2}, [{"CPU": 8.0, "GPU": 8.0}], "0 or 2"),
     ],

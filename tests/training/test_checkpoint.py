@@ -12,8 +12,9 @@ import pytest
 from tiny_training import run_workers, start_worker, tiny_keys, tiny_model, tiny_rows
 
 from ke_ray.errors import TrainingError
-from ke_ray.training.checkpoint import latest_step
+from ke_ray.training.checkpoint import full_tensors, latest_step
 from ke_ray.training.loop import train
+from ke_ray.training.parallel import Worker
 
 KEYS = {"save_every": 3}
 
@@ -105,3 +106,10 @@ def test_sharded_workers_resume_where_they_were(tmp_path: Path) -> None:
     np.testing.assert_allclose(alone["loss"], whole["loss"], atol=1e-6)
     for name in (n for n in whole if n.startswith("weight")):
         np.testing.assert_allclose(alone[name], whole[name], atol=2e-6, err_msg=name)
+
+
+def test_only_the_main_worker_holds_the_whole_model() -> None:
+    model = tiny_model()
+    whole = full_tensors(model, Worker(rank=0, world_size=2))
+    assert set(whole) == {name for name, _ in model.named_parameters()}
+    assert full_tensors(model, Worker(rank=1, world_size=2)) == {}

@@ -19,6 +19,7 @@ from ke_ray.models.loading import load_model
 from ke_ray.studies.training import ModelShape
 from ke_ray.training.initial import build_config, build_model
 from ke_ray.training.loop import Progress
+from ke_ray.training.parallel import Worker, lone_worker
 from ke_ray.training.pretrain import run_pretrain
 
 
@@ -137,3 +138,19 @@ def test_unknown_models_and_keys_are_named() -> None:
         build(model_type="llama", extra={"rms_norm_ep": 1})
     with pytest.raises(UnsupportedArchitectureError):
         build(model_type="jetmoe")
+
+
+def test_one_worker_trains_on_a_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    for available, asked, device in (
+        (True, None, "cuda"),
+        (True, False, "cpu"),
+        (False, None, "cpu"),
+    ):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda found=available: found)
+        assert lone_worker(asked) == Worker(device=device)
+
+
+def test_a_study_that_wants_a_gpu_does_not_start_without(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"use_gpu is true.*entrypoint_num_gpus"):
+        run_pretrain(tiny_pretrain(tmp_path, use_gpu=True))
+    assert not (tmp_path / "tokenizer").exists()

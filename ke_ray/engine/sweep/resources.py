@@ -61,7 +61,7 @@ def trial_resources(
     """
     num_workers = study.base.num_workers
     cpus = _requested_cpus(study, num_workers)
-    gpus = _gpus(study, nodes, cpus or 1, num_workers)
+    gpus = _gpus(study, nodes, num_workers)
     most = max(1, min(study.max_concurrent or num_trials, num_trials))
     if cpus is None:
         # As many at once as there are CPUs, or GPUs, for; then each as many CPUs as are left.
@@ -79,14 +79,12 @@ def trial_resources(
     return TrialResources(max(1, min(most, holds)), cpus, gpus)
 
 
-def _gpus(
-    study: SweepStudy, nodes: Sequence[Mapping[str, float]], cpus: int, num_workers: int
-) -> float:
+def _gpus(study: SweepStudy, nodes: Sequence[Mapping[str, float]], num_workers: int) -> float:
     """GPUs of a trial's actor, or of one worker."""
     if study.gpus_per_trial is None:
         use_gpu = study.base.use_gpu
         if use_gpu is None:
-            use_gpu = count_places(nodes, cpus, gpus=1) >= num_workers
+            use_gpu = any(node.get("GPU") for node in nodes)
         return float(use_gpu)
     gpus = study.gpus_per_trial
     if num_workers > 1 and gpus not in (0.0, float(num_workers)):

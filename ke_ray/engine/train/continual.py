@@ -35,7 +35,7 @@ from ke_ray.tracking.tracker import check_store
 from ke_ray.training.continual import run_continual
 from ke_ray.training.inputs import load_inputs, read_start
 from ke_ray.training.loop import Progress
-from ke_ray.training.parallel import Worker
+from ke_ray.training.parallel import Worker, lone_worker
 from ke_ray.training.runs import (
     RunSpec,
     list_runs,
@@ -103,7 +103,10 @@ def _run_claimed(study: ContinualStudy, display: Display) -> Outcome:
     outcome = Outcome(study.output)
     specs = _listed(study)
     pending = [spec for spec in specs if not _is_done(study, spec)]
+    worker = Worker()
     if pending:
+        if study.executor == "inline":
+            worker = lone_worker(study.use_gpu)
         specs = prepare_continual(study)
         check_store(study.mlflow)
     outcome.num_skipped = len(specs) - len(pending)
@@ -116,7 +119,7 @@ def _run_claimed(study: ContinualStudy, display: Display) -> Outcome:
         reporter = _RunReporter(study, pending, display)
         if study.executor == "inline":
             for spec in pending:
-                _run_inline(study, spec, reporter)
+                _run_inline(study, spec, worker, reporter)
         else:
             _run_on_ray(study, pending, reporter, outcome)
         reporter.finish()
@@ -186,9 +189,11 @@ class _RunReporter:
             self._display.ended(spec.name, [row])
 
 
-def _run_inline(study: ContinualStudy, spec: RunSpec, reporter: _RunReporter) -> None:
+def _run_inline(
+    study: ContinualStudy, spec: RunSpec, worker: Worker, reporter: _RunReporter
+) -> None:
     try:
-        run_continual(study, spec, Worker(), reporter.show)
+        run_continual(study, spec, worker, reporter.show)
     except Exception as error:
         log.debug("run %s failed", spec.name, exc_info=True)
         write_failed(study, spec, row_error(error))

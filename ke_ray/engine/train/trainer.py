@@ -69,8 +69,8 @@ def worker_resources(settings: TrainingSettings) -> WorkerResources:
     """
     num_workers, use_gpu = settings.num_workers, settings.use_gpu
     nodes = training_nodes(use_gpu)
-    if use_gpu is None:
-        use_gpu = count_places(nodes, settings.cpus_per_worker or 1, gpus=1) >= num_workers
+    if use_gpu is None:  # too few of them are no reason to train on CPUs for weeks instead
+        use_gpu = any(node.get("GPU") for node in nodes)
     gpus = int(use_gpu)
     cpus = settings.cpus_per_worker or max(1, most_cpus(nodes, num_workers, gpus))
     num_places = count_places(nodes, cpus, gpus)

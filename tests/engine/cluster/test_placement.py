@@ -64,7 +64,7 @@ def test_equal_nodes_are_described_together() -> None:
         ({}, SMALL_AND_LARGE, 32, False),
         ({"num_workers": 4}, SMALL_AND_LARGE, 8, False),
         ({"num_workers": 4}, HEAD_AND_GPU_NODES, 4, True),
-        ({"num_workers": 8}, HEAD_AND_GPU_NODES, 2, False),  # fewer GPUs than workers
+        ({"num_workers": 8, "use_gpu": False}, HEAD_AND_GPU_NODES, 2, False),
         ({"cpus_per_worker": 8, "num_workers": 2}, HEAD_AND_GPU_NODES, 8, True),
     ],
 )
@@ -75,6 +75,15 @@ def test_a_training_worker_gets_what_the_nodes_can_give(
     monkeypatch.setattr(train, "may_grow", lambda: False)
     found = worker_resources(tiny_pretrain(tmp_path, **keys))
     assert (found.cpus, found.use_gpu) == (cpus, use_gpu)
+
+
+def test_fewer_gpus_than_workers_are_no_reason_to_train_on_cpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "training_nodes", lambda _: HEAD_AND_GPU_NODES)
+    monkeypatch.setattr(train, "may_grow", lambda: False)
+    with pytest.raises(ConfigError, match=r"8 workers × .*1 GPU.*holds 4.*use_gpu: false"):
+        worker_resources(tiny_pretrain(tmp_path, num_workers=8))
 
 
 def test_workers_that_no_nodes_hold_are_refused_unless_nodes_may_come(
