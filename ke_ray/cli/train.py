@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import yaml
 
+from ke_ray import storage
 from ke_ray.cli.options import (
     ArchitectureFile,
     DryRun,
@@ -22,6 +23,7 @@ from ke_ray.cli.options import (
 from ke_ray.cli.progress import TerminalDisplay, print_outcome
 from ke_ray.cli.publish import publish_report
 from ke_ray.cli.scan import print_results
+from ke_ray.results.manifest import truthful_ending
 from ke_ray.secrets import redact
 from ke_ray.storage.ownership import claimed
 from ke_ray.studies.continual import ContinualStudy
@@ -69,18 +71,19 @@ def execute_pretrain(study: PretrainStudy) -> PretrainOutcome:
     def show(progress: Progress) -> None:
         display.tokens(progress.record.num_tokens, study.num_tokens, str(progress))
 
-    display.start(num_items=1, num_skipped=0)
-    try:
-        if study.num_workers == 1:
-            from ke_ray.training.pretrain import run_pretrain
+    with claimed(study.output, "pretrain"), truthful_ending(study.output):
+        display.start(num_items=1, num_skipped=0)
+        try:
+            if study.num_workers == 1:
+                from ke_ray.training.pretrain import run_pretrain
 
-            outcome = run_pretrain(study, show)
-        else:
-            from ke_ray.engine.train.trainer import run_pretrain_on_ray
+                outcome = run_pretrain(study, show)
+            else:
+                from ke_ray.engine.train.trainer import run_pretrain_on_ray
 
-            outcome = run_pretrain_on_ray(study, show)
-    finally:
-        display.stop()
+                outcome = run_pretrain_on_ray(study, show)
+        finally:
+            display.stop()
     if outcome.num_skipped:
         typer.echo(f"Pretraining is finished already and skipped: {outcome.output}")
     typer.echo(
@@ -122,12 +125,14 @@ def execute_continual(study: ContinualStudy) -> Outcome:
     from ke_ray.engine.train.continual import run_continual_study
 
     display = TerminalDisplay("continual", "runs")
-    with claimed(study.output, "continual"):
+    with claimed(study.output, "continual"), truthful_ending(study.output):
         try:
             outcome = run_continual_study(study, display)
         finally:
             display.stop()
-        if len(outcome.rows) > outcome.num_skipped:
+        # The command may have been killed between its last run and its report.
+        is_new = len(outcome.rows) > outcome.num_skipped
+        if is_new or not storage.exists(storage.join(study.output, "report.html")):
             ids = [row.get("mlflow_run_id") for row in outcome.rows]
             publish_report(study.output, study.mlflow, ids)
     print_results(study.output)
