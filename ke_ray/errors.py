@@ -10,6 +10,7 @@
     │   ├── DataError                 documents, token ids, facts, schedules
     │   ├── ResultsError              a result folder cannot be used for this request
     │   └── StorageError              no space, no permission, no such store
+    │       └── StoreOutageError      a store went out of order (exit code 1)
     ├── CheckpointError               one checkpoint cannot be fetched, loaded or scored
     ├── PlacementError                the cluster has no node that can hold the work
     └── TrainingError                 a training run cannot continue
@@ -64,6 +65,12 @@ class ResultsError(UserError):
 
 class StorageError(UserError):
     """A file or store cannot be read or written: full, forbidden or unknown."""
+
+
+class StoreOutageError(StorageError):
+    """A store that answered before has been out of order for too long; finished work is saved."""
+
+    exit_code = 1
 
 
 class CheckpointError(KeRayError):

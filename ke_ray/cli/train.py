@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import yaml
 
+from ke_ray import storage
 from ke_ray.cli.next_steps import after_pretrain, after_results, print_next
 from ke_ray.cli.options import (
     ArchitectureFile,
@@ -24,6 +25,7 @@ from ke_ray.cli.progress import command_display, print_outcome
 from ke_ray.cli.publish import publish_report
 from ke_ray.cli.scan import print_results
 from ke_ray.planning.memory_forecast import check_memory, memory_text
+from ke_ray.results.manifest import truthful_ending
 from ke_ray.secrets import redact
 from ke_ray.storage.ownership import claimed
 from ke_ray.studies.continual import ContinualStudy
@@ -68,6 +70,7 @@ def execute_pretrain(study: PretrainStudy) -> PretrainOutcome:
     check_memory(study)
     with (
         claimed(study.output, "pretrain"),
+        truthful_ending(study.output),
         command_display("pretrain", "runs", study.output) as display,
     ):
 
@@ -125,10 +128,12 @@ def execute_continual(study: ContinualStudy) -> Outcome:
     from ke_ray.engine.train.continual import run_continual_study
 
     check_memory(study)
-    with claimed(study.output, "continual"):
+    with claimed(study.output, "continual"), truthful_ending(study.output):
         with command_display("continual", "runs", study.output) as display:
             outcome = run_continual_study(study, display)
-        if len(outcome.rows) > outcome.num_skipped:
+        # The command may have been killed between its last run and its report.
+        is_new = len(outcome.rows) > outcome.num_skipped
+        if is_new or not storage.exists(storage.join(study.output, "report.html")):
             ids = [row.get("mlflow_run_id") for row in outcome.rows]
             publish_report(study.output, study.mlflow, ids)
     print_results(study.output)

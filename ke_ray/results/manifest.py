@@ -7,11 +7,12 @@ import importlib.metadata
 import platform
 import shlex
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from ke_ray import __version__, storage
-from ke_ray.errors import ResultsError
+from ke_ray.errors import KeRayError, ResultsError, UserError
 from ke_ray.secrets import redact
 
 #: Raised when a column changes its meaning; readers know every version up to this one.
@@ -87,3 +88,19 @@ def read_manifest(folder: str, kind: str | None = None) -> dict[str, Any]:
             f"'{folder}' holds results of kind '{manifest['kind']}', expected '{kind}'."
         )
     return manifest
+
+
+@contextmanager
+def truthful_ending(folder: str) -> Iterator[None]:
+    """Within a claimed folder: a manifest does not stay ``running`` where the block raises."""
+    try:
+        yield
+    except UserError:
+        raise  # the request was wrong, and nothing ran
+    except BaseException as error:
+        with suppress(KeRayError, OSError):  # must not hide what happened
+            manifest = read_manifest(folder)
+            if manifest.get("status") == "running":
+                ending = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+                write_manifest(folder, {**manifest, "status": ending})
+        raise

@@ -22,6 +22,7 @@ from ke_ray.storage.files import (
     write_json,
 )
 from ke_ray.storage.json_text import parse_json
+from ke_ray.storage.patience import on_store
 from ke_ray.storage.tables import open_table, read_table, write_table, write_tables
 from ke_ray.storage.temporary import hold, is_temporary, remove_leftovers, temporary_path
 from ke_ray.storage.uris import absolute, explained, is_local, join, local_path, slug
@@ -40,6 +41,7 @@ __all__ = [
     "list_dir",
     "local_path",
     "make_dirs",
+    "on_store",
     "open_read",
     "open_table",
     "parse_json",

@@ -12,6 +12,11 @@ _MODULES = ("aiohttp", "azure", "botocore", "gcsfs", "google", "httpx", "request
 _NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")
 
 
+def is_remote(uri: str) -> bool:
+    """Whether ``uri`` is on a store, and not on this machine's own file system."""
+    return "://" in uri and not uri.startswith(("file://", "local://"))
+
+
 def explain_driver_error(error: BaseException) -> str | None:
     """The reason, without a final stop, where a driver raised ``error``; None for others."""
     if type(error).__module__.split(".")[0] not in _MODULES:

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ke_ray.errors import StorageError
-from ke_ray.storage.drivers import driver_errors
 from ke_ray.storage.json_text import parse_json
+from ke_ray.storage.patience import on_store
 from ke_ray.storage.temporary import hold, remove_leftovers, temporary_path
 from ke_ray.storage.uris import explained, filesystem, is_local, join, local_path
 
@@ -27,40 +27,42 @@ MAX_JSON_BYTES = 64 * 2**20
 def exists(uri: str | os.PathLike[str]) -> bool:
     """Whether a file or folder exists."""
     fs, path = filesystem(uri)
-    with driver_errors(os.fspath(uri)):
-        return bool(fs.exists(path))
+    return on_store(os.fspath(uri), lambda: bool(fs.exists(path)))
 
 
 def make_dirs(uri: str | os.PathLike[str]) -> None:
     """Create a folder and its parents, unless they exist."""
     fs, path = filesystem(uri)
     with explained(os.fspath(uri), "create the folder"):
-        fs.makedirs(path, exist_ok=True)
+        on_store(os.fspath(uri), lambda: fs.makedirs(path, exist_ok=True))
 
 
 def list_dir(uri: str | os.PathLike[str]) -> list[str]:
     """The names in a folder, sorted; empty where there is no such folder."""
     fs, path = filesystem(uri)
-    with explained(os.fspath(uri), "read"):
+
+    def entries() -> list[str]:
         if not fs.isdir(path):
             return []
         fs.invalidate_cache(path)
-        entries = [entry.rstrip("/") for entry in fs.ls(path, detail=False)]
-    return sorted(entry.rsplit("/", 1)[-1] for entry in entries)
+        return list(fs.ls(path, detail=False))
+
+    with explained(os.fspath(uri), "read"):
+        names = [entry.rstrip("/") for entry in on_store(os.fspath(uri), entries)]
+    return sorted(name.rsplit("/", 1)[-1] for name in names)
 
 
 def remove(uri: str | os.PathLike[str]) -> None:
     """Remove a file, or a folder with its contents, if it exists."""
     fs, path = filesystem(uri)
-    with driver_errors(os.fspath(uri)), suppress(FileNotFoundError):
-        fs.rm(path, recursive=True)
+    with suppress(FileNotFoundError):
+        on_store(os.fspath(uri), lambda: fs.rm(path, recursive=True))
 
 
 def open_read(uri: str | os.PathLike[str]) -> BinaryIO:
     """Open a file for reading bytes."""
     fs, path = filesystem(uri)
-    with driver_errors(os.fspath(uri)):
-        return fs.open(path, "rb")
+    return on_store(os.fspath(uri), lambda: fs.open(path, "rb"))
 
 
 def read_bytes(uri: str | os.PathLike[str], max_bytes: int | None = None) -> bytes:
@@ -79,12 +81,15 @@ def read_bytes(uri: str | os.PathLike[str], max_bytes: int | None = None) -> byt
         status = local_path(text).stat()
         if not stat.S_ISREG(status.st_mode):
             raise StorageError(f"'{text}' is not a file (but a folder, a pipe or a device).")
-    with driver_errors(text):
+
+    def content_of() -> bytes:
         if max_bytes is None:
             return bytes(fs.cat_file(path))
         with fs.open(path, "rb") as file:
-            content = bytes(file.read(max_bytes + 1))
-    if len(content) > max_bytes:
+            return bytes(file.read(max_bytes + 1))
+
+    content = on_store(text, content_of)
+    if max_bytes is not None and len(content) > max_bytes:
         raise StorageError(f"'{text}' has more than {max_bytes:,} bytes; is it the right file?")
     return content
 
@@ -121,8 +126,12 @@ def write_atomic(uri: str | os.PathLike[str], data: bytes | str) -> None:
                 raise
             return
         fs, path = filesystem(text)
-        fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-        fs.pipe_file(path, payload)
+
+        def put() -> None:
+            fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+            fs.pipe_file(path, payload)
+
+        on_store(text, put)
 
 
 def create(uri: str | os.PathLike[str], data: bytes) -> bool:
@@ -132,7 +141,8 @@ def create(uri: str | os.PathLike[str], data: bytes) -> bool:
     Storage); on others both may, and the later one's bytes stay.
     """
     fs, path = filesystem(uri)
-    with explained(os.fspath(uri), "write"):
+
+    def put() -> bool:
         fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
         fs.invalidate_cache(path.rsplit("/", 1)[0])
         try:
@@ -142,7 +152,10 @@ def create(uri: str | os.PathLike[str], data: bytes) -> bool:
             if not fs.exists(path):
                 raise
             return False
-    return True
+        return True
+
+    with explained(os.fspath(uri), "write"):
+        return on_store(os.fspath(uri), put)
 
 
 def write_json(uri: str | os.PathLike[str], value: Any) -> None:

@@ -13,15 +13,14 @@ from typing import Any
 import fsspec
 
 from ke_ray.errors import KeRayError, StorageError
-from ke_ray.storage.drivers import driver_errors
+from ke_ray.storage.drivers import driver_errors, is_remote
 
 _LOCAL_PREFIXES = ("file://", "local://")
 
 
 def is_local(uri: str | os.PathLike[str]) -> bool:
     """Whether ``uri`` is on this machine's own file system."""
-    text = os.fspath(uri)
-    return "://" not in text or text.startswith(_LOCAL_PREFIXES)
+    return not is_remote(os.fspath(uri))
 
 
 def local_path(uri: str | os.PathLike[str]) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from ke_ray.checkpoints.formats.layout import Layout, layout_of
 from ke_ray.checkpoints.reference import CheckpointRef
 from ke_ray.checkpoints.transfer import Retries, RetryPolicy, download, probe, public_url
 from ke_ray.errors import CheckpointError, CheckpointSpecError
-from ke_ray.storage import list_dir
+from ke_ray.storage import list_dir, on_store
 
 _CHUNK = 4 * 2**20
 MAX_TEXT_BYTES = 64 * 2**20  # of a configuration or a tokenizer
@@ -169,17 +170,20 @@ def _fetch_remote(
     for name in layout.files:
         retries = Retries(policy)
         while not (folder / name).exists():
+            copy = partial(_copy, fs, f"{path}/{name}", folder / name, should_stop)
             try:
-                _copy(fs, f"{path}/{name}", folder / name, should_stop)
-            except CheckpointError:
-                raise
+                on_store(ref.location, copy)
             except FileNotFoundError as error:
                 raise CheckpointError(f"'{ref.label}' has no {name}.") from error
-            except Exception as error:  # each driver has its own errors
+            except _IncompleteError as error:
                 if not retries.wait():
                     raise CheckpointError(
                         f"Cannot fetch {name} of '{public_url(ref.location)}': {error}."
                     ) from error
+
+
+class _IncompleteError(CheckpointError):
+    """A store sent another number of bytes than it announced."""
 
 
 def _copy(fs: Any, source: str, target: Path, should_stop: Callable[[], bool] | None) -> None:
@@ -189,10 +193,10 @@ def _copy(fs: Any, source: str, target: Path, should_stop: Callable[[], bool] | 
         while chunk := reader.read(_CHUNK):
             writer.write(chunk)
             if writer.tell() > expected:
-                raise ConnectionError(f"more than {expected:,} bytes arrived")
+                raise _IncompleteError(f"more than {expected:,} bytes arrived")
             if should_stop is not None and should_stop():
                 raise CheckpointError(f"Fetching '{source}' was stopped.")
     size_bytes = partial.stat().st_size
     if size_bytes != expected:
-        raise ConnectionError(f"{size_bytes:,} of {expected:,} bytes arrived")
+        raise _IncompleteError(f"{size_bytes:,} of {expected:,} bytes arrived")
     os.replace(partial, target)

@@ -1,0 +1,77 @@
+"""A store that goes out of order is waited for; one that refuses or never answered is not."""
+
+from __future__ import annotations
+
+import http.server
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from ke_ray import storage
+from ke_ray.errors import StorageError, StoreOutageError
+
+
+class Moody(http.server.BaseHTTPRequestHandler):
+    """Answers with the statuses of a list, then with its last one."""
+
+    statuses: list[int]
+    asked = 0
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        Moody.asked += 1
+        status = Moody.statuses.pop(0) if len(Moody.statuses) > 1 else Moody.statuses[0]
+        self.send_response(status)
+        self.send_header("Content-Length", "2")
+        self.end_headers()
+        self.wfile.write(b"ok")
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setattr(Moody, "asked", 0)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Moody) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/file"
+        server.shutdown()
+
+
+def test_a_store_that_answered_before_is_waited_for(
+    store: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    Moody.statuses = [200, 503, 200]
+    assert storage.read_bytes(store) == b"ok"
+    assert storage.read_bytes(store) == b"ok"
+    assert Moody.asked == 3
+    assert "out of order" in caplog.text
+    assert "answers again" in caplog.text
+
+
+def test_waiting_has_an_end_and_says_what_to_do(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KE_RAY_STORE_GIVE_UP_S", "0.5")
+    Moody.statuses = [200, 500]
+    storage.read_bytes(store)
+    with pytest.raises(StoreOutageError, match=r"500.*attempts in.*Finished work is saved") as end:
+        storage.read_bytes(store)
+    assert end.value.exit_code == 1
+    asked = Moody.asked
+    with pytest.raises(StorageError):  # and the next operation waits no more
+        storage.read_bytes(store)
+    assert Moody.asked == asked + 1
+
+
+@pytest.mark.parametrize("statuses", [[503], [200, 403]])
+def test_a_store_that_refuses_or_never_answered_is_an_error_at_once(
+    store: str, statuses: list[int]
+) -> None:
+    Moody.statuses = list(statuses)
+    for _ in statuses[:-1]:
+        storage.read_bytes(store)
+    with pytest.raises(StorageError, match="Cannot reach"):
+        storage.read_bytes(store)
+    assert Moody.asked == len(statuses)
