@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 from fake_hub import FakeHub, serving
 
+from ke_ray.checkpoints import hub as hub_module
 from ke_ray.checkpoints.fetch.cache import Store
+from ke_ray.checkpoints.find import catalog
 from ke_ray.checkpoints.find.catalog import find_checkpoints, list_checkpoints
 from ke_ray.checkpoints.formats.fingerprint import weights_sha256
 from ke_ray.checkpoints.transfer import RetryPolicy
@@ -214,12 +216,14 @@ def test_a_revision_without_weights_is_a_broken_checkpoint_or_none(hub: FakeHub)
         list_checkpoints("org/series@main")
 
 
-def test_no_network_is_said_within_20_seconds() -> None:
-    def refused(spec: str, endpoint: str) -> float:
-        start = time.monotonic()
+def test_no_network_is_said_within_20_seconds(monkeypatch) -> None:
+    for module in (hub_module, catalog):
+        assert module._FIRST_ANSWER_S < 20
+        monkeypatch.setattr(module, "_FIRST_ANSWER_S", 1.0)
+
+    def refused(spec: str, endpoint: str) -> None:
         with pytest.raises(CheckpointSpecError, match="Cannot reach"):
             list_checkpoints(spec, endpoint=endpoint)
-        return time.monotonic() - start
 
     # A port where nobody listens, and a server that accepts and never answers.
     with socket.create_server(("127.0.0.1", 0)) as silent, ThreadPoolExecutor() as pool:
@@ -232,7 +236,8 @@ def test_no_network_is_said_within_20_seconds() -> None:
                 (f"{mute}/step1-unsharded/", mute),
             )
         ]
-        assert max(call.result() for call in calls) < 20
+        for call in calls:
+            call.result()
 
 
 def test_offline_mode_is_named(hub: FakeHub, monkeypatch) -> None:

@@ -38,14 +38,14 @@ def work(tmp_path):
             pad_token_id=1,
         )
         OlmoForCausalLM(config).save_pretrained(tmp_path / "series" / f"step{number}-tokens1B")
-    ids = np.random.default_rng(0).integers(2, 64, (200, 32)).astype(np.uint16)
+    ids = np.random.default_rng(0).integers(2, 64, (80, 32)).astype(np.uint16)
     np.save(tmp_path / "ids.npy", ids)
     return tmp_path
 
 
 def arguments(work, output, *more):
     return [
-        *("scan", work / "series", "--data", f"ids={work / 'ids.npy'}", "--num-instances", 200),
+        *("scan", work / "series", "--data", f"ids={work / 'ids.npy'}", "--num-instances", 80),
         *("--sequence-length", 32, "--batch-size", 1, "--num-actors", 1),
         *("--measures", ",".join(MEASURES), "--output", work / output),
         *more,

@@ -113,7 +113,7 @@ def test_the_same_file_goes_on_after_the_driver_ended(series, tmp_path):
         series,
         base={"save_every": 4, "injection": None},
         objectives=["forgetting"],
-        space={"epochs": [1, 12, 2]},
+        space={"epochs": [1, 12]},
         points=[],
         max_concurrent=1,
     )
@@ -148,19 +148,19 @@ def test_the_same_file_goes_on_after_the_driver_ended(series, tmp_path):
     assert command.wait() == 0, command.stdout
     assert first.stat().st_mtime_ns == finished_at, "a finished trial was run again"
     table = read_table(tmp_path / "out" / "trials.parquet").to_pandas()
-    assert table["status"].tolist() == ["ok"] * 3
-    assert table["epochs"].tolist() == [1, 12, 2]
+    assert table["status"].tolist() == ["ok"] * 2
+    assert table["epochs"].tolist() == [1, 12]
     train = read_table(second.parent / "train.parquet").to_pandas()
     assert train["step"].tolist() == list(range(1, 73)), "every step once"
     told = statuses(tmp_path)
-    assert len(told) == 4
+    assert len(told) == 3
     assert set(told.values()) == {"FINISHED"}, told
     assert "1 trials are finished already and skipped." in command.stdout
     # A changed file is another sweep.
     values = yaml.safe_load(path.read_text())
-    values["space"]["epochs"] = [1, 2]
+    values["space"]["epochs"] = [1]
     path.write_text(yaml.safe_dump(values))
     changed = run_command(["sweep", path], tmp_path)
     assert changed.returncode == 2
-    assert "space.epochs.choice was [1, 12, 2], is [1, 2]" in changed.stderr
+    assert "space.epochs.choice was [1, 12], is [1]" in changed.stderr
     assert "another output folder" in changed.stderr

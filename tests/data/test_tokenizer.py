@@ -110,9 +110,10 @@ def test_a_missing_network_is_reported_in_time(monkeypatch: pytest.MonkeyPatch) 
     """The Hub's client is pointed at a port where nobody answers."""
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
     code = (
-        "from ke_ray.data.tokenizer import load_tokenizer\n"
+        "from ke_ray.data import tokenizer\n"
         "from ke_ray.errors import DataError\n"
-        "try: load_tokenizer('nobody/no-such-tokenizer')\n"
+        "tokenizer.START_TIMEOUT_S = 2.0\n"
+        "try: tokenizer.load_tokenizer('nobody/no-such-tokenizer')\n"
         "except DataError as error: print(error)\n"
     )
     start = time.monotonic()

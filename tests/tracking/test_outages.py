@@ -74,7 +74,7 @@ def test_a_sweep_whose_server_dies_ends_well_and_the_store_tells_the_truth(
     study = tiny_sweep(
         tmp_path / "out",
         pretrained,
-        base={"downstream": None, "entropy": None},
+        base={"downstream": None},
         space={"resuscitation.factor": [2]},
         objectives=["acquisition"],
         max_concurrent=1,  # the second trial starts when the server is gone
