@@ -25,7 +25,6 @@ from ke_ray.cli.progress import command_display, print_outcome
 from ke_ray.cli.publish import publish_report
 from ke_ray.cli.scan import print_results
 from ke_ray.planning.memory_forecast import check_memory, memory_text
-from ke_ray.results.manifest import truthful_ending
 from ke_ray.secrets import redact
 from ke_ray.storage.ownership import claimed
 from ke_ray.studies.continual import ContinualStudy
@@ -67,6 +66,8 @@ def pretrain(
 
 def execute_pretrain(study: PretrainStudy) -> PretrainOutcome:
     """Run a pretraining study with progress on the terminal, and say what came of it."""
+    from ke_ray.results.manifest import truthful_ending
+
     check_memory(study)
     with (
         claimed(study.output, "pretrain"),
@@ -126,6 +127,7 @@ def continual(
 def execute_continual(study: ContinualStudy) -> Outcome:
     """Run a continual-learning study with progress on the terminal, and print its table."""
     from ke_ray.engine.train.continual import run_continual_study
+    from ke_ray.results.manifest import truthful_ending
 
     check_memory(study)
     with claimed(study.output, "continual"), truthful_ending(study.output):
