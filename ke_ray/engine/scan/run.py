@@ -31,6 +31,7 @@ from ke_ray.planning.scan_items import load_tokens, plan_items
 from ke_ray.planning.scan_messages import ScorerSettings, item_to_json
 from ke_ray.planning.scan_tracking import log_finished, start_scan_run
 from ke_ray.storage.ownership import claimed
+from ke_ray.studies.own_measures import loaded
 from ke_ray.studies.parts import study_label
 from ke_ray.tracking.run import TrackedRun
 from ke_ray.tracking.tracker import Tracker
@@ -124,6 +125,7 @@ def _score(setup: ScanSetup, run: TrackedRun, display: Display, outcome: ScanOut
         cache_bytes=study.cache_bytes,
         resuscitation=study.resuscitation,
         architecture=study.architecture,
+        own_measures=loaded(study.measures),
     )
     monitor = ray.remote(ScanMonitor).options(max_restarts=0, **beside_driver()).remote()
     arrays = {

@@ -42,6 +42,7 @@ from ke_ray.planning.scan_messages import (
     output_table,
     save_tensors,
 )
+from ke_ray.studies.own_measures import use_own_measure
 
 if TYPE_CHECKING:
     import torch
@@ -135,6 +136,8 @@ class CheckpointScorer:
         if settings.threads:
             torch.set_num_threads(settings.threads)
         use_description(settings.architecture)
+        for own in settings.own_measures:
+            use_own_measure(own)
         self._settings = settings
         self._checkpoints = checkpoints
         self._corpora = {name: ray.get(ref) for name, ref in corpora.items()}
