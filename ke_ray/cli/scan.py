@@ -56,6 +56,10 @@ def scan(
     measures: Annotated[
         str | None, typer.Option(help="Comma-separated; default: all but relu.")
     ] = None,
+    measure: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE.py:NAME", help="Also a measure of your own; repeatable."),
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="No effect on results.")] = None,
     num_actors: Annotated[
         int | None, typer.Option(min=1, help="Default: GPUs, else cores.")
@@ -97,6 +101,7 @@ def scan(
         "tokenizer": tokenizer,
         "eos_token_id": eos_token_id,
         "measures": tuple(m.strip() for m in measures.split(",")) if measures else None,
+        "own_measures": tuple(measure) if measure else None,
         "batch_size": batch_size,
         "num_actors": num_actors,
         "device": device,

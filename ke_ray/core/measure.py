@@ -41,6 +41,7 @@ class Measure:
         by_expert: whether `values` takes, last, the memories of each expert of these layers
             (`core.experts`). A scan of a mixture of experts evaluates such a measure by default.
         direction: which values are better, where that can be said.
+        origin: the package and version that it is from; empty for ke_ray's own.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Measure:
     is_default: bool = True
     by_expert: bool = False
     direction: Literal["minimize", "maximize"] | None = None
+    origin: str = ""
 
     @property
     def needs_all(self) -> tuple[str | Sum, ...]:

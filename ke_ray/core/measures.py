@@ -13,8 +13,10 @@ a sum of its own along (`core.sums`). Importing this module needs no torch.
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,7 +24,7 @@ import numpy.typing as npt
 
 from ke_ray.core.jackknife import standard_error
 from ke_ray.core.measure import BUILT_IN, Measure
-from ke_ray.core.sums import OF_LOGITS, Sum, add_sum, all_tables
+from ke_ray.core.sums import OF_LOGITS, SUMS, Sum, add_sum, all_tables
 from ke_ray.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -32,6 +34,9 @@ if TYPE_CHECKING:
 MEASURE_VERSION = 1
 """Raised when a definition changes, so that results of two definitions are never mixed."""
 
+
+ENTRY_POINTS = "ke_ray.measures"
+"""The group of entry points by which a package offers measures, each under the measure's name."""
 
 MEASURES: dict[str, Measure] = {measure.name: measure for measure in BUILT_IN}
 
@@ -66,6 +71,11 @@ def register(measure: Measure) -> None:
             f"there is a measure {measure.name!r} already; give yours another name than "
             f"{', '.join(MEASURES)}"
         )
+    if not (measure.name.isidentifier() and re.fullmatch(r"[\w /.-]+", measure.unit, re.ASCII)):
+        raise UserError(
+            f"measure {measure.name!r} has the unit {measure.unit!r}; expected a name of letters, "
+            "digits and '_', and a unit of these, spaces, '/', '.' and '-' (MLflow takes no others)"
+        )
     known = all_tables() | {s.name: s.table_axes for s in measure.needs_all if isinstance(s, Sum)}
     for table in measure.tables:
         if table not in known:
@@ -84,6 +94,38 @@ def register(measure: Measure) -> None:
         if isinstance(own, Sum):
             add_sum(own)
     MEASURES[measure.name] = measure
+
+
+def unregister(name: str) -> None:
+    """Forget a measure of your own, and the sums that it alone brought along."""
+    gone = MEASURES.pop(name)
+    kept = {table for measure in MEASURES.values() for table in measure.tables}
+    for table in set(gone.tables) - kept:
+        SUMS.pop(table, None)
+
+
+def _of_package(name: str) -> bool:
+    """Register the measure that an installed package has under this name; whether one has.
+
+    Raises:
+        UserError: the package cannot be imported, or has something else there.
+    """
+    for entry in entry_points(group=ENTRY_POINTS, name=name):
+        package = f"{entry.dist.name} {entry.dist.version}" if entry.dist else entry.value
+        try:
+            measure = entry.load()
+        except Exception as error:
+            raise UserError(
+                f"measure {name!r} of {package} ({entry.value}): {type(error).__name__}: {error}"
+            ) from error
+        if not isinstance(measure, Measure) or measure.name != name:
+            raise UserError(
+                f"measure {name!r} of {package}: {entry.value} is {measure!r:.80}; expected a "
+                f"ke_ray.core.measure.Measure with the name {name!r}"
+            )
+        register(replace(measure, origin=package))
+        return True
+    return False
 
 
 @dataclass(frozen=True)
@@ -153,6 +195,8 @@ class Evaluation:
 def check_measures(names: str | Sequence[str]) -> tuple[str, ...]:
     """The requested measures, each once, in the order of `MEASURES`.
 
+    A name that ke_ray does not have is looked up among the entry points of installed packages.
+
     Args:
         names: names of `MEASURES`, or one text that holds them separated by commas.
 
@@ -165,7 +209,7 @@ def check_measures(names: str | Sequence[str]) -> tuple[str, ...]:
     if not names:
         raise UserError(f"no measure was requested; name at least one of {available}")
     for name in names:
-        if name not in MEASURES:
+        if name not in MEASURES and not _of_package(name):
             raise UserError(
                 f"unknown measure {name!r}.{nearest(name, MEASURES)} Measures: {available}"
             )

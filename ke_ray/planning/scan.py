@@ -38,6 +38,7 @@ from ke_ray.results import ScanFolder, new_manifest, read_manifest
 from ke_ray.results.scan_folder import check_identity, merge_identities
 from ke_ray.secrets import redact
 from ke_ray.storage.ownership import check_claim
+from ke_ray.studies.own_measures import described as described_measures
 from ke_ray.studies.parts import CheckpointSelection
 from ke_ray.studies.scan import ScanStudy
 
@@ -199,9 +200,11 @@ def _open_output(
 ) -> tuple[ScanFolder, dict[str, dict[str, Any]]]:
     """The output folder, and the checkpoints of earlier scans into it by name."""
     manifest = new_manifest("scan", study.model_dump(mode="json")) | {"id": uuid.uuid4().hex}
+    own = described_measures(study.measures)
     described = {name: _describe(corpus) for name, corpus in corpora.items()}
     if not storage.exists(storage.join(study.output, "manifest.json")):
         manifest |= {"identity": identity, "corpora": described, "measures": list(study.measures)}
+        manifest |= {"own_measures": own} if own else {}
         return ScanFolder(study.output, manifest), {}
     before = read_manifest(study.output, "scan")
     check_precision(study.output, before["identity"], given, study)
@@ -214,6 +217,8 @@ def _open_output(
         "corpora": before["corpora"] | described,
         "measures": list(dict.fromkeys([*before["measures"], *study.measures])),
     }
+    if own := {**before.get("own_measures", {}), **own}:
+        manifest["own_measures"] = own
     earlier = {entry["name"]: entry for entry in before.get("checkpoints", [])}
     return ScanFolder(study.output, manifest), earlier
 

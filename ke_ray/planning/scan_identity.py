@@ -9,13 +9,14 @@ from ke_ray.core.measures import MEASURE_VERSION
 from ke_ray.data.corpus import Corpus
 from ke_ray.secrets import redact
 from ke_ray.studies.identity import affects_result
+from ke_ray.studies.own_measures import origins
 from ke_ray.studies.scan import ScanStudy
 
 #: Keys that the corpora's hashes, sampling and groups stand for in a scan's identity, and those of
 #: which a folder may hold several values.
 _BY_CONTENT = (
     *("data", "num_instances", "sequence_length", "sampling", "tokenizer", "eos_token_id"),
-    *("kind", "checkpoints", "measures"),
+    *("kind", "checkpoints", "measures", "own_measures"),
 )
 #: Keys that folders begun before do not have; at their defaults they are left out.
 _ADDED_LATER = ("matmul_precision",)
@@ -25,13 +26,16 @@ def scan_identity(study: ScanStudy, corpora: Mapping[str, Corpus]) -> dict[str, 
     """What changes a result, compared by ``results.scan_folder.check_identity``.
 
     Unlike other studies', whose folders hold one study each: a scan's folder may get more
-    checkpoints, corpora and measures, and corpora count by their content.
+    checkpoints, corpora and measures. Corpora count by their content, and so do measures that are
+    not ke_ray's own.
 
     Args:
         study: without ``auto`` in its precision.
     """
     assert "auto" not in (study.dtype, study.matmul_precision)
+    own = origins(study.measures)
     return {
+        **({"own_measures": own} if own else {}),
         "measure_version": MEASURE_VERSION,
         **_settings(study),
         "resuscitation": _resuscitation(study, corpora),

@@ -16,6 +16,7 @@ from ke_ray.core.measures import evaluate
 from ke_ray.errors import CheckpointError
 from ke_ray.planning.scan_items import WorkItem
 from ke_ray.secrets import redact
+from ke_ray.studies.own_measures import OwnMeasure
 from ke_ray.studies.parts import Resuscitation
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ class ScorerSettings:
     resuscitation: Resuscitation | None = None
     architecture: Architecture | None = None
     matmul_precision: str = "highest"
+    own_measures: tuple[OwnMeasure, ...] = ()
 
 
 def evaluated_columns(

@@ -136,8 +136,7 @@ def _scan(scan: Result, prefix: str) -> dict[str, Any]:
                 last = change.iloc[-1]
                 error = f" ± {1.96 * last['stderr']:.2g}" if math.isfinite(last["stderr"]) else ""
                 interval = " (95 %)" if error else ""
-                unit = series.MEASURE_TITLES.get(measure, ("", ""))[1]
-                title = series.MEASURE_TITLES.get(measure, (measure, ""))[0]
+                title, unit, _ = series.declared(scan, measure)
                 facts.append(
                     (
                         f"{title}, first to last, {corpus}"

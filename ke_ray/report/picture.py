@@ -85,7 +85,7 @@ def _side_by_side(scan: Result, shown: list[str]) -> alt.HConcatChart:
     for measure in shown:
         plot = measure_plot(scan, measure, measure_rows(scan, measure), x, interactive=False)
         chart = plot.chart.copy(deep=False).properties(
-            data=plot.rows, width=_PANEL_WIDTH, title=measure_axis(measure)[0]
+            data=plot.rows, width=_PANEL_WIDTH, title=measure_axis(scan, measure)[0]
         )
         charts.append(chart)
     failed = series.failed(scan)["checkpoint"].nunique()

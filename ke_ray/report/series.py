@@ -34,6 +34,17 @@ MEASURE_TITLES: dict[str, tuple[str, str]] = {
 }
 
 
+def declared(scan: Result, measure: str) -> tuple[str, str, str]:
+    """(title, unit, total) of a measure; of one that is not ke_ray's own, as the manifest says."""
+    if measure in MEASURES:
+        own = MEASURES[measure]
+        return own.title, own.unit, own.total
+    about = scan.manifest.get("own_measures")
+    about = about.get(measure) if isinstance(about, dict) else None
+    about = about if isinstance(about, dict) else {}
+    return about.get("title", measure), about.get("unit", ""), about.get("total", "only")
+
+
 _PLACED = "checkpoints in order"
 _LEAST_FACTOR = 1.05  # a smaller one is lost in the error of the error itself
 

@@ -1,4 +1,4 @@
-"""Tables of ``docs/results.md``, generated from the declared columns and measures.
+"""Tables of ``docs/results.md`` and ``docs/measures.md``, generated from what is declared.
 
 ``python -m ke_ray.results.column_docs`` rewrites them; a test compares.
 """
@@ -9,7 +9,10 @@ import re
 from pathlib import Path
 
 from ke_ray.core.measures import MEASURES
+from ke_ray.core.sums import SUMS, all_tables
 from ke_ray.results.columns import TABLES
+
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def markdown(table: str) -> str:
@@ -50,16 +53,55 @@ def measures_markdown() -> str:
     return "\n".join(lines)
 
 
+def declarations_markdown() -> str:
+    """How every measure is computed, as a Markdown table."""
+    lines = ["| measure | title | sums | default | error |", "|---|---|---|---|---|"]
+    for measure in MEASURES.values():
+        default = "mixtures" if measure.by_expert else "yes" if measure.is_default else "–"
+        sums = ", ".join(f"`{table}`" for table in measure.tables)
+        error = "yes" if measure.has_error else "–"
+        lines.append(f"| `{measure.name}` | {measure.title} | {sums} | {default} | {error} |")
+    return "\n".join(lines)
+
+
+def sums_markdown() -> str:
+    """The sums and their shapes, as a Markdown table."""
+    lines = ["| sum | tap | shape of its mean |", "|---|---|---|"]
+    for name, axes in all_tables().items():
+        tap = f"`{SUMS[name].tap}`" if name in SUMS else "–"
+        lines.append(f"| `{name}` | {tap} | {' × '.join(axes) or 'one number'} |")
+    return "\n".join(lines)
+
+
 _COLUMNS = re.compile(r"(<!-- columns: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-_MEASURES = re.compile(r"(<!-- measures -->\n).*?(<!-- end -->)", re.DOTALL)
+_FILE = re.compile(r"(<!-- file: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_TABLES = {
+    "measures": measures_markdown,
+    "declarations": declarations_markdown,
+    "sums": sums_markdown,
+}
+
+
+def _file(match: re.Match[str]) -> str:
+    code = (DOCS / match[2]).read_text(encoding="utf-8")
+    return f"{match[1]}\n```python\n{code}```\n\n{match[3]}"
 
 
 def fill_in(text: str) -> str:
-    """Markdown with every table of columns, and that of measures, replaced."""
+    """Markdown with every generated table, and every file that it shows, replaced."""
     text = _COLUMNS.sub(lambda match: f"{match[1]}\n{markdown(match[2])}\n\n{match[3]}", text)
-    return _MEASURES.sub(lambda match: f"{match[1]}\n{measures_markdown()}\n\n{match[2]}", text)
+    text = _FILE.sub(_file, text)
+    for pattern, table in _TABLES.items():
+        text = re.sub(
+            rf"(<!-- {pattern} -->\n).*?(<!-- end -->)",
+            lambda match, table=table: f"{match[1]}\n{table()}\n\n{match[2]}",  # type: ignore[misc]
+            text,
+            flags=re.DOTALL,
+        )
+    return text
 
 
 if __name__ == "__main__":
-    page = Path("docs/results.md")
-    page.write_text(fill_in(page.read_text(encoding="utf-8")), encoding="utf-8")
+    for name in ("results.md", "measures.md"):
+        page = DOCS / name
+        page.write_text(fill_in(page.read_text(encoding="utf-8")), encoding="utf-8")

@@ -39,7 +39,8 @@ ENTROPY_SCHEMA = schema("entropy")
 REPLICATES_SCHEMA = schema("replicates")
 EXPERTS_SCHEMA = schema("experts")
 _KEY = ("checkpoint", "corpus", "layer", "measure")
-_BY_CORPUS = ("corpora", "sampling", "groups")
+#: What an identity says of each corpus, and of each measure that is not ke_ray's own.
+_BY_NAME = ("corpora", "sampling", "groups", "own_measures")
 
 
 def check_identity(folder: str, stored: Mapping[str, Any], current: Mapping[str, Any]) -> None:
@@ -47,18 +48,27 @@ def check_identity(folder: str, stored: Mapping[str, Any], current: Mapping[str,
 
     Identities hold what changes a result (dtype, measure version, settings of measures) and, under
     ``corpora``, ``sampling`` and ``groups``, the data hash of each corpus, how its instances were
-    drawn and how they form jackknife groups. New corpora may be added; nothing may differ. A folder
-    without the latter two has the first instances of its sources, in equal groups.
+    drawn and how they form jackknife groups; ``own_measures`` says where measures come from that
+    are not ke_ray's own. New corpora and measures may be added; nothing may differ. A folder
+    without ``sampling`` and ``groups`` has the first instances of its sources, in equal groups.
 
     Raises:
         ResultsError: names the first difference.
     """
-    for key in sorted({*stored, *current} - set(_BY_CORPUS)):
+    for key in sorted({*stored, *current} - set(_BY_NAME)):
         if stored.get(key) != current.get(key):
             raise ResultsError(
                 f"'{folder}' holds results with {key} = {stored.get(key)!r}, this run has "
                 f"{current.get(key)!r}: they cannot be mixed. Choose another output folder, or "
                 "repeat the earlier settings."
+            )
+    for name, origin in current.get("own_measures", {}).items():
+        before = stored.get("own_measures", {}).get(name, origin)
+        if before != origin:
+            raise ResultsError(
+                f"'{folder}' holds results of the measure '{name}' as declared in {before:.19}…, "
+                f"this run's is in {origin:.19}…: they cannot be mixed. Give the changed measure "
+                "another name, or choose another output folder."
             )
     for name, sha256 in current["corpora"].items():
         if name not in stored["corpora"]:
@@ -91,8 +101,9 @@ def check_identity(folder: str, stored: Mapping[str, Any], current: Mapping[str,
 def merge_identities(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     """The identity of a folder with the corpora of both; the rest is the same."""
     merged = {**one, **other}
-    for key in _BY_CORPUS:
-        merged[key] = {**one.get(key, {}), **other.get(key, {})}
+    for key in _BY_NAME:
+        if key in merged:
+            merged[key] = {**one.get(key, {}), **other.get(key, {})}
     return merged
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from ke_ray.config import Key, Strict
 from ke_ray.core.measures import DEFAULT_MEASURES, MEASURES, check_measures
 from ke_ray.errors import UserError
 from ke_ray.studies.architecture import ArchitectureKey
+from ke_ray.studies.own_measures import name_of, read_own_measure, use_own_measure
 from ke_ray.studies.parts import CheckpointSelection, Resuscitation, Sampling, TrackingSettings
 
 
@@ -29,7 +30,12 @@ class ScanStudy(Strict):
     eos_token_id: int | None = Field(
         None, ge=0, lt=2**31, description="default: the model config's"
     )
-    measures: tuple[str, ...] = Field(DEFAULT_MEASURES, description="measures to compute")
+    own_measures: tuple[str, ...] = Field(
+        (), description="measures of your own, beside `measures`: FILE.py:NAME (docs/measures.md)"
+    )
+    measures: tuple[str, ...] = Field(
+        DEFAULT_MEASURES, description="measures to compute", validate_default=True
+    )
     top_k_fraction: float = Field(
         0.01, gt=0, le=1, description="of top_k_mass: share of memories counted"
     )
@@ -87,6 +93,16 @@ class ScanStudy(Strict):
         study.model_fields_set.discard("measures")  # they are still the default
         return study
 
+    @field_validator("own_measures")
+    @classmethod
+    def _registered(cls, references: tuple[str, ...]) -> tuple[str, ...]:
+        try:
+            for reference in references:
+                use_own_measure(read_own_measure(reference))
+        except UserError as error:
+            raise ValueError(str(error)) from error
+        return references
+
     @field_validator("measures", mode="before")
     @classmethod
     def _one_text(cls, measures: Any) -> Any:
@@ -96,9 +112,10 @@ class ScanStudy(Strict):
 
     @field_validator("measures")
     @classmethod
-    def _known(cls, measures: tuple[str, ...]) -> tuple[str, ...]:
+    def _known(cls, measures: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        own = [name_of(reference) for reference in info.data.get("own_measures", ())]
         try:
-            return check_measures(measures)
+            return check_measures([*measures, *own] if measures else measures)
         except UserError as error:
             raise ValueError(str(error)) from error
 

@@ -38,6 +38,7 @@ from ke_ray.planning.scan_monitor import ScanMonitor
 from ke_ray.planning.scan_precision import Gpus
 from ke_ray.planning.scan_tracking import log_finished, start_scan_run
 from ke_ray.storage.ownership import claimed
+from ke_ray.studies.own_measures import loaded
 from ke_ray.studies.parts import study_label
 from ke_ray.tracking.run import TrackedRun
 from ke_ray.tracking.tracker import Tracker
@@ -144,6 +145,7 @@ def _score(setup: ScanSetup, run: TrackedRun, display: Display, outcome: ScanOut
         resuscitation=study.resuscitation,
         architecture=study.architecture,
         matmul_precision=study.matmul_precision,
+        own_measures=loaded(study.measures),
     )
     monitor = ray.remote(ScanMonitor).options(max_restarts=0, **beside_driver()).remote()
     arrays = {

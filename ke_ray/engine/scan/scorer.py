@@ -43,6 +43,7 @@ from ke_ray.planning.scan_messages import (
     output_table,
     save_tensors,
 )
+from ke_ray.studies.own_measures import use_own_measure
 
 if TYPE_CHECKING:
     import torch
@@ -102,6 +103,8 @@ class CheckpointScorer:
             torch.set_num_threads(settings.threads)
         torch.set_float32_matmul_precision(settings.matmul_precision)
         use_description(settings.architecture)
+        for own in settings.own_measures:
+            use_own_measure(own)
         self._settings = settings
         self._checkpoints = checkpoints
         self._corpora = {name: ray.get(ref) for name, ref in corpora.items()}

@@ -169,7 +169,7 @@ def compare_scans(results: Sequence[Result]) -> list[Figure]:
         for key, group in groups.items():
             if len({scan.path for scan, _ in group}) < 2:
                 continue
-            title, axis = measure_axis(measure)
+            title, axis = measure_axis(group[0][0], measure)
             rows = _rows(group, measure)
             x = X("x", str(key[1]))
             plot = series_plot(rows, x, axis, columns={"checkpoint": "checkpoint"})

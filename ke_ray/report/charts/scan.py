@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ke_ray.core.measures import MEASURES
 from ke_ray.report import axis, paper, series
 from ke_ray.report.charts.distribution import distribution_figures
 from ke_ray.report.charts.figure import Figure, Panel, Plot, TextTable, figure_of
@@ -35,9 +34,9 @@ def x_title(scan: Result) -> str:
     return axis.TITLES[series.unit(scan)]
 
 
-def measure_axis(measure: str) -> tuple[str, str]:
+def measure_axis(scan: Result, measure: str) -> tuple[str, str]:
     """(title of a measure, title of its axis with the unit)."""
-    title, unit = series.MEASURE_TITLES.get(measure, (measure, ""))
+    title, unit, _ = series.declared(scan, measure)
     return title, f"{title.lower()} ({unit})" if unit else title.lower()
 
 
@@ -196,7 +195,7 @@ def measure_plot(
     return series_plot(
         rows,
         x,
-        measure_axis(measure)[1],
+        measure_axis(scan, measure)[1],
         columns=_CHECKPOINT,
         rules=rules,
         interactive=interactive,
@@ -215,8 +214,8 @@ def _over_steps(scan: Result, measure: str, figure: Callable[..., Figure]) -> Fi
     if measure == "knowledge_entropy" and bounds:
         shown = (f"{b} ({label})" if len(bounds) > 1 else str(b) for b, label in bounds.items())
         caption += f" Largest possible value: {'; '.join(shown)}."
-    total = MEASURES[measure].total if measure in MEASURES else "only"
-    caption += {"mean": " Mean over layers.", "sum": " Sum over layers.", "only": ""}[total]
+    total = series.declared(scan, measure)[2]
+    caption += {"mean": " Mean over layers.", "sum": " Sum over layers."}.get(total, "")
     if measure in (absent := series.absent(scan)):
         caption += f" Layers without a value are left out: {absent[measure]}"
     if measure == "top_k_mass":
@@ -227,7 +226,7 @@ def _over_steps(scan: Result, measure: str, figure: Callable[..., Figure]) -> Fi
         caption += f" Share with C̄ ≤ τ · layer mean, τ = {tau:.3g}." if tau is not None else ""
     return figure(
         measure.replace("_", "-"),
-        title=measure_axis(measure)[0],
+        title=measure_axis(scan, measure)[0],
         caption=caption,
         paper=_ENTROPIES.get(measure, ""),
         panels=panels,
@@ -243,7 +242,7 @@ def _changes(scan: Result, measures: list[str], figure: Callable[..., Figure]) -
         rows = measure_rows(scan, measure, series.paired_change)
         if rows.empty:
             continue
-        title, y_axis = measure_axis(measure)
+        title, y_axis = measure_axis(scan, measure)
         drawn.append(rows.assign(series=rows["series"] + measure)[rows["x"] != rows["x"].min()])
         plot = series_plot(
             rows,
@@ -303,7 +302,7 @@ def _layers(scan: Result, measures: list[str], figure: Callable[..., Figure]) ->
     maps: list[Panel] = []
     x = X("x", x_title(scan))
     for measure in measures:
-        title, unit = series.MEASURE_TITLES.get(measure, (measure, ""))
+        title, unit, _ = series.declared(scan, measure)
         for corpus in series.corpora(scan):
             rows = layer_rows(scan, measure, corpus)
             if rows.empty:
