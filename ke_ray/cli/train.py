@@ -23,7 +23,6 @@ from ke_ray.cli.options import (
 from ke_ray.cli.progress import TerminalDisplay, print_outcome
 from ke_ray.cli.publish import publish_report
 from ke_ray.cli.scan import print_results
-from ke_ray.results.manifest import truthful_ending
 from ke_ray.secrets import redact
 from ke_ray.storage.ownership import claimed
 from ke_ray.studies.continual import ContinualStudy
@@ -66,6 +65,8 @@ def pretrain(
 
 def execute_pretrain(study: PretrainStudy) -> PretrainOutcome:
     """Run a pretraining study with progress on the terminal, and say what came of it."""
+    from ke_ray.results.manifest import truthful_ending
+
     display = TerminalDisplay("pretrain", "runs")
 
     def show(progress: Progress) -> None:
@@ -123,6 +124,7 @@ def continual(
 def execute_continual(study: ContinualStudy) -> Outcome:
     """Run a continual-learning study with progress on the terminal, and print its table."""
     from ke_ray.engine.train.continual import run_continual_study
+    from ke_ray.results.manifest import truthful_ending
 
     display = TerminalDisplay("continual", "runs")
     with claimed(study.output, "continual"), truthful_ending(study.output):
