@@ -18,17 +18,11 @@ def status_of(folder: Path) -> str | None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["pretrain", "continual"])
-def test_a_stopped_command_leaves_a_truthful_manifest(
-    kind: str, pretrained: Path, tmp_path: Path
-) -> None:
+def test_a_stopped_command_leaves_a_truthful_manifest(tmp_path: Path) -> None:
     output = tmp_path / "out"
-    if kind == "pretrain":
-        study = tiny_pretrain(output, num_steps=100_000, checkpoints={"steps": [0]})
-    else:
-        study = tiny_continual(output, pretrained, executor="inline", downstream=None)
+    study = tiny_pretrain(output, num_steps=100_000, checkpoints={"steps": [0]})
     path = write_study(study, tmp_path / "study.yaml")
-    running = start_command([kind, str(path)], tmp_path / "said.txt")
+    running = start_command(["pretrain", str(path)], tmp_path / "said.txt")
     while status_of(output) != "running":
         assert running.returncode is None, running.stderr
         time.sleep(0.02)
