@@ -129,9 +129,10 @@ def summary(study: StudyStatus) -> str:
 
 def _walk(folder: str, depth: int) -> list[StudyStatus]:
     names = storage.list_dir(folder)
-    marked = _json(folder, MARK).get("kind") if MARK in names else None
-    if "manifest.json" in names or marked in _ITEMS:
-        return [_study(folder, names, str(marked))]
+    marked = _text(_json(folder, MARK).get("kind")) if MARK in names else None
+    manifest = _json(folder, "manifest.json") if "manifest.json" in names else {}
+    if "schema_version" in manifest or marked in _ITEMS:
+        return [_study(folder, names, _text(manifest.get("kind")) or marked or "", manifest)]
     inside = [name for name in names if not _NO_STUDIES.match(name)] if depth else []
     if len(inside) > _MAX_FOLDERS:
         raise ResultsError(
@@ -143,19 +144,20 @@ def _walk(folder: str, depth: int) -> list[StudyStatus]:
     return [_demo(folder, names, studies), *studies] if marked == "demo" else studies
 
 
-def _study(folder: str, names: Sequence[str], kind: str) -> StudyStatus:
-    manifest = _json(folder, "manifest.json") if "manifest.json" in names else {}
+def _study(
+    folder: str, names: Sequence[str], kind: str, manifest: Mapping[str, Any]
+) -> StudyStatus:
     version = manifest.get("schema_version", 0)
     if not isinstance(version, int) or version > SCHEMA_VERSION:
         raise ResultsError(
             f"'{folder}' has schema_version {version!r:.20}, this ke_ray reads up to "
             f"{SCHEMA_VERSION}; update ke_ray."
         )
-    kind = str(manifest.get("kind", kind))
+    ends: dict[str | None, State] = {"finished": "finished", "failed": "failed"}
     study = StudyStatus(
         folder,
         kind,
-        {"finished": "finished", "failed": "failed"}.get(str(manifest.get("status")), "stopped"),  # type: ignore[arg-type]
+        ends.get(_text(manifest.get("status")), "stopped"),
         _ITEMS.get(kind, "items"),
         updated_at=_text(manifest.get("updated_at")),
         command=_text(manifest.get("command")) or "",

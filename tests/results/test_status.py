@@ -337,6 +337,10 @@ def test_what_holds_no_results_is_refused_and_damage_is_told(tmp_path: Path) -> 
     (broken / "manifest.json").write_text('{"kind": "scan", "schema_version": 99}')
     with pytest.raises(ResultsError, match="schema_version 99"):
         read_status(str(broken))
+    for other in ('{"kind": "scan"}', "[1]", '{"manifest_version": 3}', "{"):
+        (broken / "manifest.json").write_text(other)  # not of ke_ray
+        with pytest.raises(ResultsError, match="holds no results"):
+            read_status(str(broken))
 
 
 def test_names_and_errors_in_files_give_a_terminal_no_commands(tmp_path: Path) -> None:
