@@ -36,6 +36,11 @@ class Menus:
     limits: tuple[float, float] | None
 
 
+def _titles(scans: list[Result], measure: str) -> tuple[str, str]:
+    """Titles of a measure and of its axis, by the first of the scans that has it."""
+    return measure_axis(next(s for s in scans if measure in series.measures(s)), measure)
+
+
 def scan_menus(results: list[Result]) -> Menus:
     """The side bar of this view."""
     paths = pick(results, "scan", "Scans")
@@ -45,7 +50,7 @@ def scan_menus(results: list[Result]) -> Menus:
     n_layers = max((series.num_layers(scan) for scan in scans), default=0)
     steps = sorted({float(x) for scan in scans for x in series.checkpoints(scan)["x"]})
     side = st.sidebar
-    measure = side.selectbox("Measure", measures, format_func=lambda name: measure_axis(name)[0])
+    measure = side.selectbox("Measure", measures, format_func=lambda name: _titles(scans, name)[0])
     shown = side.multiselect("Corpora", corpora, default=corpora)
     layers = side.multiselect("Layers (none: the whole model)", list(range(n_layers)))
     relative = side.toggle("Change since the first checkpoint")
@@ -113,7 +118,7 @@ def show_scans(results: list[Result], menus: Menus) -> None:
         broken = series.failed(scan)["checkpoint"].nunique()
         if broken:
             tile.caption(f"{broken} failed")
-    title, axis = measure_axis(menus.measure)
+    title, axis = _titles(scans, menus.measure)
     axis = f"change of {axis}" if menus.relative else axis
     st.subheader(plain(title), anchor=False)
     rows = pd.concat(

@@ -56,11 +56,11 @@ def execute_sweep(study: SweepStudy) -> SweepOutcome:
     from ke_ray.planning.sweep_memory import check_sweep_memory
     from ke_ray.tracking.tracker import open_tracker
 
-    check_sweep_memory(study)
     with (
         claimed(study.output, "sweep"),
         command_display("sweep", "trials", study.output) as display,
     ):
+        check_sweep_memory(study)
         plan = prepare_sweep(study)
         with open_tracker(study.mlflow) as tracker:
             outcome = run_sweep(plan, tracker, display)

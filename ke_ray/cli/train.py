@@ -68,12 +68,12 @@ def execute_pretrain(study: PretrainStudy) -> PretrainOutcome:
     """Run a pretraining study with progress on the terminal, and say what came of it."""
     from ke_ray.results.manifest import truthful_ending
 
-    check_memory(study)
     with (
         claimed(study.output, "pretrain"),
         truthful_ending(study.output),
         command_display("pretrain", "runs", study.output) as display,
     ):
+        check_memory(study)
 
         def show(progress: Progress) -> None:
             display.tokens(progress.record.num_tokens, study.num_tokens, str(progress))
@@ -129,8 +129,8 @@ def execute_continual(study: ContinualStudy) -> Outcome:
     from ke_ray.engine.train.continual import run_continual_study
     from ke_ray.results.manifest import truthful_ending
 
-    check_memory(study)
     with claimed(study.output, "continual"), truthful_ending(study.output):
+        check_memory(study)
         with command_display("continual", "runs", study.output) as display:
             outcome = run_continual_study(study, display)
         # The command may have been killed between its last run and its report.

@@ -36,7 +36,7 @@ def at_hub(hub, monkeypatch, tmp_path) -> None:
     # Half a second for each command, and its result is not what is tested.
     speed = Speed("CPU", "float32", 1e12, 1.0, "float32")
     for module in (scan_forecast, training_forecast):
-        monkeypatch.setattr(module, "measured_speed", lambda *_: speed)
+        monkeypatch.setattr(module, "measured_speed", lambda *_, **__: speed)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -72,6 +72,8 @@ def test_the_dashboard_reads_no_markdown_of_results(
     page = ROOT / "dashboards" / "explore.py"
     monkeypatch.setattr(sys, "argv", ["explore.py", str(hostile_scan)])
     monkeypatch.syspath_prepend(str(page.parent))
+    # The page runs as `__main__` and would stay so, also for processes that later tests start.
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
     run = testing.AppTest.from_file(str(page), default_timeout=120).run()
     assert not run.exception
     texts = [
