@@ -15,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ke_ray.secrets import printable
+
 _MAX_SAMPLES = 1024
 _MAX_FAILURES = 10
 _SETTLED_S = 0.5
@@ -252,7 +254,7 @@ class Progress:
 
 def one_line(text: str) -> str:
     """A text from outside as one line that no terminal takes for a command."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text.split()))
+    return printable(" ".join(text.split()))
 
 
 def duration(seconds: float) -> str:

@@ -15,7 +15,6 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,6 +25,7 @@ from ke_ray import storage
 from ke_ray.core import jackknife
 from ke_ray.core.measures import MEASURES
 from ke_ray.report import axis
+from ke_ray.report.ceiling import Ceiling
 from ke_ray.report.sources import Result
 
 # Measure -> (title, unit as shown on an axis), in the order of display.
@@ -47,25 +47,6 @@ def declared(scan: Result, measure: str) -> tuple[str, str, str]:
 
 _PLACED = "checkpoints in order"
 _LEAST_FACTOR = 1.05  # a smaller one is lost in the error of the error itself
-
-
-@dataclass(frozen=True)
-class Ceiling:
-    """Largest possible knowledge entropy, Σ ln(d_mlp) nats over the layers.
-
-    Attributes:
-        widths: (number of layers, their d_mlp), for every d_mlp that occurs.
-    """
-
-    widths: tuple[tuple[int, int], ...]
-
-    @property
-    def nats(self) -> float:
-        return sum(n_layers * math.log(d_mlp) for n_layers, d_mlp in self.widths)
-
-    def __str__(self) -> str:
-        terms = " + ".join(f"{n_layers}·ln {d_mlp}" for n_layers, d_mlp in self.widths)
-        return f"ceiling {terms} = {self.nats:.4g} nats"
 
 
 def _entropy(scan: Result) -> pd.DataFrame:

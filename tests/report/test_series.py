@@ -13,6 +13,7 @@ from rich.console import Console
 
 from ke_ray import storage
 from ke_ray.report import series
+from ke_ray.report.ceiling import Ceiling
 from ke_ray.report.charts.scan import scan_figures
 from ke_ray.report.sources import find_results
 from ke_ray.report.terminal import print_results
@@ -113,7 +114,7 @@ def test_several_sizes_are_several_curves_each_with_its_ceiling(tmp_path: Path) 
     assert [label for label, _ in curves] == ["olmo, large", "olmo, small"]
     assert [list(series.checkpoints(c)["step"]) for _, c in curves] == [[1, 3], [0, 2]]
     bounds = [series.ceiling(curve) for _, curve in curves]
-    assert bounds == [series.Ceiling(((8, 128),)), series.Ceiling(((4, 64),))]
+    assert bounds == [Ceiling(((8, 128),)), Ceiling(((4, 64),))]
     changes = [series.paired_change(c, "gini", "a")["value"].iloc[0] for _, c in curves]
     assert changes == [0.0, 0.0]
     (figure, *_) = scan_figures(scan, "scan")

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from ke_ray.report import axis, paper, series
+from ke_ray.report.ceiling import Ceiling
 from ke_ray.report.charts.distribution import distribution_figures
 from ke_ray.report.charts.figure import Figure, Panel, Plot, TextTable, figure_of
 from ke_ray.report.charts.plot import Rule, X, heat_map, series_plot
@@ -118,7 +119,7 @@ def split_caption(scan: Result) -> str:
     return caption + runs_caption(scan, curves)
 
 
-def _ceilings(scan: Result) -> dict[series.Ceiling, str]:
+def _ceilings(scan: Result) -> dict[Ceiling, str]:
     """The largest possible knowledge entropies, each with the label of a curve that has it."""
     bounds = ((series.ceiling(curve), label) for label, curve in series.curves(scan))
     return {bound: label for bound, label in bounds if bound is not None}
