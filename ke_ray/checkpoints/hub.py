@@ -77,8 +77,12 @@ class HubRevision:
         layout = self.layout
         if layout is None or not layout.weights:
             return None
-        hashes = [file.identity for file in self.files if file.name in layout.weights]
-        return "lfs-sha256:" + hashlib.sha256("\n".join(sorted(hashes)).encode()).hexdigest()
+        return lfs_fingerprint(f.identity for f in self.files if f.name in layout.weights)
+
+
+def lfs_fingerprint(hashes: Iterable[str]) -> str:
+    """One identity for weight files, from the ``sha256:…`` of each."""
+    return "lfs-sha256:" + hashlib.sha256("\n".join(sorted(hashes)).encode()).hexdigest()
 
 
 def list_revisions(repo: str, *, endpoint: str | None = None) -> list[HubRevision]:

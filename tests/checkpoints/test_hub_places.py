@@ -357,3 +357,19 @@ def test_repositories_of_other_weights_say_what_to_convert(
     for spec in ("lab/model-a", "lab/model-*", "lab/model-a:sub"):
         with pytest.raises(CheckpointSpecError, match=message):
             list_checkpoints(spec)
+
+
+def test_a_folder_that_is_a_copy_of_a_checkpoint_on_the_hub_is_flagged(
+    organisation: FakeHub, tmp_path: Path
+) -> None:
+    theirs = organisation.root / "lab" / "base-step30" / "main"
+    copy = shutil.copytree(theirs, tmp_path / "copy")
+    other = shutil.copytree(theirs, tmp_path / "other")
+    with (other / "model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        last = file.read(1)
+        file.seek(-1, 2)
+        file.write(bytes([last[0] ^ 1]))
+    (tmp_path / "list.csv").write_text(f"1,hf://lab/base-step30\n2,{copy}\n3,{other}\n")
+    refs = list_checkpoints(str(tmp_path / "list.csv"))
+    assert [ref.duplicate_of for ref in refs] == [None, refs[0].name, None]

@@ -3,7 +3,8 @@
 Published branches can hold the weights of another step, which would put a false point on every
 curve. On the Hub the API states the sha256 of each weight file. In folders, sizes are compared
 first, then a hash of samples spread over each file (1 MiB a file, whatever its size), and only
-files that agree so far are read whole.
+files that agree so far are read whole. So are those of a folder that may be a copy of a checkpoint
+on the Hub in the same listing, by their size.
 
 Files that ``torch.save`` wrote differ where their names do, and a DCP folder also holds the
 optimizer: of these the bytes of the tensors are compared (of the model's alone in a DCP folder).
@@ -23,6 +24,7 @@ from pathlib import Path
 
 from ke_ray.checkpoints.formats.dcp import DcpFile
 from ke_ray.checkpoints.formats.local import base_folder, local_layout
+from ke_ray.checkpoints.hub import lfs_fingerprint
 from ke_ray.checkpoints.reference import CheckpointRef
 from ke_ray.errors import CheckpointError
 from ke_ray.storage import local_path
@@ -30,6 +32,7 @@ from ke_ray.storage import local_path
 _SAMPLE = 64 * 2**10  # bytes
 _SAMPLES = 16
 _CHUNK = 4 * 2**20
+_OTHER_FILES = 64 * 2**20  # bytes that tokenizer and configuration of a copy may differ by
 _RECORD = re.compile(r"[^/]+/data/[0-9]+")  # a tensor's bytes in a file of torch.save
 
 
@@ -45,20 +48,40 @@ def flag_duplicates(refs: list[CheckpointRef]) -> list[CheckpointRef]:
         else ref
         for ref in refs
     ]
+    on_hub = {
+        ref.weights_fingerprint: ref.size_bytes or 0 for ref in fingerprinted if not ref.is_local
+    }
     groups: dict[str, list[CheckpointRef]] = defaultdict(list)
     for ref in fingerprinted:
-        if ref.weights_fingerprint is not None:
-            groups[ref.weights_fingerprint].append(ref)
+        copied = _hub_fingerprint(ref, set(on_hub.values())) if ref.is_local else None
+        fingerprint = copied if copied in on_hub else ref.weights_fingerprint
+        if fingerprint is not None:
+            groups[fingerprint].append(ref)
     originals: dict[str, str] = {}
-    for group in groups.values():
+    for fingerprint, group in groups.items():
         first_by_content: dict[str | None, str] = {}
         for ref in group if len(group) > 1 else ():
             # Samples may agree by chance (mostly equal files); the Hub's hashes are exact.
-            content = _content(local_path(ref.location)) if ref.is_local else None
+            is_sampled = ref.is_local and fingerprint not in on_hub
+            content = _content(local_path(ref.location)) if is_sampled else None
             original = first_by_content.setdefault(content, ref.name)
             if original != ref.name:
                 originals[ref.name] = original
     return [replace(ref, duplicate_of=originals.get(ref.name)) for ref in fingerprinted]
+
+
+def _hub_fingerprint(ref: CheckpointRef, sizes: set[int]) -> str | None:
+    """What the Hub would state of a folder, where its size is near one of ``sizes`` in bytes."""
+    layout = local_layout(local_path(ref.location))
+    near = any(abs(size - (ref.size_bytes or 0)) <= _OTHER_FILES for size in sizes)
+    if layout is None or layout.format != "hf" or not layout.weights or not near:
+        return None
+    paths = [base_folder(local_path(ref.location)) / name for name in layout.weights]
+    stats = [path.stat() for path in paths]
+    return lfs_fingerprint(
+        f"sha256:{_whole(str(path), stat.st_mtime_ns, 0, stat.st_size, 1).hex()}"
+        for path, stat in zip(paths, stats, strict=True)
+    )
 
 
 def folder_fingerprint(folder: Path) -> str | None:
