@@ -155,7 +155,7 @@ def _scan_details(scan: Result, menus: Menus, name: str) -> None:
             rows,
             X("at", x_title(scan)),
             X("layer", "layer"),
-            series.MEASURE_TITLES.get(measure, ("", ""))[1],
+            series.declared(scan, measure)[1],
             value="change" if menus.relative else "value",
             diverging=menus.relative,
             columns={"checkpoint": "checkpoint"},
@@ -183,7 +183,7 @@ def _differences(scan: Result, one: str, other: str) -> pd.DataFrame:
             frame = series.paired_change(scan, measure, corpus, base=one)
             row = frame[frame["checkpoint"] == other]
             if len(row):
-                unit = series.MEASURE_TITLES.get(measure, ("", ""))[1]
+                unit = series.declared(scan, measure)[1]
                 value, error = row["value"].iloc[0], row["stderr"].iloc[0]
                 rows.append([corpus, measure, unit, value, error])
     columns = ["corpus", "measure", "unit", "difference", "paired standard error"]

@@ -24,8 +24,9 @@ from typing import Any
 
 from ke_ray.checkpoints.formats.layout import TOKENIZER_FILES, Layout, layout_of
 from ke_ray.checkpoints.hub_api import HubApi, endpoint_url, explain, with_retries
-from ke_ray.checkpoints.transfer import RetryPolicy, call_within, is_disk_error
+from ke_ray.checkpoints.transfer import RetryPolicy, call_within
 from ke_ray.errors import CheckpointError, CheckpointSpecError, nearest
+from ke_ray.storage.disk import is_disk_error
 
 _FIRST_ANSWER_S = 15.0
 _CONCURRENCY = 8

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from ke_ray.checkpoints.transfer import RETRIED_STATUSES, Retries, RetryPolicy, is_disk_error
+from ke_ray.checkpoints.transfer import RETRIED_STATUSES, Retries, RetryPolicy
 from ke_ray.errors import CheckpointSpecError
+from ke_ray.storage.disk import is_disk_error
 
 _LIST_POLICY = RetryPolicy(attempts=4, backoff_s=0.5, max_retry_after_s=330.0, timeout_s=10.0)
 _MAX_ENTRIES = 100_000  # of one answer in pages

@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import base64
 import email.utils
-import errno
 import http.client
 import logging
 import os
 import random
-import ssl
 import threading
 import time
 import urllib.error
@@ -28,15 +26,12 @@ from typing import Any, TypeVar
 
 from ke_ray import secrets
 from ke_ray.errors import CheckpointError
+from ke_ray.storage.disk import is_disk_error
 
 _LOG = logging.getLogger(__name__)
 _CHUNK = 2**20
 RETRIED_STATUSES = (408, 425, 429, 500, 502, 503, 504)
 _ABSENT = (403, 404, 410)  # object stores answer 403 for a key that does not exist
-_DISK_ERRORS = (
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
-    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EMFILE),
-)
 _HEADERS = {"User-Agent": "ke_ray", "Accept-Encoding": "identity"}
 
 T = TypeVar("T")
@@ -131,13 +126,6 @@ def public_url(url: str) -> str:
     except ValueError:  # brackets that enclose no address
         return secrets.redact(url.partition("?")[0])
     return urllib.parse.urlunsplit((parts.scheme, parts.netloc.split("@")[-1], parts.path, "", ""))
-
-
-def is_disk_error(error: BaseException) -> bool:
-    """Whether the local disk refused, not the network; trying again would not help."""
-    if not isinstance(error, OSError) or isinstance(error, urllib.error.URLError | ssl.SSLError):
-        return False
-    return error.errno in _DISK_ERRORS
 
 
 def call_within(seconds: float, function: Callable[[], T]) -> T:

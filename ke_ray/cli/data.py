@@ -21,8 +21,10 @@ Folder = Annotated[str, typer.Option(help="The folder for data, by which studies
 @data.command("list")
 def list_data(folder: Folder = _FOLDER) -> None:
     """List what is published: files here and in all, size, licence, page."""
-    table = Table("name", "files", "size", "what", "licence", "page", box=None, pad_edge=False)
-    table.header_style = "bold"
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("name", no_wrap=True)
+    for title in ("files", "size", "what", "licence", "page"):
+        table.add_column(title, overflow="fold")
     for published in list_published().values():
         num_files = len(published.files)
         num_here = num_files - len(missing_files(published, Path(folder)))

@@ -26,7 +26,7 @@ def after_results(output: str, *, failed: bool) -> list[tuple[str, str]]:
 
 def after_pretrain(study: PretrainStudy) -> list[tuple[str, str]]:
     """The same after a pretraining: its checkpoints are what one goes on with."""
-    output, folder = redact(study.output), shlex.quote
+    output, folder = redact(study.output).rstrip("/"), shlex.quote
     series = folder(storage.join(output, "checkpoints"))
     source = study.data.source or storage.join(output, "world", "documents.jsonl.gz")
     scan = (

@@ -96,10 +96,11 @@ class TerminalDisplay(Display):
             self._bar.stop()
             self._bar = None
         if self._heart is not None:
-            self._heart.join()
-            self._keep()  # which also removes what a killed command was writing
-            with suppress(KeRayError, OSError):
-                storage.remove(storage.join(self._output, PROGRESS))
+            self._heart.join(timeout=_BEAT_S)
+            if not self._heart.is_alive():  # else it waits for a store that is out of order
+                self._keep()  # which also removes what a killed command was writing
+                with suppress(KeRayError, OSError):
+                    storage.remove(storage.join(self._output, PROGRESS))
         if self._progress.num_tokens or self._progress.counts.total():
             self._print(self._progress.line(self._console.width if sys.stderr.isatty() else None))
 

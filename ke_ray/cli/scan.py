@@ -54,7 +54,7 @@ def scan(
     tokenizer: Annotated[str | None, typer.Option(help="tokenizer.json, folder or repo.")] = None,
     eos_token_id: Annotated[int | None, typer.Option(help="Default: the model config's.")] = None,
     measures: Annotated[
-        str | None, typer.Option(help="Comma-separated; default: all but relu.")
+        str | None, typer.Option(help="Comma-separated; default: see docs/measures.md.")
     ] = None,
     measure: Annotated[
         list[str] | None,

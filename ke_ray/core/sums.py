@@ -82,6 +82,11 @@ def add_sum(own: Sum) -> None:
         return
     if own.name in SUMS or own.name in TABLES:
         raise UserError(f"there is a sum {own.name!r} already; give yours another name")
+    if own.tap == "coefficients" and own.axes not in ((), ("d_mlp",)):
+        raise UserError(
+            f"sum {own.name!r} has axes {own.axes}; with the tap coefficients they are () or "
+            "('d_mlp',)"
+        )
     if "d_mlp" in own.axes and (own.tap != "coefficients" or len(own.axes) > 1):
         raise UserError(
             f"sum {own.name!r} has axes {own.axes}; d_mlp stands alone, with the tap coefficients"

@@ -9,6 +9,7 @@ change is noticed. A file that differs is never replaced: it may be somebody's o
 from __future__ import annotations
 
 import hashlib
+import http.client
 import json
 import re
 import shutil
@@ -22,10 +23,11 @@ from typing import Any
 from pydantic import Field
 
 from ke_ray.checkpoints.hub_api import endpoint_url
-from ke_ray.checkpoints.transfer import RetryPolicy, download, is_disk_error, public_url
+from ke_ray.checkpoints.transfer import RetryPolicy, download, public_url
 from ke_ray.config import Strict, validate
 from ke_ray.errors import CheckpointError, DataError, nearest
 from ke_ray.storage import write_atomic
+from ke_ray.storage.disk import is_disk_error
 from ke_ray.storage.safe_yaml import parse_yaml
 
 _LIST = Path(__file__).with_name("published.yaml")
@@ -165,6 +167,8 @@ def fetch(
     Raises:
         DataError: a file cannot be fetched, is not the published one, or was changed.
     """
+    if mirror and "://" not in mirror:
+        raise DataError(f"The mirror '{mirror}' is no address; give one such as https://host/path.")
     folder = root / data.folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -261,7 +265,7 @@ def _stated(url: str) -> tuple[int | None, str | None]:
             headers = response.headers
     except urllib.error.HTTPError as error:
         headers = error.headers  # a redirect, or an error that the download meets again
-    except OSError:
+    except (OSError, http.client.HTTPException):
         return None, None
     size, tag = headers.get("X-Linked-Size", ""), headers.get("X-Linked-ETag", "").strip('"')
     return int(size) if size.isdecimal() else None, tag if _SHA256.fullmatch(tag) else None
@@ -286,7 +290,9 @@ def _read_sums(folder: Path) -> dict[str, str]:
     if not path.is_file():
         return {}
     lines = (line.split(maxsplit=1) for line in path.read_text(encoding="utf-8").splitlines())
-    return {name.strip(): digest for digest, name in lines if _SHA256.fullmatch(digest)}
+    return {
+        line[1].strip(): line[0] for line in lines if len(line) == 2 and _SHA256.fullmatch(line[0])
+    }
 
 
 def _write_sums(folder: Path, sums: dict[str, str]) -> None:

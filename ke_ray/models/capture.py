@@ -134,6 +134,9 @@ class Capture:
             self.values[own.name] = torch.zeros(
                 (*shape, *widest), dtype=torch.float64, device=self.device
             )
+        if "predictions" in self.names:
+            counts = torch.tensor(lengths, dtype=torch.float64, device=self.device)
+            self.values["predictions"] = counts - 1
         if self.load:
             self.values["expert_load"] = self._load_of_unrouted(shape)
         if not self.unseen and not self.needs_body:
@@ -270,6 +273,9 @@ class Capture:
             (len(self.lengths), len(instances)), dtype=torch.float64, device=self.device
         )
         share[instances, torch.arange(len(instances), device=self.device)] = 1 / lengths[instances]
+        if "predictions" in self.names:
+            counts = torch.tensor(lengths, dtype=torch.float64, device=self.device)
+            self.values["predictions"] = counts - 1
         if self.load:
             self.values["expert_load"][:, layer, rows.expert] = share.sum(dim=1)
         share *= rows.weights
@@ -344,8 +350,6 @@ class Capture:
             entropy, nats = streamed_entropy(real, self.head, vocabulary, torch.cat(targets))
             losses = [own[:-1].sum() for own in nats.split(self.lengths)]
             self.values["token_nats"] = torch.stack(losses)
-            counts = torch.tensor(self.lengths, dtype=torch.float64, device=self.device)
-            self.values["predictions"] = counts - 1
         if "next_token_entropy" in self.names:
             means = [own.mean() for own in entropy.split(self.lengths)]
             self.values["next_token_entropy"] = torch.stack(means)

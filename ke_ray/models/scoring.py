@@ -131,9 +131,9 @@ def score_instances(
     if batch_size < 1:
         raise DataError(f"batch_size is {batch_size}; expected at least 1")
     names, layers = required_sums(chosen), layers_of(layouts)
-    if "token_entropies" in names and "coefficients" not in names:
-        names = (*names, "coefficients")  # one hook makes both
-    if "coefficients" in names and layers.experts:
+    if {"token_entropies", "expert_load"}.intersection(names) and "coefficients" not in names:
+        names = (*names, "coefficients")  # one hook makes all
+    if "coefficients" in names and layers.experts and "expert_load" not in names:
         names = (*names, "expert_load")
     sums = GroupSums.empty(
         num_instances,

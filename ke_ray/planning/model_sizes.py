@@ -6,6 +6,7 @@ true of any architecture, of which a formula would have to know every norm and p
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,9 +16,13 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from ke_ray.errors import UnsupportedArchitectureError
 from ke_ray.models.loading import quiet
 from ke_ray.planning.training_memory import ModelSizes
+from ke_ray.training.loss import is_product
 from ke_ray.training.parallel import decoder_layers
+
+log = logging.getLogger(__name__)
 
 
 def measure_sizes(
@@ -30,13 +35,19 @@ def measure_sizes(
         precision: ``float32`` or ``bfloat16``.
         sharded: the weights are gathered in the compute dtype (FSDP).
 
-    Raises:
-        UnsupportedArchitectureError: the decoder layers are not a list.
+    Weights of an attention with dropout are not counted, which only a CPU keeps.
     """
+    config = copy.deepcopy(config)
+    for name in ("attn_pdrop", "attention_dropout"):
+        if hasattr(config, name):
+            setattr(config, name, 0.0)
     gathered = torch.bfloat16 if sharded and precision == "bfloat16" else torch.float32
     with FakeTensorMode(), quiet():
         model = AutoModelForCausalLM.from_config(config, dtype=gathered)
-        in_layers = sum(p.numel() for p in decoder_layers(model).parameters())
+        try:
+            in_layers = sum(p.numel() for p in decoder_layers(model).parameters())
+        except UnsupportedArchitectureError:  # said where it is trained, if it needs them
+            in_layers = 0
         num_parameters = sum(p.numel() for p in model.parameters())
         model.train()
         saved, copied = None, 0
@@ -44,14 +55,17 @@ def measure_sizes(
             with _silent():
                 one, two = (_saved_bytes(model, n, sequence_length, precision) for n in (1, 2))
             saved, copied = two - one, 2 * one - two
-        except RuntimeError:  # experts are chosen by values, which fake tensors lack
-            pass
+        except Exception:
+            # Experts are chosen by values, which fake tensors lack; and a configuration may make a
+            # forward pass raise anything. Training says what is wrong; here it is not known.
+            log.debug("activations are not known", exc_info=True)
     return ModelSizes(
         num_parameters=num_parameters,
         in_layers=in_layers,
         n_layers=config.num_hidden_layers,
         d_model=config.hidden_size,
         vocab_size=config.vocab_size,
+        has_plain_head=is_product(model),
         saved_bytes=saved,
         copied_bytes=copied if precision == "bfloat16" else 0,
     )
@@ -63,7 +77,9 @@ def _saved_bytes(model: Any, num_rows: int, sequence_length: int, precision: str
     kept: dict[int, torch.Tensor] = {}  # which also keeps the storages' numbers from returning
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if _storage(tensor) not in weights:
+        # Fake tensors hide that the mask is causal and no tensor of it is needed.
+        is_mask = tensor.ndim == 4 and tensor.shape[1:] == (1, sequence_length, sequence_length)
+        if _storage(tensor) not in weights and not is_mask:
             kept[_storage(tensor)] = tensor
         return tensor
 

@@ -36,6 +36,7 @@ class ModelSizes:
     Attributes:
         num_parameters: P; tied ones once.
         in_layers: of these, in decoder layers.
+        has_plain_head: its logits are a product and nothing else, and need not be whole.
         saved_bytes: what one row of T tokens leaves for the backward pass, all layers together;
             None where it is not known.
         copied_bytes: the weights' copies in bfloat16 that autocast makes, without the head's.
@@ -46,6 +47,7 @@ class ModelSizes:
     n_layers: int
     d_model: int
     vocab_size: int
+    has_plain_head: bool
     saved_bytes: int | None
     copied_bytes: int
 
@@ -109,7 +111,9 @@ def worker_memory(sizes: ModelSizes, settings: TrainingSettings) -> WorkerMemory
         copies += compute * head
 
     rows_saved = rows * (sizes.saved_bytes or 0)
-    chunk = min(LOGITS_AT_ONCE, rows * settings.sequence_length * sizes.vocab_size)
+    chunk = rows * settings.sequence_length * sizes.vocab_size
+    if sizes.has_plain_head:
+        chunk = min(LOGITS_AT_ONCE, chunk)
     forward_logits = (compute + 2 * _FLOAT32) * chunk
     head_gradients = compute * head if sharded else 2 * _FLOAT32 * head  # one chunk's, and the sum
     logits = (compute + 3 * _FLOAT32) * chunk + head_gradients

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from ke_ray import __version__, storage
-from ke_ray.errors import KeRayError, ResultsError, UserError
+from ke_ray.errors import KeRayError, ResultsError, StorageError, UserError
 from ke_ray.secrets import redact
 
 #: Raised when a column changes its meaning; readers know every version up to this one.
@@ -95,9 +95,9 @@ def truthful_ending(folder: str) -> Iterator[None]:
     """Within a claimed folder: a manifest does not stay ``running`` where the block raises."""
     try:
         yield
-    except UserError:
-        raise  # the request was wrong, and nothing ran
     except BaseException as error:
+        if isinstance(error, UserError) and not isinstance(error, StorageError):
+            raise  # the request was wrong, and nothing ran
         with suppress(KeRayError, OSError):  # must not hide what happened
             manifest = read_manifest(folder)
             if manifest.get("status") == "running":

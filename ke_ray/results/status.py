@@ -29,7 +29,7 @@ _DEMO = ("pretrain", "scan", "continual", "sweep")
 _DEPTH, _MAX_FOLDERS = 2, 500
 # Never looked into for studies: what result folders, MLflow and Ray keep.
 _NO_STUDIES = re.compile(
-    r"\.|checkpoints$|coefficients$|parts$|runs$|mlruns$|mlartifacts$|artifacts$|ray$"
+    r"\.|checkpoints$|coefficients$|parts$|mlruns$|mlartifacts$|artifacts$|ray$"
     r"|.*\.(parquet|json|jsonl|gz|safetensors|png|html|db|yaml|log|txt)$"
 )
 _STEP = re.compile(r"step(\d+)$")

@@ -16,6 +16,7 @@ from typing import TypeVar
 
 from ke_ray.errors import KeRayError, StorageError, StoreOutageError
 from ke_ray.secrets import redact
+from ke_ray.storage.disk import is_disk_error
 from ke_ray.storage.drivers import explain_driver_error, is_remote
 
 log = logging.getLogger(__name__)
@@ -49,7 +50,8 @@ def on_store(uri: str, operation: Callable[[], T]) -> T:
     if not is_remote(uri):
         return operation()
     store = "/".join(uri.split("/")[:3])
-    started, attempts = time.monotonic(), 0
+    # Asked once: another thread that loses patience first must not end this one's.
+    known, started, attempts = store in _answered, time.monotonic(), 0
     while True:
         attempts += 1
         try:
@@ -60,9 +62,11 @@ def on_store(uri: str, operation: Callable[[], T]) -> T:
             _answered.add(store)
             raise
         except Exception as error:  # each driver has its own kinds
+            if is_disk_error(error):
+                raise  # of a copy to this machine
             waited_s = time.monotonic() - started
             reason = explain_driver_error(error) or _one_line(error)
-            if _is_final(error) or store not in _answered:
+            if _is_final(error) or not known:
                 raise StorageError(f"Cannot reach '{redact(uri)}': {reason}.") from error
             if waited_s >= give_up_s():
                 _answered.discard(store)  # the next operation need not wait as long

@@ -31,6 +31,7 @@ from ke_ray.errors import ResultsError
 HEARTBEAT_S, EXPIRES_S = 15.0, 60.0
 # Stores without conditional writes let two commands write a lease at once: the later one stays.
 _SETTLE_S = 1.0
+_JOIN_S = 5.0  # for a renewal that is under way when the command ends
 # Who looks at a lock (``current_writer``) shares it for an instant, which is no reason to refuse.
 _LOCK_ATTEMPTS, _LOCK_RETRY_S = 3, 0.05
 
@@ -211,8 +212,9 @@ def _lease(lock: str, target: str) -> Iterator[None]:
         yield
     finally:
         ended.set()
-        thread.join()
-        if (_read(lock) or {}).get("token") == mine["token"]:
+        thread.join(timeout=_JOIN_S)
+        # Where the store is out of order, the lease expires by itself.
+        if not thread.is_alive() and (_read(lock) or {}).get("token") == mine["token"]:
             storage.remove(lock)
 
 

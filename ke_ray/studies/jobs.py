@@ -24,7 +24,7 @@ from ke_ray.studies.upload import what_stays
 _URL_WITH_USER = re.compile(r"://(?!git@[^/\s@]*(?:[/\s]|$))[^/\s]*@")
 _ASSIGNMENT = re.compile(r"(?:--([A-Za-z][\w-]*)[=\s]\s*|(?<![\w.-])([A-Za-z_]\w*)=)([^\s;&|]+)")
 # What the node's shell puts in: $NAME, ${NAME}, $(command). Between '…' it would be literal.
-_FROM_SHELL = re.compile(r"""["]?\$(?:\w+|\{\w+\}|\(.*)["')}\]]*""")
+_FROM_SHELL = re.compile(r"""["]?\$(?:\w+|\{\w+(?::?\?[^}]*|:?-)?\}|\(.*)["')}\]]*""")
 _TRACKING_URI = re.compile(r"""(?:--mlflow-uri[=\s]\s*|\bmlflow\.uri=)['"]?([^\s'"]+)""")
 _SHORTEST_SECRET = 6
 

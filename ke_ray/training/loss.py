@@ -39,14 +39,23 @@ def row_losses(model: nn.Module, ids: Tensor, *, max_logits: int = LOGITS_AT_ONC
     targets = F.pad(ids[:, 1:], (0, 1), value=_IGNORED)
     bare = unwrap(model)
     vocabulary = getattr(getattr(bare, "config", None), "vocab_size", 0)
-    if ids.numel() * vocabulary <= max_logits or not _is_product(bare):
+    if ids.numel() * vocabulary <= max_logits or not is_product(bare):
         logits = model(input_ids=ids, use_cache=False).logits  # [rows, T, vocabulary]
         return _cross_entropy(logits.flatten(0, 1), targets.flatten()).view(ids.shape).sum(dim=1)
     at_once = max(1, max_logits // vocabulary)
 
     def losses_of(project: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+        device_type = hidden.device.type
+        # A cached bfloat16 copy of the head's weight would sum the chunks' gradients in bfloat16.
+        autocast: dict[str, Any] = {
+            "dtype": torch.get_autocast_dtype(device_type),
+            "enabled": torch.is_autocast_enabled(device_type),
+            "cache_enabled": False,
+        }
+
         def of_chunk(hidden: Tensor, targets: Tensor) -> Tensor:
-            return _cross_entropy(project(hidden), targets)
+            with torch.autocast(device_type, **autocast):
+                return _cross_entropy(project(hidden), targets)
 
         parts = hidden.flatten(0, 1).split(at_once), targets.flatten().split(at_once)
         losses = [
@@ -62,7 +71,7 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), targets, ignore_index=_IGNORED, reduction="none")
 
 
-def _is_product(model: Any) -> bool:
+def is_product(model: Any) -> bool:
     """Whether the logits are the head's output as it is: neither scaled nor soft-capped.
 
     A user's description may lack what scales them.

@@ -104,6 +104,17 @@ def test_what_is_not_the_published_file_is_not_kept(site: Site, tmp_path: Path) 
     assert list((tmp_path / "texts").iterdir()) == []
 
 
+def test_a_mirror_without_a_scheme_and_a_damaged_list_of_sums_are_no_tracebacks(
+    site: Site, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match="mirror 'foo' is no address"):
+        list(fetch(texts(site), tmp_path, mirror="foo"))
+    fetched(site, tmp_path)
+    sums = tmp_path / "texts" / "SHA256SUMS"
+    sums.write_text("\nword\n" + sums.read_text())
+    assert [file.fetched for file in fetched(site, tmp_path)] == [False, False]
+
+
 def test_the_hash_that_the_hub_states_is_believed(site: Site, tmp_path: Path) -> None:
     site.stated = {f"/texts/{name}": sha256(content) for name, content in TEXTS.items()}
     assert all(file.verified for file in fetched(site, tmp_path / "one"))

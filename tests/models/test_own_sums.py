@@ -173,3 +173,19 @@ def test_the_pass_ends_where_a_sum_over_coefficients_has_been_seen(tiny_decoder)
     assert ran == []
     score_model(model, ids, measures=["rank_me"])
     assert ran == ["second"] * 2
+
+
+def test_a_measure_of_the_number_of_predictions_alone_counts_them(tiny_decoder) -> None:
+    measure("predicted", ("predictions",), lambda mean: mean, total="only")
+    ids, lengths = rows()
+    sums_ = score_instances(
+        tiny_decoder("llama"), ids, lengths, measures=("predicted",), num_instances=len(ids)
+    )
+    expected = sum(length - 1 for length in lengths) / len(lengths)
+    assert float(sums_.mean("predictions")) == pytest.approx(expected)
+
+
+def test_axes_that_the_tap_does_not_have_are_refused() -> None:
+    wide = Sum(name="wide", tap="coefficients", of_instance=lambda r: r, axes=("d_model",))
+    with pytest.raises(UserError, match="with the tap coefficients"):
+        measure("wide", (wide,), lambda mean: mean)

@@ -229,6 +229,13 @@ def test_tokenizers_that_take_all_time_or_memory_are_refused(
         assert load_tokenizer(path).encode("a").ids == [0]
 
 
+def test_rules_whose_names_are_escaped_are_found(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    text = tokenizer_with(normalizer=chain(*[rule({"String": "a"}, "aa")] * 40))
+    path.write_text(text.replace('"Replace"', '"\\u0052eplace"'))
+    refused(lambda: load_tokenizer(path), "1.1e\\+12 times", DataError)
+
+
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3", "gemma2", "gemma3_text", "olmo3", "llama"])
 @pytest.mark.parametrize("key", ["num_labels", "num_hidden_layers"])
 def test_giant_counts_of_a_configuration_are_refused(tmp_path: Path, kind: str, key: str) -> None:

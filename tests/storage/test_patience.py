@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import http.server
 import threading
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ import pytest
 
 from ke_ray import storage
 from ke_ray.errors import StorageError, StoreOutageError
+from ke_ray.storage import patience
+from ke_ray.storage.patience import on_store
 
 
 class Moody(http.server.BaseHTTPRequestHandler):
@@ -75,3 +78,27 @@ def test_a_store_that_refuses_or_never_answered_is_an_error_at_once(
     with pytest.raises(StorageError, match="Cannot reach"):
         storage.read_bytes(store)
     assert Moody.asked == len(statuses)
+
+
+def test_a_full_disk_is_no_outage(store: str) -> None:
+    Moody.statuses = [200]
+    storage.read_bytes(store)
+
+    def copy() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        on_store(store, copy)
+
+
+def test_another_thread_that_gave_up_ends_nobody_elses_patience(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KE_RAY_STORE_GIVE_UP_S", "1.5")
+    Moody.statuses = [200, 500]
+    storage.read_bytes(store)
+    impatient = threading.Timer(0.1, patience._answered.clear)
+    impatient.start()
+    with pytest.raises(StoreOutageError, match="Finished work is saved"):
+        storage.read_bytes(store)
+    impatient.join()

@@ -69,3 +69,26 @@ def test_no_tensor_holds_the_logits_of_more_tokens_than_a_chunk(
     with _LargestLogits() as seen:
         row_losses(model, IDS)
     assert seen.num_tokens == ROWS * LENGTH
+
+
+def test_gradients_of_the_head_are_summed_in_float32_over_chunks(
+    tiny_decoder: Callable[..., Any],
+) -> None:
+    """Under autocast a cached copy of its weight would sum them in bfloat16."""
+    model = tiny_decoder("llama")
+    ids = torch.randint(3, VOCABULARY, (4, 256), generator=torch.Generator().manual_seed(2))
+    name = "lm_head.weight"
+
+    def gradient(max_logits: int, *, exact: bool = False) -> torch.Tensor:
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=not exact):
+            row_losses(model, ids, max_logits=max_logits).sum().backward()
+        return dict(model.named_parameters())[name].grad.clone()
+
+    expected = gradient(10**9, exact=True)
+
+    def error(found: torch.Tensor) -> float:
+        return float((found - expected).norm() / expected.norm())
+
+    whole = error(gradient(10**9))
+    assert error(gradient(4 * VOCABULARY)) < 1.2 * whole  # 256 chunks

@@ -237,7 +237,7 @@ class Store:
                 endpoint=self._endpoint,
                 policy=self._policy,
                 should_stop=should_stop,
-                max_bytes=self._budget if size is None else size,
+                max_bytes=size or self._budget,  # a server may state 0 for what it does not know
             )
             with self._budget_lock():  # else a count could see it in neither place
                 partial.rename(entry)

@@ -272,14 +272,16 @@ class CheckpointScorer:
         from ke_ray.models.scoring import score_instances
 
         input_ids, lengths = next(iter(self._corpora.values()))
-        return score_instances(
-            model,
-            input_ids,
-            lengths,
-            measures=("knowledge_entropy",),
-            num_instances=len(input_ids),
-            batch_size=self._settings.batch_size,
-        ).mean("coefficients")
+        with self._score_lock:  # the precision of products is the process's, not a thread's
+            sums = score_instances(
+                model,
+                input_ids,
+                lengths,
+                measures=("knowledge_entropy",),
+                num_instances=len(input_ids),
+                batch_size=self._settings.batch_size,
+            )
+        return sums.mean("coefficients")
 
     def _reporter(self, item: int) -> Any:
         total = 0
