@@ -258,7 +258,8 @@ def test_a_secret_in_an_override_or_in_the_runtime_env_is_refused_too(tmp_path):
 def test_what_is_no_secret_is_taken(tmp_path):
     keys = {
         "entrypoint": "ke-ray scan hf --tokenizer x --eos-token-id 0 --set a.num_tokens=3 "
-        "--api-key $KEY HF_TOKEN=\"${HF_TOKEN}\" B_TOKEN=${HF_TOKEN:?} TOKEN=$(cat /run/token) bash -c 'TOKEN=$T x'",
+        '--api-key $KEY HF_TOKEN="${HF_TOKEN}" B_TOKEN=${HF_TOKEN:?} '
+        "TOKEN=$(cat /run/token) bash -c 'TOKEN=$T x'",
         "env": {"RAY_AUTH_TOKEN_PATH": "/etc/token", "OMP_NUM_THREADS": 2, "URL": "http://h:1/a@b"},
         "working_dir": "git+ssh://git@example.com/code.zip",
     }
