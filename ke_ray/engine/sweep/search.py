@@ -12,7 +12,7 @@ whose trials failed is FAIL: TPE leaves it out.
 from __future__ import annotations
 
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -167,6 +167,8 @@ class LedgerSearcher(Searcher):
         self.plan, self.config_of, self.settle = plan, config_of, settle
         self.waiting: deque[Trial] = deque(t for t in plan.trials if not t.is_done)
         self.running: dict[str, Trial] = {}
+        self.max_concurrent = 1
+        self._times_abandoned: Counter[str] = Counter()
         draws = plan.study.search == "tpe" and bool(plan.study.space)
         self.sampler = _PointSampler(plan) if draws else None
 
@@ -175,11 +177,30 @@ class LedgerSearcher(Searcher):
         """Optuna's view of the sweep."""
         return self.sampler.study if self.sampler else None
 
+    def set_max_concurrency(self, max_concurrent: int) -> bool:
+        """See Ray. Kept here, since Ray's own count never forgets a trial that was abandoned."""
+        self.max_concurrent = max_concurrent
+        return True
+
+    def abandoned(self, trial_id: str) -> None:
+        """Tune has given a trial up that did not begin: it waits again, or has failed."""
+        trial = self.running.get(trial_id)
+        if trial is None:
+            return  # it has ended in the ordinary way
+        self._times_abandoned[trial.trial_id] += 1
+        if self._times_abandoned[trial.trial_id] > self.plan.study.retries:
+            self.on_trial_complete(trial_id, error=True)
+            return
+        log.warning("Trial %s got no process in time; it is tried again.", trial.trial_id)
+        self.waiting.appendleft(self.running.pop(trial_id))
+
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """See Ray: a config, or that there is nothing more."""
+        """See Ray: a config, or that there is nothing now, or nothing more."""
+        if len(self.running) >= self.max_concurrent:
+            return None
         if not self.waiting:
             if self.sampler is None or len(self.plan.points) >= self.plan.num_points:
-                return Searcher.FINISHED
+                return None if self.running else Searcher.FINISHED
             point = self.sampler.ask()
             self.waiting.extend(self.plan.add(point))
             self.plan.save_points()  # before its trials can write anything

@@ -66,7 +66,7 @@ def run_trial(named: dict[str, str], book: Any, environment: Mapping[str, str]) 
             ``threads``, ``command`` (names the command that runs the sweep), ``parent_id`` and
             ``watch`` (whether a scheduler wants intermediate results).
         book: handle of the :class:`~ke_ray.planning.trial_book.TrialBook`.
-        environment: variables that are not to be written down (MLflow's credentials).
+        environment: variables of the driver, not to be written down (MLflow's credentials).
     """
     import ray
     from ray import tune

@@ -51,7 +51,10 @@ def build_tuner(
             reduction_factor=study.scheduler.reduction_factor,
             stop_last_trials=False,  # what is measured after the last step is still to come
         )
-    environment = {k: v for k, v in os.environ.items() if k.startswith("MLFLOW_")}
+    # Actors of a cluster that was there before have neither. How long an actor waits for a stopped
+    # trial to end, Tune reads in the actor, which is then free for the next one.
+    names = (*(k for k in os.environ if k.startswith("MLFLOW_")), "TUNE_FUNCTION_THREAD_TIMEOUT_S")
+    environment = {name: os.environ[name] for name in names if name in os.environ}
     if study.base.num_workers == 1:
         per_trial: dict[str, float] = {"cpu": resources.cpus}
         if resources.gpus:
@@ -66,7 +69,7 @@ def build_tuner(
         tune_config=tune.TuneConfig(
             search_alg=searcher,
             scheduler=scheduler,
-            num_samples=num_trials,
+            num_samples=num_trials * (study.retries + 1),  # at most; the searcher ends it
             max_concurrent_trials=resources.concurrency,
             reuse_actors=True,
             trial_dirname_creator=_folder_name,
@@ -76,8 +79,26 @@ def build_tuner(
             storage_path=folder,
             failure_config=tune.FailureConfig(max_failures=study.retries),
             verbose=0,
+            callbacks=[_Abandoned(searcher)],
         ),
     )
+
+
+class _Abandoned(tune.Callback):
+    """Tells the searcher of trials that Tune has given up without telling it.
+
+    Tune does so where an actor is not free for its next trial within
+    ``TUNE_FUNCTION_THREAD_TIMEOUT_S``, since the one before has not come to its end.
+    """
+
+    def __init__(self, searcher: LedgerSearcher) -> None:
+        self._searcher = searcher
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """See Ray."""
+        for trial in trials:
+            if trial.status == trial.ERROR:
+                self._searcher.abandoned(trial.trial_id)
 
 
 def _folder_name(trial: Any) -> str:

@@ -234,6 +234,27 @@ def test_asha_stops_the_worse_half_early(tmp_path: Path, series: Path, ray_clust
     assert sweep(study).num_skipped == 4
 
 
+def test_a_trial_that_got_no_actor_is_run_all_the_same(
+    tmp_path: Path, series: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tune gives a trial up whose actor was not free in time, and says nothing of it."""
+    monkeypatch.setenv("TUNE_FUNCTION_THREAD_TIMEOUT_S", "0")  # a stopped trial takes longer
+    study = tiny_sweep(
+        tmp_path / "sweep",
+        series,
+        base={"probes": {"every": 2, "around_injections": False}, "resuscitation": None},
+        space={"optimizer.learning_rate": [1e-2, 1e-7, 2e-7]},
+        points=[],
+        objectives=["acquisition"],
+        scheduler={"name": "asha", "grace": 0.3},
+        max_concurrent=1,
+    )
+    outcome = sweep(study)
+    assert outcome.exit_code == 0, outcome.failures
+    assert len(outcome.rows) == 3
+    assert sweep(study).num_skipped == 3
+
+
 def test_tpe_with_two_objectives(tmp_path: Path, series: Path, ray_cluster: None) -> None:
     study = tiny_sweep(
         tmp_path / "sweep",
