@@ -69,6 +69,20 @@ def mlflow_gate(mlflow_server: str) -> Iterator[Gate]:
         yield gate
 
 
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """An empty bucket of an S3 service on the loopback, to which the environment leads."""
+    from servers import running_s3
+
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        running_s3(tmp_path_factory.mktemp("s3")) as variables,
+    ):
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        yield "s3://shared"
+
+
 @pytest.fixture(scope="session")
 def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a tiny pretraining, which tests only read."""

@@ -145,4 +145,8 @@ def running_s3(folder: Path) -> Iterator[dict[str, str]]:
     with running_server(command, f"{url}/moto-api/", folder / "s3-server.log"):
         files = s3fs.S3FileSystem(key="tests", secret="tests", endpoint_url=url)
         files.mkdir("shared")
-        yield variables
+        s3fs.S3FileSystem.clear_instance_cache()  # it may lead to a service that was here before
+        try:
+            yield variables
+        finally:
+            s3fs.S3FileSystem.clear_instance_cache()

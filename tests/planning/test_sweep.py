@@ -158,8 +158,9 @@ def test_finished_trials_are_not_handed_out_again_and_failed_ones_are(
     write_failed(plan.trials[1].study, plan.trials[1].spec, "broken")
     again = searcher(prepare_sweep(study))
     handed = []
-    while (config := again.suggest(f"t{len(handed)}")) != "FINISHED":
+    while isinstance(config := again.suggest(f"t{len(handed)}"), dict):
         handed.append(config["name"])
+    assert config is None, "a trial that runs may come back"
     assert handed == [plan.trials[1].trial_id, plan.trials[2].trial_id]
     # Other weights at the same place make the row that of another run.
     weights = series / "checkpoints" / "step3" / "model.safetensors"
@@ -207,7 +208,7 @@ def test_optuna_keeps_its_history_over_a_resume(tmp_path: Path, series: Path) ->
         *(trial.trial_id for trial in plan.trials_of(3)),
     ]
     names = []
-    while (config := resumed.suggest(f"r{len(names)}")) != "FINISHED":
+    while isinstance(config := resumed.suggest(f"r{len(names)}"), dict):
         names.append(config["name"])
     assert len(names) == 3 + 2 * (7 - 4)
     drawn = [point.params["optimizer.learning_rate"] for point in resumed_plan.points]

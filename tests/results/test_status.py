@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 from command_process import Command, run_command, start_command
-from servers import running_s3
 from tiny_studies import tiny_pretrain, write_study
 
 from ke_ray import storage
@@ -30,17 +29,6 @@ from ke_ray.results.status import StudyStatus, joint_state, read_status
 from ke_ray.storage import sole_writer as locks
 from ke_ray.storage.ownership import LOCK, MARK, PROGRESS, claimed
 from ke_ray.storage.sole_writer import sole_writer
-
-
-@pytest.fixture(scope="module")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        running_s3(tmp_path_factory.mktemp("s3")) as variables,
-    ):
-        for name, value in variables.items():
-            patch.setenv(name, value)
-        yield "s3://shared"
 
 
 def only(folder: object) -> StudyStatus:

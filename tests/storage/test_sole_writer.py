@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from servers import running_s3
 
 from ke_ray import storage
 from ke_ray.errors import ResultsError
@@ -30,17 +29,6 @@ HOLD = (
     "    print('held', flush=True)\n"
     "    time.sleep(600)\n"
 )
-
-
-@pytest.fixture(scope="module")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        running_s3(tmp_path_factory.mktemp("s3")) as variables,
-    ):
-        for name, value in variables.items():
-            patch.setenv(name, value)
-        yield "s3://shared"
 
 
 @pytest.fixture(params=["file", "memory", "s3"])

@@ -12,6 +12,7 @@ whose trials failed is FAIL: TPE leaves it out.
 from __future__ import annotations
 
 import logging
+import sys
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -167,7 +168,7 @@ class LedgerSearcher(Searcher):
         self.plan, self.config_of, self.settle = plan, config_of, settle
         self.waiting: deque[Trial] = deque(t for t in plan.trials if not t.is_done)
         self.running: dict[str, Trial] = {}
-        self.max_concurrent = 1
+        self.max_concurrent = sys.maxsize
         self._times_abandoned: Counter[str] = Counter()
         draws = plan.study.search == "tpe" and bool(plan.study.space)
         self.sampler = _PointSampler(plan) if draws else None
