@@ -121,12 +121,8 @@ class Capture:
         shape = (len(lengths), n_layers)
         self.values, self.tokens = {}, None
         self.unseen = set(self.expected)
-        for name, is_requested in (
-            ("coefficients", self.coefficients),
-            ("coefficients_relu", self.relu),
-        ):
-            if is_requested:
-                self.values[name] = torch.zeros((*shape, d_mlp), dtype=dtype, device=self.device)
+        for name in {"coefficients", "coefficients_relu"}.intersection(self.names):
+            self.values[name] = torch.zeros((*shape, d_mlp), dtype=dtype, device=self.device)
         for name in {"token_entropies", "attention_entropy"}.intersection(self.names):
             self.values[name] = torch.zeros(shape, dtype=torch.float64, device=self.device)
         for own in self.of_rows:

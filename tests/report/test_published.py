@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,7 +20,7 @@ from ke_ray.report.build import sections
 from ke_ray.report.charts.figure import Figure, TextTable
 from ke_ray.report.sources import find_results
 from ke_ray.results.sweep_folder import trials_table
-from ke_ray.studies.sweep import load_sweep
+from ke_ray.studies.sweep import SweepStudy, load_sweep
 
 _SWEEPS = Path(__file__).parents[2] / "sweeps"
 
@@ -34,6 +35,16 @@ def _rewrite(folder: Path, table: str, **columns: object) -> None:
     for name, value in columns.items():
         frame[name] = value(frame) if callable(value) else value
     pq.write_table(pa.Table.from_pandas(frame), folder / f"{table}.parquet")
+
+
+def _written(folder: Path, study: SweepStudy, rows: list[dict[str, Any]]) -> Path:
+    folder.mkdir(parents=True)
+    pq.write_table(trials_table(rows, study.shown_keys), folder / "trials.parquet")
+    config = study.model_dump(mode="json", by_alias=True)
+    (folder / "manifest.json").write_text(
+        json.dumps({"kind": "sweep", "schema_version": 1, "config": config})
+    )
+    return folder
 
 
 def _table_1_sweep(folder: Path) -> Path:
@@ -66,13 +77,7 @@ def _table_1_sweep(folder: Path) -> Path:
                 "downstream_after": rng.normal(0.5, 0.05),
             }
         )
-    folder.mkdir(parents=True)
-    pq.write_table(trials_table(rows, study.shown_keys), folder / "trials.parquet")
-    config = study.model_dump(mode="json", by_alias=True)
-    (folder / "manifest.json").write_text(
-        json.dumps({"kind": "sweep", "schema_version": 1, "config": config})
-    )
-    return folder
+    return _written(folder, study, rows)
 
 
 def test_table_1_is_laid_over_its_own_sweep(tmp_path: Path) -> None:
@@ -177,13 +182,7 @@ def _stage_sweep(folder: Path, name: str = "olmo_1b_stages") -> Path:
         }
         for number, point in enumerate(steps)
     ]
-    folder.mkdir(parents=True)
-    pq.write_table(trials_table(rows, study.shown_keys), folder / "trials.parquet")
-    config = study.model_dump(mode="json", by_alias=True)
-    (folder / "manifest.json").write_text(
-        json.dumps({"kind": "sweep", "schema_version": 1, "config": config})
-    )
-    return folder
+    return _written(folder, study, rows)
 
 
 def test_a_sweep_over_ten_stages_has_the_papers_ten_points(tmp_path: Path) -> None:
