@@ -123,7 +123,7 @@ def ray_session(
     else:
         settings |= {"address": address, "runtime_env": {"env_vars": worker_env()}}
     try:
-        with _quiet_stderr(), kept_handlers(signal.SIGTERM):
+        with _quiet_stderr(), kept_handlers(signal.SIGTERM), _interruptible():
             _start(settings)
     except (ConnectionError, RuntimeError) as error:
         if not address:
@@ -180,6 +180,30 @@ def kept_handlers(*numbers: signal.Signals) -> Iterator[None]:
             for number, handler in own.items():
                 if callable(handler):
                     signal.signal(number, handler)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Raise KeyboardInterrupt where SIGTERM or SIGINT came in the block, whatever was made of it.
+
+    ``ray.init`` answers SIGTERM by ``sys.exit``, and Python drops what a handler raises while a
+    process is forked, as Ray's are.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    reader, writer = os.pipe()
+    for end in (reader, writer):
+        os.set_blocking(end, False)
+    before = signal.set_wakeup_fd(writer)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(writer)
+        with open(reader, "rb") as received:
+            if {signal.SIGTERM, signal.SIGINT}.intersection(received.read()):
+                raise KeyboardInterrupt
 
 
 @contextmanager
