@@ -206,8 +206,8 @@ def measure_start(rounds: int = 3) -> dict[str, dict[str, float]]:
 def play_start(spec: str, corpus: str, output: str, started: str) -> None:
     """What ``ke-ray scan`` does, one instance and the default number of actors."""
     import ke_ray.cli  # noqa: F401
+    from ke_ray.api.publish import publish_scan  # noqa: F401
     from ke_ray.cli.progress import TerminalDisplay  # noqa: F401
-    from ke_ray.cli.publish import publish_scan  # noqa: F401
     from ke_ray.engine.scan.run import run_scan
     from ke_ray.planning.scan import prepare_scan
     from ke_ray.tracking.tracker import open_tracker

@@ -14,6 +14,9 @@ from typing import Any
 class Display:
     """A display that shows nothing; the terminal's is ``ke_ray.cli.progress.TerminalDisplay``."""
 
+    def say(self, text: str) -> None:
+        """A line about how the work is going to be done, before it starts."""
+
     def start(self, *, num_items: int, num_skipped: int, note: str = "") -> None:
         """Before the first item: those to do, and those that are finished already."""
 

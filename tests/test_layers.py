@@ -168,6 +168,7 @@ ORDER = (
     ("training",),
     ("planning",),
     ("engine",),
+    ("api",),
     ("cli",),
 )
 

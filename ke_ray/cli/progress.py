@@ -53,6 +53,9 @@ class TerminalDisplay(Display):
         self._stopped = threading.Event()
         self._heart: threading.Thread | None = None
 
+    def say(self, text: str) -> None:
+        self._print(text)
+
     def start(self, *, num_items: int, num_skipped: int, note: str = "") -> None:
         progress = self._progress
         if num_skipped:

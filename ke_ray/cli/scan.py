@@ -28,7 +28,6 @@ from ke_ray.cli.options import (
     read_study,
 )
 from ke_ray.cli.progress import command_display, print_outcome
-from ke_ray.cli.publish import publish_scan
 from ke_ray.errors import ConfigError
 from ke_ray.shipped import find_study
 from ke_ray.storage.ownership import claimed
@@ -141,26 +140,13 @@ def _corpora(options: list[str]) -> dict[str, str]:
 
 def execute_scan(study: ScanStudy) -> ScanOutcome:
     """Run a scan study with progress on the terminal, and print its table."""
-    from ke_ray.engine.scan.run import cluster_gpus, run_scan
-    from ke_ray.planning.scan import prepare_scan
-    from ke_ray.planning.scan_tracking import log_predictions
-    from ke_ray.resuscitation.prediction import write_predictions
-    from ke_ray.tracking.tracker import open_tracker
+    from ke_ray.api.scan import run_scan_study
 
     with (
         claimed(study.output, "scan"),
         command_display("scan", "checkpoints", study.output) as display,
-        cluster_gpus() as gpus,
     ):
-        setup = prepare_scan(study, gpus)
-        for key in ("dtype", "matmul_precision"):
-            if getattr(study, key) == "auto":
-                typer.echo(f"{key}: auto is {getattr(setup.study, key)} here", err=True)
-        with open_tracker(study.mlflow) as tracker:
-            outcome = run_scan(setup, display, tracker)
-            run = tracker.run(outcome.mlflow_run_id)
-            log_predictions(run, write_predictions(study.output), setup)
-            publish_scan(study.output, run)
+        outcome = run_scan_study(study, display)
     print_results(study.output)
     print_outcome(outcome, f"{outcome.num_done} scanned")
     return outcome

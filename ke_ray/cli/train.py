@@ -9,6 +9,7 @@ import typer
 import yaml
 
 from ke_ray import storage
+from ke_ray.api.publish import publish_report
 from ke_ray.cli.next_steps import after_pretrain, after_results, print_next
 from ke_ray.cli.options import (
     ArchitectureFile,
@@ -22,7 +23,6 @@ from ke_ray.cli.options import (
     read_study,
 )
 from ke_ray.cli.progress import command_display, print_outcome
-from ke_ray.cli.publish import publish_report
 from ke_ray.cli.scan import print_results
 from ke_ray.planning.memory_forecast import check_memory, memory_text
 from ke_ray.secrets import redact

@@ -1,0 +1,5 @@
+from ke_ray.api.scan import scan as scan
+from ke_ray.api.score import score_model as score_model
+from ke_ray.api.series import series as series
+
+__version__: str
