@@ -11,7 +11,7 @@ from lab_cluster import LabCluster, running_cluster
 
 @pytest.fixture(scope="session")
 def three_hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LabCluster]:
-    """A head without CPUs and two workers of one; S3 and MLflow on hosts of their own."""
+    """A head without CPUs and two workers that declare two; S3 and MLflow on hosts of their own."""
     if reason := why_not():
         pytest.skip(reason)
     with running_cluster(tmp_path_factory.mktemp("hosts")) as cluster:

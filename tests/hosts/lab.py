@@ -27,7 +27,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 NETWORK = "10.77.0"
-_SHIPPED = ("ke_ray", "sweeps", "jobs", "dashboards", "constraints.txt", "pyproject.toml")
+SHIPPED = ("ke_ray", "sweeps", "jobs", "dashboards", "constraints.txt", "pyproject.toml")
 _NAMESPACES = ("--mount", "--net", "--pid", "--fork", "--kill-child", "--propagation", "private")
 
 # The outer process number, which /proc still has, and then nothing but reaping orphans.
@@ -214,7 +214,7 @@ class Lab:
         number = int(name[1:]) if name[1:].isdigit() else 101 + len(self.hosts)
         host = Host(name, f"{NETWORK}.{number}", _environment())
         disk = self._disk(name)
-        for shipped in _SHIPPED:
+        for shipped in SHIPPED:
             source, target = ROOT / shipped, disk / ROOT.relative_to("/") / shipped
             target.parent.mkdir(parents=True, exist_ok=True)
             copy = shutil.copytree if source.is_dir() else shutil.copy2

@@ -64,6 +64,19 @@ class LabCluster:
         host = self.lab.hosts[name]
         return host.run("python", "-m", "ke_ray", *words, environment=environment)
 
+    def addresses_of(self, class_name: str) -> set[str]:
+        """Of the hosts on which actors of a class were, dead ones included."""
+        hosts = {node["node_id"]: node["node_ip"] for node in self._listed("nodes")}
+        return {
+            hosts[actor["node_id"]]
+            for actor in self._listed("actors")
+            if class_name in actor["class_name"] and actor["node_id"]
+        }
+
+    def _listed(self, kind: str) -> list[dict]:
+        answer = self.head.get(f"/api/v0/{kind}?detail=1&limit=1000", self.head.token)
+        return answer.json()["data"]["result"]["result"]
+
     def wait_for_mlflow(self) -> None:
         """Until the server answers, which takes longer to start than Ray."""
         _answers(f"{self.mlflow_here}/health", self.folder / "mlflow.log")
@@ -87,16 +100,13 @@ def put_token(host: Host, token: str) -> None:
 
 
 @contextmanager
-def running_cluster(
-    folder: Path, workers: int = 2, cpus: int = 1, head_cpus: int = 0
-) -> Iterator[LabCluster]:
+def running_cluster(folder: Path, workers: int = 2, cpus: int = 2) -> Iterator[LabCluster]:
     """Hosts ``store``, ``mlflow``, ``h1`` (the head), ``h2``, …; all of it is gone in the end.
 
     Args:
         folder: for logs.
         workers: hosts beside the head.
         cpus: that each of them declares.
-        head_cpus: that the head declares.
     """
     token = secrets.token_hex(32)
     (folder / "token").write_text(token)
@@ -113,25 +123,13 @@ def running_cluster(
         }
         serve_s3 = ("python", "-m", "moto.server", "-H", "0.0.0.0", "-p", "5000")
         store.start(serve_s3, folder / "store.log")
-        serve_mlflow = (  # Ray comes first, whose start is waited for
-            *(
-                "nice",
-                "-n",
-                "15",
-                "python",
-                "-m",
-                "mlflow",
-                "server",
-                "--host",
-                "0.0.0.0",
-                "--port",
-                "5000",
-            ),
+        serve_mlflow = (
+            *("python", "-m", "mlflow", "server", "--host", "0.0.0.0", "--port", "5000"),
             *("--workers", "1", "--allowed-hosts", "*"),
             *("--backend-store-uri", f"sqlite:///{Path.home()}/server.db"),
             *("--artifacts-destination", Path.home() / "artifacts"),
         )
-        options = ("--head", "--dashboard-host=127.0.0.1", f"--num-cpus={head_cpus}")
+        options = ("--head", "--dashboard-host=127.0.0.1", "--num-cpus=0")
         starting = [cluster._start_ray(first, *options)]
         # A node that finds no head asks again: they all start at once.
         for number in range(2, workers + 2):
@@ -139,7 +137,9 @@ def running_cluster(
             options = (f"--address={cluster.head.gcs}", f"--num-cpus={cpus}")
             starting.append(cluster._start_ray(host, *options))
         mlflow.start(
-            serve_mlflow, folder / "mlflow.log", {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+            ["nice", "-n", "15", *serve_mlflow],  # Ray comes first, whose start is waited for
+            folder / "mlflow.log",
+            {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
         )
 
         def relay(host: Host, port: int) -> str:

@@ -90,7 +90,7 @@ def main() -> None:
     """Start the hosts, say where everything is, and read commands."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workers", type=int, default=2, help="hosts beside the head")
-    parser.add_argument("--cpus", type=int, default=1, help="that each worker declares")
+    parser.add_argument("--cpus", type=int, default=2, help="that each worker declares")
     arguments = parser.parse_args()
     if reason := why_not():
         raise SystemExit(f"There can be no laboratory here: {reason}.")
@@ -108,7 +108,7 @@ In another terminal:
   export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={folder}/token
   export MLFLOW_TRACKING_URI={cluster.mlflow_uri}    # as the hosts see it
   ke-ray submit jobs/pretrain.yaml --address {cluster.head.address} \\
-    --set entrypoint_num_cpus=1 --set env.KE_RAY_RUNS=s3://{BUCKET}/runs
+    --set env.KE_RAY_RUNS=s3://{BUCKET}/runs
 In a browser: Ray's dashboard at {cluster.head.address} (it asks for the token),
   MLflow at {cluster.mlflow_here}. S3 for this machine: AWS_ENDPOINT_URL={
                     cluster.s3_here["AWS_ENDPOINT_URL"]

@@ -1,0 +1,288 @@
+"""The shipped jobs over hosts that share nothing: checkpoints and results on S3, MLflow elsewhere.
+
+The job files are the shipped ones, byte for byte, with addresses given as a user gives them. The
+studies that they name stand for large ones, and are tiny here.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray_head
+import s3fs
+import yaml
+from command_process import Command, start_command
+from lab import ROOT, SHIPPED
+from lab_cluster import BUCKET, LabCluster
+from tiny_studies import tiny_continual, tiny_pretrain
+
+from ke_ray import storage
+from ke_ray.config import validate
+from ke_ray.results import ScanFolder
+from ke_ray.studies.continual import ContinualStudy
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+STORE = f"s3://{BUCKET}"
+RUNS, DATA = f"{STORE}/runs", f"{STORE}/data"
+EXPERIMENT = "hosts"
+
+
+@pytest.fixture(scope="module")
+def data(pretrained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What lies on the store: a tiny series, and documents and facts by the names of real ones."""
+    folder, world = tmp_path_factory.mktemp("store"), pretrained / "world"
+    shutil.copytree(pretrained / "checkpoints", folder / "series" / "checkpoints")
+    for name in ("pubmed", "dolma", "fictional_knowledge"):
+        (folder / "data" / name).mkdir(parents=True)
+    with (
+        gzip.open(world / "other_documents.jsonl.gz", "rt") as documents,
+        (folder / "data" / "pubmed" / "a.jsonl").open("w") as articles,
+    ):
+        for line in documents:
+            articles.write(json.dumps({"contents": json.loads(line)["text"]}) + "\n")
+    for source, target in (
+        ("documents.jsonl.gz", "dolma/a.json.gz"),
+        ("facts_paraphrase.json", "fictional_knowledge/paraphrase70.json"),
+        ("facts_once.json", "fictional_knowledge/once60.json"),
+        ("questions.jsonl", "questions.jsonl"),
+    ):
+        shutil.copy(world / source, folder / "data" / target)
+    ids = np.random.default_rng(0).integers(2, 300, (40, 24), np.uint16)
+    np.save(folder / "ids.npy", ids)
+    return folder
+
+
+def continual_keys(place: str, output: str, **changes: Any) -> dict[str, Any]:
+    """A tiny study whose checkpoints, documents and facts lie at ``place``."""
+    facts = f"{place}/data/fictional_knowledge"
+    study = tiny_continual(
+        Path(output),
+        Path(place),
+        starts={"spec": f"{place}/series/checkpoints", "steps": "10:10"},
+        corpus={"source": f"{place}/data/pubmed/*.jsonl#contents"},
+        held_out={"source": f"{place}/data/dolma/*.json.gz"},
+        entropy={"source": f"{place}/data/dolma/*.json.gz"},
+        injection={"paraphrase": f"{facts}/paraphrase70.json", "once": f"{facts}/once60.json"},
+        downstream={"own_tasks": {"biographies": f"{place}/data/questions.jsonl"}},
+        global_batch_size=12,
+        micro_batch_size=4,
+        keep_final=False,
+        **changes,
+    )
+    return study.model_dump(mode="json", exclude_unset=True, exclude={"mlflow"})
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a user submits from: the code, the job files, and tiny studies by the shipped names."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in SHIPPED:
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, folder / name)
+    pretrain = tiny_pretrain(Path("runs")).model_dump(
+        mode="json", exclude_unset=True, exclude={"mlflow"}
+    )
+    studies = {
+        "olmo_1b": {
+            "kind": "scan",
+            "checkpoints": {"spec": f"{STORE}/series/checkpoints"},
+            "data": {"ids": f"{STORE}/ids.npy"},
+            "num_instances": 40,
+            "sequence_length": 24,
+            "measures": ["knowledge_entropy"],
+            "output": "runs",
+        },
+        "demo_pretrain": pretrain,
+        # The data are those of the job file; three workers are more than two hosts can hold.
+        "olmo_1b_pubmed": continual_keys(
+            STORE, "runs", executor="ray", num_workers=3, cpus_per_worker=2
+        ),
+        "table1": {
+            "kind": "sweep",
+            "base": "olmo_1b_pubmed.yaml",
+            "changes": {"num_workers": 1},
+            "points": [{"checkpoint": 5}, {"checkpoint": 10}],
+            "objectives": ["acquisition", "forgetting"],
+            "output": "runs",
+        },
+    }
+    studies["olmo_1b_pubmed"]["starts"]["steps"] = "5:10"
+    for name, keys in studies.items():
+        (folder / "sweeps" / f"{name}.yaml").write_text(yaml.safe_dump(keys, sort_keys=False))
+    for job in ("scan", "pretrain", "continual", "sweep"):
+        text = (ROOT / "jobs" / f"{job}.yaml").read_bytes()
+        assert (folder / "jobs" / f"{job}.yaml").read_bytes() == text
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cluster(three_hosts: LabCluster, data: Path) -> Iterator[LabCluster]:
+    """The cluster with the data on its store, which this process reaches too."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in three_hosts.s3_here.items():
+            patch.setenv(name, value)
+        s3fs.S3FileSystem.clear_instance_cache()
+        s3fs.S3FileSystem().put(f"{data}/", f"{BUCKET}/", recursive=True)
+        three_hosts.wait_for_mlflow()
+        yield three_hosts
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+def submit(cluster: LabCluster, checkout: Path, job: str) -> Command:
+    """``ke-ray submit jobs/JOB.yaml`` under way, through a forwarded port, as from a laptop."""
+    words = ["submit", f"jobs/{job}.yaml", "--address", cluster.head.address]
+    for setting in (f"KE_RAY_RUNS={RUNS}", f"MLFLOW_EXPERIMENT_NAME={EXPERIMENT}"):
+        words += ["--set", f"env.{setting}"]
+    if job in ("continual", "sweep"):
+        words += ["--set", f"env.KE_RAY_DATA={DATA}"]
+    environment = cluster.head.environment | {"MLFLOW_TRACKING_URI": cluster.mlflow_uri}
+    out = cluster.folder / f"{job}.txt"
+    out.touch()
+    return start_command(words, out, environment=environment, cwd=checkout)
+
+
+def messages(command: Command) -> str:
+    """What a job said, on one line; it has to end well."""
+    assert command.wait() == 0, command.stdout
+    return " ".join(command.stdout.split())
+
+
+def statuses(cluster: LabCluster, kind: str) -> list[str]:
+    """Of the MLflow runs of a kind."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(cluster.mlflow_here)
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    found = client.search_runs([experiment.experiment_id], f"tags.`ke_ray.kind` = '{kind}'")
+    return [run.info.status for run in found]
+
+
+def list_temporary(output: str) -> list[str]:
+    """Files under temporary names, which a finished command leaves none of."""
+    names = s3fs.S3FileSystem().find(output)
+    return [name for name in names if name.rsplit("/", 1)[1].startswith(".")]
+
+
+WORKERS = {"10.77.0.2", "10.77.0.3"}
+HEAD = {"10.77.0.1"}
+
+
+def test_a_scan_with_a_scorer_on_each_worker(
+    cluster: LabCluster, checkout: Path, data: Path
+) -> None:
+    said = messages(submit(cluster, checkout, "scan"))
+    assert "4 scanned, 0 failed" in said
+    assert cluster.addresses_of("CheckpointScorer") == WORKERS
+    # Where the command runs: it may not go with another node.
+    assert cluster.addresses_of("ScanMonitor") == HEAD
+
+    import torch
+
+    from ke_ray.models.loading import load_model
+    from ke_ray.models.scoring import score_model
+
+    ids = torch.from_numpy(np.load(data / "ids.npy").astype(np.int64))
+    rows = [
+        row
+        for row in ScanFolder.open(f"{RUNS}/olmo_1b").entropy().to_pylist()
+        if row["layer"] is None
+    ]
+    assert [row["step"] for row in rows] == [0, 2, 5, 10]
+    for row in rows:
+        model = load_model(str(data / "series" / "checkpoints" / row["checkpoint"]))
+        expected = score_model(model, ids, measures=["knowledge_entropy"])
+        assert row["value"] == pytest.approx(expected.row("knowledge_entropy").value, rel=1e-5)
+    assert statuses(cluster, "scan") == ["FINISHED"]
+    assert not list_temporary(f"{RUNS}/olmo_1b")
+
+
+def test_rays_own_command_finds_the_scan_done(cluster: LabCluster, checkout: Path) -> None:
+    done = subprocess.run(
+        [
+            *(ray_head.RAY, "job", "submit", "--address", cluster.head.address),
+            *("--working-dir", ".", "--runtime-env", "jobs/runtime_env.yaml", "--", "python"),
+            *("-m", "ke_ray", "scan", "sweeps/olmo_1b.yaml", "--output", f"{RUNS}/olmo_1b"),
+            *("--mlflow-uri", cluster.mlflow_uri),
+        ],
+        cwd=checkout,
+        env=cluster.head.environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "0 scanned, 0 failed, 4 skipped (finished before)" in " ".join(done.stdout.split())
+
+
+def test_pretraining_in_the_entry_command_on_a_worker(
+    cluster: LabCluster, checkout: Path, pretrained: Path
+) -> None:
+    messages(submit(cluster, checkout, "pretrain"))
+    here, there = (
+        storage.read_table(f"{folder}/train.parquet").column("loss").to_numpy()
+        for folder in (pretrained, f"{RUNS}/pretrain")
+    )
+    np.testing.assert_allclose(there, here, atol=1e-6)
+    assert storage.exists(f"{RUNS}/pretrain/checkpoints/step10/model.safetensors")
+    assert statuses(cluster, "pretrain") == ["FINISHED"]
+    assert not list_temporary(f"{RUNS}/pretrain")
+
+
+def test_continual_learning_waits_for_a_host_that_comes_later(
+    cluster: LabCluster, checkout: Path, data: Path, tmp_path: Path
+) -> None:
+    job = submit(cluster, checkout, "continual")
+    deadline = time.monotonic() + 200
+    while "Waiting for a place" not in job.stdout:
+        assert job.returncode is None, job.stdout
+        assert time.monotonic() < deadline, job.stdout
+        time.sleep(0.2)
+    late = cluster.join("h4", "--num-cpus=2", "--num-gpus=1")
+    messages(job)
+    assert cluster.addresses_of("RayTrainWorker") == WORKERS | {late.address}
+
+    from ke_ray.engine.train.continual import run_continual_study
+
+    keys = continual_keys(str(data), str(tmp_path), executor="inline", mlflow={"enabled": False})
+    keys["starts"]["steps"] = "5:10"
+    expected = run_continual_study(validate(ContinualStudy, keys, "here")).rows
+    rows = storage.read_table(f"{RUNS}/olmo_1b_pubmed/runs.parquet").to_pylist()
+    assert_equal_runs(rows, expected)
+    assert statuses(cluster, "continual") == ["FINISHED"] * 2
+    assert not list_temporary(f"{RUNS}/olmo_1b_pubmed")
+
+
+def assert_equal_runs(rows: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    assert {row["step"] for row in rows} == {5, 10}
+    for row, other in zip(
+        *(sorted(each, key=lambda row: row["step"]) for each in (rows, expected)), strict=True
+    ):
+        for name in ("acquisition", "forgetting", "probe_logprob_after"):
+            assert row[name] == pytest.approx(other[name], rel=1e-4, abs=1e-6), name
+
+
+def test_a_sweep_where_a_host_declares_a_gpu_that_torch_cannot_use(
+    cluster: LabCluster, checkout: Path
+) -> None:
+    said = messages(submit(cluster, checkout, "sweep"))
+    assert "Training runs on CPUs" in said
+    assert cluster.addresses_of("TrialBook") == HEAD
+    trials = storage.read_table(f"{RUNS}/table1/trials.parquet").to_pylist()
+    assert [row["status"] for row in trials] == ["ok"] * 2
+    assert len({row["mlflow_run_id"] for row in trials}) == 2
+    # One worker where continual learning had three: the same runs.
+    rows = storage.read_table(f"{RUNS}/olmo_1b_pubmed/runs.parquet").to_pylist()
+    assert_equal_runs(trials, rows)
+    assert set(statuses(cluster, "sweep")) == {"FINISHED"}
+    assert not list_temporary(f"{RUNS}/table1")
