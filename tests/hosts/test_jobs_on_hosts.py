@@ -6,12 +6,9 @@ studies that they name stand for large ones, and are tiny here.
 
 from __future__ import annotations
 
-import gzip
-import json
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +19,9 @@ import s3fs
 import yaml
 from command_process import Command, start_command
 from lab import ROOT, SHIPPED
-from lab_cluster import BUCKET, LabCluster
-from tiny_studies import tiny_continual, tiny_pretrain
+from lab_cluster import LabCluster
+from lab_studies import STORE, continual_keys
+from tiny_studies import tiny_pretrain
 
 from ke_ray import storage
 from ke_ray.config import validate
@@ -32,54 +30,8 @@ from ke_ray.studies.continual import ContinualStudy
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-STORE = f"s3://{BUCKET}"
 RUNS, DATA = f"{STORE}/runs", f"{STORE}/data"
 EXPERIMENT = "hosts"
-
-
-@pytest.fixture(scope="module")
-def data(pretrained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What lies on the store: a tiny series, and documents and facts by the names of real ones."""
-    folder, world = tmp_path_factory.mktemp("store"), pretrained / "world"
-    shutil.copytree(pretrained / "checkpoints", folder / "series" / "checkpoints")
-    for name in ("pubmed", "dolma", "fictional_knowledge"):
-        (folder / "data" / name).mkdir(parents=True)
-    with (
-        gzip.open(world / "other_documents.jsonl.gz", "rt") as documents,
-        (folder / "data" / "pubmed" / "a.jsonl").open("w") as articles,
-    ):
-        for line in documents:
-            articles.write(json.dumps({"contents": json.loads(line)["text"]}) + "\n")
-    for source, target in (
-        ("documents.jsonl.gz", "dolma/a.json.gz"),
-        ("facts_paraphrase.json", "fictional_knowledge/paraphrase70.json"),
-        ("facts_once.json", "fictional_knowledge/once60.json"),
-        ("questions.jsonl", "questions.jsonl"),
-    ):
-        shutil.copy(world / source, folder / "data" / target)
-    ids = np.random.default_rng(0).integers(2, 300, (40, 24), np.uint16)
-    np.save(folder / "ids.npy", ids)
-    return folder
-
-
-def continual_keys(place: str, output: str, **changes: Any) -> dict[str, Any]:
-    """A tiny study whose checkpoints, documents and facts lie at ``place``."""
-    facts = f"{place}/data/fictional_knowledge"
-    study = tiny_continual(
-        Path(output),
-        Path(place),
-        starts={"spec": f"{place}/series/checkpoints", "steps": "10:10"},
-        corpus={"source": f"{place}/data/pubmed/*.jsonl#contents"},
-        held_out={"source": f"{place}/data/dolma/*.json.gz"},
-        entropy={"source": f"{place}/data/dolma/*.json.gz"},
-        injection={"paraphrase": f"{facts}/paraphrase70.json", "once": f"{facts}/once60.json"},
-        downstream={"own_tasks": {"biographies": f"{place}/data/questions.jsonl"}},
-        global_batch_size=12,
-        micro_batch_size=4,
-        keep_final=False,
-        **changes,
-    )
-    return study.model_dump(mode="json", exclude_unset=True, exclude={"mlflow"})
 
 
 @pytest.fixture(scope="module")
@@ -103,10 +55,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "output": "runs",
         },
         "demo_pretrain": pretrain,
-        # The data are those of the job file; three workers are more than two hosts can hold.
-        "olmo_1b_pubmed": continual_keys(
-            STORE, "runs", executor="ray", num_workers=3, cpus_per_worker=2
-        ),
+        "olmo_1b_pubmed": continual_keys(STORE, "runs", executor="ray", num_workers=2),
         "table1": {
             "kind": "sweep",
             "base": "olmo_1b_pubmed.yaml",
@@ -125,22 +74,9 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def cluster(three_hosts: LabCluster, data: Path) -> Iterator[LabCluster]:
-    """The cluster with the data on its store, which this process reaches too."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in three_hosts.s3_here.items():
-            patch.setenv(name, value)
-        s3fs.S3FileSystem.clear_instance_cache()
-        s3fs.S3FileSystem().put(f"{data}/", f"{BUCKET}/", recursive=True)
-        three_hosts.wait_for_mlflow()
-        yield three_hosts
-    s3fs.S3FileSystem.clear_instance_cache()
-
-
-def submit(cluster: LabCluster, checkout: Path, job: str) -> Command:
+def submit(cluster: LabCluster, checkout: Path, job: str, *more: str) -> Command:
     """``ke-ray submit jobs/JOB.yaml`` under way, through a forwarded port, as from a laptop."""
-    words = ["submit", f"jobs/{job}.yaml", "--address", cluster.head.address]
+    words = ["submit", f"jobs/{job}.yaml", "--address", cluster.head.address, *more]
     for setting in (f"KE_RAY_RUNS={RUNS}", f"MLFLOW_EXPERIMENT_NAME={EXPERIMENT}"):
         words += ["--set", f"env.{setting}"]
     if job in ("continual", "sweep"):
@@ -225,36 +161,16 @@ def test_rays_own_command_finds_the_scan_done(cluster: LabCluster, checkout: Pat
     assert "0 scanned, 0 failed, 4 skipped (finished before)" in " ".join(done.stdout.split())
 
 
-def test_pretraining_in_the_entry_command_on_a_worker(
-    cluster: LabCluster, checkout: Path, pretrained: Path
-) -> None:
-    messages(submit(cluster, checkout, "pretrain"))
-    here, there = (
-        storage.read_table(f"{folder}/train.parquet").column("loss").to_numpy()
-        for folder in (pretrained, f"{RUNS}/pretrain")
-    )
-    np.testing.assert_allclose(there, here, atol=1e-6)
-    assert storage.exists(f"{RUNS}/pretrain/checkpoints/step10/model.safetensors")
-    assert statuses(cluster, "pretrain") == ["FINISHED"]
-    assert not list_temporary(f"{RUNS}/pretrain")
-
-
-def test_continual_learning_waits_for_a_host_that_comes_later(
+def test_continual_learning_with_a_training_worker_on_each_worker(
     cluster: LabCluster, checkout: Path, data: Path, tmp_path: Path
 ) -> None:
-    job = submit(cluster, checkout, "continual")
-    deadline = time.monotonic() + 200
-    while "Waiting for a place" not in job.stdout:
-        assert job.returncode is None, job.stdout
-        assert time.monotonic() < deadline, job.stdout
-        time.sleep(0.2)
-    late = cluster.join("h4", "--num-cpus=2", "--num-gpus=1")
-    messages(job)
-    assert cluster.addresses_of("RayTrainWorker") == WORKERS | {late.address}
+    messages(submit(cluster, checkout, "continual"))
+    assert cluster.addresses_of("RayTrainWorker") == WORKERS
 
     from ke_ray.engine.train.continual import run_continual_study
 
-    keys = continual_keys(str(data), str(tmp_path), executor="inline", mlflow={"enabled": False})
+    keys = continual_keys(str(data), str(tmp_path), executor="inline")
+    keys["mlflow"] = {"enabled": False}
     keys["starts"]["steps"] = "5:10"
     expected = run_continual_study(validate(ContinualStudy, keys, "here")).rows
     rows = storage.read_table(f"{RUNS}/olmo_1b_pubmed/runs.parquet").to_pylist()
@@ -272,6 +188,29 @@ def assert_equal_runs(rows: list[dict[str, Any]], expected: list[dict[str, Any]]
             assert row[name] == pytest.approx(other[name], rel=1e-4, abs=1e-6), name
 
 
+def test_pretraining_waits_for_a_host_that_comes_later(
+    cluster: LabCluster, checkout: Path, pretrained: Path
+) -> None:
+    job = submit(cluster, checkout, "pretrain", "--set", "entrypoint_num_cpus=4")
+    deadline = time.monotonic() + 100
+    while "waits for a node with 4 CPUs free" not in job.stdout:
+        assert job.returncode is None, job.stdout
+        assert time.monotonic() < deadline, job.stdout
+        time.sleep(0.2)
+    late = cluster.join("h4", "--num-cpus=4", "--num-gpus=1")
+    messages(job)
+    (submitted,) = cluster.head.jobs("pretrain")
+    assert late.address in submitted["driver_agent_http_address"]
+    here, there = (
+        storage.read_table(f"{folder}/train.parquet").column("loss").to_numpy()
+        for folder in (pretrained, f"{RUNS}/pretrain")
+    )
+    np.testing.assert_allclose(there, here, atol=1e-6)
+    assert storage.exists(f"{RUNS}/pretrain/checkpoints/step10/model.safetensors")
+    assert statuses(cluster, "pretrain") == ["FINISHED"]
+    assert not list_temporary(f"{RUNS}/pretrain")
+
+
 def test_a_sweep_where_a_host_declares_a_gpu_that_torch_cannot_use(
     cluster: LabCluster, checkout: Path
 ) -> None:
@@ -281,7 +220,7 @@ def test_a_sweep_where_a_host_declares_a_gpu_that_torch_cannot_use(
     trials = storage.read_table(f"{RUNS}/table1/trials.parquet").to_pylist()
     assert [row["status"] for row in trials] == ["ok"] * 2
     assert len({row["mlflow_run_id"] for row in trials}) == 2
-    # One worker where continual learning had three: the same runs.
+    # One worker where continual learning had two: the same runs.
     rows = storage.read_table(f"{RUNS}/olmo_1b_pubmed/runs.parquet").to_pylist()
     assert_equal_runs(trials, rows)
     assert set(statuses(cluster, "sweep")) == {"FINISHED"}
