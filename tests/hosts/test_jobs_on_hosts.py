@@ -141,8 +141,7 @@ def test_a_scan_with_a_scorer_on_each_worker(
     assert statuses(cluster, "scan") == ["FINISHED"]
     assert not list_temporary(f"{RUNS}/olmo_1b")
 
-
-def test_rays_own_command_finds_the_scan_done(cluster: LabCluster, checkout: Path) -> None:
+    # Ray's own command, into the same folder.
     done = subprocess.run(
         [
             *(ray_head.RAY, "job", "submit", "--address", cluster.head.address),
@@ -161,18 +160,24 @@ def test_rays_own_command_finds_the_scan_done(cluster: LabCluster, checkout: Pat
     assert "0 scanned, 0 failed, 4 skipped (finished before)" in " ".join(done.stdout.split())
 
 
+@pytest.fixture(scope="module")
+def expected(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The rows of continual learning in this process, from local files."""
+    from ke_ray.engine.train.continual import run_continual_study
+
+    output = str(tmp_path_factory.mktemp("here"))
+    keys = continual_keys(str(data), output, executor="inline")
+    keys["starts"]["steps"] = "5:10"
+    keys["mlflow"] = {"enabled": False}
+    return run_continual_study(validate(ContinualStudy, keys, "here")).rows
+
+
 def test_continual_learning_with_a_training_worker_on_each_worker(
-    cluster: LabCluster, checkout: Path, data: Path, tmp_path: Path
+    cluster: LabCluster, checkout: Path, expected: list[dict[str, Any]]
 ) -> None:
     messages(submit(cluster, checkout, "continual"))
     assert cluster.addresses_of("RayTrainWorker") == WORKERS
 
-    from ke_ray.engine.train.continual import run_continual_study
-
-    keys = continual_keys(str(data), str(tmp_path), executor="inline")
-    keys["mlflow"] = {"enabled": False}
-    keys["starts"]["steps"] = "5:10"
-    expected = run_continual_study(validate(ContinualStudy, keys, "here")).rows
     rows = storage.read_table(f"{RUNS}/olmo_1b_pubmed/runs.parquet").to_pylist()
     assert_equal_runs(rows, expected)
     assert statuses(cluster, "continual") == ["FINISHED"] * 2
@@ -212,16 +217,16 @@ def test_pretraining_waits_for_a_host_that_comes_later(
 
 
 def test_a_sweep_where_a_host_declares_a_gpu_that_torch_cannot_use(
-    cluster: LabCluster, checkout: Path
+    cluster: LabCluster, checkout: Path, expected: list[dict[str, Any]]
 ) -> None:
+    if "h4" not in cluster.lab.hosts:
+        cluster.join("h4", "--num-cpus=4", "--num-gpus=1")
     said = messages(submit(cluster, checkout, "sweep"))
     assert "Training runs on CPUs" in said
     assert cluster.addresses_of("TrialBook") == HEAD
     trials = storage.read_table(f"{RUNS}/table1/trials.parquet").to_pylist()
     assert [row["status"] for row in trials] == ["ok"] * 2
     assert len({row["mlflow_run_id"] for row in trials}) == 2
-    # One worker where continual learning had two: the same runs.
-    rows = storage.read_table(f"{RUNS}/olmo_1b_pubmed/runs.parquet").to_pylist()
-    assert_equal_runs(trials, rows)
+    assert_equal_runs(trials, expected)
     assert set(statuses(cluster, "sweep")) == {"FINISHED"}
     assert not list_temporary(f"{RUNS}/table1")
