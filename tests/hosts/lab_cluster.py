@@ -9,6 +9,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from lab import Host, Lab
@@ -55,7 +56,7 @@ class LabCluster:
     def join(self, name: str, *options: str) -> Host:
         """Make a host where there is none of the name, and its Ray node a part of the cluster."""
         host = self.lab.hosts.get(name) or self.lab.add(name)
-        _finish(self._start_ray(host, f"--address={self.head.gcs}", *options))
+        self._start_ray(host, f"--address={self.head.gcs}", *options).finish()
         return host
 
     def ke_ray(self, name: str, *words: object, **variables: str) -> subprocess.CompletedProcess:
@@ -81,14 +82,33 @@ class LabCluster:
         """Until the server answers, which takes longer to start than Ray."""
         _answers(f"{self.mlflow_here}/health", self.folder / "mlflow.log")
 
-    def _start_ray(self, host: Host, *options: str) -> tuple[subprocess.Popen[bytes], Path]:
+    def _start_ray(self, host: Host, *options: str) -> _RayStart:
         """``ray start`` under way: Ray's processes have its environment, so S3 comes first."""
         put_token(host, self.head.token)
-        log = self.folder / f"{host.name}.log"
-        # Ray's least would do, but for the copies of a working folder.
         words = ["ray", "start", *options, "--object-store-memory=150000000"]
         environment = self.s3 | AGENT_PATIENCE | {"RAY_AUTH_MODE": "token"}
-        return host.start(words, log, environment), log
+        return _RayStart(host, words, environment, self.folder / f"{host.name}.log")
+
+
+class _RayStart:
+    """A ``ray start`` under way.
+
+    It gives up after 30 seconds, which a busy machine may take, and ends what it started; then it
+    is tried again.
+    """
+
+    def __init__(self, host: Host, words: list[str], environment: dict[str, str], log: Path):
+        self._log = log
+        self._begin = partial(host.start, words, log, environment)
+        self._process = self._begin()
+
+    def finish(self) -> None:
+        """Until the node is up."""
+        for _ in range(3):
+            if self._process.wait(_START_TIMEOUT_S) == 0:
+                return
+            self._process = self._begin()
+        raise AssertionError(self._log.read_text())
 
 
 def put_token(host: Host, token: str) -> None:
@@ -151,17 +171,12 @@ def running_cluster(folder: Path, workers: int = 2, cpus: int = 2) -> Iterator[L
         cluster.mlflow_here = relay(mlflow, 5000)
         cluster.head.address = relay(first, 8265)
         for start in starting:
-            _finish(start)
+            start.finish()
         _answers(f"{s3_here}/moto-api/", folder / "store.log")
         bucket = urllib.request.Request(f"{s3_here}/{BUCKET}", method="PUT")
         urllib.request.urlopen(bucket, timeout=30).close()
         _answers(f"{cluster.head.address}/api/jobs/", folder / "h1.log", token)
         yield cluster
-
-
-def _finish(start: tuple[subprocess.Popen[bytes], Path]) -> None:
-    process, log = start
-    assert process.wait(_START_TIMEOUT_S) == 0, log.read_text()
 
 
 def _answers(url: str, log: Path, token: str = "") -> None:

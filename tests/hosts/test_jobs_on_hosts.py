@@ -87,6 +87,15 @@ def submit(cluster: LabCluster, checkout: Path, job: str, *more: str) -> Command
     return start_command(words, out, environment=environment, cwd=checkout)
 
 
+def wait_for(job: Command, text: str) -> None:
+    """Until a job that has not ended says so."""
+    deadline = time.monotonic() + 200
+    while text not in job.stdout:
+        assert job.returncode is None, job.stdout
+        assert time.monotonic() < deadline, job.stdout
+        time.sleep(0.2)
+
+
 def messages(command: Command) -> str:
     """What a job said, on one line; it has to end well."""
     assert command.wait() == 0, command.stdout
@@ -113,6 +122,22 @@ WORKERS = {"10.77.0.2", "10.77.0.3"}
 HEAD = {"10.77.0.1"}
 
 
+def assert_scanned(output: str, data: Path) -> None:
+    """The values are those of this process, from local files."""
+    import torch
+
+    from ke_ray.models.loading import load_model
+    from ke_ray.models.scoring import score_model
+
+    ids = torch.from_numpy(np.load(data / "ids.npy").astype(np.int64))
+    rows = [row for row in ScanFolder.open(output).entropy().to_pylist() if row["layer"] is None]
+    assert [row["step"] for row in rows] == [0, 2, 5, 10]
+    for row in rows:
+        model = load_model(str(data / "series" / "checkpoints" / row["checkpoint"]))
+        expected = score_model(model, ids, measures=["knowledge_entropy"])
+        assert row["value"] == pytest.approx(expected.row("knowledge_entropy").value, rel=1e-5)
+
+
 def test_a_scan_with_a_scorer_on_each_worker(
     cluster: LabCluster, checkout: Path, data: Path
 ) -> None:
@@ -122,22 +147,7 @@ def test_a_scan_with_a_scorer_on_each_worker(
     # Where the command runs: it may not go with another node.
     assert cluster.addresses_of("ScanMonitor") == HEAD
 
-    import torch
-
-    from ke_ray.models.loading import load_model
-    from ke_ray.models.scoring import score_model
-
-    ids = torch.from_numpy(np.load(data / "ids.npy").astype(np.int64))
-    rows = [
-        row
-        for row in ScanFolder.open(f"{RUNS}/olmo_1b").entropy().to_pylist()
-        if row["layer"] is None
-    ]
-    assert [row["step"] for row in rows] == [0, 2, 5, 10]
-    for row in rows:
-        model = load_model(str(data / "series" / "checkpoints" / row["checkpoint"]))
-        expected = score_model(model, ids, measures=["knowledge_entropy"])
-        assert row["value"] == pytest.approx(expected.row("knowledge_entropy").value, rel=1e-5)
+    assert_scanned(f"{RUNS}/olmo_1b", data)
     assert statuses(cluster, "scan") == ["FINISHED"]
     assert not list_temporary(f"{RUNS}/olmo_1b")
 
@@ -158,6 +168,21 @@ def test_a_scan_with_a_scorer_on_each_worker(
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0 scanned, 0 failed, 4 skipped (finished before)" in " ".join(done.stdout.split())
+
+
+def test_a_scan_outlasts_a_cut_of_the_store(
+    cluster: LabCluster, checkout: Path, data: Path
+) -> None:
+    output = f"{STORE}/cut"
+    job = submit(cluster, checkout, "scan", "--set", f"env.KE_RAY_RUNS={output}")
+    wait_for(job, "scan: 0 done")  # its scorers start, and have fetched nothing
+    cluster.lab.cut("store")
+    time.sleep(20)
+    assert job.returncode is None, job.stdout
+    cluster.lab.mend("store")
+    assert "4 scanned, 0 failed" in messages(job)
+    assert_scanned(f"{output}/olmo_1b", data)
+    assert not list_temporary(output)
 
 
 @pytest.fixture(scope="module")
@@ -197,11 +222,7 @@ def test_pretraining_waits_for_a_host_that_comes_later(
     cluster: LabCluster, checkout: Path, pretrained: Path
 ) -> None:
     job = submit(cluster, checkout, "pretrain", "--set", "entrypoint_num_cpus=4")
-    deadline = time.monotonic() + 100
-    while "waits for a node with 4 CPUs free" not in job.stdout:
-        assert job.returncode is None, job.stdout
-        assert time.monotonic() < deadline, job.stdout
-        time.sleep(0.2)
+    wait_for(job, "waits for a node with 4 CPUs free")
     late = cluster.join("h4", "--num-cpus=4", "--num-gpus=1")
     messages(job)
     (submitted,) = cluster.head.jobs("pretrain")
