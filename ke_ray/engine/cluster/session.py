@@ -159,8 +159,9 @@ def _why_not_joined(address: str, error: Exception, native: str) -> str:
         )
     if "Version mismatch" in said:
         return f"The cluster at RAY_ADDRESS '{address}' has other versions than this: {said}"
+    first, *_ = str(error).strip().splitlines() or [type(error).__name__]
     return (
-        f"RAY_ADDRESS is '{address}', but no Ray cluster answers there: {said.rstrip('.')}. "
+        f"RAY_ADDRESS is '{address}', but no Ray cluster answers there: {first.rstrip('.')}. "
         "Start one, or unset RAY_ADDRESS to run on this machine."
     )
 

@@ -6,8 +6,11 @@ or compute something else without a word.
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 from collections import defaultdict
 from collections.abc import Callable
+from pathlib import Path
 
 from ke_ray.engine.cluster.shared_storage import ask_other_nodes, names_of_nodes
 from ke_ray.errors import UserError
@@ -47,21 +50,15 @@ def _question() -> Callable[[], tuple[str, str]]:
     """A function that Ray sends as it is: a node need not have this module, or any of ours."""
 
     def ask() -> tuple[str, str]:
-        import hashlib
-        import importlib.util
-        from pathlib import Path
-
         spec = importlib.util.find_spec("ke_ray")
         if spec is None or spec.origin is None:
             return "", ""
-        import ke_ray
-
         folder = Path(spec.origin).parent
         digest = hashlib.sha256()
         for path in sorted(folder.rglob("*.py")):
             content = path.read_bytes()
             digest.update(f"{path.relative_to(folder).as_posix()} {len(content)} ".encode())
             digest.update(content)
-        return ke_ray.__version__, digest.hexdigest()[:8]
+        return importlib.import_module("ke_ray").__version__, digest.hexdigest()[:8]
 
     return ask

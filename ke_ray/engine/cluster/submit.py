@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ke_ray.engine.cluster.placement import describe_resources
 from ke_ray.errors import KeRayError, UserError
 
 if TYPE_CHECKING:
@@ -355,6 +354,8 @@ def run_job(
     Returns:
         How the last attempt ended.
     """
+    from ke_ray.engine.cluster.placement import describe_resources
+
     attempt = 1
     needs = {"CPU": job.entrypoint_num_cpus, "GPU": job.entrypoint_num_gpus}
     needed = describe_resources(needs) if any(needs.values()) else ""
