@@ -76,11 +76,12 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def submit(cluster: LabCluster, checkout: Path, job: str, *more: str) -> Command:
     """``ke-ray submit jobs/JOB.yaml`` under way, through a forwarded port, as from a laptop."""
-    words = ["submit", f"jobs/{job}.yaml", "--address", cluster.head.address, *more]
+    words = ["submit", f"jobs/{job}.yaml", "--address", cluster.head.address]
     for setting in (f"KE_RAY_RUNS={RUNS}", f"MLFLOW_EXPERIMENT_NAME={EXPERIMENT}"):
         words += ["--set", f"env.{setting}"]
     if job in ("continual", "sweep"):
         words += ["--set", f"env.KE_RAY_DATA={DATA}"]
+    words += more
     environment = cluster.head.environment | {"MLFLOW_TRACKING_URI": cluster.mlflow_uri}
     out = cluster.folder / f"{job}.txt"
     out.touch()
