@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo gpu-check test test-fast test-ray test-slow test-browser lint format \
+.PHONY: install demo lab gpu-check test test-fast test-ray test-slow test-browser lint format \
 	release-check clean-demo
 
 install: $(STAMP)
@@ -20,6 +20,10 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: install
 	$(BIN)/ke-ray demo
+
+# A three-host Ray cluster with S3 and MLflow to play with, made of namespaces: Linux and root.
+lab: install
+	PYTHONPATH=tests/hosts:tests/helpers $(BIN)/python -m lab_shell $(ARGS)
 
 test: lint
 	$(PYTEST)

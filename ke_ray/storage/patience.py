@@ -66,6 +66,11 @@ def on_store(uri: str, operation: Callable[[], T]) -> T:
                 raise  # of a copy to this machine
             waited_s = time.monotonic() - started
             reason = explain_driver_error(error) or _one_line(error)
+            if isinstance(error, PermissionError):
+                raise StorageError(
+                    f"The store refuses access to '{redact(uri)}': {reason}. Use keys that may "
+                    "read and write there, or another place."
+                ) from error
             if _is_final(error) or not known:
                 raise StorageError(f"Cannot reach '{redact(uri)}': {reason}.") from error
             if waited_s >= give_up_s():

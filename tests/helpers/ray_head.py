@@ -22,7 +22,8 @@ RAY = str(Path(sys.executable).with_name("ray"))
 _NOT_INHERITED = ("RAY_", "HF_TOKEN", "MLFLOW_", "OMP_")
 #: A busy machine is no dead node: a raylet ends where its agents take longer to start, and counts
 #: as dead where it answers later. One that is killed refuses connections, which counts at once.
-_PATIENCE = {"RAY_agent_register_timeout_ms": "300000", "RAY_health_check_timeout_ms": "60000"}
+AGENT_PATIENCE = {"RAY_agent_register_timeout_ms": "300000"}
+_PATIENCE = AGENT_PATIENCE | {"RAY_health_check_timeout_ms": "60000"}
 
 
 @dataclass

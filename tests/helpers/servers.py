@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
@@ -13,6 +14,8 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+_CLONE_NEWNET = 0x40000000
 
 
 def free_port() -> int:
@@ -80,11 +83,15 @@ class Gate:
     """A relay to a server on the loopback, at a port of its own.
 
     Closed, it refuses connections and cuts those under way, as a killed server does.
+
+    Args:
+        port: of the server.
+        network: the network namespace whose loopback the server is on; None: this process's.
     """
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, network: Path | None = None) -> None:
         self.uri = f"http://127.0.0.1:{free_port()}"
-        self._port = port
+        self._port, self._network = port, network
         self._sockets: list[socket.socket] = []
 
     def __enter__(self) -> Gate:
@@ -109,16 +116,30 @@ class Gate:
             end.close()
 
     def _accept(self, listener: socket.socket) -> None:
+        if self._network is not None:
+            _enter_network(self._network)
         with suppress(OSError):  # closed
             while True:
                 client = listener.accept()[0]
-                server = socket.create_connection(("127.0.0.1", self._port))
+                try:
+                    server = socket.create_connection(("127.0.0.1", self._port))
+                except ConnectionRefusedError:  # as the server does
+                    client.close()
+                    continue
                 self._sockets += [client, server]
                 if listener.fileno() < 0:  # closed meanwhile
                     self.close()
                     return
                 for ends in ((client, server), (server, client)):
                     threading.Thread(target=_relay, args=ends, daemon=True).start()
+
+
+def _enter_network(namespace: Path) -> None:
+    """Make the sockets that this thread opens from now on those of another network namespace."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with namespace.open() as file:
+        if libc.setns(file.fileno(), _CLONE_NEWNET):
+            raise OSError(ctypes.get_errno(), f"setns {namespace}")
 
 
 def _relay(source: socket.socket, target: socket.socket) -> None:

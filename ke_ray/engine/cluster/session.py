@@ -88,7 +88,8 @@ def ray_session(
         object_store_bytes: cap of a local object store, whose default takes a third of memory.
 
     Raises:
-        UserError: ``RAY_ADDRESS`` names a cluster that does not answer.
+        UserError: ``RAY_ADDRESS`` names a cluster that does not answer, or a node of which has
+            another ke_ray.
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -122,20 +123,47 @@ def ray_session(
         }
     else:
         settings |= {"address": address, "runtime_env": {"env_vars": worker_env()}}
+    native: list[str] = []
     try:
-        with _quiet_stderr(), kept_handlers(signal.SIGTERM), _interruptible():
+        with _quiet_stderr(native), kept_handlers(signal.SIGTERM), _interruptible():
             _start(settings)
-    except (ConnectionError, RuntimeError) as error:
-        if not address:
-            raise
-        raise UserError(
-            f"RAY_ADDRESS is '{address}', but no Ray cluster answers there: "
-            f"{str(error).splitlines()[0]} Start one, or unset RAY_ADDRESS to run on this machine."
-        ) from error
+    except Exception as error:
+        refusals = (ConnectionError, RuntimeError, ray.exceptions.AuthenticationError)
+        if address and isinstance(error, refusals):
+            log.debug("%s", "".join(native))
+            raise UserError(_why_not_joined(address, error, "".join(native))) from error
+        sys.stderr.write("".join(native))
+        raise
     try:
+        if settings["address"] != "local":
+            from ke_ray.engine.cluster.shared_code import check_nodes_run_this_code
+
+            check_nodes_run_this_code()
         yield
     finally:
         ray.shutdown()
+
+
+def _why_not_joined(address: str, error: Exception, native: str) -> str:
+    """The message for a cluster that refused this process or is not there.
+
+    Args:
+        native: what Ray's core wrote, which alone says that a token was refused.
+    """
+    said = " ".join(str(error).split())
+    if "AuthToken" in said + native or type(error).__name__ == "AuthenticationError":
+        return (
+            f"The cluster at RAY_ADDRESS '{address}' refuses this command's token. All nodes, and "
+            "the commands on them, need the same one: ~/.ray/auth_token, or the file that "
+            "RAY_AUTH_TOKEN_PATH names, with RAY_AUTH_MODE=token."
+        )
+    if "Version mismatch" in said:
+        return f"The cluster at RAY_ADDRESS '{address}' has other versions than this: {said}"
+    first, *_ = str(error).strip().splitlines() or [type(error).__name__]
+    return (
+        f"RAY_ADDRESS is '{address}', but no Ray cluster answers there: {first.rstrip('.')}. "
+        "Start one, or unset RAY_ADDRESS to run on this machine."
+    )
 
 
 def _start(settings: dict[str, Any]) -> None:
@@ -207,8 +235,8 @@ def _interruptible() -> Iterator[None]:
 
 
 @contextmanager
-def _quiet_stderr() -> Iterator[None]:
-    """Show what native code writes to standard error only where the block fails.
+def _quiet_stderr(native: list[str]) -> Iterator[None]:
+    """Keep what native code writes to standard error to itself; where the block fails, in a list.
 
     Ray's core says on every start that it read its log level, below Python's logging.
     """
@@ -221,7 +249,7 @@ def _quiet_stderr() -> Iterator[None]:
         except BaseException:
             sys.stderr.flush()
             output.seek(0)
-            os.write(kept, output.read())
+            native.append(output.read().decode(errors="replace"))
             raise
         finally:
             sys.stderr.flush()

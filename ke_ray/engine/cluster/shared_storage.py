@@ -1,21 +1,27 @@
 """A check that the nodes of a cluster see the files that a command needs, before work starts.
 
 A local path means another disk on another node. Results that workers write there would be lost
-with the node, so each node that can run work looks for what the driver has.
+with the node, so each node that can run work looks for what the driver has, and tries the stores
+that it will read from and write to.
 """
 
 from __future__ import annotations
 
 import secrets
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ke_ray import storage
 from ke_ray.errors import StorageError
+from ke_ray.secrets import redact
 
 #: A node starts a process for its answer, perhaps with a runtime environment to set up first.
 _ANSWER_TIMEOUT_S = 120.0
+#: A store that is reached answers within a second; drivers try for minutes.
+_STORE_TIMEOUT_S = 20.0
+_WEB = ("http://", "https://", "hf://")
 
 
 def other_nodes(*, on_other_machines: bool = False) -> list[str]:
@@ -42,6 +48,13 @@ def _nodes() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         and (node["Resources"].get("CPU") or node["Resources"].get("GPU"))
     ]
     return others, [node for node in alive if node["NodeID"] == driver]
+
+
+def names_of_nodes(nodes: Iterable[str]) -> str:
+    """``the nodes 10.0.0.2, 10.0.0.3``, eight of them at most."""
+    names = list(dict.fromkeys(nodes))
+    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    return f"the node{'s' if len(names) > 1 else ''} {shown}"
 
 
 def ask_other_nodes(question: Callable[..., Any], *arguments: Any) -> list[tuple[str, Any]]:
@@ -85,42 +98,77 @@ def ask_other_nodes(question: Callable[..., Any], *arguments: Any) -> list[tuple
 
 
 def check_nodes_see(inputs: Iterable[tuple[str, str | None]], output: str | None = None) -> None:
-    """Ask every node for local inputs and for the output folder; needs a Ray session.
+    """Ask every node for local inputs, stores and the output folder; needs a Ray session.
 
     Args:
-        inputs: (what it is, path or URI). Only local paths that exist on the driver are checked:
-            globs, Hub names and URIs mean the same everywhere, and what is missing has messages of
-            its own.
+        inputs: (what it is, path or URI). Local paths that exist on the driver are checked, and one
+            URI of each store (``s3://bucket``): globs and Hub names mean the same everywhere, and
+            what is missing has messages of its own.
         output: where workers write; None: the driver alone does.
 
     Raises:
-        StorageError: a node sees something else than the driver; nothing was started.
+        StorageError: a node sees something else than the driver, or does not reach a store; nothing
+            was started.
     """
     if not other_nodes():
         return
+    inputs = list(dict.fromkeys(inputs))
     files = [
         (f"{what} '{path}'", storage.absolute(path))
-        for what, path in dict.fromkeys(inputs)
+        for what, path in inputs
         if path and storage.is_local(path) and storage.exists(path)
     ]
+    uris = [uri for _, uri in [*inputs, ("", output)] if uri and not storage.is_local(uri)]
+    # Web servers and the Hub are left out: they are read in other ways than this could try.
+    stores = {"/".join(uri.split("/")[:3]): uri for uri in uris if not uri.startswith(_WEB)}
     mark = None
     if output is not None and storage.is_local(output):
         mark = storage.join(storage.absolute(output), f".seen-by-all-nodes-{secrets.token_hex(4)}")
         storage.write_atomic(mark, b"")
         files.append((f"The output folder '{output}'", mark))
     try:
-        answers = ask_other_nodes(_missing, [path for _, path in files])
+        answers = ask_other_nodes(_look, [path for _, path in files], stores)
     finally:
         if mark is not None:
             storage.remove(mark)
-    for address, unseen in answers:
+    for address, (unseen, _) in answers:
         if unseen:
             raise StorageError(
                 f"{files[unseen[0]][0]} lies on the driver's disk, and the node "
                 f"{address} does not see it there. Give a folder that all nodes "
                 "share, or a URI (s3://, gs://, …)."
             )
+    for store, uri in stores.items():
+        failures = {node: reasons[store] for node, (_, reasons) in answers if store in reasons}
+        if failures:
+            raise StorageError(
+                f"'{redact(uri)}' is not reached from {names_of_nodes(failures)}: "
+                f"{'; '.join(sorted(set(failures.values()))[:3])} Nodes need the way to the store, "
+                "and its address and keys in the environment of `ray start`."
+            )
 
 
-def _missing(paths: Sequence[str]) -> list[int]:
-    return [number for number, path in enumerate(paths) if not Path(path).exists()]
+def _look(paths: Sequence[str], stores: dict[str, str]) -> tuple[list[int], dict[str, str]]:
+    """On a node: the numbers of paths that it does not see; stores not reached, with the reason."""
+    missing = [number for number, path in enumerate(paths) if not Path(path).exists()]
+    reasons = {store: _unreached(uri) for store, uri in stores.items()}
+    return missing, {store: reason for store, reason in reasons.items() if reason}
+
+
+def _unreached(uri: str) -> str:
+    """Why this node does not reach a store; empty where it does."""
+    reasons = [f"no answer within {_STORE_TIMEOUT_S:.0f} seconds."]
+
+    def look() -> None:
+        try:
+            storage.exists(uri)
+        except (OSError, StorageError) as error:
+            reasons.append(str(error))
+        else:
+            reasons.append("")
+
+    # Drivers have limits of their own, and longer ones.
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    thread.join(_STORE_TIMEOUT_S)
+    return reasons[-1]

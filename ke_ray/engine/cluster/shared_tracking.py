@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from ke_ray.engine.cluster.shared_storage import ask_other_nodes, other_nodes
+from ke_ray.engine.cluster.shared_storage import ask_other_nodes, names_of_nodes, other_nodes
 from ke_ray.errors import StorageError
 from ke_ray.secrets import redact
 from ke_ray.studies.parts import TrackingSettings, is_loopback
@@ -38,7 +38,7 @@ def check_nodes_reach_store(settings: TrackingSettings) -> None:
     if is_server and elsewhere and is_loopback(uri):
         raise StorageError(
             f"The MLflow address '{redact(uri)}' is a loopback address, which means another "
-            f"machine on each node: {_names(elsewhere)} would not find the store. {_REMEDY}"
+            f"machine on each node: {names_of_nodes(elsewhere)} would not find the store. {_REMEDY}"
         )
     if is_server:
         address = _without_login(uri)
@@ -51,15 +51,9 @@ def check_nodes_reach_store(settings: TrackingSettings) -> None:
     if failures:
         reasons = sorted({redact(reason) for reason in failures.values()})
         raise StorageError(
-            f"The MLflow store '{redact(uri)}' is not reached from {_names(failures)}: "
+            f"The MLflow store '{redact(uri)}' is not reached from {names_of_nodes(failures)}: "
             f"{'; '.join(reasons[:3])}. {_REMEDY}"
         )
-
-
-def _names(nodes: dict[str, str] | list[str]) -> str:
-    names = list(dict.fromkeys(nodes))
-    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    return f"the node{'s' if len(names) > 1 else ''} {shown}"
 
 
 def _without_login(uri: str) -> str:

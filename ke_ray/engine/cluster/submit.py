@@ -31,6 +31,7 @@ _ANSWER_TIMEOUT_S = 15.0
 _LOOK_EVERY_S = 10.0
 _LOST_AFTER_S = 60.0
 _STOPPED_AFTER_S = 30.0
+_WAITS_AFTER_S = 15.0
 _CHATTY = (  # they report each ignored folder and each closed connection
     "ray.dashboard.modules.job.sdk",
     "ray.dashboard.modules.dashboard_sdk",
@@ -93,6 +94,25 @@ class _Log:
         self._written = max(self._written, self._position)
         if new:
             self._write(new)
+
+
+class _Start:
+    """Says once that a job waits for a node that can hold its command."""
+
+    def __init__(self, needs: str) -> None:
+        self._needs = needs
+        self._since = time.monotonic()
+
+    def look(self, status: str) -> None:
+        if status != "PENDING" or not self._needs:
+            return
+        if time.monotonic() - self._since >= _WAITS_AFTER_S:
+            log.warning(
+                "The job waits for a node with %s free for its command (entrypoint_num_cpus, "
+                "entrypoint_num_gpus); `ray status` shows what the nodes have.",
+                self._needs,
+            )
+            self._needs = ""
 
 
 class JobServer:
@@ -165,17 +185,23 @@ class JobServer:
                 log.info("the nodes of %s are not known: %s", self.address, error)
                 return None
 
-    def result(self, submission_id: str) -> JobResult | None:
+    def result(self, submission_id: str, start: _Start | None = None) -> JobResult | None:
         """How a job ended; None while it has not."""
         details = self._client.get_job_info(submission_id)
         status = str(details.status.value)
+        if start is not None:
+            start.look(status)
         if not details.status.is_terminal():
             return None
         code = exit_code_of(status, details.driver_exit_code)
         return JobResult(submission_id, status, code, (details.message or "").strip())
 
     def follow(
-        self, submission_id: str, write: Callable[[str], None], timeout_s: float | None = None
+        self,
+        submission_id: str,
+        write: Callable[[str], None],
+        timeout_s: float | None = None,
+        needs: str = "",
     ) -> JobResult:
         """Pass the log on until the job is over; a lost connection is taken up again.
 
@@ -183,21 +209,22 @@ class JobServer:
             submission_id: the job.
             write: gets the log's text, each part once.
             timeout_s: stop the job after so many seconds.
+            needs: resources of the job's command, for a message where it waits for them.
 
         Raises:
             KeRayError: the server has not answered for a minute; the job may go on.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        text = _Log(write)
+        text, start = _Log(write), _Start(needs)
         lost_since: float | None = None
         while True:
             with self._explained():
                 try:
-                    asyncio.run(self._tail(submission_id, text, deadline))
+                    asyncio.run(self._tail(submission_id, text, deadline, start))
                 except _lost_errors() as error:
                     log.info("the log of %s broke off: %s", submission_id, error)
                 try:
-                    result = self.result(submission_id)
+                    result = self.result(submission_id, start)
                     lost_since = None
                 except _lost_errors() as error:
                     lost_since = lost_since or time.monotonic()
@@ -222,7 +249,9 @@ class JobServer:
         message = f"It was stopped: it took longer than timeout_s ({timeout_s:g})."
         return JobResult(submission_id, "TIMED_OUT", _TIMED_OUT, message)
 
-    async def _tail(self, submission_id: str, text: _Log, deadline: float | None) -> None:
+    async def _tail(
+        self, submission_id: str, text: _Log, deadline: float | None, start: _Start
+    ) -> None:
         """Read the log from its beginning until the server closes it, or the time is up."""
         text.rewind()
         parts = self._client.tail_job_logs(submission_id)
@@ -241,7 +270,7 @@ class JobServer:
                     pending = asyncio.ensure_future(anext(parts, None))
                 elif deadline is not None and time.monotonic() >= deadline:
                     return
-                elif self.result(submission_id) is not None:
+                elif self.result(submission_id, start) is not None:
                     # Over, and yet the log is open: wait for its end once more, not for ever.
                     if ended_since is not None:
                         return
@@ -325,12 +354,16 @@ def run_job(
     Returns:
         How the last attempt ended.
     """
+    from ke_ray.engine.cluster.placement import describe_resources
+
     attempt = 1
+    needs = {"CPU": job.entrypoint_num_cpus, "GPU": job.entrypoint_num_gpus}
+    needed = describe_resources(needs) if any(needs.values()) else ""
     while True:
         submission_id = new_submission_id(job.name)
         on_attempt(submission_id, attempt)
         server.submit(job, runtime_env, submission_id)
-        result = server.follow(submission_id, write, job.timeout_s)
+        result = server.follow(submission_id, write, job.timeout_s, needed)
         if result.status != "FAILED" or result.exit_code == _BAD_INPUT or attempt > job.retries:
             return result
         log.warning("Attempt %d of %s failed: %s", attempt, job.name, result.message)

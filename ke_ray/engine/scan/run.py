@@ -125,9 +125,9 @@ def _score(setup: ScanSetup, run: TrackedRun, display: Display, outcome: ScanOut
     import ray
 
     study = setup.study
-    local = [("The checkpoint", ref.location) for ref in setup.refs if ref.is_local]
+    inputs = [("The checkpoint", ref.location) for ref in setup.refs if ref.format != "hub"]
     coefficients = study.resuscitation.coefficients if study.resuscitation else None
-    check_nodes_see([*local, ("resuscitation.coefficients", coefficients)])
+    check_nodes_see([*inputs, ("resuscitation.coefficients", coefficients)])
     num_actors, per_actor = _actors(setup)
     fetched = any(not ref.is_local for ref in setup.refs)
     load_cost = load_tokens(gpu="num_gpus" in per_actor, fetched=fetched)

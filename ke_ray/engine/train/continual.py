@@ -229,7 +229,7 @@ def read_by_workers(
 ) -> list[tuple[str, str | None]]:
     """What the workers of these runs read: (what it is, path or URI)."""
     inputs: list[tuple[str, str | None]] = [
-        ("The checkpoint", spec.ref.location) for spec in specs if spec.ref.is_local
+        ("The checkpoint", spec.ref.location) for spec in specs if spec.ref.format != "hub"
     ]
     for group in ("corpus", "injection", "downstream", "held_out", "entropy", "resuscitation"):
         settings = getattr(study, group)

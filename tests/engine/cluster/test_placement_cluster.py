@@ -1,4 +1,4 @@
-"""Each kind of study on a head without CPUs and two nodes of one CPU that declare a GPU each.
+"""Studies on a head without CPUs and two nodes of one CPU that declare a GPU each.
 
 torch has no CUDA here, which a declared GPU does not change.
 """
@@ -19,7 +19,6 @@ import ray_head
 import torch
 from command_process import Command, start_command
 from tiny_studies import tiny_continual, tiny_pretrain, write_study
-from tiny_sweep import tiny_sweep
 
 from ke_ray.results import read_manifest
 from ke_ray.storage import read_table
@@ -133,14 +132,6 @@ def test_pretraining_with_a_worker_on_each_node_follows_one_worker(
         for folder in (tmp_path / "out", pretrained)
     )
     np.testing.assert_allclose(both, one, atol=1e-5)
-
-
-def test_a_trial_of_a_sweep(cluster: Cluster, pretrained: Path, tmp_path: Path) -> None:
-    study = tiny_sweep(tmp_path / "out", pretrained, space=None)
-    messages = cluster.messages("sweep", write_study(study, tmp_path / "study.yaml"))
-    assert "Training runs on CPUs" in messages
-    rows = read_table(f"{study.output}/trials.parquet").to_pylist()
-    assert [row["status"] for row in rows] == ["ok"]
 
 
 WAITS = """

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from ke_ray.engine.cluster.session import ray_session
-from ke_ray.errors import KeRayError
+from ke_ray.errors import KeRayError, UserError
 
 TIMED_OUT = Exception("The current node timed out during startup. This could happen because …")
 
@@ -53,6 +53,22 @@ def test_another_failure_is_not_tried_again(starts) -> None:
     with pytest.raises(ValueError, match="no such option"), ray_session():
         pass
     assert len(starts) == 1
+
+
+def test_a_cluster_of_other_versions_names_both(
+    starts, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "10.77.0.1:6379")
+    # Ray's words (ray/_private/utils.py).
+    text = "The cluster was started with:\n    Ray: 2.59.0\n    Python: 3.12.1\n"
+    text += "This process on 10.77.0.2 was started with:\n    Ray: 2.60.0\n    Python: 3.11.7\n"
+    starts.append(RuntimeError(f"Version mismatch: {text}"))
+    with pytest.raises(UserError, match=r"10\.77\.0\.1.*2\.59\.0.*2\.60\.0"), ray_session():
+        pass
+    starts.append(ConnectionError("Failed to connect to Ray cluster at 10.77.0.1:6379"))
+    with pytest.raises(UserError, match=r"no Ray cluster answers.*10\.77\.0\.1"), ray_session():
+        pass
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.ray
