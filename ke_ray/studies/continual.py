@@ -142,6 +142,14 @@ class DownstreamSettings(Strict):
         return self
 
 
+class EvaluationSettings(Strict):
+    """How probes, tasks, perplexity and knowledge entropy are computed along a run."""
+
+    dtype: Literal["float32", "bfloat16"] | None = Field(
+        None, description="of the model's products while it is evaluated; null: as precision says"
+    )
+
+
 class HeldOutText(EvaluationText):
     """Held-out text of the old corpus, for perplexity: the beginning of its source."""
 
@@ -160,6 +168,7 @@ class ContinualStudy(TrainingSettings):
     epochs: int = Field(1, ge=1)
     injection: InjectionSettings | None = None
     probes: ProbeSettings = ProbeSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
     downstream: DownstreamSettings | None = None
     held_out: HeldOutText | None = Field(
         None, description="text for perplexity before and after; null: none"
@@ -199,9 +208,21 @@ class ContinualStudy(TrainingSettings):
     def _fits(self) -> ContinualStudy:
         if self.executor == "inline" and self.num_workers > 1:
             raise ValueError(f"executor inline has one worker, not num_workers {self.num_workers}")
+        is_sharded = self.strategy == "fsdp" and self.num_workers > 1
+        if is_sharded and (self.precision, self.evaluation_dtype) == ("bfloat16", "float32"):
+            raise ValueError(
+                "evaluation.dtype is float32, but fsdp workers gather their shards in the "
+                "study's precision, bfloat16, also to evaluate; leave it out, or set precision: "
+                "float32 or strategy: ddp"
+            )
         if self.resuscitation and not (self.resuscitation.coefficients or self.entropy):
             raise ValueError(
                 "resuscitation needs mean coefficients: name a scan folder in "
                 "resuscitation.coefficients, or give the entropy group to measure them on"
             )
         return self
+
+    @property
+    def evaluation_dtype(self) -> Literal["float32", "bfloat16"]:
+        """The dtype of the model's products while it is evaluated."""
+        return self.evaluation.dtype or self.precision
