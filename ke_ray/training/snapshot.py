@@ -199,6 +199,8 @@ def coefficient_sums(
     workers = workers or Workers()
     device = next(model.parameters()).device
     num_rows, width = corpus.input_ids.shape
+    # The last batch may be smaller; otherwise any order does.
+    run_passes = partial(share, model=model, workers=workers, cost=lambda start: num_rows - start)
     sums = score_instances(
         model,
         corpus.input_ids,
@@ -207,9 +209,7 @@ def coefficient_sums(
         num_instances=corpus.num_instances,
         group_sizes=corpus.group_sizes,
         batch_size=workers.rows_per_pass(num_rows, width, device, batch_size),
-        run_passes=partial(
-            share, model=model, workers=workers, cost=lambda start: num_rows - start
-        ),
+        run_passes=run_passes,
     )
     sums.counts = workers.sum(sums.counts, device)
     sums.num_tokens = workers.sum(sums.num_tokens, device)
