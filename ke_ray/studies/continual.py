@@ -7,6 +7,7 @@ batch of B rows [128] give N // B steps an epoch [1,600]; k injections [10] then
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -100,11 +101,31 @@ class ProbeSettings(Strict):
     every: int | None = Field(None, ge=1, description="probe after every n-th step")
     steps: tuple[int, ...] = Field((), description="probe after these steps")
     around_injections: bool = Field(
-        True, description="probe just before and just after each injection"
+        True,
+        description="probe just before and just after each injection, and 1, 2, 4, 8, … steps "
+        "later until the next",
     )
     batch_tokens: int | None = Key(
         None, affects_result=False, ge=1, description="tokens of one forward pass"
     )
+
+    def resolve(self, injection_steps: Sequence[int], num_steps: int) -> tuple[int, ...]:
+        """Completed steps after which the facts are probed, ascending; 0 and the last included.
+
+        What is read off the curve behind an injection needs few points: its maximum within 50
+        steps, and a decay in the logarithm of steps (docs/science.md#dynamics).
+        """
+        steps = {0, num_steps, *self.steps}
+        if self.every is not None:
+            steps |= set(range(self.every, num_steps, self.every))
+        if self.around_injections:
+            ends = [*injection_steps[1:], num_steps + 1]
+            for step, end in zip(injection_steps, ends, strict=False):
+                steps |= {step - 1, step}
+                steps |= {
+                    step + 2**k for k in range((end - step).bit_length()) if step + 2**k < end
+                }
+        return tuple(sorted(steps))
 
 
 class DownstreamSettings(Strict):
