@@ -103,7 +103,7 @@ def held_out_perplexity(
         )
     workers = workers or Workers()
     rows_at_once = max(1, min(batch_size, logit_rows(device, vocab_size) // ids.shape[1]))
-    rows_at_once = workers.rows_per_pass(len(ids), ids.shape[1], device, rows_at_once)
+    rows_at_once = workers.rows_per_pass(len(ids), rows_at_once)
 
     def width_of(rows: range) -> int:
         return int(sizes[rows.start : rows.stop].max())

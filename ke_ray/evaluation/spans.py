@@ -155,7 +155,7 @@ def score_spans(
     shared = share_prefixes and _can_share(plain, longest)
     trees = build_trees(spans, share=shared)
     batch_tokens = workers.tokens_per_pass(
-        sum(len(tree.tokens) for tree in trees), device, batch_tokens or _BATCH_TOKENS[kind]
+        sum(len(tree.tokens) for tree in trees), plain, batch_tokens or _BATCH_TOKENS[kind]
     )
     batches = plan_batches(
         trees,

@@ -198,7 +198,7 @@ def coefficient_sums(
     """
     workers = workers or Workers()
     device = next(model.parameters()).device
-    num_rows, width = corpus.input_ids.shape
+    num_rows = len(corpus.input_ids)
     # The last batch may be smaller; otherwise any order does.
     run_passes = partial(share, model=model, workers=workers, cost=lambda start: num_rows - start)
     sums = score_instances(
@@ -208,7 +208,7 @@ def coefficient_sums(
         measures=("knowledge_entropy",),
         num_instances=corpus.num_instances,
         group_sizes=corpus.group_sizes,
-        batch_size=workers.rows_per_pass(num_rows, width, device, batch_size),
+        batch_size=workers.rows_per_pass(num_rows, batch_size),
         run_passes=run_passes,
     )
     sums.counts = workers.sum(sums.counts, device)

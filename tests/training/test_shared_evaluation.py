@@ -190,6 +190,15 @@ def deal(worker: Worker, costs: list[int], failing: int) -> list[int]:
     return [number for number, _ in passes]
 
 
+def deal_own(worker: Worker) -> list[int]:
+    return deal(worker, [10, 20, 30 + worker.rank], -1)
+
+
+def test_workers_with_different_items_are_refused(tmp_path: Path) -> None:
+    for found in run_together(tmp_path, 2, deal_own):
+        assert "DataError: The workers have different items" in found
+
+
 def test_workers_share_all_passes_evenly(tmp_path: Path) -> None:
     costs = [3, 50, 1, 40, 2, 30, 20]
     first, second = run_together(tmp_path, 2, deal, costs, -1)
