@@ -84,19 +84,17 @@ def evaluation_cost(study: ContinualStudy, num_tokens: int) -> EvaluationCost:
     steps = study.probes.resolve(_injection_steps(study, num_steps, facts), num_steps)
     # The last step is probed twice: as one of the run's, and with all else after it.
     num_probings = len(steps) - 1 + num_snapshots if num_probes else 0
-    texts = [
-        num_snapshots * text.num_instances * (text.sequence_length or study.sequence_length)
-        if text
-        else 0
+    perplexity, entropy = (
+        text.num_instances * (text.sequence_length or study.sequence_length) if text else 0
         for text in (study.held_out, study.entropy)
-    ]
-    measured = study.resuscitation is not None and study.resuscitation.coefficients is None
-    if measured and study.entropy is not None:  # once more, for the coefficients
-        texts[1] += texts[1] // num_snapshots
+    )
+    is_measured = study.resuscitation is not None and study.resuscitation.coefficients is None
+    perplexity *= num_snapshots
+    entropy *= num_snapshots + is_measured  # once more for the coefficients
     tasks = num_snapshots * sum(_task_tokens(study))
     probes = num_probings * num_probes * _TOKENS_PER_PROBE
-    share = 2 * (probes + tasks + sum(texts)) / (6 * num_tokens)
-    return EvaluationCost(num_probings, probes, tasks, *texts, share)
+    share = 2 * (probes + tasks + perplexity + entropy) / (6 * num_tokens)
+    return EvaluationCost(num_probings, probes, tasks, perplexity, entropy, share)
 
 
 def _injection_steps(study: ContinualStudy, num_steps: int, facts: Sequence[FactSet]) -> range:
