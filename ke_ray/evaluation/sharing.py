@@ -3,7 +3,7 @@
 Every worker plans the same passes, runs its part of them, and sums of its results over all workers
 are what one worker would have. Passes are dealt out from the most expensive to the cheapest, so
 that workers finish within about one pass of each other. A sharded model gathers its weights in
-every pass: its workers make the same number, and one that has fewer repeats a pass for the others.
+every pass: its workers make the same number, and one that has fewer makes another for the others.
 
 Workers meet after every ``PASSES_BETWEEN`` passes, so that none waits for long at the end, and none
 goes on without one that failed. Only tensors travel.
@@ -31,6 +31,9 @@ PASSES_BETWEEN = 32
 PASS_OVERHEAD = {"cpu": 32, "cuda": 4096}
 #: What it costs at least where weights are gathered (measured: 200 tokens of a CPU, over gloo).
 _GATHERING = 256
+
+#: Of the error that a worker raises because another one failed.
+PEER_FAILED = "failed in its part of an evaluation"
 
 PassT = TypeVar("PassT")
 ResultT = TypeVar("ResultT")
@@ -78,6 +81,7 @@ def share(
     model: Any,
     workers: Workers,
     cost: Callable[[PassT], float],
+    filler: PassT | None = None,
 ) -> Iterator[tuple[PassT, ResultT]]:
     """Run this worker's part of the passes; consume it to the end on every worker.
 
@@ -85,6 +89,7 @@ def share(
         passes: the same on every worker.
         forward: runs a pass through ``model``; may be called once more for the others' sake.
         cost: of a pass, in any unit.
+        filler: what it is called with then; default: the cheapest pass.
 
     Yields:
         Each pass of this worker with its result; all of them in order where there is one worker.
@@ -109,7 +114,7 @@ def share(
             if number < len(own):
                 result = forward(own[number])
             elif in_step:
-                forward(order[-1])
+                forward(order[-1] if filler is None else filler)
         except Exception:
             if not in_step:  # else the others are within the pass: they see this process end
                 _failed(True, workers, device)
@@ -135,8 +140,8 @@ def _check_alike(costs: Sequence[float], device: torch.device) -> None:
 def _meet(workers: Workers, device: torch.device) -> None:
     if failed := _failed(False, workers, device):
         raise RuntimeError(  # no error of ours: whether another attempt helps, the other one says
-            f"Worker {', '.join(map(str, failed))} of {workers.size} failed in its part of an "
-            "evaluation; its own message says why."
+            f"Worker {', '.join(map(str, failed))} of {workers.size} {PEER_FAILED}; its own "
+            "message says why."
         )
 
 

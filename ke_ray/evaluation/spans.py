@@ -182,8 +182,9 @@ def score_spans(
             torch.tensor(tokens, device=device),
         )
 
+    filler = [min(trees, key=lambda tree: len(tree.tokens))] if trees else None
     with evaluating(plain):
-        for batch, (value, is_first) in share(batches, forward, plain, workers, _cost):
+        for batch, (value, is_first) in share(batches, forward, plain, workers, _cost, filler):
             for tree in batch:
                 positions.extend(
                     int(starts[span]) + position for *_, span, position in tree.targets

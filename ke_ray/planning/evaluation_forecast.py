@@ -88,7 +88,12 @@ def evaluation_cost(study: ContinualStudy, num_tokens: int) -> EvaluationCost:
         text.num_instances * (text.sequence_length or study.sequence_length) if text else 0
         for text in (study.held_out, study.entropy)
     )
-    is_measured = study.resuscitation is not None and study.resuscitation.coefficients is None
+    settings = study.resuscitation
+    is_measured = (
+        settings is not None
+        and settings.coefficients is None
+        and settings.control != "attention_temperature"
+    )
     perplexity *= num_snapshots
     entropy *= num_snapshots + is_measured  # once more for the coefficients
     tasks = num_snapshots * sum(_task_tokens(study))
