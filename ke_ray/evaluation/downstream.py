@@ -34,6 +34,7 @@ from ke_ray.data.facts import Text
 from ke_ray.data.text_file import parse_json, read_text
 from ke_ray.errors import DataError, nearest
 from ke_ray.evaluation.lm import wrap_model
+from ke_ray.evaluation.sharing import Workers
 from ke_ray.storage.safe_yaml import parse_yaml
 
 #: The tasks of P and the metric of each.
@@ -258,6 +259,7 @@ def run_downstream(
     batch_tokens: int | None = None,
     own_tasks: Mapping[str, str | os.PathLike[str]] | None = None,
     language_model: Callable[[Any, Any], Any] | None = None,
+    workers: Workers | None = None,
 ) -> list[DownstreamResult]:
     """Evaluate a model in memory, zero-shot.
 
@@ -267,7 +269,7 @@ def run_downstream(
         tasks: names out of ``TASK_METRICS``; may be empty if there are own tasks.
         data_dir: folder with ``<task>/validation.jsonl``; None: the Hub.
         limit: the first items of each task only.
-        batch_tokens: as ``spans.score_spans``.
+        batch_tokens, workers: as ``spans.score_spans``.
         own_tasks: name -> JSON-lines file (``context``, ``choices``, ``gold``); metric ``acc``.
         language_model: (model, tokenizer) -> lm-eval model, in place of our own; for comparisons.
 
@@ -284,7 +286,7 @@ def run_downstream(
     with _quiet_lm_eval():
         loaded = load_tasks(tasks, data_dir=data_dir, own_tasks=own_tasks)
         if language_model is None:
-            lm = wrap_model(model, tokenizer, batch_tokens=batch_tokens)
+            lm = wrap_model(model, tokenizer, batch_tokens=batch_tokens, workers=workers)
         else:
             lm = language_model(model, tokenizer)
         try:

@@ -8,11 +8,13 @@ selects the positions. So logit scaling and soft-capping stay the model's, and s
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ke_ray.models.sharded import reshard
 
 #: Bytes of the float32 logits of one pass, about.
 _LOGIT_BYTES = {"cpu": 128 << 20, "cuda": 2 << 30}
@@ -42,9 +44,15 @@ def logit_rows(device: torch.device, vocab_size: int) -> int:
     return max(1, budget // (4 * vocab_size))
 
 
+def autocast(model: Any, dtype: str) -> AbstractContextManager[Any]:
+    """Form the model's products in ``bfloat16``, or in the weights' own dtype (``float32``)."""
+    device = next(model.parameters()).device
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients and without compilation; restores the training flag.
+    """Evaluation mode without gradients and without compilation; restores flag and shards.
 
     Shapes change from batch to batch here, which compiled code would answer by recompiling.
     """
@@ -55,6 +63,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         model.train(was_training)
+        reshard(model)
 
 
 def read_logits(model: Any, input_ids: Tensor, reads: Tensor, **arguments: Any) -> Tensor:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ke_ray.errors import DataError
 from ke_ray.evaluation.prefix_tree import Span
+from ke_ray.evaluation.sharing import Workers
 from ke_ray.evaluation.spans import score_spans
 
 if TYPE_CHECKING:
@@ -44,16 +45,22 @@ def as_transformers_tokenizer(tokenizer: Any, model: Any) -> Any:
     )
 
 
-def wrap_model(model: Any, tokenizer: Any, *, batch_tokens: int | None = None) -> TemplateLM:
+def wrap_model(
+    model: Any,
+    tokenizer: Any,
+    *,
+    batch_tokens: int | None = None,
+    workers: Workers | None = None,
+) -> TemplateLM:
     """An lm-eval language model for ``lm_eval.evaluate``.
 
     Args:
         model: a causal language model of transformers.
         tokenizer: of transformers, or a ``tokenizers.Tokenizer``.
-        batch_tokens: as ``spans.score_spans``.
+        batch_tokens, workers: as ``spans.score_spans``.
     """
     lm: TemplateLM = _language_model_class()(
-        model, as_transformers_tokenizer(tokenizer, model), batch_tokens
+        model, as_transformers_tokenizer(tokenizer, model), batch_tokens, workers
     )
     return lm
 
@@ -66,8 +73,15 @@ def _language_model_class() -> type:
     class InMemoryLM(TemplateLM):
         """Answers log-likelihood requests; generation and rolling likelihood are not offered."""
 
-        def __init__(self, model: Any, tokenizer: Any, batch_tokens: int | None) -> None:
-            super().__init__()
+        def __init__(
+            self,
+            model: Any,
+            tokenizer: Any,
+            batch_tokens: int | None,
+            workers: Workers | None,
+        ) -> None:
+            super().__init__()  # for lm-eval it is alone: every worker has all answers
+            self.workers = workers
             self.model = model
             self.tokenizer = tokenizer
             self.batch_tokens = batch_tokens
@@ -154,7 +168,9 @@ def _language_model_class() -> type:
                 ids = [*context_ids, *target_ids][-(self.max_length + 1) :]
                 size = len(ids) - len(target_ids)
                 spans.append(Span(ids[:size], ids[size:]))
-            scores = score_spans(self.model, spans, batch_tokens=self.batch_tokens)
+            scores = score_spans(
+                self.model, spans, batch_tokens=self.batch_tokens, workers=self.workers
+            )
             return [
                 (float(value), bool(greedy))
                 for value, greedy in zip(scores.logprob_summed, scores.is_greedy, strict=True)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ke_ray.errors import DataError
@@ -25,6 +26,7 @@ from ke_ray.evaluation.forward import (
     plain_model,
     read_logits,
 )
+from ke_ray.evaluation.sharing import Workers, share
 
 #: Positions of one cross-entropy call; its float32 copies of the logits stay small.
 _CHUNK = 256
@@ -60,7 +62,12 @@ class Perplexity:
 
 
 def held_out_perplexity(
-    model: Any, input_ids: Any, lengths: Any = None, *, batch_size: int = 8
+    model: Any,
+    input_ids: Any,
+    lengths: Any = None,
+    *,
+    batch_size: int = 8,
+    workers: Workers | None = None,
 ) -> Perplexity:
     """Perplexity of right-padded rows.
 
@@ -69,6 +76,7 @@ def held_out_perplexity(
         input_ids: integer [rows, T], array or tensor.
         lengths: [rows] real tokens of each row; None: all T.
         batch_size: rows of a forward pass at most; changes speed and memory, not the result.
+        workers: who shares the passes; all get the result.
 
     Raises:
         DataError: shapes that do not fit, ids beyond the embedding, rows longer than the model, or
@@ -93,23 +101,36 @@ def held_out_perplexity(
             f"Token ids reach {int(ids.max())}, and the model has {vocab_size} embeddings; use the "
             "model's own tokenizer."
         )
+    workers = workers or Workers()
     rows_at_once = max(1, min(batch_size, logit_rows(device, vocab_size) // ids.shape[1]))
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    num_tokens = 0
+    rows_at_once = workers.rows_per_pass(len(ids), rows_at_once)
+
+    def width_of(rows: range) -> int:
+        return int(sizes[rows.start : rows.stop].max())
+
+    def forward(rows: range) -> tuple[list[Tensor], int]:
+        size, width = sizes[rows.start : rows.stop], width_of(rows)
+        is_real = (torch.arange(1, width) < size[:, None]).flatten()  # [rows · (width - 1)]
+        batch = ids[rows.start : rows.stop, :width].long().to(device)
+        reads = is_real.nonzero().flatten().to(device)
+        logits = read_logits(plain, batch[:, :-1], reads)
+        targets = batch[:, 1:].flatten()[reads]
+        chunks = zip(logits.split(_CHUNK), targets.split(_CHUNK), strict=True)
+        nats = [cross_entropy(part.float(), labels, reduction="sum") for part, labels in chunks]
+        return nats, len(targets)
+
+    starts = range(0, len(ids), rows_at_once)
+    passes = [range(start, min(start + rows_at_once, len(ids))) for start in starts]
+    # A row of one token predicts nothing.
+    passes = [rows for rows in passes if width_of(rows) > 1]
+    sums = torch.zeros(2, dtype=torch.float64, device=device)  # nats and tokens
     with evaluating(plain):
-        for start in range(0, len(ids), rows_at_once):
-            size = sizes[start : start + rows_at_once]
-            width = int(size.max())
-            is_real = (torch.arange(1, width) < size[:, None]).flatten()  # [rows · (width - 1)]
-            if not is_real.any():
-                continue
-            rows = ids[start : start + rows_at_once, :width].long().to(device)
-            reads = is_real.nonzero().flatten().to(device)
-            logits = read_logits(plain, rows[:, :-1], reads)
-            targets = rows[:, 1:].flatten()[reads]
-            for part, labels in zip(logits.split(_CHUNK), targets.split(_CHUNK), strict=True):
-                total += cross_entropy(part.float(), labels, reduction="sum").double()
-            num_tokens += len(targets)
+        results = share(passes, forward, plain, workers, lambda rows: len(rows) * width_of(rows))
+        for _, (nats, count) in results:
+            for part in nats:
+                sums[0] += part.double()
+            sums[1] += count
+    total, num_tokens = workers.sum(sums, device).tolist()
     if num_tokens == 0:
         raise DataError("There is no token to predict; rows need at least two tokens.")
-    return Perplexity(float(total) / num_tokens, num_tokens)
+    return Perplexity(total / num_tokens, int(num_tokens))

@@ -23,6 +23,7 @@ from ke_ray.data.probes import Probe
 from ke_ray.errors import DataError
 from ke_ray.evaluation.forward import max_positions, plain_model
 from ke_ray.evaluation.prefix_tree import Span
+from ke_ray.evaluation.sharing import Workers
 from ke_ray.evaluation.spans import score_spans
 
 
@@ -92,14 +93,18 @@ class ProbeScores:
 
 
 def score_probes(
-    model: Any, probes: Sequence[Probe], *, batch_tokens: int | None = None
+    model: Any,
+    probes: Sequence[Probe],
+    *,
+    batch_tokens: int | None = None,
+    workers: Workers | None = None,
 ) -> ProbeScores:
     """Score probes with a model in memory, in as few passes as memory allows.
 
     Args:
         model: a causal language model of transformers; its mode (train, eval) is restored.
         probes: as ``ke_ray.data.probes.build_probes`` gives them.
-        batch_tokens: as ``score_spans``.
+        batch_tokens, workers: as ``score_spans``.
 
     Raises:
         DataError: no probes, or a probe longer than the model takes (named).
@@ -115,5 +120,5 @@ def score_probes(
                 "context."
             )
     spans = [Span(probe.context_ids, probe.target_ids) for probe in probes]
-    scores = score_spans(model, spans, batch_tokens=batch_tokens)
+    scores = score_spans(model, spans, batch_tokens=batch_tokens, workers=workers)
     return ProbeScores(tuple(probes), scores.logprob_summed, scores.num_target_tokens)

@@ -33,11 +33,10 @@ from ke_ray.evaluation.forward import (
     read_logits,
 )
 from ke_ray.evaluation.prefix_tree import PrefixTree, Span, build_trees, plan_batches
+from ke_ray.evaluation.sharing import PASS_OVERHEAD, Workers, share
 from ke_ray.models.architectures import can_share_prefixes
 
 _BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
-#: What a pass costs beyond its tokens (weights read once, kernels launched), in tokens.
-_BATCH_OVERHEAD = {"cpu": 32, "cuda": 4096}
 
 
 @dataclass(frozen=True)
@@ -105,12 +104,17 @@ def _target_logprobs(logits: Tensor, reads: Tensor, tokens: Tensor) -> tuple[Ten
     return target_logits - total[reads], choice[reads] == tokens
 
 
+def _cost(batch: Sequence[PrefixTree]) -> int:
+    return len(batch) * max(len(tree.tokens) for tree in batch)
+
+
 def score_spans(
     model: Any,
     spans: Sequence[Span],
     *,
     batch_tokens: int | None = None,
     share_prefixes: bool = True,
+    workers: Workers | None = None,
 ) -> SpanScores:
     """Score spans with a causal language model of transformers.
 
@@ -121,6 +125,7 @@ def score_spans(
             or tree still passes); default 2,048 on a CPU and 32,768 on a GPU. Changes speed and
             memory, the result only to rounding.
         share_prefixes: False passes every sequence on its own.
+        workers: who shares the passes; all get all scores.
 
     Raises:
         DataError: a span without context or target, longer than the model, or with an id that the
@@ -146,43 +151,53 @@ def score_spans(
     sizes = np.array([len(span.target_ids) for span in spans], dtype=np.int64)
     starts = np.concatenate([[0], np.cumsum(sizes)])
     kind = "cpu" if device.type == "cpu" else "cuda"
-    batch_tokens = batch_tokens or _BATCH_TOKENS[kind]
-    share = share_prefixes and _can_share(plain, longest)
-    trees = build_trees(spans, share=share)
+    workers = workers or Workers()
+    shared = share_prefixes and _can_share(plain, longest)
+    trees = build_trees(spans, share=shared)
+    batch_tokens = workers.tokens_per_pass(
+        sum(len(tree.tokens) for tree in trees), plain, batch_tokens or _BATCH_TOKENS[kind]
+    )
     batches = plan_batches(
         trees,
         batch_tokens=batch_tokens,
         batch_reads=logit_rows(device, vocab_size),
-        batch_overhead=_BATCH_OVERHEAD[kind],
-        join=share,
+        batch_overhead=PASS_OVERHEAD[kind],
+        join=shared,
     )
     values: list[Tensor] = []
     first_choices: list[Tensor] = []
     positions: list[int] = []
+
+    def forward(batch: Sequence[PrefixTree]) -> tuple[Tensor, Tensor]:
+        offset = 0
+        reads: list[int] = []
+        tokens: list[int] = []
+        for tree in batch:
+            reads.extend(offset + read for read, *_ in tree.targets)
+            tokens.extend(token for _, token, *_ in tree.targets)
+            offset += len(tree.reads)
+        return _target_logprobs(
+            _logits(plain, batch, device),
+            torch.tensor(reads, device=device),
+            torch.tensor(tokens, device=device),
+        )
+
+    filler = [min(trees, key=lambda tree: len(tree.tokens))] if trees else None
     with evaluating(plain):
-        for batch in batches:
-            offset = 0
-            reads: list[int] = []
-            tokens: list[int] = []
+        for batch, (value, is_first) in share(batches, forward, plain, workers, _cost, filler):
             for tree in batch:
-                reads.extend(offset + read for read, *_ in tree.targets)
-                tokens.extend(token for _, token, *_ in tree.targets)
                 positions.extend(
                     int(starts[span]) + position for *_, span, position in tree.targets
                 )
-                offset += len(tree.reads)
-            value, is_first = _target_logprobs(
-                _logits(plain, batch, device),
-                torch.tensor(reads, device=device),
-                torch.tensor(tokens, device=device),
-            )
             values.append(value)
             first_choices.append(is_first)
-    logprobs = np.zeros(starts[-1])
-    greedy = np.ones(starts[-1], dtype=np.bool_)
+    # Log probabilities and first choices; 0 where another worker has them.
+    table = torch.zeros(2, int(starts[-1]), dtype=torch.float64)
     if values:
-        logprobs[positions] = torch.cat(values).double().cpu().numpy()
-        greedy[positions] = torch.cat(first_choices).cpu().numpy()
+        table[0, positions] = torch.cat(values).double().cpu()
+        table[1, positions] = torch.cat(first_choices).double().cpu()
+    table = workers.sum(table, device)
+    logprobs, greedy = table[0].numpy(), table[1].numpy() > 0
     return SpanScores(
         logprob_summed=np.add.reduceat(logprobs, starts[:-1]) if len(spans) else np.zeros(0),
         num_target_tokens=sizes,

@@ -35,6 +35,7 @@ from ke_ray.models.attention import measure_attention
 from ke_ray.models.experts import RoutedRows, measure_experts
 from ke_ray.models.layout import FFNLayout, layers_of
 from ke_ray.models.loading import require_head
+from ke_ray.models.sharded import is_sharded, run_whole
 
 
 class _Finished(Exception):  # noqa: N818 - ends a forward pass, it is no error
@@ -63,6 +64,8 @@ class Capture:
         self.of_rows = [each for each in own if each.tap == "coefficients"]
         self.of_hidden = [each for each in own if each.tap == "hidden"]
         self.needs_body = self.prediction or bool(self.of_hidden)
+        self.is_sharded = is_sharded(model)
+        assert not (self.is_sharded and self.needs_body), "training measures coefficients alone"
         self.lengths: list[int] = []
         self.width = 0  # positions of the batch
         self.values: dict[str, Tensor] = {}
@@ -138,7 +141,10 @@ class Capture:
         if not self.unseen and not self.needs_body:
             return self.values  # no layer has what was asked for
         try:
-            hidden = self.body(input_ids=batch, use_cache=False).last_hidden_state
+            if self.is_sharded:
+                run_whole(self.model, batch)
+            else:
+                hidden = self.body(input_ids=batch, use_cache=False).last_hidden_state
         except _Finished:
             return self.values
         if self.unseen:
@@ -158,7 +164,7 @@ class Capture:
 
     def _seen(self, name: str, layer: int) -> None:
         self.unseen.discard((name, layer))
-        if not self.unseen and not self.needs_body:
+        if not self.unseen and not self.needs_body and not self.is_sharded:
             raise _Finished
 
     def _add(self, name: str, layer: int, means: Iterator[tuple[int, Tensor]]) -> None:
@@ -259,6 +265,8 @@ class Capture:
         return self.needs_body or any(other > layer for _, other in self.unseen)
 
     @matmul_precision("highest")
+    @torch.autocast("cpu", enabled=False)
+    @torch.autocast("cuda", enabled=False)
     def see_expert(self, layer: int, rows: RoutedRows) -> None:
         """Add one expert: c = g_e · |C|, averaged over all real tokens of each instance."""
         experts = self.layouts[layer].experts

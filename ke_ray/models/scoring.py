@@ -21,7 +21,7 @@ code: no padding is counted, nothing but real tokens is averaged, no 1e-9 inside
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -33,6 +33,12 @@ from ke_ray.core.statistics import GroupSums
 from ke_ray.errors import DataError
 from ke_ray.models.capture import Capture
 from ke_ray.models.layout import describe, layers_of
+from ke_ray.models.sharded import no_gradients, reshard
+
+#: Runs batches, given by their first instances: (first instance, means by table) of each.
+RunPasses = Callable[
+    [Sequence[int], Callable[[int], dict[str, Tensor]]], Iterable[tuple[int, dict[str, Tensor]]]
+]
 
 
 def score_model(
@@ -102,6 +108,7 @@ def score_instances(
     batch_size: int = 4,
     device: torch.device | str | None = None,
     on_batch: Callable[[int], None] | None = None,
+    run_passes: RunPasses | None = None,
 ) -> GroupSums:
     """Sums over a contiguous range of instances of a dataset, ready to merge with others.
 
@@ -116,6 +123,8 @@ def score_instances(
         batch_size: instances per forward pass. Each batch is cut to its longest instance.
         device: where to run; default: where the model is. The model is not moved.
         on_batch: called after each batch with the number of real tokens it held.
+        run_passes: ``(first instances of batches, forward) -> (first instance, means) …`` runs all
+            or some of the batches; default: all, in order.
 
     Returns:
         ``GroupSums`` with the tables the measures need. Values may be NaN or infinite when the
@@ -144,23 +153,36 @@ def score_instances(
         sizes=group_sizes,
     )
     with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode())
+        stack.enter_context(no_gradients(model))
         stack.enter_context(_evaluating(model))
         capture = stack.enter_context(Capture(model, layouts, sums.tables, target))
-        for start in range(0, len(ids), batch_size):
+
+        def forward(start: int) -> dict[str, Tensor]:
             part = tokens[start : start + batch_size]
             longest = int(part.max())
             batch = ids[start : start + batch_size, :longest].to(torch.int64)
             padding = torch.arange(longest)[None, :] >= part[:, None]
             # Any valid id will do behind the last real token: nothing looks at it.
             batch = batch.masked_fill(padding, 0).to(target, non_blocking=True)
+            return capture.run(batch, part.tolist())
+
+        starts = range(0, len(ids), batch_size)
+        for start, means in (run_passes or _in_order)(starts, forward):
+            part = tokens[start : start + batch_size]
             instances = torch.arange(start, start + len(part)) + first_instance
-            for name, values in capture.run(batch, part.tolist()).items():
+            for name, values in means.items():
                 sums.add(name, instances, values)
             sums.count(instances, part)
             if on_batch is not None:
                 on_batch(int(part.sum()))
     return sums
+
+
+def _in_order(
+    starts: Sequence[int], forward: Callable[[int], dict[str, Tensor]]
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    for start in starts:
+        yield start, forward(start)
 
 
 def _checked(model: Any, input_ids: Any, lengths: Any) -> tuple[Tensor, Tensor]:
@@ -223,3 +245,4 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(training)
+        reshard(model)

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from ke_ray.planning.evaluation_forecast import evaluation_cost
 from ke_ray.planning.sweep import end_points, fixed_points, num_drawn, seeds_of, trial_study
 from ke_ray.planning.training_forecast import bytes_of_starts, hours_text, num_tokens
 from ke_ray.studies.sweep import SweepStudy
@@ -99,6 +100,8 @@ def forecast(study: SweepStudy) -> str:
             else "bytes to fetch: 0 (the starts are on this file system)"
         )
     lines.append(hours_text(study.base, study.output, figures.tokens, "trials"))
+    if tokens := num_tokens(study.base):
+        lines.append(f"{evaluation_cost(study.base, tokens)}, as the base says")
     return "\n".join(lines)
 
 

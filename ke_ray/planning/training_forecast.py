@@ -12,6 +12,7 @@ from ke_ray.checkpoints.find.catalog import list_checkpoints
 from ke_ray.errors import KeRayError
 from ke_ray.models.architectures import use_description
 from ke_ray.models.loading import load_config
+from ke_ray.planning.evaluation_forecast import evaluation_cost
 from ke_ray.planning.scan_forecast import num_body_parameters
 from ke_ray.planning.speed import H100_FLOPS_PER_S, measured_speed
 from ke_ray.secrets import redact
@@ -116,8 +117,7 @@ def hours_text(study: ContinualStudy, output: str, tokens: int | None, runs: str
         f"hours: {_number(here)} on this machine's {speed.device} ({speed}), "
         f"{_number(there)} on one H100 in {study.precision} "
         f"({peak / 1e12:.0f} TFLOP/s, assumed), {runs} one after another; {EFFICIENCY:.0%} of "
-        f"either assumed, {parameters / 1e6:,.1f}M weights by {source}; probes and tasks come on "
-        "top"
+        f"either assumed, {parameters / 1e6:,.1f}M weights by {source}; evaluation comes on top"
     )
 
 
@@ -142,4 +142,6 @@ def forecast(study: ContinualStudy) -> str:
     tokens = num_tokens(study)
     total = None if tokens is None else tokens * len(specs)
     lines.append(hours_text(study, study.output, total, "runs"))
+    if tokens:
+        lines.append(str(evaluation_cost(study, tokens)))
     return "\n".join(lines)

@@ -61,8 +61,8 @@ class WorkerMemory:
         activations: what the forward pass leaves for the backward pass.
         logits: of a chunk of tokens, with the gradients of the head.
         training: the most at one time in a step.
-        evaluation: of the main worker between steps: its part and, where that is a shard, the
-            whole model beside it.
+        evaluation: the most while the model is evaluated: whole, before it is sharded and trained,
+            or later in a worker's part with copies.
         saving: host memory of the main worker while it writes a training state.
         loading: host memory of every worker while it reads one.
     """
@@ -141,7 +141,7 @@ def worker_memory(sizes: ModelSizes, settings: TrainingSettings) -> WorkerMemory
         activations=None if sizes.saved_bytes is None else activations,
         logits=logits,
         training=training,
-        evaluation=weights + moments + (whole if sharded else 0),
+        evaluation=max(whole, weights + moments + copies),
         saving=4 * whole,  # the two moments, and the same once more as a file's bytes
         loading=5 * whole,  # likewise, beside the weights
     )

@@ -7,6 +7,7 @@ batch of B rows [128] give N // B steps an epoch [1,600]; k injections [10] then
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -100,11 +101,31 @@ class ProbeSettings(Strict):
     every: int | None = Field(None, ge=1, description="probe after every n-th step")
     steps: tuple[int, ...] = Field((), description="probe after these steps")
     around_injections: bool = Field(
-        True, description="probe just before and just after each injection"
+        True,
+        description="probe just before and just after each injection, and 1, 2, 4, 8, … steps "
+        "later until the next",
     )
     batch_tokens: int | None = Key(
         None, affects_result=False, ge=1, description="tokens of one forward pass"
     )
+
+    def resolve(self, injection_steps: Sequence[int], num_steps: int) -> tuple[int, ...]:
+        """Completed steps after which the facts are probed, ascending; 0 and the last included.
+
+        What is read off the curve behind an injection needs few points: its maximum within 50
+        steps, and a decay in the logarithm of steps (docs/science.md#dynamics).
+        """
+        steps = {0, num_steps, *self.steps}
+        if self.every is not None:
+            steps |= set(range(self.every, num_steps, self.every))
+        if self.around_injections:
+            ends = [*injection_steps[1:], num_steps + 1]
+            for step, end in zip(injection_steps, ends, strict=False):
+                steps |= {step - 1, step}
+                steps |= {
+                    step + 2**k for k in range((end - step).bit_length()) if step + 2**k < end
+                }
+        return tuple(sorted(steps))
 
 
 class DownstreamSettings(Strict):
@@ -142,6 +163,14 @@ class DownstreamSettings(Strict):
         return self
 
 
+class EvaluationSettings(Strict):
+    """How probes, tasks, perplexity and knowledge entropy are computed along a run."""
+
+    dtype: Literal["float32", "bfloat16"] | None = Field(
+        None, description="of the model's products while it is evaluated; null: as precision says"
+    )
+
+
 class HeldOutText(EvaluationText):
     """Held-out text of the old corpus, for perplexity: the beginning of its source."""
 
@@ -160,6 +189,7 @@ class ContinualStudy(TrainingSettings):
     epochs: int = Field(1, ge=1)
     injection: InjectionSettings | None = None
     probes: ProbeSettings = ProbeSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
     downstream: DownstreamSettings | None = None
     held_out: HeldOutText | None = Field(
         None, description="text for perplexity before and after; null: none"
@@ -199,9 +229,21 @@ class ContinualStudy(TrainingSettings):
     def _fits(self) -> ContinualStudy:
         if self.executor == "inline" and self.num_workers > 1:
             raise ValueError(f"executor inline has one worker, not num_workers {self.num_workers}")
+        is_sharded = self.strategy == "fsdp" and self.num_workers > 1
+        if is_sharded and (self.precision, self.evaluation_dtype) == ("bfloat16", "float32"):
+            raise ValueError(
+                "evaluation.dtype is float32, but fsdp workers gather their shards in the "
+                "study's precision, bfloat16, also to evaluate; leave it out, or set precision: "
+                "float32 or strategy: ddp"
+            )
         if self.resuscitation and not (self.resuscitation.coefficients or self.entropy):
             raise ValueError(
                 "resuscitation needs mean coefficients: name a scan folder in "
                 "resuscitation.coefficients, or give the entropy group to measure them on"
             )
         return self
+
+    @property
+    def evaluation_dtype(self) -> Literal["float32", "bfloat16"]:
+        """The dtype of the model's products while it is evaluated."""
+        return self.evaluation.dtype or self.precision

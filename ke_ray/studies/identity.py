@@ -19,7 +19,7 @@ from ke_ray.core.architecture import Architecture
 from ke_ray.errors import ResultsError
 from ke_ray.secrets import redact
 
-IDENTITY_VERSION = 2
+IDENTITY_VERSION = 3
 
 
 def affects_result(field: FieldInfo) -> bool:

@@ -22,6 +22,8 @@ from ke_ray.checkpoints.fetch.cache import Store
 from ke_ray.checkpoints.formats.fingerprint import weights_sha256
 from ke_ray.data.injection import injection_records
 from ke_ray.data.tokenizer import save_tokenizer
+from ke_ray.evaluation.forward import autocast
+from ke_ray.evaluation.sharing import Workers
 from ke_ray.models.loading import load_model, require_head
 from ke_ray.results.training_folder import write_tables
 from ke_ray.resuscitation.apply import resuscitate
@@ -29,10 +31,10 @@ from ke_ray.resuscitation.coefficients import coefficients_of
 from ke_ray.studies.continual import ContinualStudy
 from ke_ray.training.checkpoint import TrainingState, remove_states
 from ke_ray.training.dynamics import dynamics_tables
-from ke_ray.training.export import export_model, whole_model
+from ke_ray.training.export import export_model
 from ke_ray.training.inputs import RunInputs, load_inputs, read_start
 from ke_ray.training.loop import Hooks, Progress, train
-from ke_ray.training.parallel import Worker, barrier
+from ke_ray.training.parallel import Worker, barrier, main_says
 from ke_ray.training.result import result_columns, result_metrics
 from ke_ray.training.runs import (
     RunSpec,
@@ -145,6 +147,7 @@ class _Run:
     ) -> None:
         self.study, self.spec, self.inputs = study, spec, inputs
         self.worker, self.run = worker, run
+        self.workers = Workers(worker.rank, worker.world_size)
         self.on_progress, self.on_probes = on_progress, on_probes
         self.folder = part_folder(study, spec)
         self.states = storage.join(self.folder, "state")
@@ -183,10 +186,10 @@ class _Run:
         final = storage.join(self.folder, "final") if self.study.keep_final else None
         if final is not None:
             export_model(model, final, self.worker, self._tokenizer_folder())
-        whole = whole_model(model, self.worker)
+        after = self._snapshot(model)
         row: dict[str, Any] = {}
-        if whole is not None and before is not None:
-            after = self._after(whole)
+        if before is not None:
+            self._log_snapshot(after, self.inputs.num_steps, "after")
             self.run.flush()  # where the store answers, this waits for the run's id
             row = self._row(before, after, state, final, time.perf_counter() - started)
             self._write(before, after, state, row)
@@ -202,10 +205,11 @@ class _Run:
         model = load_model(checkpoint, device=self.worker.device)
         require_head(model, "Continual training")
         before = self._read_before() if self.worker.is_main else None
+        is_measured = main_says(before is not None, self.worker)
         original, record = None, None
         if (settings := self.study.resuscitation) is not None:
-            if before is None and self.worker.is_main:
-                original = take_snapshot(model, self.study, self.inputs.questions)
+            if not is_measured:
+                original = self._snapshot(model)
             coefficients = coefficients_of(
                 settings,
                 lambda: weights_sha256(checkpoint),
@@ -213,9 +217,9 @@ class _Run:
                 lambda: self._measured_coefficients(model),
             )
             record = resuscitate(model, settings, coefficients)
+        start = None if is_measured else self._snapshot(model)
         if self.worker.is_main:
-            if before is None:
-                start = take_snapshot(model, self.study, self.inputs.questions)
+            if start is not None:
                 before = _Before(start, original)
                 if record is not None and record.coefficients is not None:
                     before = _Before(
@@ -229,6 +233,7 @@ class _Run:
                     )
                 values = {"identity": self.identity, **asdict(before)}
                 storage.write_json(self._before_path, values)
+            assert before is not None
             self._log_snapshot(before.start, 0, "before")
             if self.on_probes is not None and before.start.probe_rows:
                 self.on_probes(0, before.start)
@@ -240,7 +245,15 @@ class _Run:
         assert self.study.entropy is not None
         assert self.inputs.questions.entropy is not None
         corpus, size = self.inputs.questions.entropy, self.study.entropy.batch_size
-        return coefficient_sums(model, corpus, size).mean("coefficients")
+        with autocast(model, self.study.evaluation_dtype):
+            sums = coefficient_sums(model, corpus, size, self.workers)
+        return sums.mean("coefficients")
+
+    def _snapshot(self, model: Any, *, probes_only: bool = False) -> Snapshot:
+        """Evaluate the model on all workers together."""
+        return take_snapshot(
+            model, self.study, self.inputs.questions, probes_only=probes_only, workers=self.workers
+        )
 
     @property
     def _before_path(self) -> str:
@@ -258,19 +271,13 @@ class _Run:
         return self.inputs.plan.inject(rows, step, range(first_row, first_row + len(rows)))
 
     def _probe(self, step: int, model: nn.Module, state: TrainingState) -> None:
-        whole = whole_model(model, self.worker)
-        if whole is not None:
-            snapshot = take_snapshot(whole, self.study, self.inputs.questions, probes_only=True)
+        snapshot = self._snapshot(model, probes_only=True)
+        if self.worker.is_main:
             record_probes(state, step, snapshot)
             self._log_snapshot(snapshot, step, None)
             if self.on_probes is not None:
                 self.on_probes(step, snapshot)
         barrier(self.worker)
-
-    def _after(self, model: Any) -> Snapshot:
-        after = take_snapshot(model, self.study, self.inputs.questions)
-        self._log_snapshot(after, self.inputs.num_steps, "after")
-        return after
 
     def _tokenizer_folder(self) -> str | None:
         """A folder with the start's tokenizer, which lm-eval and others need beside the weights."""

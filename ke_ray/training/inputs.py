@@ -203,17 +203,10 @@ def probe_steps(
     Raises:
         DataError: a step that the run does not have.
     """
-    probes = study.probes
-    late = [step for step in probes.steps if not 0 <= step <= num_steps]
+    late = [step for step in study.probes.steps if not 0 <= step <= num_steps]
     if late:
         raise DataError(f"probes.steps {late} lie outside the run's steps 0..{num_steps}.")
-    steps = {0, num_steps, *probes.steps}
-    if probes.every is not None:
-        steps |= set(range(probes.every, num_steps, probes.every))
-    if probes.around_injections and plan is not None:
-        for step in plan.injection_steps():
-            steps |= {step - 1, step}
-    return tuple(sorted(steps))
+    return study.probes.resolve(plan.injection_steps() if plan else (), num_steps)
 
 
 def _corpus(

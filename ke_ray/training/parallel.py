@@ -69,6 +69,12 @@ def all_gather_objects(value: Any, worker: Worker) -> list[Any]:
     return gathered
 
 
+def main_says(answer: bool, worker: Worker) -> bool:
+    """The main worker's answer, on every worker: what one sees in a store another may not yet."""
+    own = torch.tensor(float(answer and worker.is_main), device=worker.device)
+    return bool(all_reduce_sum(own, worker))
+
+
 def barrier(worker: Worker) -> None:
     """Wait for all workers."""
     if worker.world_size > 1:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,8 +27,10 @@ from ke_ray.data.corpus import Corpus
 from ke_ray.data.probes import Probe
 from ke_ray.errors import CheckpointError
 from ke_ray.evaluation.downstream import run_downstream
+from ke_ray.evaluation.forward import autocast
 from ke_ray.evaluation.perplexity import held_out_perplexity
 from ke_ray.evaluation.probes import score_probes
+from ke_ray.evaluation.sharing import Workers, share
 from ke_ray.models.scoring import score_instances
 from ke_ray.studies.continual import ContinualStudy
 
@@ -106,9 +109,18 @@ def _number(value: float | None) -> float:
 
 
 def take_snapshot(
-    model: Any, study: ContinualStudy, questions: Questions, *, probes_only: bool = False
+    model: Any,
+    study: ContinualStudy,
+    questions: Questions,
+    *,
+    probes_only: bool = False,
+    workers: Workers | None = None,
 ) -> Snapshot:
     """Evaluate a model in memory as the study says (or on the probes alone).
+
+    Args:
+        model: the same on every worker, or sharded among them.
+        workers: who shares the work; call it on every one, and each gets the whole snapshot.
 
     Raises:
         CheckpointError: a result is not finite.
@@ -116,29 +128,38 @@ def take_snapshot(
     """
     values: dict[str, Any] = {}
     if questions.probes:
-        values |= _probe_values(model, study, questions.probes)
+        with autocast(model, study.evaluation_dtype):
+            values |= _probe_values(model, study, questions.probes, workers)
     if probes_only:
         return Snapshot(**values)
     if (downstream := study.downstream) is not None:
-        results = run_downstream(
-            model,
-            questions.tokenizer,
-            downstream.tasks,
-            data_dir=downstream.data,
-            limit=downstream.limit,
-            batch_tokens=downstream.batch_tokens,
-            own_tasks=downstream.own_tasks,
-        )
+        with autocast(model, study.evaluation_dtype):
+            results = run_downstream(
+                model,
+                questions.tokenizer,
+                downstream.tasks,
+                data_dir=downstream.data,
+                limit=downstream.limit,
+                batch_tokens=downstream.batch_tokens,
+                own_tasks=downstream.own_tasks,
+                workers=workers,
+            )
         values["downstream"] = [
             {**result.row(), "items": [float(i) for i in result.items]} for result in results
         ]
     if study.held_out is not None and (corpus := questions.held_out) is not None:
-        perplexity = held_out_perplexity(
-            model, corpus.input_ids, corpus.lengths, batch_size=study.held_out.batch_size
-        )
+        with autocast(model, study.evaluation_dtype):
+            perplexity = held_out_perplexity(
+                model,
+                corpus.input_ids,
+                corpus.lengths,
+                batch_size=study.held_out.batch_size,
+                workers=workers,
+            )
         values["perplexity"] = {"corpus": corpus.name, **perplexity.row()}
     if study.entropy is not None and questions.entropy is not None:
-        sums = coefficient_sums(model, questions.entropy, study.entropy.batch_size)
+        with autocast(model, study.evaluation_dtype):
+            sums = coefficient_sums(model, questions.entropy, study.entropy.batch_size, workers)
         entropy = evaluate(sums, ["knowledge_entropy"]).row("knowledge_entropy")
         if not math.isfinite(entropy.value):
             raise CheckpointError("The knowledge entropy is not finite; the model is broken.")
@@ -146,8 +167,10 @@ def take_snapshot(
     return Snapshot(**values)
 
 
-def _probe_values(model: Any, study: ContinualStudy, probes: Sequence[Probe]) -> dict[str, Any]:
-    scores = score_probes(model, probes, batch_tokens=study.probes.batch_tokens)
+def _probe_values(
+    model: Any, study: ContinualStudy, probes: Sequence[Probe], workers: Workers | None
+) -> dict[str, Any]:
+    scores = score_probes(model, probes, batch_tokens=study.probes.batch_tokens, workers=workers)
     if not np.isfinite(scores.logprob_summed).all():
         raise CheckpointError("The probes' log probabilities are not finite; the model is broken.")
     labels, per_token = scores.paragraphs()
@@ -165,22 +188,33 @@ def _probe_values(model: Any, study: ContinualStudy, probes: Sequence[Probe]) ->
     }
 
 
-def coefficient_sums(model: Any, corpus: Corpus, batch_size: int) -> GroupSums:
-    """Sums of |C| over a corpus; ``.mean("coefficients")`` is C̄ [n_layers, d_mlp]."""
-    was_training = model.training
-    model.eval()
-    try:
-        return score_instances(
-            model,
-            corpus.input_ids,
-            corpus.lengths,
-            measures=("knowledge_entropy",),
-            num_instances=corpus.num_instances,
-            group_sizes=corpus.group_sizes,
-            batch_size=batch_size,
-        )
-    finally:
-        model.train(was_training)
+def coefficient_sums(
+    model: Any, corpus: Corpus, batch_size: int, workers: Workers | None = None
+) -> GroupSums:
+    """Sums of |C| over a corpus; ``.mean("coefficients")`` is C̄ [n_layers, d_mlp].
+
+    Args:
+        workers: who shares the passes; all get the sums.
+    """
+    workers = workers or Workers()
+    device = next(model.parameters()).device
+    num_rows = len(corpus.input_ids)
+    # The last batch may be smaller; otherwise any order does.
+    run_passes = partial(share, model=model, workers=workers, cost=lambda start: num_rows - start)
+    sums = score_instances(
+        model,
+        corpus.input_ids,
+        corpus.lengths,
+        measures=("knowledge_entropy",),
+        num_instances=corpus.num_instances,
+        group_sizes=corpus.group_sizes,
+        batch_size=workers.rows_per_pass(num_rows, batch_size),
+        run_passes=run_passes,
+    )
+    sums.counts = workers.sum(sums.counts, device)
+    sums.num_tokens = workers.sum(sums.num_tokens, device)
+    sums.tables = {name: workers.sum(table, device) for name, table in sums.tables.items()}
+    return sums
 
 
 def acquired(before: Snapshot, after: Snapshot, *, summed: bool = False) -> Interval | None:

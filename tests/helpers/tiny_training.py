@@ -6,9 +6,11 @@ Workers are forked from a server that has imported torch and transformers once; 
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import traceback
+from collections.abc import Callable
 from functools import partial
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -131,17 +133,56 @@ def run_workers(folder: Path, world_size: int, **job: Any) -> dict[str, np.ndarr
     return dict(np.load(outs[0]))
 
 
-def main(job: dict[str, Any]) -> None:
-    """Train as one worker."""
+def run_together(folder: Path, world_size: int, function: Callable[..., Any], *args: Any) -> list:
+    """``function(worker, *args)`` in that many processes, which meet over gloo.
+
+    Returns:
+        Of each worker, by rank, what it returned (as JSON), or its traceback.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    meeting, outs = folder / "meeting", [folder / f"{rank}.json" for rank in range(world_size)]
+    workers = [
+        start_process(_run_function, rank, world_size, str(meeting), str(out), function, args)
+        for rank, out in enumerate(outs)
+    ]
+    for worker in workers:
+        worker.join(timeout=120)
+        assert worker.exitcode == 0, worker.exitcode
+    return [json.loads(out.read_text()) for out in outs]
+
+
+def _run_function(
+    rank: int,
+    world_size: int,
+    meeting: str,
+    out: str,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+) -> None:
+    worker = Worker(rank, world_size)
+    _meet(worker, meeting)
+    try:
+        result = function(worker, *args)
+    except Exception:
+        result = traceback.format_exc()
+    Path(out).write_text(json.dumps(result))
+
+
+def _meet(worker: Worker, meeting: str) -> None:
     torch.set_num_threads(1)
-    worker = Worker(job.get("rank", 0), job.get("world_size", 1))
     if worker.world_size > 1:
         torch.distributed.init_process_group(
             "gloo",
-            init_method=f"file://{job['meeting']}",
+            init_method=f"file://{meeting}",
             rank=worker.rank,
             world_size=worker.world_size,
         )
+
+
+def main(job: dict[str, Any]) -> None:
+    """Train as one worker."""
+    worker = Worker(job.get("rank", 0), job.get("world_size", 1))
+    _meet(worker, job.get("meeting", ""))
     model = tiny_mixture() if job.get("mixture") else tiny_model()
     if job.get("dropout"):  # draws random numbers in every step
         model.config.attention_dropout = job["dropout"]

@@ -38,6 +38,7 @@ from ke_ray.engine.cluster.session import kept_handlers, ray_session
 from ke_ray.engine.cluster.shared_storage import check_nodes_see
 from ke_ray.engine.cluster.shared_tracking import check_nodes_reach_store
 from ke_ray.errors import ConfigError, KeRayError, TrainingError
+from ke_ray.evaluation.sharing import PEER_FAILED
 from ke_ray.outcomes import PretrainOutcome
 from ke_ray.storage.ownership import claimed
 from ke_ray.studies.training import PretrainStudy, TrainingSettings
@@ -248,6 +249,7 @@ def fit(
 def _explain(error: Exception, max_failures: int) -> str:
     failures = getattr(error, "worker_failures", None) or {}
     causes = [str(cause).strip().splitlines() for cause in failures.values()]
+    causes.sort(key=lambda lines: any(PEER_FAILED in line for line in lines))  # first causes first
     last = next((lines[-1] for lines in causes if lines), str(error).strip().splitlines()[-1:])
     return (
         f"Training workers failed {max_failures + 1} times (max_failures {max_failures}); the "

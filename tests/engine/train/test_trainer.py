@@ -18,6 +18,7 @@ from tiny_studies import tiny_pretrain
 from ke_ray import storage
 from ke_ray.engine.train.trainer import (
     ProgressFile,
+    _explain,
     build_trainer,
     run_pretrain_on_ray,
     worker_resources,
@@ -61,6 +62,15 @@ def test_progress_reaches_the_reader_whole(tmp_path: Path) -> None:
     assert (found["run"], found["pid"]) == ("a", os.getpid())
     assert storage.absolute("runs/x") == str(Path.cwd() / "runs/x")
     assert storage.absolute("s3://bucket/x") == "s3://bucket/x"
+
+
+def test_the_worker_that_failed_is_blamed_and_not_one_that_noticed() -> None:
+    error = RuntimeError("workers failed")
+    error.worker_failures = {  # type: ignore[attr-defined]
+        0: "Traceback\nRuntimeError: Worker 1 of 2 failed in its part of an evaluation; its own …",
+        1: "Traceback\nOutOfMemoryError: no memory",
+    }
+    assert _explain(error, 3).endswith("the last time: OutOfMemoryError: no memory")
 
 
 @pytest.mark.ray
