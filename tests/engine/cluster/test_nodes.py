@@ -7,6 +7,7 @@ driver's working folder does not exist.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -22,6 +23,7 @@ import pytest
 import ray_head
 import s3fs
 from command_process import Command, run_command
+from prometheus import ABSENT, DASHBOARDS, Prometheus, queries, running_prometheus, variables
 from servers import running_s3
 
 from ke_ray import storage
@@ -33,6 +35,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[3]
 EXPERIMENT = "two nodes"
+INSTANCES = 2000  # a scorer takes seconds over a checkpoint, so that Prometheus sees it at work
 
 
 @dataclass
@@ -43,6 +46,7 @@ class TwoNodes:
     folder: Path
     environment: dict[str, str]
     mlflow_uri: str
+    prometheus: Prometheus | None  # watches all that runs here, where it is installed
 
     def ke_ray(self, *arguments: object) -> Command:
         """A command whose driver joins the cluster, in a folder that the other node has not."""
@@ -96,21 +100,26 @@ def two_nodes(tmp_path_factory: pytest.TempPathFactory, mlflow_server: str) -> I
         kept = {name: os.environ.get(name) for name in variables}
         os.environ.update(variables)  # the nodes inherit them, and so do fsspec's calls here
         try:
-            with ray_head.running_head(num_cpus=1) as head:
+            # Metrics ten times as often as Ray's default, for runs of seconds.
+            often = {"RAY_metrics_report_interval_ms": "1000"}
+            with ray_head.running_head(num_cpus=1, settings=often) as head:
                 other = [
                     *hiding(hidden),
                     *(ray_head.RAY, "start", "--block", "--address", head.gcs, "--num-cpus", "1"),
                     *("--node-ip-address", "127.0.0.1", "--object-store-memory", "150000000"),
                     *("--dashboard-agent-listen-port", str(agent), "--disable-usage-stats"),
                 ]
-                with ray_head.node(other, head, head.folder / "other.log"):
+                with (
+                    ray_head.node(other, head, head.folder / "other.log"),
+                    running_prometheus(head.folder / "ray", folder / "watch") as prometheus,
+                ):
                     environment = {
                         **head.environment,
                         "RAY_ADDRESS": head.gcs,
                         "MLFLOW_TRACKING_URI": mlflow_server,
                         "MLFLOW_EXPERIMENT_NAME": EXPERIMENT,
                     }
-                    cluster = TwoNodes(head, folder, environment, mlflow_server)
+                    cluster = TwoNodes(head, folder, environment, mlflow_server, prometheus)
                     deadline = time.monotonic() + 120
                     while len(cluster.alive()) < 2:
                         assert time.monotonic() < deadline, (head.folder / "other.log").read_text()
@@ -128,7 +137,8 @@ def on_s3(two_nodes: TwoNodes, pretrained: Path, tmp_path_factory: pytest.TempPa
     files = s3fs.S3FileSystem()
     for part in ("checkpoints", "world"):
         files.put(str(folder / part), f"shared/series/{part}", recursive=True)
-    np.save(folder / "ids.npy", np.random.default_rng(0).integers(2, 300, (40, 24), np.uint16))
+    ids = np.random.default_rng(0).integers(2, 300, (INSTANCES, 24), np.uint16)
+    np.save(folder / "ids.npy", ids)
     files.put(str(folder / "ids.npy"), "shared/series/ids.npy")
     return str(folder)
 
@@ -160,14 +170,17 @@ def here(tmp_path: Path, series: str, **changes: Any) -> list[dict[str, Any]]:
     return run_continual_study(validate(ContinualStudy, keys, "here")).rows
 
 
-def test_a_submitted_scan(two_nodes: TwoNodes, on_s3: str) -> None:
+@pytest.fixture(scope="module")
+def scanned(two_nodes: TwoNodes, on_s3: str) -> str:
+    """The results of a submitted scan, for which both nodes scored."""
     output = "s3://shared/scan"
     job = {
         "kind": "job",
         "name": "spread",
         "entrypoint": (
             "python -m ke_ray scan s3://shared/series/checkpoints "
-            "--data ids=s3://shared/series/ids.npy --num-instances 40 --sequence-length 24 "
+            "--data ids=s3://shared/series/ids.npy --sequence-length 24 "
+            f"--num-instances {INSTANCES} "
             f"--measures knowledge_entropy --num-actors 2 --output {output}"
         ),
         "env": {
@@ -186,6 +199,31 @@ def test_a_submitted_scan(two_nodes: TwoNodes, on_s3: str) -> None:
         if two_nodes.nodes_of("CheckpointScorer") == two_nodes.alive():
             break
     assert two_nodes.nodes_of("CheckpointScorer") == two_nodes.alive()
+    return f"{output}-{attempt}"
+
+
+SWEPT = {"starts": {"steps": "10:"}, "resuscitation": {"ratio": 0.5, "factor": 1.0}}
+
+
+@pytest.fixture(scope="module")
+def swept(two_nodes: TwoNodes, on_s3: str) -> str:
+    """The results of ``sweep.yaml``: ``SWEPT``, as it is and with twice the factor."""
+    output = "s3://shared/sweep"
+    study = {
+        "kind": "sweep",
+        "output": output,
+        "base": continual_keys("s3://shared/series", output, **SWEPT),
+        "space": {"resuscitation.factor": [2]},
+        "points": [{"resuscitation": None}],
+        "objectives": ["acquisition", "forgetting"],
+    }
+    (two_nodes.folder / "sweep.yaml").write_text(json.dumps(study))
+    result = two_nodes.ke_ray("sweep", "sweep.yaml")
+    assert result.returncode == 0, result.stdout + result.stderr
+    return output
+
+
+def test_a_submitted_scan(two_nodes: TwoNodes, on_s3: str, scanned: str) -> None:
     # Where the command runs: it may not go with another node.
     assert two_nodes.nodes_of("ScanMonitor") == two_nodes.alive(head_only=True)
 
@@ -195,13 +233,9 @@ def test_a_submitted_scan(two_nodes: TwoNodes, on_s3: str) -> None:
     from ke_ray.models.scoring import score_model
 
     ids = torch.from_numpy(np.load(f"{on_s3}/ids.npy").astype(np.int64))
-    rows = [
-        row
-        for row in ScanFolder.open(f"{output}-{attempt}").entropy().to_pylist()
-        if row["layer"] is None
-    ]
+    rows = [row for row in ScanFolder.open(scanned).entropy().to_pylist() if row["layer"] is None]
     assert [row["step"] for row in rows] == [0, 2, 5, 10]
-    for row in rows:
+    for row in (rows[0], rows[-1]):
         model = load_model(f"{on_s3}/checkpoints/{row['checkpoint']}")
         expected = score_model(model, ids, measures=["knowledge_entropy"])
         assert row["value"] == pytest.approx(expected.row("knowledge_entropy").value, rel=1e-5)
@@ -226,38 +260,75 @@ def test_a_continual_study_with_a_worker_on_each_node(
     assert not list_temporary(output)
 
 
-def test_a_sweep_over_both_nodes(two_nodes: TwoNodes, on_s3: str, tmp_path: Path) -> None:
-    output = "s3://shared/sweep"
-    resuscitation = {"ratio": 0.5, "factor": 1.0}
-    keys = {"starts": {"steps": "10:"}, "resuscitation": resuscitation}
-    study = {
-        "kind": "sweep",
-        "output": output,
-        "base": continual_keys("s3://shared/series", output, **keys),
-        "space": {"resuscitation.factor": [2]},
-        "points": [{"resuscitation": None}],
-        "objectives": ["acquisition", "forgetting"],
-    }
-    (two_nodes.folder / "sweep.yaml").write_text(json.dumps(study))
-    result = two_nodes.ke_ray("sweep", "sweep.yaml")
-    assert result.returncode == 0, result.stdout + result.stderr
+def test_a_sweep_over_both_nodes(
+    two_nodes: TwoNodes, on_s3: str, swept: str, tmp_path: Path
+) -> None:
     assert two_nodes.nodes_of("ImplicitFunc") == two_nodes.alive()
     assert two_nodes.nodes_of("TrialBook") == two_nodes.alive(head_only=True)
 
-    trials = storage.read_table(f"{output}/trials.parquet").to_pylist()
+    trials = storage.read_table(f"{swept}/trials.parquet").to_pylist()
     assert [row["status"] for row in trials] == ["ok"] * 2
     assert len({row["mlflow_run_id"] for row in trials}) == 2
     (doubled,) = (row for row in trials if row["resuscitation.factor"] == 2)
-    keys["resuscitation"] = resuscitation | {"factor": 2.0}
-    (expected,) = here(tmp_path, on_s3, **keys)
+    doubled_keys = SWEPT | {"resuscitation": {"ratio": 0.5, "factor": 2.0}}
+    (expected,) = here(tmp_path, on_s3, **doubled_keys)
     for name in ("acquisition", "acquisition_vs_original", "knowledge_entropy_before_nats"):
         assert doubled[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), name
     assert set(two_nodes.statuses("sweep")) == {"FINISHED"}
 
     again = two_nodes.ke_ray("sweep", "sweep.yaml")
     assert again.returncode == 0, again.stdout + again.stderr
-    assert storage.read_table(f"{output}/trials.parquet").to_pylist() == trials
-    assert not list_temporary(output)
+    assert storage.read_table(f"{swept}/trials.parquet").to_pylist() == trials
+    assert not list_temporary(swept)
+
+
+def with_values(expression: str, values: dict[str, str]) -> str:
+    """A dashboard's expression with values for its variables, as Grafana asks it."""
+    for name, value in values.items():
+        expression = expression.replace(name, value)
+    return expression
+
+
+def test_prometheus_answers_every_query_of_the_dashboards(
+    two_nodes: TwoNodes, scanned: str, swept: str
+) -> None:
+    """All but those of GPUs, where there are none; test_metrics.py has their names checked."""
+    prometheus = two_nodes.prometheus
+    if prometheus is None:
+        pytest.skip(ABSENT)
+    scan, sweep = (f'{{study="{Path(output).name}"}}' for output in (scanned, swept))
+    ends = {
+        f"sum(ray_ke_ray_scan_checkpoints_total{scan})": 4,
+        f"sum(ray_ke_ray_scan_tokens_total{scan})": 4 * INSTANCES * 24,
+        f"sum(ray_ke_ray_sweep_trials_total{sweep})": 2,
+        f"count(count by (run) (ray_ke_ray_training_tokens_total{sweep}))": 2,
+    }
+    deadline = time.monotonic() + 60  # for what the commands exported last
+    while (seen := {e: prometheus.last(e) for e in ends}) != ends:
+        assert time.monotonic() < deadline, seen
+        time.sleep(1)
+
+    has_gpu = bool(prometheus.label_values("ray_node_gpus_available", "GpuIndex"))
+    for path, output in zip(DASHBOARDS, (scanned, swept), strict=True):
+        chosen = {"$__rate_interval": "10s", "$study": Path(output).name}
+        for name, (selector, label) in variables(path).items():
+            values = prometheus.label_values(with_values(selector, chosen), label)
+            if name == "study":
+                assert chosen["$study"] in values
+            else:
+                chosen[f"${name}"] = "|".join(values)
+        for title, expression, legend in queries(path):
+            series = prometheus.history(with_values(expression, chosen))
+            if title.startswith("GPU") and not has_gpu:
+                assert not series, title
+                continue
+            assert any(math.isfinite(v) for _, found in series for v in found), expression
+            if path.stem == "scan" and title == "Time left":
+                assert max(*series[0][1], 0) < 300, "at the speed of the minute that there was"
+            for labels, _ in series:
+                assert {*re.findall(r"{{(\w+)}}", legend)} <= labels.keys(), (expression, labels)
+    for expression in ("ray_node_mem_used", "ray_node_network_receive_speed"):
+        assert len(prometheus.history(expression)) == 2, "one of each node"
 
 
 def test_what_only_the_driver_sees_is_refused_at_once(two_nodes: TwoNodes, on_s3: str) -> None:
