@@ -46,7 +46,7 @@ class TwoNodes:
     folder: Path
     environment: dict[str, str]
     mlflow_uri: str
-    prometheus: Prometheus | None  # watches all that runs here, where it is installed
+    prometheus: Prometheus | None = None  # watches all that runs here, where it is installed
 
     def ke_ray(self, *arguments: object) -> Command:
         """A command whose driver joins the cluster, in a folder that the other node has not."""
@@ -109,22 +109,21 @@ def two_nodes(tmp_path_factory: pytest.TempPathFactory, mlflow_server: str) -> I
                     *("--node-ip-address", "127.0.0.1", "--object-store-memory", "150000000"),
                     *("--dashboard-agent-listen-port", str(agent), "--disable-usage-stats"),
                 ]
-                with (
-                    ray_head.node(other, head, head.folder / "other.log"),
-                    running_prometheus(head.folder / "ray", folder / "watch") as prometheus,
-                ):
+                with ray_head.node(other, head, head.folder / "other.log"):
                     environment = {
                         **head.environment,
                         "RAY_ADDRESS": head.gcs,
                         "MLFLOW_TRACKING_URI": mlflow_server,
                         "MLFLOW_EXPERIMENT_NAME": EXPERIMENT,
                     }
-                    cluster = TwoNodes(head, folder, environment, mlflow_server, prometheus)
+                    cluster = TwoNodes(head, folder, environment, mlflow_server)
                     deadline = time.monotonic() + 120
                     while len(cluster.alive()) < 2:
                         assert time.monotonic() < deadline, (head.folder / "other.log").read_text()
                         time.sleep(0.5)
-                    yield cluster
+                    with running_prometheus(head.folder / "ray", folder / "watch") as prometheus:
+                        cluster.prometheus = prometheus
+                        yield cluster
         finally:
             for name, value in kept.items():
                 os.environ.pop(name) if value is None else os.environ.update({name: value})
