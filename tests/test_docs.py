@@ -83,6 +83,32 @@ def test_the_map_of_contributing_names_places_that_exist() -> None:
     assert [path for path in paths if not (ROOT / path).exists()] == []
 
 
+def test_facts_taken_from_elsewhere_say_whence_and_under_which_licence() -> None:
+    """Lists of addresses, check sums, published numbers, and the fields of others' interfaces."""
+    known = {
+        "ke_ray/report/paper.py",
+        "ke_ray/models/published.py",
+        "ke_ray/planning/speed.py",
+        "docs/series.md",
+        "tests/helpers/kuberay_fields.py",
+    }
+    shipped = [
+        p for f in ("ke_ray", "sweeps", "jobs", "dashboards") for p in (ROOT / f).rglob("*.*")
+    ]
+    lists = {
+        path.relative_to(ROOT).as_posix()
+        for path in shipped
+        if path.suffix in (".yaml", ".yml", ".json", ".csv", ".py")
+        for text in [path.read_text()]
+        if len(re.findall(r"https://[\w.-]+\.\w+/\S", text)) > 3
+        or re.search(r"\b[0-9a-f]{64}\b", text)
+    }
+    assert {"sweeps/olmo_1b_data.yml", "ke_ray/data/published.yaml"} <= lists
+    for name in known | lists:
+        text = re.sub(r"\s+#?\s*", " ", (ROOT / name).read_text()[:3000])
+        assert re.search(r"\bFacts: [^.]+.*?\(licence: [^)]+\)", text), name
+
+
 def test_the_citation_names_this_version() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["version"] == __version__

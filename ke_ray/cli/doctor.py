@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
 from typing import Literal
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -19,7 +21,7 @@ import psutil
 import typer
 from packaging.requirements import Requirement
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from ke_ray import __version__
 from ke_ray.checkpoints.fetch.cache import default_cache_dir
@@ -53,7 +55,7 @@ class Finding:
 def doctor() -> None:
     """Say what this machine has and reaches; exit code 1 where ke_ray cannot be used as it is."""
     findings = [*_packages(), *_machine(), *_accelerators(), _cache(), *_services()]
-    table = Table(box=None, pad_edge=False, show_header=False)
+    table = Table("", "", Column(overflow="fold"), box=None, pad_edge=False, show_header=False)
     colours = {"ok": "green", "note": "yellow", "problem": "red"}
     for finding in findings:
         text = finding.text + (f"\n→ {finding.remedy}" if finding.remedy else "")
@@ -135,29 +137,28 @@ def _cache() -> Finding:
 def _services() -> Sequence[Finding]:
     from ke_ray.tracking.tracker import store_uri
 
-    checks: list[Callable[[], Finding]] = []
     address = os.environ.get("RAY_ADDRESS")
-    has_token = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
+    store = store_uri(TrackingSettings())
+    proxy = "behind a proxy, set HTTPS_PROXY"
+    answers = functools.partial(functools.partial, _answers)  # later, all of them at once
+    checks: list[Callable[[], Finding]] = []
     if not address:
         text = "RAY_ADDRESS is not set: commands start a Ray session of their own here"
-        checks.append(lambda: Finding("Ray", "ok", text))
+        checks.append(functools.partial(Finding, "Ray", "ok", text))
     elif "://" in address:
-        checks.append(lambda: _answers("Ray", address, "start the cluster, or unset RAY_ADDRESS"))
+        checks.append(answers("Ray", address, "start the cluster, or unset RAY_ADDRESS"))
     else:
-        token = "" if has_token else "; no token is set (RAY_AUTH_TOKEN_PATH)"
-        checks.append(lambda: _listens("Ray", address, token))
-    store = store_uri(TrackingSettings())
+        checks.append(functools.partial(_ray_listens, address))
     if store.startswith("http"):
         remedy = "start it, or set MLFLOW_TRACKING_URI; --no-mlflow does without"
-        checks.append(lambda: _answers("MLflow", f"{store.rstrip('/')}/health", remedy))
+        checks.append(answers("MLflow", f"{store.rstrip('/')}/health", remedy))
     else:
-        checks.append(lambda: Finding("MLflow", "ok", f"{store} (a local database)"))
-    remedy = (
-        "local checkpoints work without; behind a proxy, set HTTPS_PROXY; a mirror, HF_ENDPOINT"
-    )
-    checks.append(lambda: _answers("Hub", endpoint_url(), remedy))
-    for url in sorted(set(_data_urls())):
-        checks.append(functools.partial(_answers, "data", url, "shipped scans read this corpus"))
+        text = f"{store} (a local database)"
+        checks.append(functools.partial(Finding, "MLflow", "ok", text))
+    remedy = f"local checkpoints work without; {proxy}; a mirror, HF_ENDPOINT"
+    checks.append(answers("Hub", endpoint_url(), remedy))
+    remedy = f"shipped scans read it; {proxy}, or give a corpus of yours by --data NAME=SOURCE"
+    checks += [answers("data", url, remedy) for url in sorted(set(_data_urls()))]
     with ThreadPoolExecutor(len(checks)) as pool:
         return list(pool.map(lambda check: check(), checks))
 
@@ -177,19 +178,23 @@ def _answers(subject: str, url: str, remedy: str) -> Finding:
     except HTTPError as error:
         status: Literal["ok", "note"] = "note" if error.code >= 500 else "ok"
         return Finding(subject, status, f"{url} answers ({error.code})")
-    except (OSError, ValueError) as error:
+    except (OSError, HTTPException, ValueError) as error:
         reason = getattr(error, "reason", None) or error
         return Finding(subject, "note", f"{url} does not answer: {reason}", remedy)
 
 
-def _listens(subject: str, address: str, more: str) -> Finding:
+def _ray_listens(address: str) -> Finding:
     host, _, port = address.rpartition(":")
     try:
-        with socket.create_connection((host, int(port)), timeout=_ANSWER_S):
-            return Finding(subject, "note" if more else "ok", f"{address} listens{more}")
+        socket.create_connection((host, int(port)), timeout=_ANSWER_S).close()
     except (OSError, ValueError) as error:
         remedy = "start the cluster, or unset RAY_ADDRESS to run on this machine"
-        return Finding(subject, "note", f"{address} cannot be reached: {error}", remedy)
+        return Finding("Ray", "note", f"{address} cannot be reached: {error}", remedy)
+    variables = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+    if any(map(os.environ.get, variables)) or (Path.home() / ".ray" / "auth_token").is_file():
+        return Finding("Ray", "ok", f"{address} listens; a token is set")
+    remedy = "set RAY_AUTH_TOKEN_PATH to a file with the cluster's"
+    return Finding("Ray", "note", f"{address} listens; no token is set", remedy)
 
 
 def register(app: typer.Typer) -> None:

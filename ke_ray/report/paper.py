@@ -6,6 +6,9 @@ and P behind them. The paper's K and A come from summed log probabilities divide
 length of a batch, ours from log probabilities per target token: trends compare, values of A only
 roughly, and values of K not at all.
 
+Facts: numbers of these tables and of §4, quoted (licence: none asked for; the text and the figures
+of the paper, which are its authors', are not here).
+
 Of Table 2 the rows of the baseline are known here. K and P before training follow from them, A and
 F (``before``), and those of the other settings from the same starts (``after``).
 """

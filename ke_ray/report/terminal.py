@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
+_TEXT_WIDTH = 8  # of a column of text, at least
 _NO_RESULTS = (
     "No results in {paths}. Make some with 'ke-ray scan CHECKPOINTS --data DATA --output DIR', or "
     "a whole set with 'ke-ray demo' (it writes runs/demo)."
@@ -182,7 +183,7 @@ def _print_one(result: Result, console: Console) -> None:
 
 
 def _table(columns: Sequence[str]) -> Table:
-    """A table whose first column is text, the rest numbers; nothing is ever cut off."""
+    """A table whose first column is text, the rest numbers; ``_print_table`` cuts nothing off."""
     from rich import box
     from rich.table import Table
 
@@ -195,6 +196,20 @@ def _table(columns: Sequence[str]) -> Table:
             no_wrap=name not in ("setting", "run", "start"),
         )
     return table
+
+
+def _print_table(table: Table, console: Console) -> None:
+    """Print a table; where its numbers are wider than the terminal, they go on in a line below."""
+    needed = sum(
+        max(console.measure(cell).maximum for cell in (column.header, *column.cells))
+        if column.no_wrap
+        else _TEXT_WIDTH
+        for column in table.columns
+    )
+    if needed + 2 * len(table.columns) + 2 > console.width:
+        for column in table.columns:
+            column.no_wrap = False
+    console.print(table)
 
 
 def _add_row(table: Table, *cells: str) -> None:
@@ -238,7 +253,7 @@ def _print_scan(scan: Result, console: Console) -> None:
         )
         if caution := series.caution(scan, corpus):
             console.print(Text(f"  {caution}"))
-        console.print(table)
+        _print_table(table, console)
         if corpus == series.corpora(curve)[-1]:
             for sentence in series.absent(curve).values():
                 console.print(Text(f"  {sentence}"))
@@ -288,7 +303,7 @@ def _print_runs(result: Result, console: Console) -> None:
         "  A acquisition, F forgetting: mean over n runs; H knowledge entropy in nats",
         markup=False,
     )
-    console.print(table)
+    _print_table(table, console)
     for _, row in failed.iterrows():
         name = row[runs.run_key(result)]
         reason = f": {row['error']}" if row["error"] else ""
@@ -309,7 +324,7 @@ def _print_pretrain(result: Result, console: Console) -> None:
             _number(row["loss_last"]),
             sparkline(own.sort_values("step")["loss"].to_list(), 16),
         )
-    console.print(table)
+    _print_table(table, console)
 
 
 def _whole(value: Any) -> str:

@@ -6,33 +6,27 @@ import json
 import math
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from installed import Installed
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
 
-CHECKOUT = Path(__file__).parents[2]
 
-
-def run_demo(folder: Path) -> subprocess.CompletedProcess[str]:
+def run_demo(installed: Installed, folder: Path) -> subprocess.CompletedProcess[str]:
+    """``ke-ray demo`` from the wheel; its results lie in ``runs/demo`` of ``folder``."""
     environment = {
         k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "OMP_NUM_THREADS")
     }
-    return subprocess.run(
-        [sys.executable, "-m", "ke_ray", "demo", "--folder", str(folder)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=CHECKOUT,
-        env=environment,
-    )
+    return installed.run(folder, "demo", environment=environment, timeout_s=1400)
 
 
-def test_the_demo_runs_whole_and_then_skips_what_is_done(tmp_path):
-    folder = tmp_path / "demo"
-    first = run_demo(folder)
+def test_the_demo_runs_whole_from_an_empty_folder_and_then_skips_what_is_done(tmp_path):
+    installed, empty = Installed(tmp_path / "installed"), tmp_path / "empty"
+    empty.mkdir()
+    folder = empty / "runs" / "demo"
+    first = run_demo(installed, empty)
     assert first.returncode == 0, first.stderr
     assert "Traceback" not in first.stderr
     summary = json.loads((folder / "summary.json").read_text())
@@ -71,7 +65,7 @@ def test_the_demo_runs_whole_and_then_skips_what_is_done(tmp_path):
     assert (folder / "scan" / "entropy.png").stat().st_size > 10_000
     assert b"<svg" in (folder / "report.html").read_bytes()
 
-    again = run_demo(folder)
+    again = run_demo(installed, empty)
     assert again.returncode == 0, again.stderr
     assert "Pretraining is finished already and skipped" in again.stdout
     assert f"{len(scan)} skipped" in again.stdout

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -68,6 +69,30 @@ def test_it_says_what_answers_and_what_does_not(
     assert f"{len(os.sched_getaffinity(0))}" in lines["cores"]
     assert "pw1secret" not in text
     assert (code, text.splitlines()[-1]) == (0, "Ready.")
+
+
+def test_each_remedy_is_of_what_is_missing_and_nothing_is_cut_off(
+    closed: str, tmp_path: Path
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as ray:
+        code, text = doctor(
+            COLUMNS="60",
+            HF_ENDPOINT=f"http://{closed}",
+            HTTPS_PROXY=f"http://{closed}",
+            MLFLOW_TRACKING_URI=f"http://{closed}",
+            RAY_ADDRESS=f"127.0.0.1:{ray.getsockname()[1]}",
+            HOME=str(tmp_path),
+            RAY_AUTH_TOKEN="",
+            RAY_AUTH_TOKEN_PATH="",
+        )
+    assert (code, "…" in text) == (0, False)
+    assert max(map(len, text.splitlines())) <= 60
+    findings = re.split(r"\n(?=ok |note |problem )", text)
+    remedies = {f.split()[1]: " ".join(f.partition("→")[2].split()) for f in findings}
+    assert "--no-mlflow does without" in remedies["MLflow"]
+    assert "HF_ENDPOINT" in remedies["Hub"]
+    assert "--data NAME=SOURCE" in remedies["data"]
+    assert "RAY_AUTH_TOKEN_PATH" in remedies["Ray"]
 
 
 def test_a_package_that_is_too_old_is_a_problem(answering: str, tmp_path: Path) -> None:

@@ -2,58 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import tarfile
 import urllib.request
-import venv
+import zipfile
 from pathlib import Path
 
 import pytest
+from installed import ROOT, Installed
 
 from ke_ray.shipped import list_shipped
 
-ROOT = Path(__file__).parents[2]
-
 pytestmark = pytest.mark.slow
-
-
-class Installed:
-    """An environment with the wheel, beside the packages of this one."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        venv.create(folder, with_pip=False)
-        self.python = folder / "bin" / "python"
-        build = [sys.executable, "-m", "hatchling", "build", "--directory", str(folder / "dist")]
-        subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
-        (wheel,) = (folder / "dist").glob("*.whl")
-        (self.sdist,) = (folder / "dist").glob("*.tar.gz")
-        pip = [sys.executable, "-m", "pip", "--python", str(self.python), "install", "--no-deps"]
-        subprocess.run([*pip, "--no-index", str(wheel)], check=True, capture_output=True)
-        # What ke_ray needs is here already. A .pth file of a folder that a .pth file names is not
-        # read, so the checkout that is installed here in place cannot be imported there.
-        (packages,) = (folder / "lib").glob("python*/site-packages")
-        (packages / "others.pth").write_text(f"{Path(pytest.__file__).parents[1]}\n")
-
-    def run(self, folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-        """``ke-ray`` in a folder."""
-        return subprocess.run(
-            [str(self.folder / "bin" / "ke-ray"), *map(str, arguments)],
-            cwd=folder,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"},
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=500,
-        )
-
-    def runs(self, folder: Path, *arguments: object) -> str:
-        """What a command prints that has to end well."""
-        done = self.run(folder, *arguments)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -104,9 +65,17 @@ def test_studies_run_by_name_from_an_empty_folder(installed: Installed, tmp_path
             page.terminate()
 
 
-def test_the_source_distribution_holds_what_a_checkout_does(installed: Installed) -> None:
+def test_the_source_distribution_holds_what_a_checkout_does_and_makes_the_same_wheel(
+    installed: Installed, tmp_path: Path
+) -> None:
     with tarfile.open(installed.sdist) as archive:
-        names = {name.split("/", 1)[1] for name in archive.getnames()}
+        archive.extractall(tmp_path, filter="data")
+    (unpacked,) = tmp_path.iterdir()
     tracked = subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).split()
     folders = ("ke_ray/", "sweeps/", "jobs/", "dashboards/", "tests/", "docs/")
-    assert {name for name in tracked if name.startswith(folders)} <= names
+    assert [n for n in tracked if n.startswith(folders) and not (unpacked / n).exists()] == []
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(build, cwd=unpacked, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = [{*zipfile.ZipFile(path).namelist()} for path in (wheel, installed.wheel)]
+    assert names[0] == names[1]

@@ -3,6 +3,8 @@
 A mapping is an object with these fields; ``[X]`` a list of X; ``{str: X}`` any keys; a type or a
 tuple of types a value; a frozenset one of these texts. Of Kubernetes' own objects only the fields
 that our manifests may use are listed.
+
+Facts: names of fields in KubeRay's and Kubernetes' API references (licence: both are Apache-2.0).
 """
 
 from __future__ import annotations

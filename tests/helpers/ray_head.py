@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -34,6 +34,7 @@ class Head:
     gcs: str
     token: str
     folder: Path
+    settings: dict[str, str] = field(default_factory=dict)  # variables of all its nodes
 
     @property
     def environment(self) -> dict[str, str]:
@@ -90,14 +91,14 @@ def free_ports(number: int) -> list[int]:
 
 
 @contextmanager
-def running_head(num_cpus: int = 2) -> Iterator[Head]:
+def running_head(num_cpus: int = 2, settings: dict[str, str] | None = None) -> Iterator[Head]:
     """Start a head node, wait until its job server answers, and end it."""
     folder = Path(tempfile.mkdtemp(prefix="kr"))  # short: socket paths have 107 characters
     token = secrets.token_hex(32)
     (folder / "token").write_text(token)
     (folder / "token").chmod(0o600)
     gcs, dashboard, client, agent = free_ports(4)
-    head = Head(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{gcs}", token, folder)
+    head = Head(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{gcs}", token, folder, settings or {})
     command = [
         *(RAY, "start", "--head", "--block", "--node-ip-address", "127.0.0.1"),
         *("--port", str(gcs), "--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard)),
@@ -159,7 +160,7 @@ def node(command: list[str], head: Head, log: Path) -> Iterator[psutil.Popen]:
     with log.open("wb") as output:
         process = psutil.Popen(
             command,
-            env=head.environment | _PATIENCE,
+            env=head.environment | _PATIENCE | head.settings,
             stdout=output,
             stderr=subprocess.STDOUT,
             cwd=head.folder,

@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
-import zipfile
+import venv
 from pathlib import Path
 
 import pytest
@@ -77,21 +77,38 @@ def test_the_manifests_name_this_image_and_run_what_is_in_it() -> None:
             assert path.split("/")[0] in carried()
 
 
-def test_what_is_carried_is_enough_to_install_and_nothing_of_a_checkout_besides(
+def test_its_steps_install_what_is_carried_and_nothing_of_a_checkout_besides(
     tmp_path: Path,
 ) -> None:
-    context = tmp_path / "context"
+    """COPY and RUN, done by hand; the packages that an index would give are here already."""
+    assert not {".git", ".venv", "runs", "mlruns", "mlflow.db", ".env", "tests"} & set(carried())
+    copied = tmp_path / "opt"
+    copied.mkdir()
     for name in carried():
-        source, target = ROOT / name, context / name
+        source, target = ROOT / name, copied / name
         if source.is_dir():
             shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
         else:
-            context.mkdir(exist_ok=True)
             shutil.copy(source, target)
-    assert not {".git", ".venv", "runs", "mlruns", "mlflow.db", ".env", "tests"} & set(carried())
-    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
-    subprocess.run(build, cwd=context, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
-    assert "ke_ray/shipped/sweeps/olmo_1b.yaml" in names
-    assert "ke_ray/shipped/constraints.txt" in names
+
+    venv.create(tmp_path / "venv", with_pip=False)
+    programs = tmp_path / "venv" / "bin"
+    (packages,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
+    (packages / "others.pth").write_text(f"{Path(pytest.__file__).parents[1]}\n")
+    pip = f"'{sys.executable}' -m pip --python '{programs}/python'"
+    offline = "--no-index --no-build-isolation"
+    (programs / "pip").write_text(f'#!/bin/sh\nexec {pip} "$@" {offline}\n')
+    (programs / "pip").chmod(0o755)
+    (run,) = instructions("RUN")
+    done = subprocess.run(
+        ["sh", "-c", run.replace(str(IN_IMAGE), str(copied))],
+        env={"PATH": f"{programs}:/usr/bin:/bin", "HOME": str(tmp_path)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (programs / "ke-ray").exists()
+    for name in ("sweeps/olmo_1b.yaml", "constraints.txt"):
+        assert (packages / "ke_ray" / "shipped" / name).is_file()

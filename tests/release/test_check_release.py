@@ -6,11 +6,13 @@ import http.server
 import json
 import shutil
 import threading
+import tomllib
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+import yaml
 from check_release import ROOT, old_pins, problems, read_pins, version_of
 from servers import free_port
 
@@ -122,6 +124,16 @@ def test_what_disagrees_is_told_with_the_remedy(
     (checkout / file).write_text(text.replace(before, after))
     found = list(problems(checkout))
     assert any(told in problem and "; " in problem for problem in found), found
+
+
+def test_public_ci_does_what_ci_run_does_on_a_bare_machine() -> None:
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    (job,) = workflow["jobs"].values()
+    assert job["steps"][-1] == {"run": ".ci/run"}
+    assert job["container"]["image"] == "python:${{ matrix.python }}-bookworm", "as root, with apt"
+    metadata = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    least = metadata["requires-python"].removeprefix(">=")
+    assert least in job["strategy"]["matrix"]["python"]
 
 
 def test_pins_are_read_by_their_normal_names() -> None:

@@ -49,6 +49,16 @@ def test_every_kind_is_printed_within_eighty_columns(demo_folder: Path) -> None:
     assert "pretrain" in text
 
 
+def test_a_narrow_terminal_shows_the_same_digits(demo_folder: Path) -> None:
+    """A number that is cut off reads like another number."""
+
+    def count_digits(width: int) -> int:
+        return sum(map(str.isdigit, _printed(demo_folder, width=width)))
+
+    assert max(map(len, _printed(demo_folder, width=50).splitlines())) <= 50
+    assert count_digits(50) == count_digits(70) == count_digits(200)
+
+
 def test_a_failed_checkpoint_is_named_with_its_error(tmp_path: Path) -> None:
     folder = synthetic.make_scan(tmp_path / "scan", steps=[0, 1], failed=("step2",))
     assert "model.safetensors is truncated" in _printed(folder).replace("\n", " ")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
+import shutil
 import threading
 import time
 import urllib.request
@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from prometheus import ABSENT, DASHBOARDS, panels, promtool, queries, variables
+from ray.dashboard.modules.reporter.reporter_agent import METRICS_GAUGES
 from tiny_studies import tiny_pretrain
 from tiny_sweep import tiny_sweep
 
@@ -26,39 +29,19 @@ from ke_ray.tracking.tracker import open_tracker
 from ke_ray.training.loop import Progress, StepRecord
 from ke_ray.training.snapshot import Snapshot
 
-DASHBOARDS = sorted(Path(__file__).parents[3].glob("dashboards/grafana/*.json"))
 #: As Prometheus names them: Ray's prefix, and _total for counters.
 EXPORTED = {
     f"ray_{name}" + "_total" * (metric.kind == "counter"): metric
     for name, metric in METRICS.items()
 }
-
-
-def panels(path: Path) -> list[dict[str, Any]]:
-    return json.loads(path.read_text())["panels"]
-
-
-def queries(path: Path) -> list[tuple[str, str]]:
-    """(expression, legend) of every panel and variable."""
-    found = [
-        (target["expr"], target["legendFormat"])
-        for panel in panels(path)
-        for target in panel.get("targets", [])
-    ]
-    for variable in json.loads(path.read_text())["templating"]["list"]:
-        if variable["type"] == "query":
-            expression, label = re.fullmatch(
-                r"label_values\((.+), (\w+)\)", variable["definition"]
-            ).groups()
-            found.append((expression, f"{{{{{label}}}}}"))
-    return found
+RAYS_OWN = {f"ray_{name}": gauge for name, gauge in METRICS_GAUGES.items()}
 
 
 def asked() -> dict[str, set[str]]:
-    """Metric → labels, over all queries of all dashboards."""
+    """Metric → labels, over all queries of all dashboards; Ray's own among them."""
     found: dict[str, set[str]] = defaultdict(set)
     for path in DASHBOARDS:
-        for expression, legend in queries(path):
+        for _, expression, legend in queries(path):
             labels = set(re.findall(r"{{(\w+)}}", legend))
             for inside in re.findall(r"by \(([\w, ]+)\)", expression):
                 labels |= set(inside.split(", "))
@@ -69,10 +52,36 @@ def asked() -> dict[str, set[str]]:
 
 def test_dashboards_show_every_metric_by_labels_that_it_has() -> None:
     assert len(DASHBOARDS) == 2
-    names = asked()
+    names = {name: labels for name, labels in asked().items() if name not in RAYS_OWN}
     assert names.keys() == EXPORTED.keys()
     for name, labels in names.items():
         assert labels <= set(EXPORTED[name].tags), name
+
+
+def test_both_dashboards_show_the_same_of_the_nodes() -> None:
+    shown = [
+        {panel["title"]: panel["targets"] for panel in panels(path) if "Ray's own" in str(panel)}
+        for path in DASHBOARDS
+    ]
+    assert shown[0] == shown[1]
+    assert {"GPU use", "GPU memory in use", "Memory in use", "Network"} == shown[0].keys()
+    for name, labels in asked().items():
+        if name in RAYS_OWN:
+            tags = RAYS_OWN[name]._view.columns
+            assert labels <= {*tags, "instance"}, "Prometheus adds the last"
+
+
+def test_prometheus_reads_every_query(tmp_path: Path) -> None:
+    """Those of GPUs too, which the tests' nodes have none of."""
+    if shutil.which("promtool") is None:
+        pytest.skip(ABSENT)
+    rules = [
+        {"record": f"query{number}", "expr": expression.replace("$__rate_interval", "1m")}
+        for number, (_, expression, _) in enumerate(q for p in DASHBOARDS for q in queries(p))
+    ]
+    path = tmp_path / "rules.yml"
+    path.write_text(yaml.safe_dump({"groups": [{"name": "dashboards", "rules": rules}]}))
+    assert f"{len(rules)} rules found" in promtool("check", "rules", path)
 
 
 @pytest.mark.parametrize("path", DASHBOARDS, ids=lambda path: path.stem)
@@ -92,9 +101,8 @@ def test_dashboards_can_be_imported(path: Path) -> None:
         assert not covered & cells, f"{panel['title']} overlaps another panel"
         assert max(x for x, _ in covered) < 24
         cells |= covered
-    variables = {v["name"] for v in json.loads(path.read_text())["templating"]["list"]}
-    used = {v for e, _ in queries(path) for v in re.findall(r"\$(\w+)", e)} - {"__rate_interval"}
-    assert used <= variables
+    used = {name for _, e, _ in queries(path) for name in re.findall(r"\$(\w+)", e)}
+    assert used - {"__rate_interval"} <= variables(path).keys()
 
 
 def test_the_idle_share_is_that_of_the_last_minute(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,6 +187,7 @@ def test_a_running_study_exports_all_that_the_dashboards_ask(
     wanted = {
         (name, "watched_scan" if name.startswith("ray_ke_ray_scan") else "watched"): labels
         for name, labels in asked().items()
+        if name in EXPORTED
     }
     with scraped() as seen, open_tracker(study.mlflow) as tracker:
         (row,) = run_sweep(prepare_sweep(study), tracker).rows
