@@ -104,7 +104,7 @@ def _paragraph(person: Person, generator: np.random.Generator) -> str:
 def document_counts(num_people: int, documents_per_person: int, skew: float) -> list[int]:
     """How many documents each person has: one, and the rest in proportion to 1 / rank**skew.
 
-    Their sum is ``num_people * documents_per_person`` whatever the skew, so that skew is not amount.
+    Their sum is ``num_people * documents_per_person`` whatever the skew: skew is not amount.
     """
     shares = np.cumsum(np.arange(1, num_people + 1, dtype=float) ** -skew)
     rest = num_people * (documents_per_person - 1)

@@ -69,7 +69,8 @@ def test_skew_moves_documents_to_the_first_people_and_keeps_their_number() -> No
     skewed = Counter(row["metadata"]["person"] for row in rows)
     assert even == dict.fromkeys((person.name for person in people), 20)
     assert sum(skewed.values()) == len({row["id"] for row in rows}) == 50 * 20
-    assert min(skewed.values()) >= 1 and len(skewed) == 50
+    assert min(skewed.values()) >= 1
+    assert len(skewed) == 50
     counts = [skewed[person.name] - 1 for person in people]
     assert counts[0] / counts[9] == pytest.approx(10, rel=0.05)
     assert counts[1] / counts[4] == pytest.approx(5 / 2, rel=0.05)
