@@ -319,11 +319,9 @@ def _task_draws(
             f"task {before.task!r} has items of shape {start.shape} before and {end.shape} after; "
             "paired items must be the same ones, at least one"
         )
-    pairs = np.stack([np.append(start, (1.0, 0.0)), np.append(end, (0.0, 1.0))])
-    # Resampling items with replacement is a multinomial draw over the distinct (before, after)
-    # outcomes, of which there are four: exact, and free of an [R, n_items] array.
-    outcomes, index = np.unique(pairs, axis=1, return_inverse=True)
-    weights = np.append(np.ones(start.size), (pseudo_items, pseudo_items))
-    shares = np.bincount(index.ravel(), weights) / weights.sum()
-    draws = generator.multinomial(start.size, shares, num_resamples) / start.size
-    return draws @ outcomes[0], draws @ outcomes[1]
+    # Resampling items with replacement is a multinomial draw over the four (before, after)
+    # outcomes: exact, and free of an [R, n_items] array.
+    counts = np.bincount((2 * start + end).astype(np.int64), minlength=4).astype(np.float64)
+    counts[1:3] += pseudo_items  # 0 → 1 and 1 → 0
+    draws = generator.multinomial(start.size, counts / counts.sum(), num_resamples) / start.size
+    return draws[:, 2] + draws[:, 3], draws[:, 1] + draws[:, 3]
