@@ -204,6 +204,8 @@ def acquisition_interval(
     if start.shape != end.shape or start.ndim != 1:
         raise ValueError(f"paragraph values of shapes {start.shape} and {end.shape} do not pair")
     value = acquisition(knowledge(start), knowledge(end))
+    if start.size < 3:  # half of the resamples of two have no spread
+        return Interval(value, math.nan, math.nan)
     labels = [None] * start.size if strata is None else list(strata)
     members = [np.flatnonzero([label == own for label in labels]) for own in dict.fromkeys(labels)]
     if min(map(len, members)) < 2:  # one alone cannot be resampled
@@ -212,7 +214,7 @@ def acquisition_interval(
     whole = np.full((1, start.size), 1.0 / start.size)
     draws, errors = _acquisition_draws(start, end, np.concatenate([whole, weights]), members)
     error = float(errors[0])
-    if error == 0.0 and start.size > 1:  # every paragraph gains alike
+    if error == 0.0:  # every paragraph gains alike
         return Interval(value, value, value)
     with np.errstate(divide="ignore", invalid="ignore"):
         studentised = percentile_interval(0.0, (draws[1:] - draws[0]) / errors[1:], level)
@@ -240,7 +242,7 @@ def _acquisition_draws(
         r, y = r - r.mean(), y - y.mean()
         mean = drawn @ r + change * (drawn @ y)
         square = drawn @ r**2 + 2 * change * (drawn @ (r * y)) + change**2 * (drawn @ y**2)
-        variance += (rows.size / n) ** 2 * np.maximum(square - mean**2, 0.0) / max(rows.size - 1, 1)
+        variance += (rows.size / n) ** 2 * np.maximum(square - mean**2, 0.0) / (rows.size - 1)
     with np.errstate(divide="ignore", invalid="ignore"):
         return value, np.sqrt(variance) / np.abs(k_before)
 
