@@ -58,6 +58,9 @@ SETTINGS: dict[str, list[str]] = {
     "batch 32": ["global_batch_size=32"],
     "25 people": ["data.biographies.num_people=25"],
     "400 people": ["data.biographies.num_people=400"],
+    "skew 0.5": ["data.biographies.skew=0.5"],
+    "skew 1": ["data.biographies.skew=1"],
+    "skew 1.5": ["data.biographies.skew=1.5"],
     "real text": ["data.biographies=null"],
 }
 #: Settings from which learning starts, and the steps.

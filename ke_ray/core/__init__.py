@@ -12,6 +12,7 @@ this package imports nothing by itself, and ``measures``, ``jackknife``, ``acqui
     jackknife       groups of instances, weighted delete-a-group errors, paired differences
     measures        the table of measures and their evaluation from merged sums
     resuscitation   Algorithm 1: which rows of the up projection are scaled by how much
+    intervals       Student's of a mean, Wilson's of a share
     acquisition     knowledge K, acquisition A, forgetting F and their bootstrap intervals
     dynamics        effectivity, retainability and decay of injected knowledge
     position        where in which training run a checkpoint stands: step, tokens, stage, seed

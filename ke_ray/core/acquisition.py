@@ -14,9 +14,12 @@ of every gain; the paper's tables use |K_PT|, and so does this module.
 
 Once and paraphrase paragraphs are weighted by their count: K is the plain mean over all of them.
 
-Intervals are percentile bootstrap, seeded, and paired: one resample of paragraphs (or of a task's
-items) serves both checkpoints, because both are scored on the same probes. They tell how far the
-value depends on the *choice* of paragraphs or items, and nothing about training seeds.
+Intervals are bootstrap, seeded, and paired: one resample of paragraphs (or of a task's items)
+serves both checkpoints, because both are scored on the same probes. They tell how far the value
+depends on the *choice* of paragraphs or items, and nothing about training seeds. How often they
+hold the truth was simulated (docs/science.md#coverage): that of A is bootstrap-t, since percentiles
+are too narrow for a few skewed paragraphs; that of F has percentiles, with two pseudo-items, since
+they are too narrow where few answers change.
 
 Numpy only.
 """
@@ -181,17 +184,18 @@ def acquisition_interval(
     num_resamples: int = 2000,
     seed: int = 0,
 ) -> Interval:
-    """A with a paired percentile-bootstrap interval over paragraphs.
+    """A with a paired bootstrap-t interval over paragraphs.
 
     Args:
         before, after: [n_paragraphs] mean ℓ of the same paragraphs in the same order.
-        strata: [n_paragraphs] setting of each (once, paraphrase); resampled within it.
+        strata: [n_paragraphs] setting of each (once, paraphrase); resampled within it, or all
+            together where a setting has a single paragraph.
         level: coverage, in (0, 1).
         num_resamples: bootstrap resamples.
         seed: of the resampling.
 
     Returns:
-        A of all paragraphs and its interval; NaN ends where there are fewer than two paragraphs.
+        A of all paragraphs and its interval; NaN ends where there are fewer than three paragraphs.
 
     Raises:
         ValueError: no paragraphs, or the two differ in shape.
@@ -200,13 +204,47 @@ def acquisition_interval(
     if start.shape != end.shape or start.ndim != 1:
         raise ValueError(f"paragraph values of shapes {start.shape} and {end.shape} do not pair")
     value = acquisition(knowledge(start), knowledge(end))
-    if start.size < 2:
+    if start.size < 3:  # half of the resamples of two have no spread
         return Interval(value, math.nan, math.nan)
+    labels = [None] * start.size if strata is None else list(strata)
+    members = [np.flatnonzero([label == own for label in labels]) for own in dict.fromkeys(labels)]
+    if min(map(len, members)) < 2:  # one alone cannot be resampled
+        strata, members = None, [np.arange(start.size)]
     weights = bootstrap_weights(start.size, num_resamples, seed, strata)
-    k_before, k_after = weights @ start, weights @ end
+    whole = np.full((1, start.size), 1.0 / start.size)
+    draws, errors = _acquisition_draws(start, end, np.concatenate([whole, weights]), members)
+    error = float(errors[0])
+    if error == 0.0:  # every paragraph gains alike
+        return Interval(value, value, value)
     with np.errstate(divide="ignore", invalid="ignore"):
-        draws = (k_after - k_before) / np.abs(k_before)
-    return percentile_interval(value, draws, level)
+        studentised = percentile_interval(0.0, (draws[1:] - draws[0]) / errors[1:], level)
+    return Interval(value, value - studentised.high * error, value - studentised.low * error)
+
+
+def _acquisition_draws(
+    start: Array, end: Array, weights: Array, members: Sequence[npt.NDArray[np.intp]]
+) -> tuple[Array, Array]:
+    """A of each row of weights [R, n] and its standard error by linearisation, [R] each.
+
+    SE² = Σ_s (n_s/n)² var_s(u) / n_s, u = (ℓ_CL − ℓ_PT − A sign(K_PT) ℓ_PT) / |K_PT|, over settings
+    s. The first row has all paragraphs alike; u is that of its A and a multiple of ℓ_PT, so that
+    what is equal in all paragraphs cancels exactly.
+    """
+    gain, n = end - start, start.size
+    k_before = weights @ start
+    with np.errstate(divide="ignore", invalid="ignore"):
+        value = (weights @ gain) / np.abs(k_before)
+    slope = -np.sign(k_before) * value
+    residual, change = gain + slope[0] * start, slope - slope[0]
+    variance = np.zeros(len(weights))
+    for rows in members:
+        drawn, r, y = weights[:, rows] * (n / rows.size), residual[rows], start[rows]
+        r, y = r - r.mean(), y - y.mean()
+        mean = drawn @ r + change * (drawn @ y)
+        square = drawn @ r**2 + 2 * change * (drawn @ (r * y)) + change**2 * (drawn @ y**2)
+        variance += (rows.size / n) ** 2 * np.maximum(square - mean**2, 0.0) / (rows.size - 1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return value, np.sqrt(variance) / np.abs(k_before)
 
 
 def forgetting_interval(
@@ -217,10 +255,13 @@ def forgetting_interval(
     num_resamples: int = 2000,
     seed: int = 0,
 ) -> Interval:
-    """F with a bootstrap interval over the items of the tasks.
+    """F with a percentile-bootstrap interval over the items of the tasks.
 
     The tasks are fixed, as in the paper; their items are the sample. A task that has `items` on
-    both sides is resampled item by item, the same items before and after (paired). The accuracies
+    both sides is resampled item by item, the same items before and after (paired), to which one
+    pseudo-item that is lost and one that is won are added, divided over the tasks (after Bonett &
+    Price 2012, J. Educ. Behav. Stat. 37, 479–488): no change in a few items is no proof that there
+    is none. The accuracies
     of any other task are sampled from Normal(accuracy, stderr) cut to [0, 1], before and after
     independently: the pairing is then unknown, and the interval errs on the wide side.
 
@@ -245,7 +286,9 @@ def forgetting_interval(
     generator = np.random.Generator(np.random.PCG64(seed))
     p_before, p_after = np.zeros(num_resamples), np.zeros(num_resamples)
     for score in sorted(before, key=lambda score: score.task):
-        start, end = _task_draws(score, later[score.task], num_resamples, generator)
+        start, end = _task_draws(
+            score, later[score.task], 1 / len(before), num_resamples, generator
+        )
         p_before += start / len(before)
         p_after += end / len(before)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -254,9 +297,17 @@ def forgetting_interval(
 
 
 def _task_draws(
-    before: TaskScore, after: TaskScore, num_resamples: int, generator: np.random.Generator
+    before: TaskScore,
+    after: TaskScore,
+    pseudo_items: float,
+    num_resamples: int,
+    generator: np.random.Generator,
 ) -> tuple[Array, Array]:
-    """Resampled accuracies of one task before and after, [R] each."""
+    """Resampled accuracies of one task before and after, [R] each.
+
+    Args:
+        pseudo_items: how many lost ones, and how many won ones, are added to paired items.
+    """
     if before.items is None or after.items is None:
         normal = generator.standard_normal((2, num_resamples))
         return (
@@ -270,10 +321,9 @@ def _task_draws(
             f"task {before.task!r} has items of shape {start.shape} before and {end.shape} after; "
             "paired items must be the same ones, at least one"
         )
-    pairs = np.stack([start, end])
-    # Resampling items with replacement is a multinomial draw over the distinct (before, after)
-    # outcomes, of which there are four: exact, and free of an [R, n_items] array.
-    outcomes, counts = np.unique(pairs, axis=1, return_counts=True)
-    num_items = start.size
-    draws = generator.multinomial(num_items, counts / num_items, num_resamples) / num_items
-    return draws @ outcomes[0], draws @ outcomes[1]
+    # Resampling items with replacement is a multinomial draw over the four (before, after)
+    # outcomes: exact, and free of an [R, n_items] array.
+    counts = np.bincount((2 * start + end).astype(np.int64), minlength=4).astype(np.float64)
+    counts[1:3] += pseudo_items  # 0 → 1 and 1 → 0
+    draws = generator.multinomial(start.size, counts / counts.sum(), num_resamples) / start.size
+    return draws[:, 2] + draws[:, 3], draws[:, 1] + draws[:, 3]

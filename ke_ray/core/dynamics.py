@@ -24,7 +24,7 @@ Choices, where the source assumes a probe at every step:
 * Retainability and decay are undefined (NaN, no points) where effectivity ≤ 0. The fit is ordinary
   least squares in ln t over points with t > 0, and needs two different t.
 
-Numpy only.
+Numpy and scipy only.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ke_ray.core.acquisition import Interval, bootstrap_weights, percentile_interval
+from ke_ray.core.acquisition import Interval
+from ke_ray.core.intervals import student_interval
 
 LAM_WINDOW = 50
 
@@ -64,14 +65,6 @@ class InjectionDynamics:
     lags: npt.NDArray[np.int64]
     retainability: Array
     decay: float
-
-
-@dataclass(frozen=True)
-class DynamicsIntervals:
-    """Bootstrap intervals over paragraphs: effectivity per injection, and the pooled decay."""
-
-    effectivity: tuple[Interval, ...]
-    decay: Interval
 
 
 def dynamics(
@@ -121,7 +114,11 @@ def decay_constant(lags: npt.ArrayLike, retainability: npt.ArrayLike) -> float:
         a, the share of effectivity lost per e-fold of steps: positive where knowledge decays; NaN
         without two different lags.
     """
-    return float(_fit(np.asarray(lags), np.asarray(retainability, dtype=np.float64)[None])[0])
+    t, y = np.asarray(lags, dtype=np.float64), np.asarray(retainability, dtype=np.float64)
+    if np.unique(t).size < 2:
+        return math.nan
+    x = np.log(t) - np.log(t).mean()
+    return float(-(x * (y - y.mean())).sum() / (x**2).sum())
 
 
 def pooled_decay(injections: Sequence[InjectionDynamics]) -> float:
@@ -134,64 +131,43 @@ def pooled_decay(injections: Sequence[InjectionDynamics]) -> float:
     )
 
 
-def dynamics_intervals(
+def effectivity_intervals(
     steps: npt.ArrayLike,
     paragraph_values: npt.ArrayLike,
-    injection_steps: Sequence[int],
+    injections: Sequence[InjectionDynamics],
     *,
-    window: int = LAM_WINDOW,
     level: float = 0.95,
-    num_resamples: int = 1000,
-    seed: int = 0,
-) -> DynamicsIntervals:
-    """Percentile-bootstrap intervals over paragraphs of effectivity and of the pooled decay.
+) -> tuple[Interval, ...]:
+    """Student's interval of each effectivity over paragraphs.
 
-    One resample of paragraphs serves the whole run; each resample has its own LAM.
+    Effectivity is a mean over paragraphs of what each gains up to LAM(i); that LAM(i) is the
+    maximum of these same paragraphs changes it to second order only. An injection of *once* facts
+    is about few paragraphs (the paper's about six), for which percentiles of a bootstrap are far
+    too narrow.
 
     Args:
         steps: [S] completed updates at each probe.
         paragraph_values: [S, n_paragraphs] mean ℓ of each paragraph at each probe.
-        injection_steps, window: as `dynamics`.
-        level, num_resamples, seed: as `acquisition_interval`.
+        injections: `dynamics` of the mean over these paragraphs.
 
     Returns:
-        The values are those of all paragraphs; the ends NaN with fewer than two paragraphs, or
-        where half of the resamples or more leave the quantity undefined.
+        One per injection; the ends NaN with fewer than two paragraphs.
 
     Raises:
-        ValueError: as `dynamics`, or there are no paragraphs.
+        ValueError: there are no paragraphs, or not one row for each step.
     """
-    values = np.asarray(paragraph_values, dtype=np.float64)
-    if values.ndim != 2 or values.shape[1] < 1:
+    values, probe_steps = np.asarray(paragraph_values, dtype=np.float64), np.asarray(steps)
+    if values.ndim != 2 or values.shape[1] < 1 or len(values) != len(probe_steps):
         raise ValueError(f"paragraph values have shape {values.shape}; expected [S, n_paragraphs]")
-    estimates = dynamics(steps, values.mean(axis=1), injection_steps, window=window)
-    num_paragraphs = values.shape[1]
-    resamples = num_resamples if num_paragraphs > 1 else 0
-    curves = bootstrap_weights(num_paragraphs, resamples, seed) @ values.T  # [R, S]
-    effectivities, decays = _resampled_dynamics(
-        np.asarray(steps, dtype=np.int64),
-        curves,
-        np.asarray(injection_steps, dtype=np.int64),
-        window,
-    )
-    return DynamicsIntervals(
-        effectivity=tuple(
-            percentile_interval(entry.effectivity, effectivities[:, index], level)
-            for index, entry in enumerate(estimates)
-        ),
-        decay=percentile_interval(pooled_decay(estimates), decays, level),
-    )
-
-
-def _fit(lags: npt.NDArray[np.int64], retainability: Array) -> Array:
-    """`decay_constant` of each row of retainability [R, K] at the same lags [K], [R]."""
-    t = lags.astype(np.float64)
-    if np.unique(t).size < 2:
-        return np.full(len(retainability), np.nan)
-    x = np.log(t) - np.log(t).mean()
-    y = np.ascontiguousarray(retainability)  # numpy sums rows as it sums vectors, pairwise
-    slopes: Array = -(x * (y - y.mean(axis=1, keepdims=True))).sum(axis=1) / (x**2).sum()
-    return slopes
+    row = {int(step): number for number, step in enumerate(probe_steps)}
+    intervals = []
+    for entry in injections:
+        ends = None
+        if entry.lam_step is not None and entry.baseline_step is not None:
+            gains = values[row[entry.lam_step]] - values[row[entry.baseline_step]]
+            ends = student_interval(gains, level)
+        intervals.append(Interval(entry.effectivity, *(ends or (math.nan, math.nan))))
+    return tuple(intervals)
 
 
 def _one_injection(
@@ -233,46 +209,3 @@ def _probes_of(
     if before.size == 0 or candidates.size == 0 or probe_steps[candidates[-1]] == step:
         return None
     return int(before[-1]), candidates
-
-
-def _resampled_dynamics(
-    probe_steps: npt.NDArray[np.int64],
-    curves: Array,
-    injections: npt.NDArray[np.int64],
-    window: int,
-) -> tuple[Array, Array]:
-    """Effectivities [R, n_injections] and pooled decays [R] of curves [R, S].
-
-    The same numbers as `dynamics` and `pooled_decay` of each curve, to the last bit: curves whose
-    maxima lie at the same probes share their lags, and are fitted together.
-    """
-    num_curves = len(curves)
-    ends = [*injections[1:].tolist(), math.inf]
-    effectivities = np.full((num_curves, len(injections)), np.nan)
-    maxima = np.full((num_curves, len(injections)), -1)  # index of LAM; -1: no retainability
-    baselines = np.zeros(len(injections), dtype=np.intp)
-    for number, (step, end) in enumerate(zip(injections.tolist(), ends, strict=False)):
-        probes = _probes_of(probe_steps, step, end, window)
-        if probes is None:
-            continue
-        baselines[number], candidates = probes
-        lam = candidates[curves[:, candidates].argmax(axis=1)]
-        gain = curves[np.arange(num_curves), lam] - curves[:, baselines[number]]
-        effectivities[:, number] = gain
-        maxima[:, number] = np.where(gain > 0.0, lam, -1)
-    decays = np.full(num_curves, np.nan)
-    patterns, members = np.unique(maxima, axis=0, return_inverse=True)
-    for index, pattern in enumerate(patterns):
-        rows = np.flatnonzero(members == index)
-        lags, retainability = [], []
-        for number in np.flatnonzero(pattern >= 0).tolist():
-            lam_step = probe_steps[pattern[number]]
-            later = np.flatnonzero((probe_steps > lam_step) & (probe_steps < ends[number]))
-            gain = effectivities[rows, number, None]
-            lags.append(probe_steps[later] - lam_step)
-            retainability.append(
-                (curves[np.ix_(rows, later)] - curves[rows, baselines[number], None]) / gain
-            )
-        if lags:
-            decays[rows] = _fit(np.concatenate(lags), np.concatenate(retainability, axis=1))
-    return effectivities, decays

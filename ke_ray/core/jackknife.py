@@ -25,15 +25,18 @@ split as the value is.
 The jackknife gives the error due to *which instances* are in D. It holds for smooth functions
 of means (entropies, ratios), not for a count such as the dormant share, which gets no error.
 
-Numpy only, so that reports can use it without torch.
+Numpy and scipy only, so that reports can use it without torch.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from ke_ray.core.intervals import student_quantile
 
 NUM_GROUPS = 64
 _LEAST_WORTH = 10.0  # equal groups; an error from fewer is worth less than one of cut documents
@@ -145,6 +148,23 @@ def standard_error(value: npt.ArrayLike, replicates: npt.ArrayLike, sizes: npt.A
     delta = theta[..., None] - left_out  # without the cancellation of large values in their mean
     centre = (weight * delta).sum(axis=-1, keepdims=True) / weight.sum()
     return np.asarray(np.sqrt((weight * (delta - centre) ** 2).sum(axis=-1)))
+
+
+def critical_t(sizes: npt.ArrayLike) -> float:
+    """How many standard errors on either side are a 95 % interval: Student's t of few groups.
+
+    The degrees of freedom are (Σn)²/Σn² − 1, G − 1 where groups are equal: 2.00 errors for 64
+    groups, 2.26 for ten, of which 1.96 errors hold the truth in 92 % only.
+
+    Args:
+        sizes: [G] instances in each group.
+
+    Returns:
+        NaN for fewer than two groups.
+    """
+    n_g = np.asarray(sizes, dtype=np.float64)
+    worth = n_g.sum() ** 2 / (n_g**2).sum() if n_g.any() else 0.0
+    return student_quantile(float(worth) - 1.0) if worth > 1.0 else math.nan
 
 
 def paired_difference(

@@ -4,9 +4,11 @@ Every person has six attributes (year and city of birth, university, profession,
 Every value is equally frequent and wrong choices are values of other people, so that neither
 frequency nor length (rare words have more tokens) tells a right choice from a wrong one: a model
 without knowledge answers a four-choice question by chance (0.25).
-A document states all six of one person in a fresh choice of sentences and order. Surnames are
-unique; *new* people share values and sentences with the others but no surname, and never occur in
-the corpus: they are the facts to inject, in the JSON schema of Fictional Knowledge.
+A document states all six of one person in a fresh choice of sentences and order. People have
+equally many documents, unless ``skew`` says otherwise: then the values of frequent people are
+frequent. Surnames are unique; *new* people share values and sentences with the others but no
+surname, and never occur in the corpus: they are the facts to inject, in the JSON schema of
+Fictional Knowledge.
 
 The same arguments give the same bytes. Nothing is downloaded.
 """
@@ -99,15 +101,30 @@ def _paragraph(person: Person, generator: np.random.Generator) -> str:
     return " ".join(sentences)
 
 
+def document_counts(num_people: int, documents_per_person: int, skew: float) -> list[int]:
+    """How many documents each person has: one, and the rest in proportion to 1 / rank**skew.
+
+    Their sum is ``num_people * documents_per_person`` whatever the skew: skew is not amount.
+    """
+    shares = np.cumsum(np.arange(1, num_people + 1, dtype=float) ** -skew)
+    rest = num_people * (documents_per_person - 1)
+    ends = np.rint(rest * shares / shares[-1]).astype(int)
+    return [1 + int(count) for count in np.diff(ends, prepend=0)]
+
+
 def iter_biographies(
-    people: Sequence[Person], documents_per_person: int, *, seed: int
+    people: Sequence[Person], documents_per_person: int, *, seed: int, skew: float = 0.0
 ) -> Iterator[dict[str, Any]]:
-    """Dolma documents in shuffled order, ``documents_per_person`` about each person."""
-    order = np.random.Generator(np.random.PCG64([seed, 2])).permutation(
-        len(people) * documents_per_person
-    )
+    """Dolma documents in shuffled order, ``documents_per_person`` about a person on average.
+
+    Args:
+        skew: exponent of Zipf's law over people, in their order; 0: equally many about each.
+    """
+    ends = np.cumsum(document_counts(len(people), documents_per_person, skew))
+    order = np.random.Generator(np.random.PCG64([seed, 2])).permutation(int(ends[-1]))
     for number in order:
-        person, copy = int(number) // documents_per_person, int(number) % documents_per_person
+        person = int(np.searchsorted(ends, number, side="right"))
+        copy = int(number) - (int(ends[person - 1]) if person else 0)
         generator = np.random.Generator(np.random.PCG64([seed, 3, person, copy]))
         yield {
             "id": f"biography-{person}-{copy}",
@@ -246,6 +263,7 @@ def write_biographies(
     num_new_people: int,
     documents_per_person: int,
     seed: int,
+    skew: float = 0.0,
     num_once: int | None = None,
     num_questions: int = 200,
 ) -> BiographyFiles:
@@ -255,6 +273,7 @@ def write_biographies(
         num_people: people of the corpus.
         num_new_people: people to inject, none of whom is in the corpus.
         documents_per_person: each in other sentences.
+        skew: exponent of Zipf's law for how many documents a person has; the mean stays.
         num_once: how many of the new people, the last ones, form the ``once`` split; the others
             form ``paraphrase``. None takes 6 of 13, as in Fictional Knowledge.
         num_questions: at most one for each person and attribute.
@@ -285,7 +304,7 @@ def write_biographies(
         questions=storage.join(folder, "questions.jsonl"),
         task=storage.join(folder, f"{TASK_NAME}.yaml"),
     )
-    documents = iter_biographies(people, documents_per_person, seed=seed)
+    documents = iter_biographies(people, documents_per_person, seed=seed, skew=skew)
     text = "".join(json.dumps(document, ensure_ascii=False) + "\n" for document in documents)
     # A fixed time inside the archive keeps the bytes the same from run to run.
     storage.write_atomic(files.documents, gzip.compress(text.encode(), 6, mtime=0))

@@ -134,7 +134,8 @@ def _scan(scan: Result, prefix: str) -> dict[str, Any]:
             change = series.paired_change(curve, measure, corpus)
             if len(change) > 1:
                 last = change.iloc[-1]
-                error = f" ± {1.96 * last['stderr']:.2g}" if math.isfinite(last["stderr"]) else ""
+                half = series.critical_t(curve, corpus) * last["stderr"]
+                error = f" ± {half:.2g}" if math.isfinite(half) else ""
                 interval = " (95 %)" if error else ""
                 title, unit, _ = series.declared(scan, measure)
                 facts.append(

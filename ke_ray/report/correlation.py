@@ -2,9 +2,8 @@
 
 Pearson's r over starting points. Its 95 % interval is Fisher's, tanh(atanh r ± 1.96 / √(n − 3)),
 which needs n ≥ 4; with three points there is none, and a straight line through three points is
-common by chance (|r| must reach 0.997 to be significant at 5 %). Beside it, what the error
-of y alone does to r: values redrawn within their intervals, 2.5 % and 97.5 % quantiles of r
-(seeded); the error of x is left out.
+common by chance (|r| must reach 0.997 to be significant at 5 %). It is about r of values as they
+are measured, whose errors make r smaller (docs/science.md#coverage).
 """
 
 from __future__ import annotations
@@ -24,8 +23,6 @@ class Correlation:
     n: int
     low: float
     high: float
-    redrawn_low: float
-    redrawn_high: float
 
     def __str__(self) -> str:
         if not math.isfinite(self.r):
@@ -37,51 +34,28 @@ class Correlation:
             text += "; too few points for an interval"
             if self.n >= 3:
                 text += f", |r| must reach {critical_r(self.n):.3f} to be significant at 5 %"
-        if math.isfinite(self.redrawn_low):
-            text += (
-                f"; {self.redrawn_low:+.2f} to {self.redrawn_high:+.2f} with y redrawn within its "
-                "error"
-            )
         return text.replace("-", "−") + ")"
 
 
-def correlate(
-    x: np.ndarray,
-    y: np.ndarray,
-    y_low: np.ndarray | None = None,
-    y_high: np.ndarray | None = None,
-    *,
-    draws: int = 2000,
-    seed: int = 0,
-) -> Correlation:
-    """Pearson's r of float arrays [n], pairs with an unknown value left out.
-
-    ``y_low`` and ``y_high`` are the ends of 95 % intervals of ``y``, taken as normal for redrawing.
-    """
+def correlate(x: np.ndarray, y: np.ndarray) -> Correlation:
+    """Pearson's r of float arrays [n], pairs with an unknown value left out."""
     x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
     keep = np.isfinite(x) & np.isfinite(y)
     x, y = x[keep], y[keep]
     n = len(x)
-    r = _pearson(x, y[None, :])[0] if n >= 2 else math.nan
-    low = high = redrawn_low = redrawn_high = math.nan
+    r = _pearson(x, y) if n >= 2 else math.nan
+    low = high = math.nan
     if n >= 4 and abs(r) < 1:
         half = 1.959964 / math.sqrt(n - 3)
         low, high = math.tanh(math.atanh(r) - half), math.tanh(math.atanh(r) + half)
-    if n >= 3 and y_low is not None and y_high is not None:
-        sigma = (np.asarray(y_high, dtype=float) - np.asarray(y_low, dtype=float))[keep] / 3.919928
-        if np.isfinite(sigma).all():
-            drawn = y + np.random.default_rng(seed).normal(size=(draws, n)) * sigma
-            spread = _pearson(x, drawn)
-            redrawn_low, redrawn_high = (float(v) for v in np.nanquantile(spread, (0.025, 0.975)))
-    return Correlation(float(r), n, low, high, redrawn_low, redrawn_high)
+    return Correlation(r, n, low, high)
 
 
-def _pearson(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """r of x [n] with each row of y [k, n]; NaN where either has no spread."""
-    dx, dy = x - x.mean(), y - y.mean(axis=1, keepdims=True)
-    below = np.sqrt((dx**2).sum() * (dy**2).sum(axis=1))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.clip(np.where(below > 0, (dx * dy).sum(axis=1) / below, np.nan), -1, 1)
+def _pearson(x: np.ndarray, y: np.ndarray) -> float:
+    """r of x [n] with y [n]; NaN where either has no spread."""
+    dx, dy = x - x.mean(), y - y.mean()
+    below = math.sqrt(float((dx**2).sum() * (dy**2).sum()))
+    return float(np.clip((dx * dy).sum() / below, -1, 1)) if below > 0 else math.nan
 
 
 def p_value(r: float, n: int) -> float:

@@ -66,11 +66,14 @@ _BASELINE_AFTER = {
 _CHANGE = {"probe_logprob_after": "acquisition", "downstream_after": "forgetting"}
 
 
-# (model, measure) -> the ends of the axis of the paper's figure in nats; read off its ticks.
+# (model, measure) -> the ends of the axis of the paper's figure in nats; read off its ticks, those
+# of attention and next-token entropy (Fig. 3, A.4) only roughly.
 _AXES = {
     ("olmo-1b", "knowledge_entropy"): (143.6, 144.0),
     ("olmo-7b", "knowledge_entropy"): (297.0, 297.6),
     ("olmo-1b", "knowledge_entropy of a layer"): (8.88, 9.00),
+    ("olmo-1b", "attention_entropy"): (40, 70),
+    ("olmo-1b", "next_token_entropy"): (2.4, 2.8),
 }
 
 

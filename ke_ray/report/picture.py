@@ -24,7 +24,7 @@ _PANEL_WIDTH = 350  # px, before scaling
 def picture(scan_folder: str | os.PathLike[str], output_png: str | os.PathLike[str]) -> str:
     """Draw knowledge, attention and next-token entropy over pretraining steps.
 
-    Totals in nats, one line per corpus, bands of ±1.96 jackknife standard errors: the charts of the
+    Totals in nats, one line per corpus, bands of 95 % by jackknife errors: the charts of the
     report side by side. Only measures that the scan holds get a panel.
 
     Args:

@@ -7,10 +7,10 @@ from typing import Any
 
 import pandas as pd
 
+from ke_ray.core.intervals import student_interval
 from ke_ray.report import axis
 from ke_ray.report.sources import Result
 from ke_ray.results.columns import TABLES
-from ke_ray.results.sweep_folder import student_interval
 
 # Column of a run that has a title -> (title, unit on an axis, factor from the stored value to it).
 RUN_COLUMNS: dict[str, tuple[str, str, float]] = {

@@ -336,6 +336,11 @@ def paired_change(scan: Result, measure: str, corpus: str, base: str | None = No
     return series.assign(value=changes, stderr=errors)
 
 
+def critical_t(scan: Result, corpus: str) -> float:
+    """How many jackknife standard errors on either side are a 95 % interval on a corpus."""
+    return jackknife.critical_t(_sizes(scan, corpus))
+
+
 def about_corpus(scan: Result, corpus: str) -> dict[str, Any]:
     """What the manifest says of a corpus; empty where it says nothing."""
     about = scan.manifest.get("corpora")

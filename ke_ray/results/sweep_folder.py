@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow
 
 from ke_ray import storage
+from ke_ray.core.intervals import student_interval
 from ke_ray.results.columns import TRIAL_KEYS, TRIAL_RESULTS, names, schema
 from ke_ray.results.manifest import read_manifest
 
@@ -129,18 +130,6 @@ def _interval(
         return None, None
     own = trials[0].get(f"{metric}_low"), trials[0].get(f"{metric}_high")
     return student_interval(values) or own
-
-
-def student_interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """The 95 % Student interval of the mean of two or more values, else None."""
-    if len(values) < 2:
-        return None
-    from scipy import special
-
-    mean = sum(values) / len(values)
-    spread = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
-    half = float(special.stdtrit(len(values) - 1, 0.975)) * spread / math.sqrt(len(values))
-    return mean - half, mean + half
 
 
 def pareto_points(settings: Sequence[Mapping[str, Any]]) -> set[int]:

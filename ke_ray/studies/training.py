@@ -173,6 +173,13 @@ class Biographies(Strict):
 
     num_people: int = Field(64, ge=4)
     documents_per_person: int = Field(48, ge=1)
+    skew: float = Field(
+        0.0,
+        ge=0,
+        le=5,
+        description="documents of the person of rank r in proportion to 1/r**skew, one at least; "
+        "their mean stays documents_per_person",
+    )
     num_new_people: int = Field(16, ge=2, description="people to inject; none is in the corpus")
     num_once: int | None = Field(
         None, ge=0, description="new people injected only once; null: 6 of 13"

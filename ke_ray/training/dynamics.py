@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ke_ray.core.dynamics import dynamics, dynamics_intervals
+from ke_ray.core.dynamics import dynamics, effectivity_intervals
 from ke_ray.data.facts import LEVELS
 
 
@@ -37,7 +37,7 @@ def dynamics_tables(
         facts[row["setting"], int(row["step"])].add(int(row["instance"]))
     for level in ("all", *LEVELS):
         curves = _curves(items, steps, level)
-        # Injections of the same paragraphs (paraphrases) share one curve and one bootstrap.
+        # Injections of the same paragraphs (paraphrases) share one curve.
         whole: dict[tuple[tuple[str, int], ...], Any] = {}
         for setting in sorted({key[0] for key in facts}):
             for number, step in enumerate(injected):
@@ -47,10 +47,9 @@ def dynamics_tables(
                     continue
                 if paragraphs not in whole:
                     matrix = np.array([curves[key] for key in paragraphs]).T  # [steps, paragraphs]
-                    whole[paragraphs] = (
-                        dynamics(steps, matrix.mean(axis=1), injected),
-                        dynamics_intervals(steps, matrix, injected).effectivity,
-                    )
+                    entries = dynamics(steps, matrix.mean(axis=1), injected)
+                    intervals = effectivity_intervals(steps, matrix, entries)
+                    whole[paragraphs] = entries, intervals
                 curve, interval = (values[number] for values in whole[paragraphs])
                 key = {"setting": setting, "level": level, "injection": number + 1}
                 rows.append(

@@ -127,11 +127,19 @@ def test_a_wider_level_gives_a_wider_interval() -> None:
     assert wide.low < narrow.low < narrow.value < narrow.high < wide.high
 
 
-def test_one_paragraph_has_a_value_but_no_interval() -> None:
-    result = acquisition_interval([-2.0], [-1.0])
-    assert result.value == 0.5
+@pytest.mark.parametrize("count", [1, 2])
+def test_one_or_two_paragraphs_have_a_value_but_no_interval(count: int) -> None:
+    result = acquisition_interval([-2.0, -4.0][:count], [-1.0, -2.5][:count])
+    assert result.value == pytest.approx([0.5, 2.5 / 6][count - 1])
     assert math.isnan(result.low)
     assert math.isnan(result.high)
+
+
+def test_a_setting_of_one_paragraph_is_resampled_with_the_others() -> None:
+    before, after = [-2.0, -3.0, -4.0, -2.5], [-1.5, -2.0, -3.9, -2.0]
+    alone = acquisition_interval(before, after, strata=["once", *["paraphrase"] * 3])
+    assert alone == acquisition_interval(before, after)
+    assert alone.low < alone.value < alone.high
 
 
 def test_paragraphs_that_do_not_pair_are_refused() -> None:
@@ -192,10 +200,14 @@ def test_pairing_items_narrows_the_interval() -> None:
     assert paired.high - paired.low < 0.6 * (unpaired.high - unpaired.low)
 
 
-def test_a_model_that_answers_as_before_has_forgotten_nothing_for_certain() -> None:
-    items = np.array([0, 1, 1, 0, 1])
-    result = forgetting_interval([_score("a", items, keep=True)], [_score("a", items, keep=True)])
-    assert (result.value, result.low, result.high) == (0.0, 0.0, 0.0)
+def test_no_change_in_a_few_items_is_no_proof_that_there_is_none() -> None:
+    few, many = np.resize([0, 1], 20), np.resize([0, 1], 2000)
+    narrow, wide = (
+        forgetting_interval([_score("a", items, keep=True)], [_score("a", items, keep=True)])
+        for items in (many, few)
+    )
+    assert narrow.value == wide.value == 0.0
+    assert wide.low < -0.1 < narrow.low < 0.0 < narrow.high < 0.1 < wide.high
 
 
 def test_forgetting_without_a_standard_error_has_no_interval() -> None:

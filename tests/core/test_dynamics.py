@@ -4,12 +4,12 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from ke_ray.core.acquisition import bootstrap_weights, percentile_interval
 from ke_ray.core.dynamics import (
     decay_constant,
     dynamics,
-    dynamics_intervals,
+    effectivity_intervals,
     pooled_decay,
 )
 
@@ -126,54 +126,28 @@ def test_decay_constant_equals_numpy_polyfit() -> None:
     assert math.isnan(decay_constant([], []))
 
 
-def test_intervals_cover_what_paragraphs_vary() -> None:
+def test_effectivity_has_students_interval_over_paragraphs() -> None:
     generator = np.random.default_rng(1)
     steps, curve = _decaying_run([20, 80], 140, rise=0.5, decay=0.1)
-    gains = 1 + generator.normal(0, 0.3, 40)
+    gains = 1 + generator.normal(0, 0.3, 6)
     paragraphs = -5.0 + (curve + 5.0)[:, None] * gains
-    result = dynamics_intervals(steps, paragraphs, [20, 80], num_resamples=300, seed=1)
-    half = 1.96 * 0.5 * gains.std() / math.sqrt(40)
-    for interval in result.effectivity:
-        assert interval.value == pytest.approx(0.5 * gains.mean(), rel=1e-9)
-        assert interval.low == pytest.approx(interval.value - half, abs=0.25 * half)
-        assert interval.high == pytest.approx(interval.value + half, abs=0.25 * half)
-    # Every paragraph keeps the same shares, so the decay does not depend on the sample.
-    assert result.decay.low == pytest.approx(0.1, rel=1e-9)
-    assert result.decay.high == pytest.approx(0.1, rel=1e-9)
-    again = dynamics_intervals(steps, paragraphs, [20, 80], num_resamples=300, seed=1)
-    assert again == result
-
-
-@pytest.mark.parametrize("every", [1, 7])
-def test_all_resamples_at_once_equal_one_after_another(every: int) -> None:
-    """To the last bit, over resamples with different maxima, none, and nothing acquired."""
-    generator = np.random.default_rng(every)
-    steps = np.arange(0, 80 * every, every)
-    injected = [1, 30, 31, 55 * every, int(steps[-1])]
-    drift = generator.normal(0.02, 0.1, (80, 9)).cumsum(axis=0)
-    paragraphs = -5.0 + drift + generator.normal(0, 0.3, (80, 9))
-    drawn = [
-        dynamics(steps, curve, injected) for curve in bootstrap_weights(9, 100, 3) @ paragraphs.T
-    ]
-    assert len({tuple(entry.lam_step for entry in one) for one in drawn}) > 10
-    assert any(entry.effectivity <= 0 for one in drawn for entry in one)
-    result = dynamics_intervals(steps, paragraphs, injected, num_resamples=100, seed=3)
-    for number, interval in enumerate(result.effectivity):
-        each = percentile_interval(
-            interval.value, [one[number].effectivity for one in drawn], level=0.95
-        )
-        np.testing.assert_array_equal([*vars(interval).values()], [*vars(each).values()])
-    each = percentile_interval(result.decay.value, [pooled_decay(one) for one in drawn], 0.95)
-    assert result.decay == each
+    entries = dynamics(steps, paragraphs.mean(axis=1), [20, 80])
+    first, second = effectivity_intervals(steps, paragraphs, entries)
+    expected = stats.ttest_1samp(0.5 * gains, 0).confidence_interval(0.95)
+    assert first.value == pytest.approx(0.5 * gains.mean(), rel=1e-9)
+    assert (first.low, first.high) == pytest.approx((expected.low, expected.high), rel=1e-9)
+    assert second.high - second.low == pytest.approx(first.high - first.low, rel=1e-9)
 
 
 def test_intervals_are_nan_without_dynamics_and_with_one_paragraph() -> None:
-    none = dynamics_intervals([0, 10], [[-5.0, -4.0], [-4.0, -3.0]], [10], num_resamples=20)
-    assert math.isnan(none.effectivity[0].value)
-    assert math.isnan(none.decay.high)
-    one = dynamics_intervals([0, 1, 2], [[-5.0], [-4.0], [-4.5]], [1], num_resamples=20)
-    assert one.effectivity[0].value == pytest.approx(1.0)
-    assert math.isnan(one.effectivity[0].low)
+    entries = dynamics([0, 10], [-4.5, -3.5], [10])
+    (none,) = effectivity_intervals([0, 10], [[-5.0, -4.0], [-4.0, -3.0]], entries)
+    assert math.isnan(none.value)
+    assert math.isnan(none.high)
+    entries = dynamics([0, 1, 2], [-5.0, -4.0, -4.5], [1])
+    (one,) = effectivity_intervals([0, 1, 2], [[-5.0], [-4.0], [-4.5]], entries)
+    assert one.value == pytest.approx(1.0)
+    assert math.isnan(one.low)
 
 
 def test_malformed_input_is_refused() -> None:
@@ -186,4 +160,4 @@ def test_malformed_input_is_refused() -> None:
     with pytest.raises(ValueError, match="window"):
         dynamics([0, 1], [-1.0, -2.0], [1], window=0)
     with pytest.raises(ValueError, match="n_paragraphs"):
-        dynamics_intervals([0, 1], [-1.0, -2.0], [1])
+        effectivity_intervals([0, 1], [-1.0, -2.0], ())

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from ke_ray.core.jackknife import (
+    critical_t,
     cut_document_factor,
     document_groups,
     group_of,
@@ -198,3 +199,11 @@ def test_is_calibrated_where_groups_are_documents_of_different_lengths() -> None
         values.append(total / sizes.sum())
         errors.append(float(standard_error(values[-1], left_out, sizes)))
     assert np.sqrt(np.mean(np.square(errors))) == pytest.approx(np.std(values), rel=0.05)
+
+
+def test_an_interval_has_more_errors_the_fewer_and_the_less_equal_groups_are() -> None:
+    assert critical_t(np.full(64, 3)) == pytest.approx(1.998, abs=5e-4)
+    assert critical_t(np.full(10, 3)) == pytest.approx(2.262, abs=5e-4)
+    assert critical_t([50, *[1] * 63]) > critical_t([2] * 64)
+    assert math.isnan(critical_t([7]))
+    assert math.isnan(critical_t([]))

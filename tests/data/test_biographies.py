@@ -62,6 +62,20 @@ def test_each_document_states_all_attributes_of_one_person(world: BiographyFiles
     assert sum(1 for _ in iter_documents(world.documents)) == len(rows)
 
 
+def test_skew_moves_documents_to_the_first_people_and_keeps_their_number() -> None:
+    people = make_people(50, seed=2)
+    even = Counter(row["metadata"]["person"] for row in iter_biographies(people, 20, seed=2))
+    rows = list(iter_biographies(people, 20, seed=2, skew=1.0))
+    skewed = Counter(row["metadata"]["person"] for row in rows)
+    assert even == dict.fromkeys((person.name for person in people), 20)
+    assert sum(skewed.values()) == len({row["id"] for row in rows}) == 50 * 20
+    assert min(skewed.values()) >= 1
+    assert len(skewed) == 50
+    counts = [skewed[person.name] - 1 for person in people]
+    assert counts[0] / counts[9] == pytest.approx(10, rel=0.05)
+    assert counts[1] / counts[4] == pytest.approx(5 / 2, rel=0.05)
+
+
 def test_new_people_are_strangers_to_the_corpus(world: BiographyFiles) -> None:
     people = make_people(43, seed=5)
     assert len({person.surname for person in people}) == 43

@@ -136,7 +136,7 @@ def test_a_figure_without_errors_speaks_of_none(tmp_path: Path) -> None:
     (folder / "replicates.parquet").unlink()
     figures = _figures(folder)
     assert "No error band" in figures["scan-dormant-share"].caption
-    assert "±1.96 jackknife" in figures["scan-gini"].caption
+    assert "Student intervals by jackknife" in figures["scan-gini"].caption
     assert "No error band" in figures["scan-changes"].caption
 
 

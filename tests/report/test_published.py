@@ -235,14 +235,18 @@ def test_once_and_paraphrase_have_an_acquisition_of_their_own(tmp_path: Path) ->
 def test_the_papers_axis_is_marked_for_its_models_alone(tmp_path: Path) -> None:
     folder = synthetic.make_scan(tmp_path / "scan", steps=[0, 1, 2])
 
-    def marks(spec: str) -> set[float]:
+    def marks(spec: str, figure: str = "scan-knowledge-entropy") -> set[float]:
         path = folder / "manifest.json"
         config = {"checkpoints": {"spec": spec}}
         path.write_text(json.dumps(json.loads(path.read_text()) | {"config": config}))
-        spec_of = _figures(folder)["scan-knowledge-entropy"].panels[0].view.spec()
+        spec_of = _figures(folder)[figure].panels[0].view.spec()
         return {float(v) for v in re.findall(r"the paper's axis: ([\d.]+)", json.dumps(spec_of))}
 
     assert marks("allenai/OLMo-1B-hf") == {143.6, 144.0}
+    assert marks("allenai/OLMo-1B-hf", "scan-attention-entropy") == {40, 70}
+    assert marks("allenai/OLMo-1B-hf", "scan-next-token-entropy") == {2.4, 2.8}
+    assert marks("allenai/OLMo-1B-hf", "scan-layers") == {8.88, 9.0}
+    assert marks("EleutherAI/pythia-1b", "scan-attention-entropy") == set()
     assert marks("allenai/OLMo-7B-hf") == {297.0, 297.6}
     assert marks("allenai/OLMo-2-0425-1B") == set()
 

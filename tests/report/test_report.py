@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import synthetic
 
+from ke_ray.core.jackknife import critical_t, group_sizes
 from ke_ray.errors import UserError
 from ke_ray.report.build import build_report, sections
 from ke_ray.report.sources import find_results
@@ -86,7 +87,9 @@ def test_the_numbers_are_those_of_the_files(demo_page: str, demo_folder: Path) -
     own = [place for place, name in enumerate(data["series"]) if name == "biographies"]
     value, low, high = (np.array(data[name])[own] for name in ("value", "low", "high"))
     np.testing.assert_allclose(value, rows["value"], rtol=1e-6)
-    np.testing.assert_allclose((high - low) / 2, 1.96 * rows["stderr"], rtol=0.02)
+    errors = critical_t(group_sizes(int(rows["num_instances"].iloc[0])))
+    assert errors == pytest.approx(2.0, abs=0.01)
+    np.testing.assert_allclose((high - low) / 2, errors * rows["stderr"], rtol=0.01)
     assert data["headings"]["value"] == "knowledge entropy (nats)"
 
 

@@ -213,7 +213,7 @@ def _rows(group: Sequence[tuple[Result, str]], measure: str) -> pd.DataFrame:
     curves = [(scan, corpus, *part) for scan, corpus in group for part in series.curves(scan)]
     for scan, corpus, label, curve in curves:
         rows = series.totals(curve, measure, corpus)
-        error = 1.96 * rows["stderr"]
+        error = series.critical_t(scan, corpus) * rows["stderr"]
         dtype = f", {_dtype(scan)}" if several else ""
         of_curve = f", {label}" if label else ""
         parts.append(

@@ -6,6 +6,7 @@ import math
 
 import pandas as pd
 
+from ke_ray.core.intervals import wilson_interval
 from ke_ray.report import runs
 from ke_ray.report.charts.dynamics import dynamics_figures
 from ke_ray.report.charts.figure import Figure, Panel, figure_of
@@ -98,9 +99,13 @@ def _tasks(study: Result, prefix: str, frame: pd.DataFrame) -> list[Figure]:
         own = table[table["run"] == run].sort_values("when", ascending=False, kind="stable")
         if own.empty:
             continue
-        value, error = own["value"] * 100, 1.96 * own["stderr"] * 100
+        low, high = wilson_interval(own["value"].to_numpy(), own["num_items"].to_numpy())
         rows = own[["task"]].assign(
-            series=own["when"], value=value, low=value - error, high=value + error, mark="point"
+            series=own["when"],
+            value=own["value"] * 100,
+            low=low * 100,
+            high=high * 100,
+            mark="point",
         )
         plot = series_plot(rows, X("task", "task", names=True), "accuracy (%)", bars=True)
         panels.append(Panel((str(run),), plot))
@@ -110,7 +115,7 @@ def _tasks(study: Result, prefix: str, frame: pd.DataFrame) -> list[Figure]:
             prefix,
             "tasks",
             title="Downstream tasks before and after",
-            caption="Bars: ±1.96 standard errors over items.",
+            caption="Bars: 95 % Wilson interval over items.",
             panels=panels,
             controls=("run",),
         )

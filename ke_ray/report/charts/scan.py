@@ -26,7 +26,6 @@ _ENTROPIES = {  # measure -> where the paper shows it
     "next_token_entropy": "A.4",
 }
 _TERMS = ("token_entropy", "memory_information")  # add up to knowledge entropy
-_Z = 1.96  # standard errors of a 95 % interval
 _CHECKPOINT = {"checkpoint": "checkpoint"}
 
 
@@ -99,7 +98,7 @@ def measure_rows(
     for label, curve in curves:
         for corpus in series.corpora(curve):
             rows = values(curve, measure, corpus)
-            error = _Z * rows["stderr"]
+            error = series.critical_t(curve, corpus) * rows["stderr"]
             ends = {"low": rows["value"] - error, "high": rows["value"] + error}
             name = f"{label}: {corpus}" if label else corpus
             parts.append(_with_tokens(scan, rows.assign(series=name, corpus=corpus, **ends)))
@@ -135,7 +134,8 @@ def band_caption(rows: pd.DataFrame, errors: str) -> str:
     has_errors = (rows["low"] < rows["value"]).groupby(rows["series"]).any()
     caption = "No error band: the results hold no error of this."
     if has_errors.any():
-        caption = f"Bands: ±1.96 {errors}" + ("." if has_errors.all() else ", where there are any.")
+        caption = f"Bands: 95 % Student intervals by {errors}"
+        caption += "." if has_errors.all() else ", where there are any."
     return f"{caption} Bands of means: the range over seeds." if of_means else caption
 
 

@@ -153,7 +153,7 @@ def _correlation(
             if len(rows) < 2:
                 continue
             rows = rows.sort_values("entropy").assign(series="starting checkpoints", mark="point")
-            r = correlate(*(rows[name].to_numpy() for name in ("entropy", "value", "low", "high")))
+            r = correlate(rows["entropy"].to_numpy(), rows["value"].to_numpy())
             found.append(f"{setting}: {r}" if several else f"Pearson {r}")
             plot = series_plot(
                 rows,

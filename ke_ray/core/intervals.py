@@ -1,0 +1,49 @@
+"""Intervals with a formula: Student's of a mean, Wilson's of a share.
+
+Numpy and scipy only.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+
+def student_quantile(degrees: float, level: float = 0.95) -> float:
+    """How many standard errors on either side hold the truth with probability ``level``."""
+    from scipy import special  # spares commands that need no interval the import
+
+    return float(special.stdtrit(degrees, (1.0 + level) / 2.0))
+
+
+def student_interval(values: npt.ArrayLike, level: float = 0.95) -> tuple[float, float] | None:
+    """The interval of the mean of two or more independent values, else None.
+
+    It holds the mean of a normal population with probability ``level``, however few the values.
+    """
+    sample = np.asarray(values, dtype=np.float64)
+    if sample.size < 2:
+        return None
+    error = float(sample.std(ddof=1)) / math.sqrt(sample.size)
+    half = student_quantile(sample.size - 1, level) * error
+    return float(sample.mean()) - half, float(sample.mean()) + half
+
+
+def wilson_interval(
+    share: npt.ArrayLike, count: npt.ArrayLike
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """The ends of Wilson's 95 % interval of a share of ``count`` items that are right or wrong.
+
+    Unlike share ± 1.96 standard errors it holds near 0 and 1, and its ends lie within them.
+
+    Args:
+        share: [...] in [0, 1].
+        count: [...] number of items, at least 1.
+    """
+    p, n = np.asarray(share, dtype=np.float64), np.asarray(count, dtype=np.float64)
+    z = 1.959964
+    centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    return centre - half, centre + half
