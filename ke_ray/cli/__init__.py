@@ -17,6 +17,7 @@ import typer
 
 from ke_ray.cli import (
     checkpoints,
+    compare,
     data,
     demo,
     doctor,
@@ -44,7 +45,7 @@ app = typer.Typer(
 )
 for module in (
     *(demo, checkpoints, data, train, scan, resuscitate, verify, sweep, submit),
-    *(status, view, studies, doctor),
+    *(compare, status, view, studies, doctor),
 ):
     module.register(app)
 

@@ -108,6 +108,26 @@ _EXPERTS = (
     Column("entropy_nats", "float64", "H_e; null where no token was routed to it", "nats"),
 )
 
+_COMPARISON = (
+    Column("from_checkpoint", "string", "the earlier of two checkpoints, or of the first folder"),
+    Column("from_step", "int64", "its pretraining step", "steps"),
+    Column("from_corpus", "string", "the corpus that it was scored on"),
+    Column("to_checkpoint", "string", "the later of the two, or of the second folder"),
+    Column("to_step", "int64", "its pretraining step", "steps"),
+    Column("to_corpus", "string", "the corpus that it was scored on"),
+    Column("layer", "int32", "0 … L−1; null for the mean over layers"),
+    Column("js_distance", "float64", "root of the divergence", "√nats", "Jensen–Shannon distance"),
+    Column("cosine", "float64", "of the two C̄", "", "Cosine"),
+    Column("rank_correlation", "float64", "Spearman's ρ of the two C̄", "", "Rank correlation"),
+    Column(
+        "top_overlap",
+        "float64",
+        "share of the 1 % most used memories that both have",
+        "fraction",
+        "Overlap of the top 1 %",
+    ),
+)
+
 _RESUSCITATION = (
     _CHECKPOINT,
     Column("corpus", "string", "name of the corpus"),
@@ -282,6 +302,7 @@ TABLES: Mapping[str, tuple[Column, ...]] = {
     "entropy": _ENTROPY,
     "replicates": _REPLICATES,
     "experts": _EXPERTS,
+    "comparison": _COMPARISON,
     "resuscitation": _RESUSCITATION,
     "train": _TRAIN,
     "runs": _RUNS,
