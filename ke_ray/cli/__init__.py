@@ -30,6 +30,7 @@ from ke_ray.cli import (
     train,
     verify,
     view,
+    weights,
 )
 from ke_ray.errors import KeRayError
 from ke_ray.secrets import RedactingFormatter, printable
@@ -45,7 +46,7 @@ app = typer.Typer(
 )
 for module in (
     *(demo, checkpoints, data, train, scan, resuscitate, verify, sweep, submit),
-    *(compare, status, view, studies, doctor),
+    *(compare, weights, status, view, studies, doctor),
 ):
     module.register(app)
 

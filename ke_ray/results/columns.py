@@ -108,6 +108,43 @@ _EXPERTS = (
     Column("entropy_nats", "float64", "H_e; null where no token was routed to it", "nats"),
 )
 
+_WEIGHTS = (
+    _CHECKPOINT,
+    *_POSITION,
+    Column("layer", "int32", "0 … L−1"),
+    Column("part", "string", "`ffn` or `attention`"),
+    Column("matrix", "string", "name within the layer, such as `mlp.down_proj`"),
+    Column("num_rows", "int64", "as stored"),
+    Column("num_columns", "int64", "as stored"),
+    Column("frobenius_norm", "float64", "√(Σσ²)", "", "Frobenius norm"),
+    Column("spectral_norm", "float64", "σ₁", "", "Spectral norm"),
+    Column(
+        "condition_number",
+        "float64",
+        "σ₁/σ_n, n the smaller size; null where rounding decides it",
+        "",
+        "Condition number",
+    ),
+    Column("stable_rank", "float64", "Σσ²/σ₁²", "", "Stable rank"),
+    Column("per", "float64", "exp(H(σ/Σσ))/n", "fraction", "PER"),
+    Column(
+        "distance_from_first",
+        "float64",
+        "Frobenius norm of the change since the first checkpoint of the run; null there",
+        "",
+        "Distance from the first",
+    ),
+    Column(
+        "distance_from_previous",
+        "float64",
+        "the same since the checkpoint before",
+        "",
+        "Distance from the previous",
+    ),
+    _STATUS,
+    Column("error", "string", "why it failed; such a checkpoint has one row"),
+)
+
 _COMPARISON = (
     Column("from_checkpoint", "string", "the earlier of two checkpoints, or of the first folder"),
     Column("from_step", "int64", "its pretraining step", "steps"),
@@ -302,6 +339,7 @@ TABLES: Mapping[str, tuple[Column, ...]] = {
     "entropy": _ENTROPY,
     "replicates": _REPLICATES,
     "experts": _EXPERTS,
+    "weights": _WEIGHTS,
     "comparison": _COMPARISON,
     "resuscitation": _RESUSCITATION,
     "train": _TRAIN,

@@ -16,6 +16,7 @@ from ke_ray.report.charts.figure import Figure, Panel, Plot, TextTable, figure_o
 from ke_ray.report.charts.plot import Rule, X, heat_map, series_plot
 from ke_ray.report.charts.similarity import similarity_figures
 from ke_ray.report.charts.training_runs import ALL_SEEDS, border_rules, runs_caption, with_means
+from ke_ray.report.charts.weights import weight_figures
 from ke_ray.report.sources import Result
 
 _ENTROPIES = {  # measure -> where the paper shows it
@@ -168,6 +169,7 @@ def _by_curve(scan: Result, figure: Callable[..., Figure]) -> list[Figure]:
         figures += _layers(curve, series.measures(curve), make)
         figures += distribution_figures(curve, make)
         figures += similarity_figures(curve, make)
+        figures += weight_figures(curve, x_title(scan), make)
     return figures
 
 
