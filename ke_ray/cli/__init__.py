@@ -21,6 +21,7 @@ from ke_ray.cli import (
     data,
     demo,
     doctor,
+    relate,
     resuscitate,
     scan,
     status,
@@ -46,7 +47,7 @@ app = typer.Typer(
 )
 for module in (
     *(demo, checkpoints, data, train, scan, resuscitate, verify, sweep, submit),
-    *(compare, weights, status, view, studies, doctor),
+    *(compare, weights, relate, status, view, studies, doctor),
 ):
     module.register(app)
 

@@ -165,6 +165,21 @@ _COMPARISON = (
     ),
 )
 
+_RELATION = (
+    Column("measure", "string", "of the starts, in total over layers"),
+    Column("outcome", "string", "`acquisition`, `forgetting`, `knowledge_change` (ΔK), …"),
+    Column("corpus", "string", "that the measure was taken on"),
+    Column("kind", "string", "`pearson`, or `spearman` (ranks within a series)"),
+    Column("fixed", "string", "what is held fixed: empty, `step`, or `step, loss`"),
+    Column("num_starts", "int64", "points: starts of a study, each the mean over its seeds"),
+    Column("num_series", "int64", "pretraining runs × studies, each with its own intercept"),
+    Column("r", "float64", "correlation; null where too few points are left"),
+    Column("low", "float64", "low end of its 95 % bootstrap interval over starts"),
+    Column("high", "float64", "high end of that interval"),
+    Column("p", "float64", "two-sided, t test"),
+    Column("p_holm", "float64", "adjusted for all measures and outcomes of this kind (Holm)"),
+)
+
 _RESUSCITATION = (
     _CHECKPOINT,
     Column("corpus", "string", "name of the corpus"),
@@ -341,6 +356,7 @@ TABLES: Mapping[str, tuple[Column, ...]] = {
     "experts": _EXPERTS,
     "weights": _WEIGHTS,
     "comparison": _COMPARISON,
+    "relation": _RELATION,
     "resuscitation": _RESUSCITATION,
     "train": _TRAIN,
     "runs": _RUNS,
