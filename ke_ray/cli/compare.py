@@ -6,9 +6,13 @@ import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from ke_ray import storage
 from ke_ray.errors import ConfigError, StorageError
+from ke_ray.secrets import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,6 +41,8 @@ def compare(
 
     if len(scans) > 2:
         raise ConfigError(f"{len(scans)} scan folders were given; expected one or two.")
+    if as_csv and output is not None:
+        raise ConfigError("--csv and --output were both given; expected one of them.")
     if output is not None and not output.endswith(".parquet"):
         raise ConfigError(f"--output is '{output}'; expected a file name that ends in .parquet.")
     if output is not None and storage.exists(output):
@@ -84,13 +90,8 @@ def _print_csv(tables: Iterator[pyarrow.Table]) -> None:
 
 def _print_table(totals: list[pyarrow.Table]) -> None:
     """Means over layers: neighbours of a run, its first and last, and pairs of corpora."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
     from ke_ray.core.similarity import NAMES
     from ke_ray.results.columns import TABLES
-    from ke_ray.secrets import printable
 
     titles = {column.name: column.title for column in TABLES["comparison"]}
     table = Table("from", "to", *(titles[name] for name in NAMES))

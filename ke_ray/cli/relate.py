@@ -6,9 +6,13 @@ import math
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
 from ke_ray import storage
 from ke_ray.errors import ConfigError, StorageError
+from ke_ray.secrets import printable
 
 if TYPE_CHECKING:
     import pandas
@@ -56,12 +60,8 @@ def relate(
 
 def _print_table(table: pandas.DataFrame) -> None:
     """Pearson's r as it is and with what is held fixed, strongest of the latter first."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
 
     from ke_ray.report.relation import OUTCOMES
-    from ke_ray.secrets import printable
 
     held = table["fixed"].max()
     own = table[table["kind"] == "pearson"].set_index(["measure", "outcome", "fixed"])

@@ -6,6 +6,9 @@ from typing import Annotated
 
 import typer
 
+from ke_ray import storage
+from ke_ray.secrets import printable
+
 
 def weights(
     scan: Annotated[str, typer.Argument(metavar="SCAN", help="A scan folder.")],
@@ -13,9 +16,7 @@ def weights(
     cache_bytes: Annotated[int | None, typer.Option(min=1, help="Its disk budget.")] = None,
 ) -> None:
     """Add norms, ranks and distances of weight matrices to a scan, without a forward pass."""
-    from ke_ray import storage
     from ke_ray.evaluation.weights import measure_weights
-    from ke_ray.secrets import printable
 
     failed = []
 

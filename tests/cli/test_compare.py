@@ -61,7 +61,7 @@ def test_the_file_has_every_pair_of_checkpoints_and_corpora_by_layer(folder, tmp
     across = frame[frame["from_corpus"] != frame["to_corpus"]]
     assert (across["from_checkpoint"] == across["to_checkpoint"]).all()
 
-    again = ke_ray(folder, "--output", tmp_path / "pairs.parquet")
+    again = ke_ray(folder, "--output", tmp_path / "pairs.parquet")  # never overwritten
     assert (again.returncode, "pairs.parquet' exists" in again.stderr) == (2, True)
 
 

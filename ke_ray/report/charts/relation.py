@@ -60,6 +60,7 @@ def relation_figure(scan: Result, table: pd.DataFrame, name: str = "relation") -
                 value="r",
                 diverging=True,
                 write_values=True,
+                ends=(-1.0, 1.0),
                 columns=columns,
             )
             panels.append(Panel((kind.capitalize(),), plot))
