@@ -32,6 +32,7 @@ import torch
 from scipy.stats import t as student
 
 from ke_ray.config import load_study
+from ke_ray.core.partial import fixed_columns, partial_correlation
 from ke_ray.data.corpus import build_corpus
 from ke_ray.data.tokenizer import load_tokenizer
 from ke_ray.engine.train.continual import run_continual_study
@@ -228,14 +229,9 @@ def learning(output: Path) -> pd.DataFrame:
 
 
 def partial(frame: pd.DataFrame, value: str, by: str, fixed: list[str]) -> float:
-    """Correlation of two columns after linear regression of both on others."""
-    others = np.column_stack([np.ones(len(frame)), *(frame[name] for name in fixed)])
-
-    def rest(name: str) -> np.ndarray:
-        column = frame[name].to_numpy(float)
-        return column - others @ np.linalg.lstsq(others, column, rcond=None)[0]
-
-    return float(np.corrcoef(rest(value), rest(by))[0, 1])
+    """Correlation of two columns that holds others fixed."""
+    x, y, *others = (frame[name].to_numpy(float) for name in (value, by, *fixed))
+    return float(partial_correlation(x, y, fixed_columns(np.zeros(len(x)), *others)))
 
 
 def show_learning(runs: pd.DataFrame) -> None:

@@ -17,9 +17,11 @@ import typer
 
 from ke_ray.cli import (
     checkpoints,
+    compare,
     data,
     demo,
     doctor,
+    relate,
     resuscitate,
     scan,
     status,
@@ -29,6 +31,7 @@ from ke_ray.cli import (
     train,
     verify,
     view,
+    weights,
 )
 from ke_ray.errors import KeRayError
 from ke_ray.secrets import RedactingFormatter, printable
@@ -44,7 +47,7 @@ app = typer.Typer(
 )
 for module in (
     *(demo, checkpoints, data, train, scan, resuscitate, verify, sweep, submit),
-    *(status, view, studies, doctor),
+    *(compare, weights, relate, status, view, studies, doctor),
 ):
     module.register(app)
 

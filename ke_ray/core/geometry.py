@@ -39,7 +39,7 @@ def rank_me(mean_moments: Tensor) -> Tensor:
 
     NaN where all hidden states are zero or a moment is not finite.
     """
-    sigma = _spectrum(mean_moments[:-1, :-1]).sqrt()
+    sigma = symmetric_spectrum(mean_moments[:-1, :-1]).sqrt()
     return torch.special.entr(sigma / sigma.sum()).sum().exp()
 
 
@@ -50,7 +50,7 @@ def alpha_req(mean_moments: Tensor) -> Tensor:
     """
     count = mean_moments[-1, -1]
     centre = mean_moments[-1, :-1] / count
-    values = _spectrum(mean_moments[:-1, :-1] / count - torch.outer(centre, centre))
+    values = symmetric_spectrum(mean_moments[:-1, :-1] / count - torch.outer(centre, centre))
     rank = int((values > 0).sum())
     if rank < 4:
         return values.new_tensor(torch.nan)
@@ -61,7 +61,7 @@ def alpha_req(mean_moments: Tensor) -> Tensor:
     return -(x * y).sum() / x.square().sum()
 
 
-def _spectrum(symmetric: Tensor) -> Tensor:
+def symmetric_spectrum(symmetric: Tensor) -> Tensor:
     """Eigenvalues, descending; 0 below rounding, NaN where an entry is not finite."""
     if not bool(torch.isfinite(symmetric).all()):
         return symmetric.new_full(symmetric.shape[:1], torch.nan)

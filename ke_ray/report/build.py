@@ -18,6 +18,7 @@ from ke_ray.report.charts import comparison
 from ke_ray.report.charts.continual import continual_figures
 from ke_ray.report.charts.figure import Panel, TextTable, figure_of, number
 from ke_ray.report.charts.plot import X, series_plot
+from ke_ray.report.charts.relation import relation_figures
 from ke_ray.report.charts.scan import duplicates, failures, scan_figures
 from ke_ray.report.charts.sweep import sweep_figures
 from ke_ray.report.page import MARK, Section, page
@@ -77,7 +78,11 @@ def build_report(
 def sections(results: Sequence[Result]) -> list[Section]:
     """The parts of the report: a comparison if possible, a section per result, what is missing."""
     parts: list[Section] = []
-    together = [*comparison.compare_scans(results), *comparison.compare_stages(results)]
+    together = [
+        *relation_figures(results),
+        *comparison.compare_scans(results),
+        *comparison.compare_stages(results),
+    ]
     if together:
         parts.append(Section("comparison", "Side by side", figures=together))
     counts: dict[str, int] = {}

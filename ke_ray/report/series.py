@@ -160,6 +160,13 @@ def corpora(scan: Result) -> list[str]:
     return first + [name for name in names if name not in first]
 
 
+def data_hashes(scan: Result, corpus: str) -> list[str]:
+    """The data fingerprints under one corpus name; more than one means a mixed folder."""
+    table = _good(scan)
+    rows = table[table["corpus"] == corpus]
+    return [str(value) for value in rows["data_sha256"].dropna().unique()]
+
+
 def _placed(scan: Result) -> pd.DataFrame:
     """The scored checkpoints as ``ke_ray.report.axis.placed``; of a curve, as in the whole scan.
 

@@ -27,7 +27,7 @@ from ke_ray.secrets import printable
 
 # Kind -> its tables; the first one identifies a folder that has no manifest.
 KINDS: dict[str, tuple[str, ...]] = {
-    "scan": ("entropy", "replicates"),
+    "scan": ("entropy", "replicates", "weights"),
     "continual": (
         "runs",
         "train",
@@ -168,7 +168,7 @@ def read_result(path: str, kind: str) -> Result:
     tables: dict[str, pd.DataFrame] = {}
     live = kind == "scan" and "parts" in names
     for table in KINDS[kind]:
-        if f"{table}.parquet" not in names and not live:
+        if f"{table}.parquet" not in names and not (live and table != "weights"):
             continue
         try:
             read = with_branch(_read_table(path, table, live, manifest))

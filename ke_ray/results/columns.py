@@ -108,6 +108,78 @@ _EXPERTS = (
     Column("entropy_nats", "float64", "H_e; null where no token was routed to it", "nats"),
 )
 
+_WEIGHTS = (
+    _CHECKPOINT,
+    *_POSITION,
+    Column("layer", "int32", "0 … L−1"),
+    Column("part", "string", "`ffn` or `attention`"),
+    Column("matrix", "string", "name within the layer, such as `mlp.down_proj`"),
+    Column("num_rows", "int64", "as stored"),
+    Column("num_columns", "int64", "as stored"),
+    Column("frobenius_norm", "float64", "√(Σσ²)", "", "Frobenius norm"),
+    Column("spectral_norm", "float64", "σ₁", "", "Spectral norm"),
+    Column(
+        "condition_number",
+        "float64",
+        "σ₁/σ_n, n the smaller size; null where rounding decides it",
+        "",
+        "Condition number",
+    ),
+    Column("stable_rank", "float64", "Σσ²/σ₁²", "", "Stable rank"),
+    Column("per", "float64", "exp(H(σ/Σσ))/n", "fraction", "PER"),
+    Column(
+        "distance_from_first",
+        "float64",
+        "Frobenius norm of the change since the first checkpoint of the run; null there",
+        "",
+        "Distance from the first",
+    ),
+    Column(
+        "distance_from_previous",
+        "float64",
+        "the same since the checkpoint before",
+        "",
+        "Distance from the previous",
+    ),
+    _STATUS,
+    Column("error", "string", "why it failed; such a checkpoint has one row"),
+)
+
+_COMPARISON = (
+    Column("from_checkpoint", "string", "the earlier of two checkpoints, or of the first folder"),
+    Column("from_step", "int64", "its pretraining step", "steps"),
+    Column("from_corpus", "string", "the corpus that it was scored on"),
+    Column("to_checkpoint", "string", "the later of the two, or of the second folder"),
+    Column("to_step", "int64", "its pretraining step", "steps"),
+    Column("to_corpus", "string", "the corpus that it was scored on"),
+    Column("layer", "int32", "0 … L−1; null for the mean over layers"),
+    Column("js_distance", "float64", "root of the divergence", "√nats", "Jensen–Shannon distance"),
+    Column("cosine", "float64", "of the two C̄", "", "Cosine"),
+    Column("rank_correlation", "float64", "Spearman's ρ of the two C̄", "", "Rank correlation"),
+    Column(
+        "top_overlap",
+        "float64",
+        "share of the 1 % most used memories that both have",
+        "fraction",
+        "Overlap of the top 1 %",
+    ),
+)
+
+_RELATION = (
+    Column("measure", "string", "of the starts, in total over layers"),
+    Column("outcome", "string", "`acquisition`, `forgetting`, `knowledge_change` (ΔK), …"),
+    Column("corpus", "string", "that the measure was taken on"),
+    Column("kind", "string", "`pearson`, or `spearman` (ranks within a series)"),
+    Column("fixed", "string", "what is held fixed: empty, `step`, or `step, loss`"),
+    Column("num_starts", "int64", "points: starts of a study, each the mean over its seeds"),
+    Column("num_series", "int64", "pretraining runs × studies, each with its own intercept"),
+    Column("r", "float64", "correlation; null where too few points are left"),
+    Column("low", "float64", "low end of its 95 % bootstrap interval over starts"),
+    Column("high", "float64", "high end of that interval"),
+    Column("p", "float64", "two-sided, t test"),
+    Column("p_holm", "float64", "adjusted for all measures and outcomes of this kind (Holm)"),
+)
+
 _RESUSCITATION = (
     _CHECKPOINT,
     Column("corpus", "string", "name of the corpus"),
@@ -282,6 +354,9 @@ TABLES: Mapping[str, tuple[Column, ...]] = {
     "entropy": _ENTROPY,
     "replicates": _REPLICATES,
     "experts": _EXPERTS,
+    "weights": _WEIGHTS,
+    "comparison": _COMPARISON,
+    "relation": _RELATION,
     "resuscitation": _RESUSCITATION,
     "train": _TRAIN,
     "runs": _RUNS,

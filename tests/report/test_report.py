@@ -57,7 +57,7 @@ def test_every_figure_of_the_demo_is_there(demo_page: str) -> None:
     expected = {
         *("pretrain-loss", "scan-knowledge-entropy", "scan-attention-entropy"),
         *("scan-next-token-entropy", "scan-changes", "scan-layers", "scan-layer-map"),
-        *("scan-distribution", "scan-mass", "scan-gini", "scan-dormant-share"),
+        *("scan-similarity", "scan-distribution", "scan-mass", "scan-gini", "scan-dormant-share"),
         *("continual-acquisition", "continual-forgetting", "continual-probes"),
         *("continual-correlation-acquisition", "continual-correlation-forgetting"),
         *("continual-probe-logprob-before-after", "continual-downstream-before-after"),

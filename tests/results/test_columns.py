@@ -31,13 +31,13 @@ def test_every_table_has_a_schema_of_distinct_columns(table: str) -> None:
 
 
 def test_a_checkpoint_has_its_position_in_every_table_that_names_it() -> None:
-    for table in ("entropy", "replicates", "experts", "resuscitation"):
+    for table in ("entropy", "replicates", "experts", "weights", "resuscitation"):
         assert set(POSITION) <= set(names(table))
     start = {name if name != "seed" else "pretraining_seed" for name in POSITION}
     for table in ("runs", "trials"):
         assert start <= set(names(table))
     assert [table for table in TABLES if "checkpoint" in names(table)] == [
-        *("entropy", "replicates", "experts", "resuscitation", "runs", "trials")
+        *("entropy", "replicates", "experts", "weights", "resuscitation", "runs", "trials")
     ]
 
 

@@ -27,13 +27,6 @@ _DECISIVE: dict[str, tuple[str, ...] | None] = {
 }
 
 
-def data_hashes(scan: Result, corpus: str) -> list[str]:
-    """The data fingerprints under one corpus name; more than one means a mixed folder."""
-    table = scan.table("entropy")
-    rows = table[(table["status"] == "ok") & (table["corpus"] == corpus)]
-    return [str(value) for value in rows["data_sha256"].dropna().unique()]
-
-
 def labels(results: Sequence[Result]) -> dict[str, str]:
     """Path -> the fewest last parts of it that no other result's path ends in."""
     parts = {result.path: result.path.rstrip("/").split("/") for result in results}
@@ -53,7 +46,7 @@ def warnings(results: Sequence[Result]) -> list[str]:
     scans = [result for result in results if result.kind == "scan" and series.measures(result)]
     for scan in scans:
         for corpus in series.corpora(scan):
-            hashes = data_hashes(scan, corpus)
+            hashes = series.data_hashes(scan, corpus)
             if len(hashes) > 1:
                 messages.append(
                     f"{scan.path} holds corpus '{corpus}' with {len(hashes)} data hashes "
@@ -68,8 +61,8 @@ def warnings(results: Sequence[Result]) -> list[str]:
 
 
 def _data_warnings(one: Result, other: Result) -> list[str]:
-    mine = {h for corpus in series.corpora(one) for h in data_hashes(one, corpus)}
-    theirs = {h for corpus in series.corpora(other) for h in data_hashes(other, corpus)}
+    mine = {h for corpus in series.corpora(one) for h in series.data_hashes(one, corpus)}
+    theirs = {h for corpus in series.corpora(other) for h in series.data_hashes(other, corpus)}
     if mine and theirs and not mine & theirs:
         return [
             f"{one.path} and {other.path} were scored on different data "
@@ -78,7 +71,7 @@ def _data_warnings(one: Result, other: Result) -> list[str]:
         ]
     messages = []
     for corpus in [name for name in series.corpora(one) if name in series.corpora(other)]:
-        a, b = data_hashes(one, corpus), data_hashes(other, corpus)
+        a, b = series.data_hashes(one, corpus), series.data_hashes(other, corpus)
         if a and b and set(a) != set(b):
             messages.append(
                 f"Corpus '{corpus}' is not the same data in {one.path} and {other.path} "
@@ -163,7 +156,7 @@ def compare_scans(results: Sequence[Result]) -> list[Figure]:
         groups: dict[tuple[object, ...], list[tuple[Result, str]]] = {}
         for scan in scans:
             for corpus in series.corpora(scan):
-                hashes = data_hashes(scan, corpus)
+                hashes = series.data_hashes(scan, corpus)
                 if len(hashes) == 1 and not series.totals(scan, measure, corpus).empty:
                     groups.setdefault(_key(scan, hashes[0], measure), []).append((scan, corpus))
         for key, group in groups.items():

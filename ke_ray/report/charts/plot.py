@@ -142,17 +142,21 @@ def heat_map(
     value: str = "value",
     diverging: bool = False,
     write_values: bool = False,
+    ends: tuple[float, float] | None = None,
     columns: Mapping[str, str] | None = None,
 ) -> Plot:
     """A cell per row, in the order of the rows; the first category of ``y`` at the bottom.
 
     ``value`` is the column of colours; ``diverging`` centres the colours on 0; ``write_values``
-    writes the numbers into the cells.
+    writes the numbers into the cells; ``ends`` of the colours are those of the values by default.
     """
+    scale = alt.Scale(interpolate="rgb", domainMid=0 if diverging else alt.Undefined)
+    if ends is not None:
+        scale.domainMin, scale.domainMax = ends
     colour = alt.Color(
         f"{value}:Q",
         title=unit,
-        scale=alt.Scale(interpolate="rgb", domainMid=0 if diverging else alt.Undefined),
+        scale=scale,
         legend=alt.Legend(gradientLength=140, titleOrient="right", titleBaseline="middle"),
     )
     shown = {**(columns or {}), y.field: y.title, x.field: x.title, value: unit or "value"}
@@ -163,7 +167,8 @@ def heat_map(
     )
     layers = [base.mark_rect(aria=_aria(rows)).encode(color=colour)]
     if write_values:
-        share = (rows[value] - rows[value].min()) / (np.ptp(rows[value].dropna()) or 1)
+        low, high = ends or (rows[value].min(), rows[value].max())
+        share = (rows[value] - low) / ((high - low) or 1)
         edge = (share < 0.2) | (share > 0.82) if diverging else share < 0.45
         rows = rows.assign(dark=edge)
         ink = alt.when(alt.datum.dark).then(alt.value("#ffffff")).otherwise(alt.value("#14171b"))

@@ -14,7 +14,9 @@ from ke_ray.report.ceiling import Ceiling
 from ke_ray.report.charts.distribution import distribution_figures
 from ke_ray.report.charts.figure import Figure, Panel, Plot, TextTable, figure_of
 from ke_ray.report.charts.plot import Rule, X, heat_map, series_plot
+from ke_ray.report.charts.similarity import similarity_figures
 from ke_ray.report.charts.training_runs import ALL_SEEDS, border_rules, runs_caption, with_means
+from ke_ray.report.charts.weights import weight_figures
 from ke_ray.report.sources import Result
 
 _ENTROPIES = {  # measure -> where the paper shows it
@@ -166,6 +168,8 @@ def _by_curve(scan: Result, figure: Callable[..., Figure]) -> list[Figure]:
         make = figure if len(curves) == 1 else own
         figures += _layers(curve, series.measures(curve), make)
         figures += distribution_figures(curve, make)
+        figures += similarity_figures(curve, make)
+        figures += weight_figures(curve, x_title(scan), make)
     return figures
 
 

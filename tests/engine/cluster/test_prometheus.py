@@ -36,7 +36,7 @@ def watched(pretrained: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     folder = tmp_path_factory.mktemp("watched")
     ids = np.random.default_rng(0).integers(2, 300, (INSTANCES, 24), np.uint16)
     np.save(folder / "ids.npy", ids)
-    sweep = tiny_sweep(folder / "a_sweep", pretrained, space=None, base={"starts": {"steps": "5:"}})
+    sweep = tiny_sweep(folder / "a_sweep", pretrained, space={"resuscitation.factor": [1, 2]})
     commands = (
         (
             *("scan", pretrained / "checkpoints", "--data", f"ids={folder / 'ids.npy'}"),

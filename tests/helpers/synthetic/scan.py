@@ -143,6 +143,7 @@ def make_scan(
         measures=list(UNITS),
         top_k_fraction=0.01,
         dormant_threshold=0.1,
+        identity={"corpora": {c: f"{abs(hash_of(c + data_salt)):064x}" for c in corpora}},
         corpora={
             corpus: {
                 "source": f"{corpus}.jsonl",
