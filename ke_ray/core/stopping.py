@@ -48,7 +48,7 @@ class CurvePrecision:
         return share * self.change
 
     def instances_needed(self, num_instances: int, wanted_error: float) -> float:
-        """About how many instances have the wanted error: n · (e / wanted)²; inf where that is 0."""
+        """About how many instances have the wanted error: n · (e / wanted)²."""
         if wanted_error <= 0:
             return math.inf
         return num_instances * (self.error / wanted_error) ** 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -16,7 +17,7 @@ def test_rounds_end_with_all_instances_and_hold_those_of_the_rounds_before(most)
     rounds = [set(range(0, most, stride)) for stride in round_strides(most).values()]
     assert [len(chosen) for chosen in rounds] == [*round_strides(most)]
     assert rounds[-1] == set(range(most))
-    assert all(one < other for one, other in zip(rounds, rounds[1:], strict=False))
+    assert all(one < other for one, other in itertools.pairwise(rounds))
     assert len(rounds[0]) >= min(most, 64)
 
 

@@ -31,9 +31,10 @@ from ke_ray.checkpoints.find.series import series_label
 from ke_ray.checkpoints.formats.fingerprint import weights_sha256
 from ke_ray.checkpoints.reference import CheckpointRef
 from ke_ray.engine.cluster.placement import granted_device
-from ke_ray.errors import KeRayError
+from ke_ray.errors import DeviceMemoryError, KeRayError
 from ke_ray.models.architectures import use_description
 from ke_ray.models.loading import load_model
+from ke_ray.models.memory import free_memory, score_within_memory
 from ke_ray.planning.scan_items import RowRange, WorkItem
 from ke_ray.planning.scan_messages import (
     ScorerSettings,
@@ -106,6 +107,8 @@ class CheckpointScorer:
         for own in settings.own_measures:
             use_own_measure(own)
         self._settings = settings
+        self._batch_size = settings.batch_size  # less, once memory has run out
+        self._loads_alone = False  # whether two models did not fit
         self._checkpoints = checkpoints
         self._corpora = {name: ray.get(ref) for name, ref in corpora.items()}
         self._monitor = monitor
@@ -118,6 +121,7 @@ class CheckpointScorer:
         self._store = Store(settings.cache_dir, settings.cache_bytes)
         self._slots: dict[int, _Slot] = {}
         self._guard = threading.Lock()
+        self._released = threading.Condition(self._guard)
         self._load_lock = threading.Lock()
         self._score_lock = threading.Lock()
         self._item_lock = _SharedLock()
@@ -165,23 +169,22 @@ class CheckpointScorer:
             for rows, part in zip(item.ranges, sums, strict=True):
                 outputs.append(self._output(item, ref, rows, part))
             model = {"weights_sha256": loaded.sha256.result(), **_identity(loaded.model)}
+            timings = {
+                "fetch_s": loaded.fetch_s,
+                "load_s": loaded.load_s,
+                "score_s": ended - started,
+                "wait_s": started - waiting,
+            }
+            record = loaded.resuscitation and json.dumps(asdict(loaded.resuscitation))
+            del loaded  # a load that waits for this model's memory goes on at the end of the block
         for output in outputs:
             output |= model
-        timings = {
-            "fetch_s": loaded.fetch_s,
-            "load_s": loaded.load_s,
-            "score_s": ended - started,
-            "wait_s": started - waiting,
-        }
-        record = loaded.resuscitation and json.dumps(asdict(loaded.resuscitation))
         outputs[0] |= {**timings, "resuscitation": record}  # once per item
         return output_table(outputs)
 
     def _sum(self, model: Any, rows: RowRange, report: Any) -> GroupSums:
-        from ke_ray.models.scoring import score_instances
-
         input_ids, lengths = self._corpora[rows.work.corpus]
-        return score_instances(
+        sums, self._batch_size = score_within_memory(
             model,
             input_ids[rows.start : rows.stop],
             lengths[rows.start : rows.stop],
@@ -189,9 +192,10 @@ class CheckpointScorer:
             num_instances=rows.work.num_instances,
             group_sizes=rows.work.group_sizes,
             first_instance=rows.start,
-            batch_size=self._settings.batch_size,
+            batch_size=self._batch_size,
             on_batch=report,
         )
+        return sums
 
     def _output(
         self, item: WorkItem, ref: CheckpointRef, rows: RowRange, sums: GroupSums
@@ -236,6 +240,7 @@ class CheckpointScorer:
                 slot.users -= 1
                 if slot.ready.exception() is not None and not slot.users:
                     self._slots.pop(index, None)
+                self._released.notify_all()
 
     def _drop_idle(self, needed: int) -> None:
         with self._guard:
@@ -256,7 +261,7 @@ class CheckpointScorer:
         digest = self._hasher.submit(weights_sha256, folder)
         try:
             dtype: torch.dtype = getattr(torch, self._settings.dtype)
-            model = load_model(folder, dtype=dtype, device=self._device)
+            model = self._load_fitting(folder, dtype)
             record = None
             if (settings := self._settings.resuscitation) is not None:
                 coefficients = coefficients_of(
@@ -267,19 +272,36 @@ class CheckpointScorer:
             digest.add_done_callback(lambda _: self._store.release(ref))
         return _Loaded(model, fetched - started, time.monotonic() - fetched, digest, record)
 
+    def _load_fitting(self, folder: Any, dtype: torch.dtype) -> Any:
+        """Load beside the model that is scored; where two do not fit, when that one is done."""
+        if not self._loads_alone:
+            try:
+                return load_model(folder, dtype=dtype, device=self._device)
+            except DeviceMemoryError as error:
+                log.warning("%s Trying again without another model beside it.", error)
+        self._loads_alone = True
+        with self._released:  # others that wait for the load lock hold no model
+            self._released.wait_for(
+                lambda: not any(slot.users and slot.ready.done() for slot in self._slots.values())
+            )
+            for index in [i for i, slot in self._slots.items() if slot.ready.done()]:
+                del self._slots[index]
+        import torch
+
+        free_memory(torch.device(self._device))
+        return load_model(folder, dtype=dtype, device=self._device)
+
     def _measured(self, model: Any) -> torch.Tensor:
         """C̄ of the model as it is, on the whole of the scan's first corpus."""
-        from ke_ray.models.scoring import score_instances
-
         input_ids, lengths = next(iter(self._corpora.values()))
         with self._score_lock:  # the precision of products is the process's, not a thread's
-            sums = score_instances(
+            sums, self._batch_size = score_within_memory(
                 model,
                 input_ids,
                 lengths,
                 measures=("knowledge_entropy",),
                 num_instances=len(input_ids),
-                batch_size=self._settings.batch_size,
+                batch_size=self._batch_size,
             )
         return sums.mean("coefficients")
 

@@ -12,7 +12,7 @@ from ke_ray.errors import ResultsError
 from ke_ray.outcomes import Display
 from ke_ray.planning.scan import prepare_scan
 from ke_ray.report.precision import precision_sentence
-from ke_ray.report.sources import load_result
+from ke_ray.report.sources import find_results
 from ke_ray.results import ScanFolder, read_manifest
 from ke_ray.results.status import read_status
 from ke_ray.tracking.tracker import open_tracker
@@ -88,7 +88,7 @@ def pilot(ray_cluster, make):
 @pytest.fixture(scope="module")
 def reached(pilot, make):
     """A scan that needs a second round: (study, display)."""
-    study, display = make(stderr_nats=pilot[1] / 1.3), Counter()
+    study, display = make(stderr_nats=pilot[1] / 1.2), Counter()
     run(study, display)
     return study, display
 
@@ -107,24 +107,16 @@ def test_a_narrow_precision_takes_as_many_instances_as_it_needs(pilot, reached):
     assert run(study).num_skipped == CHECKPOINTS
 
 
-@pytest.mark.parametrize("interrupt_at", [2, CHECKPOINTS, CHECKPOINTS + 2])
+@pytest.mark.parametrize("interrupt_at", [CHECKPOINTS, CHECKPOINTS + 2])
 def test_a_scan_that_was_interrupted_in_any_round_comes_to_the_same(make, reached, interrupt_at):
     study = make(stderr_nats=reached[0].stderr_nats)
     with pytest.raises(KeyboardInterrupt):
         run(study, Counter(interrupt_at))
-    counts = read_status([study.output])[0].counts
+    counts = read_status(study.output)[0]
     done_of_round = interrupt_at % CHECKPOINTS or CHECKPOINTS
-    assert counts["done"] == done_of_round
+    assert counts.done == done_of_round
     assert run(study).exit_code == 0
     assert rows_of(study) == rows_of(reached[0])
-
-
-def test_a_precision_that_is_out_of_reach_takes_all_instances_and_their_values(make, pilot):
-    narrow, whole = make(precision=1e-9), make()
-    run(narrow)
-    run(whole)
-    assert rows_of(narrow) == rows_of(whole)
-    assert {row["num_instances"] for row in rows_of(whole)} == {N}
 
 
 def test_a_folder_has_one_rule(reached):
@@ -135,7 +127,7 @@ def test_a_folder_has_one_rule(reached):
 
 def test_results_say_how_many_instances_a_wanted_precision_needs(reached):
     study = reached[0]
-    sentence = precision_sentence(load_result(study.output), "ids")
+    sentence = precision_sentence(find_results([study.output])[0], "ids")
     error, change = paired_errors(study)
     needed = int(np.ceil(128 * (error / study.stderr_nats) ** 2))
     assert f"with N = 128; {study.stderr_nats:g} nats needs N of about {needed:,}." in sentence
