@@ -31,10 +31,10 @@ from ke_ray.checkpoints.find.series import series_label
 from ke_ray.checkpoints.formats.fingerprint import weights_sha256
 from ke_ray.checkpoints.reference import CheckpointRef
 from ke_ray.engine.cluster.placement import granted_device
-from ke_ray.errors import DeviceMemoryError, KeRayError
+from ke_ray.errors import KeRayError
 from ke_ray.models.architectures import use_description
 from ke_ray.models.loading import load_model
-from ke_ray.models.memory import free_memory, score_within_memory
+from ke_ray.models.memory import score_within_memory
 from ke_ray.planning.scan_items import RowRange, WorkItem
 from ke_ray.planning.scan_messages import (
     ScorerSettings,
@@ -108,7 +108,6 @@ class CheckpointScorer:
             use_own_measure(own)
         self._settings = settings
         self._batch_size = settings.batch_size  # less, once memory has run out
-        self._loads_alone = False  # whether two models did not fit
         self._checkpoints = checkpoints
         self._corpora = {name: ray.get(ref) for name, ref in corpora.items()}
         self._monitor = monitor
@@ -121,7 +120,6 @@ class CheckpointScorer:
         self._store = Store(settings.cache_dir, settings.cache_bytes)
         self._slots: dict[int, _Slot] = {}
         self._guard = threading.Lock()
-        self._released = threading.Condition(self._guard)
         self._load_lock = threading.Lock()
         self._score_lock = threading.Lock()
         self._item_lock = _SharedLock()
@@ -176,7 +174,6 @@ class CheckpointScorer:
                 "wait_s": started - waiting,
             }
             record = loaded.resuscitation and json.dumps(asdict(loaded.resuscitation))
-            del loaded  # a load that waits for this model's memory goes on at the end of the block
         for output in outputs:
             output |= model
         outputs[0] |= {**timings, "resuscitation": record}  # once per item
@@ -240,7 +237,6 @@ class CheckpointScorer:
                 slot.users -= 1
                 if slot.ready.exception() is not None and not slot.users:
                     self._slots.pop(index, None)
-                self._released.notify_all()
 
     def _drop_idle(self, needed: int) -> None:
         with self._guard:
@@ -261,7 +257,7 @@ class CheckpointScorer:
         digest = self._hasher.submit(weights_sha256, folder)
         try:
             dtype: torch.dtype = getattr(torch, self._settings.dtype)
-            model = self._load_fitting(folder, dtype)
+            model = load_model(folder, dtype=dtype, device=self._device)
             record = None
             if (settings := self._settings.resuscitation) is not None:
                 coefficients = coefficients_of(
@@ -271,25 +267,6 @@ class CheckpointScorer:
         finally:
             digest.add_done_callback(lambda _: self._store.release(ref))
         return _Loaded(model, fetched - started, time.monotonic() - fetched, digest, record)
-
-    def _load_fitting(self, folder: Any, dtype: torch.dtype) -> Any:
-        """Load beside the model that is scored; where two do not fit, when that one is done."""
-        if not self._loads_alone:
-            try:
-                return load_model(folder, dtype=dtype, device=self._device)
-            except DeviceMemoryError as error:
-                log.warning("%s Trying again without another model beside it.", error)
-        self._loads_alone = True
-        with self._released:  # others that wait for the load lock hold no model
-            self._released.wait_for(
-                lambda: not any(slot.users and slot.ready.done() for slot in self._slots.values())
-            )
-            for index in [i for i, slot in self._slots.items() if slot.ready.done()]:
-                del self._slots[index]
-        import torch
-
-        free_memory(torch.device(self._device))
-        return load_model(folder, dtype=dtype, device=self._device)
 
     def _measured(self, model: Any) -> torch.Tensor:
         """C̄ of the model as it is, on the whole of the scan's first corpus."""
