@@ -167,15 +167,15 @@ class CheckpointScorer:
             for rows, part in zip(item.ranges, sums, strict=True):
                 outputs.append(self._output(item, ref, rows, part))
             model = {"weights_sha256": loaded.sha256.result(), **_identity(loaded.model)}
-            timings = {
-                "fetch_s": loaded.fetch_s,
-                "load_s": loaded.load_s,
-                "score_s": ended - started,
-                "wait_s": started - waiting,
-            }
-            record = loaded.resuscitation and json.dumps(asdict(loaded.resuscitation))
         for output in outputs:
             output |= model
+        timings = {
+            "fetch_s": loaded.fetch_s,
+            "load_s": loaded.load_s,
+            "score_s": ended - started,
+            "wait_s": started - waiting,
+        }
+        record = loaded.resuscitation and json.dumps(asdict(loaded.resuscitation))
         outputs[0] |= {**timings, "resuscitation": record}  # once per item
         return output_table(outputs)
 
