@@ -13,11 +13,16 @@ checkpoint's value) and paired (last minus first):
     coverage      how often value ± t·error holds the mean of all sets; Student's t of G − 1 or,
                   for unequal groups, (Σn)²/Σn² − 1 degrees
     bias/spread   (mean of all sets − value on the whole pool) / spread: what more instances change
+
+With ``--precision`` the paired knowledge entropy is scanned by the rule of a wanted precision
+(``core.stopping``): rounds of more and more of the N instances, until the paired error is that
+share of the change. Coverage is then of the mean of all sets at the N where a set stopped.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import time
@@ -28,7 +33,7 @@ import numpy as np
 import torch
 from scipy.stats import t as student
 
-from ke_ray.core import concentration, entropy
+from ke_ray.core import concentration, entropy, stopping
 from ke_ray.core.jackknife import document_groups, group_sizes, standard_error
 from ke_ray.core.measures import MEASURES, evaluate, required_sums
 from ke_ray.core.statistics import GroupSums
@@ -181,6 +186,61 @@ def simulate(pool: Pool, count: int, rule: str, num_sets: int, seed: int) -> dic
     return found
 
 
+def simulate_stopping(
+    pool: Pool, count: int, precision: float, num_sets: int, seed: int
+) -> dict[str, float]:
+    """The paired change at which the rule stopped, with the interval it reports.
+
+    Coverage is of the mean over sets at the N where each set stopped, so that what N itself changes
+    does not enter: the same sets, all at that N, are the sample without a rule.
+    """
+    generator = np.random.Generator(np.random.PCG64(seed))
+    name = "knowledge_entropy"
+    tables = [{MEASURES[name].needs: whole[MEASURES[name].needs]} for whole in pool.tables]
+    strides = stopping.round_strides(count)
+    sets: list[dict[int, tuple[float, float, float]]] = []  # per set: N → value, error, quantile
+    stops, scored = [], []
+    for _ in range(num_sets):
+        pieces, sizes = draw(pool, count, "spread", generator)
+        groups = np.repeat(np.arange(len(sizes)), sizes)
+        values: dict[int, tuple[float, float, float]] = {}
+        for size, stride in strides.items():
+            thin = np.bincount(groups[::stride])
+            thin = thin[thin > 0]
+            first, last = (measure(t, pieces[::stride], thin)[name] for t in tables)
+            shown = stopping.curve_precision([first[0], last[0]], [first[1:], last[1:]], thin)
+            worth = thin.sum() ** 2 / (thin**2).sum()
+            quantile = float(student.ppf(0.975, worth - 1))
+            values[size] = (float(last[0] - first[0]), shown.error, quantile)
+        sets.append(values)
+        size: int | None = next(iter(strides))
+        total = 0
+        while size is not None:
+            total, stop = total + size, size
+            value, error, _ = values[size]
+            shown = stopping.CurvePrecision(abs(value), error)
+            wanted = shown.wanted_error(share=precision, absolute=None)
+            size = stopping.next_round(size, count, shown, wanted)
+        stops.append(stop)
+        scored.append(total)
+    means = {size: np.mean([values[size][0] for values in sets]) for size in strides}
+
+    def covered(size: int, values: dict[int, tuple[float, float, float]]) -> bool:
+        value, error, quantile = values[size]
+        return bool(abs(value - means[size]) <= quantile * error)
+
+    final = np.array([values[stop][:2] for values, stop in zip(sets, stops, strict=True)])
+    usual = max(set(stops), key=stops.count)
+    return {
+        "coverage": float(np.mean([covered(n, v) for v, n in zip(sets, stops, strict=True)])),
+        "coverage at the usual N without a rule": float(np.mean([covered(usual, v) for v in sets])),
+        "error/change, largest": float((final[:, 1] / np.abs(final[:, 0])).max()),
+        "stopped at N, mean": float(np.mean(stops)),
+        "tokens of all rounds / tokens of N": float(np.mean(scored) / count),
+        "bias/change": float((final[:, 0].mean() - means[count]) / abs(means[count])),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoints", nargs=2)
@@ -189,6 +249,7 @@ def main() -> None:
     parser.add_argument("--pool", type=int, default=3072, help="pieces of each kind of text")
     parser.add_argument("--length", type=int, default=64, help="T")
     parser.add_argument("--counts", type=int, nargs="+", default=[64, 192, 2048], help="N")
+    parser.add_argument("--precision", type=float, nargs="+", help="simulate the stopping rule")
     parser.add_argument("--out", default="coverage.json")
     asked = parser.parse_args()
     data = Path(os.environ["KE_RAY_REFERENCE_DATA"]) / "data"
@@ -204,7 +265,13 @@ def main() -> None:
             f"{time.monotonic() - started:.0f} s",
             flush=True,
         )
-        for count in asked.counts:
+        for count, precision in itertools.product(asked.counts, asked.precision or ()):
+            stopped = simulate_stopping(pool, count, precision, asked.sets, seed=count)
+            results[f"{text} {count} precision {precision}"] = stopped
+            shown = ", ".join(f"{key} {value:.3g}" for key, value in stopped.items())
+            print(f"{text} N={count} precision {precision}: {shown}", flush=True)
+            Path(asked.out).write_text(json.dumps(results, indent=1))
+        for count in () if asked.precision else asked.counts:
             for rule in ("spread", "first"):
                 num_sets = asked.sets if rule == "spread" else asked.sets // 4
                 found = simulate(pool, count, rule, num_sets, seed=count)

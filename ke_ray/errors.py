@@ -12,6 +12,7 @@
     │   └── StorageError              no space, no permission, no such store
     │       └── StoreOutageError      a store went out of order (exit code 1)
     ├── CheckpointError               one checkpoint cannot be fetched, loaded or scored
+    ├── DeviceMemoryError             a sound checkpoint does not fit the device that scores it
     ├── PlacementError                the cluster has no node that can hold the work
     └── TrainingError                 a training run cannot continue
         └── NonFiniteLossError
@@ -75,6 +76,10 @@ class StoreOutageError(StorageError):
 
 class CheckpointError(KeRayError):
     """One checkpoint cannot be fetched, loaded or scored; the others continue."""
+
+
+class DeviceMemoryError(KeRayError):
+    """A device has too little memory for a checkpoint that may be perfectly sound."""
 
 
 class PlacementError(KeRayError):

@@ -46,6 +46,10 @@ def scan(
         list[str] | None, typer.Option(metavar="NAME=SOURCE", help="A corpus; repeatable.")
     ] = None,
     num_instances: Annotated[int | None, typer.Option(min=1, help="N, instances.")] = None,
+    precision: Annotated[
+        float | None,
+        typer.Option(metavar="SHARE", help="Stop at this error, as share of the largest change."),
+    ] = None,
     sequence_length: Annotated[int | None, typer.Option(min=2, help="T, tokens each.")] = None,
     sampling: Annotated[
         str | None, typer.Option(help="Instances: spread over the data (default), or first.")
@@ -95,6 +99,7 @@ def scan(
         "checkpoints.tokens_per_step": tokens_per_step,
         "data": _corpora(data) if data else None,
         "num_instances": num_instances,
+        "precision": precision,
         "sequence_length": sequence_length,
         "sampling": sampling,
         "tokenizer": tokenizer,

@@ -83,6 +83,27 @@ class Corpus:
         """Real tokens of all instances."""
         return int(self.lengths.sum(dtype=np.int64))
 
+    def thinned(self, stride: int) -> Corpus:
+        """Every ``stride``-th instance, the first one included, in the same jackknife groups.
+
+        Groups without an instance left are gone; those that are left share no documents that they
+        did not share before.
+        """
+        if stride == 1:
+            return self
+        chosen = np.arange(0, self.num_instances, stride)
+        sizes = self.group_sizes or group_sizes(self.num_instances)
+        counts = np.bincount(np.repeat(np.arange(len(sizes)), sizes)[chosen])
+        input_ids, lengths = self.input_ids[chosen], self.lengths[chosen]
+        return replace(
+            self,
+            input_ids=input_ids,
+            lengths=lengths,
+            sha256=corpus_sha256(input_ids, lengths),
+            instance_ids=None if self.instance_ids is None else self.instance_ids[chosen],
+            group_sizes=tuple(counts[counts > 0].tolist()),
+        )
+
 
 def corpus_sha256(input_ids: NDArray[np.integer], lengths: NDArray[np.integer]) -> str:
     """Hex sha256 of N, ``lengths`` [N] and the real ids of right-padded ``input_ids`` [N, T]."""

@@ -28,8 +28,14 @@ from ke_ray.checkpoints.formats.olmo import native_config, split
 from ke_ray.checkpoints.formats.pico import read_pico_config
 from ke_ray.checkpoints.formats.weights import WeightFiles, is_buffer, open_weights, read_layout
 from ke_ray.checkpoints.reference import CheckpointRef, local_folder
-from ke_ray.errors import CheckpointError, UnsupportedArchitectureError, UserError
+from ke_ray.errors import (
+    CheckpointError,
+    DeviceMemoryError,
+    UnsupportedArchitectureError,
+    UserError,
+)
 from ke_ray.models.architectures import check_config, check_measurable
+from ke_ray.models.memory import is_out_of_memory, memory_of
 from ke_ray.storage import parse_json
 
 if TYPE_CHECKING:
@@ -77,6 +83,7 @@ def load_model(
 
     Raises:
         CheckpointError: the checkpoint is broken; the message says how.
+        DeviceMemoryError: the device has too little memory for it.
         UnsupportedArchitectureError: ke_ray cannot score this architecture.
     """
     import torch
@@ -85,7 +92,7 @@ def load_model(
     layout = read_layout(folder)
     config = config_from(folder, layout)
     target_dtype, target_device = dtype or torch.float32, torch.device(device)
-    with _explained(folder), quiet():
+    with _fitting(folder, target_dtype, target_device), _explained(folder), quiet():
         weights = open_weights(folder, layout)
         stored = _stored_dtype(weights)
         # On the CPU transformers converts while it copies out of the map; elsewhere, see above.
@@ -322,7 +329,25 @@ def _explained(folder: Path) -> Iterator[None]:
     except (CheckpointError, UserError):
         raise
     except Exception as error:  # whatever a broken file made transformers or torch raise
+        if is_out_of_memory(error):
+            raise
         raise CheckpointError(f"'{folder}' cannot be loaded: {_first_line(error)}") from error
+
+
+@contextmanager
+def _fitting(folder: Path, dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+    """Say what did not fit where memory runs out: nothing is wrong with the checkpoint."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        num_bytes = open_weights(folder, read_layout(folder)).num_elements() * dtype.itemsize
+        raise DeviceMemoryError(
+            f"'{folder}' has {num_bytes / 1e9:.3g} GB of weights in {dtype}, and "
+            f"{memory_of(device)}: they do not fit. Use a device with more memory, dtype bfloat16, "
+            "or fewer scorers (num_actors)."
+        ) from None  # the traceback would keep the weights that were loaded already
 
 
 def _first_line(error: Exception) -> str:

@@ -10,7 +10,7 @@ import itertools
 import logging
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,8 +32,14 @@ from ke_ray.errors import (
 from ke_ray.models.architectures import is_mixture, lacks_head, use_description
 from ke_ray.models.configuration import read_outline
 from ke_ray.planning.scan_identity import scan_identity
-from ke_ray.planning.scan_items import CheckpointWork, CorpusWork
+from ke_ray.planning.scan_items import CheckpointWork
 from ke_ray.planning.scan_precision import Gpus, check_precision, local_gpus, settle_precision
+from ke_ray.planning.scan_rounds import (
+    current_round,
+    describe_corpus,
+    missing_works,
+    next_round,
+)
 from ke_ray.results import ScanFolder, new_manifest, read_manifest
 from ke_ray.results.scan_folder import check_identity, merge_identities
 from ke_ray.secrets import redact
@@ -54,7 +60,8 @@ class ScanSetup:
 
     Attributes:
         refs: all checkpoints of the SPEC, in training order.
-        corpora: by name, packed.
+        whole: all N instances of the corpora, by name.
+        corpora: those to score now: all, or those of the current round of a wanted precision.
         folder: the output folder with its manifest (not yet written).
         works: what is missing, one entry per checkpoint that is not finished.
         num_skipped: checkpoints that were finished already.
@@ -66,6 +73,7 @@ class ScanSetup:
 
     study: ScanStudy
     refs: list[CheckpointRef]
+    whole: dict[str, Corpus]
     corpora: dict[str, Corpus]
     folder: ScanFolder
     works: list[CheckpointWork]
@@ -128,29 +136,57 @@ def prepare_scan(given: ScanStudy, gpus: Gpus = local_gpus) -> ScanSetup:
     config, ref = _first_config(refs, given)
     given = _without_head(given.of_mixture() if is_mixture(config) else given, config, ref)
     _check_series(given, refs, config, ref)
-    corpora = _build_corpora(given, config, ref)
+    whole = _build_corpora(given, config, ref)
     study = settle_precision(given, gpus)
-    identity = scan_identity(study, corpora)
-    folder, earlier = _open_output(given, study, identity, corpora)
+    identity = scan_identity(study, whole)
+    folder, earlier, described = _open_output(given, study, identity)
     changed = _changed_weights(study.output, earlier, refs)
-    finished = folder.finished() if earlier else {}
-    finished = {key: measures for key, measures in finished.items() if key[0] not in changed}
-    works = list(_works(study, refs, corpora, finished))
     setup = ScanSetup(
         study,
         refs,
-        corpora,
+        whole,
+        {},
         folder,
-        works,
-        len(refs) - len(works),
+        [],
+        0,
         _model_bytes(refs, config, study.dtype),
         earlier,
         changed,
     )
+    _enter_round(setup, current_round(study, whole, described))
+    if not setup.works:
+        go_on(setup)
     folder.manifest["checkpoints"] = setup.checkpoint_entries()
     storage.check_writable(study.output)
     setup.duration_s = time.monotonic() - started
     return setup
+
+
+def go_on(setup: ScanSetup, failed: Collection[str] = ()) -> bool:
+    """Enter the next round of a wanted precision that has work; False where the scan is over.
+
+    Args:
+        failed: checkpoints to leave as they are.
+    """
+    while corpora := next_round(setup.study, setup.whole, setup.corpora, setup.folder):
+        _enter_round(setup, corpora)
+        setup.works = [work for work in setup.works if setup.refs[work.index].name not in failed]
+        if setup.works:
+            return True
+    return False
+
+
+def _enter_round(setup: ScanSetup, corpora: dict[str, Corpus]) -> None:
+    """Set what is to be scored, and have the manifest say so."""
+    study, folder = setup.study, setup.folder
+    instances = {name: corpus.sha256 for name, corpus in corpora.items()}
+    finished = folder.finished(instances if study.has_wanted_precision else None)
+    finished = {key: names for key, names in finished.items() if key[0] not in setup.changed}
+    setup.corpora = corpora
+    setup.works = list(missing_works(study, setup.refs, corpora, finished))
+    setup.num_skipped = len(setup.refs) - len(setup.works)
+    described = {name: describe_corpus(corpus) for name, corpus in corpora.items()}
+    folder.manifest["corpora"] = folder.manifest["corpora"] | described
 
 
 def _without_head(study: ScanStudy, config: Any, ref: CheckpointRef | None) -> ScanStudy:
@@ -177,35 +213,16 @@ def _without_head(study: ScanStudy, config: Any, ref: CheckpointRef | None) -> S
     return study.model_copy(update={"measures": measures})
 
 
-def _works(
-    study: ScanStudy,
-    refs: Sequence[CheckpointRef],
-    corpora: dict[str, Corpus],
-    finished: dict[tuple[str, str], set[str]],
-) -> Iterator[CheckpointWork]:
-    """What is not finished of each checkpoint."""
-    for index, ref in enumerate(refs):
-        missing = []
-        for name, corpus in corpora.items():
-            done = finished.get((ref.name, name), set())
-            if measures := tuple(m for m in study.measures if m not in done):
-                shape = (corpus.num_instances, corpus.sequence_length, corpus.group_sizes)
-                missing.append(CorpusWork(name, measures, *shape))
-        if missing:
-            yield CheckpointWork(index, tuple(missing))
-
-
 def _open_output(
-    given: ScanStudy, study: ScanStudy, identity: dict[str, Any], corpora: dict[str, Corpus]
-) -> tuple[ScanFolder, dict[str, dict[str, Any]]]:
-    """The output folder, and the checkpoints of earlier scans into it by name."""
+    given: ScanStudy, study: ScanStudy, identity: dict[str, Any]
+) -> tuple[ScanFolder, dict[str, dict[str, Any]], dict[str, Any]]:
+    """The output folder, and of earlier scans into it the checkpoints and corpora by name."""
     manifest = new_manifest("scan", study.model_dump(mode="json")) | {"id": uuid.uuid4().hex}
     own = described_measures(study.measures)
-    described = {name: _describe(corpus) for name, corpus in corpora.items()}
     if not storage.exists(storage.join(study.output, "manifest.json")):
-        manifest |= {"identity": identity, "corpora": described, "measures": list(study.measures)}
+        manifest |= {"identity": identity, "corpora": {}, "measures": list(study.measures)}
         manifest |= {"own_measures": own} if own else {}
-        return ScanFolder(study.output, manifest), {}
+        return ScanFolder(study.output, manifest), {}, {}
     before = read_manifest(study.output, "scan")
     check_precision(study.output, before["identity"], given, study)
     check_identity(study.output, before["identity"], identity)
@@ -214,13 +231,13 @@ def _open_output(
         "created_at": before["created_at"],
         "id": before.get("id", manifest["id"]),
         "identity": merged,
-        "corpora": before["corpora"] | described,
+        "corpora": before["corpora"],
         "measures": list(dict.fromkeys([*before["measures"], *study.measures])),
     }
     if own := {**before.get("own_measures", {}), **own}:
         manifest["own_measures"] = own
     earlier = {entry["name"]: entry for entry in before.get("checkpoints", [])}
-    return ScanFolder(study.output, manifest), earlier
+    return ScanFolder(study.output, manifest), earlier, before["corpora"]
 
 
 def _changed_weights(
@@ -260,22 +277,6 @@ def _entry(ref: CheckpointRef) -> dict[str, Any]:
         **position(ref),
         "weights_fingerprint": ref.weights_fingerprint,
         "size_bytes": ref.size_bytes,
-    }
-
-
-def _describe(corpus: Corpus) -> dict[str, Any]:
-    return {
-        "source": redact(corpus.source),
-        "sha256": corpus.sha256,
-        "num_instances": corpus.num_instances,
-        "sequence_length": corpus.sequence_length,
-        "num_tokens": corpus.num_tokens,
-        "eos_token_id": corpus.eos_token_id,
-        "sampling": corpus.sampling,
-        "group_sizes": corpus.group_sizes and list(corpus.group_sizes),
-        "stderr_factor": corpus.stderr_factor,
-        "note": corpus.note and redact(corpus.note),
-        "instance_ids": None if corpus.instance_ids is None else corpus.instance_ids.tolist(),
     }
 
 

@@ -13,6 +13,7 @@ from ke_ray.checkpoints.fetch.cache import Store
 from ke_ray.checkpoints.fetch.checkpoint import size_to_fetch
 from ke_ray.checkpoints.reference import CheckpointRef
 from ke_ray.core.measures import needing_head
+from ke_ray.core.stopping import round_strides
 from ke_ray.errors import CheckpointError
 from ke_ray.models.architectures import check_config, is_mixture, use_description
 from ke_ray.models.configuration import read_config
@@ -209,6 +210,12 @@ def forecast(study: ScanStudy) -> str:
         f"checkpoints: {len(refs)} ({sum(r.duplicate_of is not None for r in refs)} duplicates)",
         f"tokens to score: {plan.num_tokens:,} ({len(study.data)} corpora)",
     ]
+    if study.has_wanted_precision:
+        counts = ", ".join(map(str, round_strides(study.num_instances)))
+        lines.append(
+            "the numbers here are for all N instances; the wanted precision may need fewer: rounds "
+            f"of up to {counts} instances, each of which loads every checkpoint anew"
+        )
     if not plan.num_fetched:
         lines.append("bytes to fetch: 0 (all checkpoints are on this file system)")
     else:

@@ -19,7 +19,7 @@ _BY_CONTENT = (
     *("kind", "checkpoints", "measures", "own_measures"),
 )
 #: Keys that folders begun before do not have; at their defaults they are left out.
-_ADDED_LATER = ("matmul_precision",)
+_ADDED_LATER = ("matmul_precision", "precision", "stderr_nats")
 
 
 def scan_identity(study: ScanStudy, corpora: Mapping[str, Corpus]) -> dict[str, Any]:

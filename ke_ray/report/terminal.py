@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from ke_ray.report import runs, series
+from ke_ray.report.precision import precision_sentence
 from ke_ray.report.sources import Result, find_results
 from ke_ray.secrets import printable
 
@@ -254,6 +255,8 @@ def _print_scan(scan: Result, console: Console) -> None:
         if caution := series.caution(scan, corpus):
             console.print(Text(f"  {caution}"))
         _print_table(table, console)
+        if sentence := precision_sentence(curve, corpus):
+            console.print(Text(f"  {sentence}"))
         if corpus == series.corpora(curve)[-1]:
             for sentence in series.absent(curve).values():
                 console.print(Text(f"  {sentence}"))

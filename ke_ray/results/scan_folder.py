@@ -230,14 +230,20 @@ class ScanFolder:
         suffix = "" if corpus is None or corpus == corpora[0] else f"@{corpus}"
         return f"{storage.slug(checkpoint)}{suffix}.safetensors"
 
-    def finished(self) -> dict[tuple[str, str], set[str]]:
-        """(checkpoint, corpus) → measures that have values."""
-        table = self.entropy().select(["checkpoint", "corpus", "measure", "status"])
+    def finished(
+        self, instances: Mapping[str, str] | None = None
+    ) -> dict[tuple[str, str], set[str]]:
+        """(checkpoint, corpus) → measures that have values.
+
+        Args:
+            instances: data_sha256 of each corpus whose values count; None: all values count.
+        """
+        table = self.entropy().select(["checkpoint", "corpus", "measure", "status", "data_sha256"])
         done: dict[tuple[str, str], set[str]] = {}
-        for checkpoint, corpus, measure, status in zip(
+        for checkpoint, corpus, measure, status, sha256 in zip(
             *(column.to_pylist() for column in table.columns), strict=True
         ):
-            if status == "ok":
+            if status == "ok" and (instances is None or instances.get(corpus) == sha256):
                 done.setdefault((checkpoint, corpus), set()).add(measure)
         return done
 

@@ -252,16 +252,19 @@ def _scan_counts(folder: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
     ]
     whole = storage.join(folder, "entropy.parquet")
     uris = [*([whole] if storage.exists(whole) else []), *uris]
+    current: dict[str, Any] = {}  # instances of the round that a wanted precision is in
+    if config.get("precision") or config.get("stderr_nats"):
+        current = {n: c.get("num_instances") for n, c in manifest.get("corpora", {}).items()}
     measured: dict[str, set[tuple[Any, Any]]] = {}
     errors: dict[tuple[str, Any], str] = {}
-    keys = ["checkpoint", "corpus", "measure", "status", "error"]
+    keys = ["checkpoint", "corpus", "measure", "status", "error", "num_instances"]
     for rows in _each(lambda uri: _distinct(uri, keys), uris):
         ended = {(row["checkpoint"], row["corpus"]) for row in rows if row["status"] != "failed"}
         errors = {key: error for key, error in errors.items() if key not in ended}
         for row in rows:
             if row["status"] == "failed":
                 errors[row["checkpoint"], row["corpus"]] = row["error"]
-            else:
+            elif current.get(row["corpus"], row["num_instances"]) == row["num_instances"]:
                 pairs = measured.setdefault(row["checkpoint"], set())
                 pairs.add((row["corpus"], row["measure"]))
     failed = {checkpoint: error for (checkpoint, _), error in errors.items()}

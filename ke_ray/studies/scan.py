@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from ke_ray.config import Key, Strict
 from ke_ray.core.measures import DEFAULT_MEASURES, MEASURES, check_measures
@@ -12,6 +12,9 @@ from ke_ray.errors import UserError
 from ke_ray.studies.architecture import ArchitectureKey
 from ke_ray.studies.own_measures import name_of, read_own_measure, use_own_measure
 from ke_ray.studies.parts import CheckpointSelection, Resuscitation, Sampling, TrackingSettings
+
+#: The measure that ``precision`` and ``stderr_nats`` are about.
+PRECISE_MEASURE = "knowledge_entropy"
 
 
 class ScanStudy(Strict):
@@ -24,6 +27,16 @@ class ScanStudy(Strict):
     checkpoints: CheckpointSelection
     data: dict[str, str] = Field(min_length=1, description="corpus name → source")
     num_instances: int = Field(2048, ge=1, description="N, instances per corpus")
+    precision: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="of the knowledge-entropy curve: score as few of the N instances as have this "
+        "paired error, as a share of the largest change between checkpoints; null: score all N",
+    )
+    stderr_nats: float | None = Field(
+        None, gt=0, description="the same as an error in nats, in place of `precision`"
+    )
     sequence_length: int = Field(2048, ge=2, description="T, tokens per instance")
     sampling: Sampling = "spread"
     tokenizer: str | None = Field(None, description="tokenizer.json, folder or repo")
@@ -92,6 +105,32 @@ class ScanStudy(Strict):
         study = self.model_copy(update={"measures": check_measures([*self.measures, *names])})
         study.model_fields_set.discard("measures")  # they are still the default
         return study
+
+    @property
+    def has_wanted_precision(self) -> bool:
+        """Whether the scan may stop before all N instances are scored."""
+        return self.precision is not None or self.stderr_nats is not None
+
+    @model_validator(mode="after")
+    def _one_precision(self) -> ScanStudy:
+        if not self.has_wanted_precision:
+            return self
+        key = "stderr_nats" if self.precision is None else "precision"
+        if self.precision is not None and self.stderr_nats is not None:
+            raise ValueError(
+                f"precision is {self.precision} and stderr_nats is {self.stderr_nats}; give one"
+            )
+        if PRECISE_MEASURE not in self.measures:
+            raise ValueError(
+                f"{key} is about {PRECISE_MEASURE}, which is not in measures "
+                f"({', '.join(self.measures)}); add it, or leave {key} out"
+            )
+        if self.resuscitation is not None:
+            raise ValueError(
+                f"{key} and resuscitation do not go together; leave {key} out and choose "
+                "num_instances"
+            )
+        return self
 
     @field_validator("own_measures")
     @classmethod

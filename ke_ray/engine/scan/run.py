@@ -31,7 +31,7 @@ from ke_ray.engine.scan.collect import Collector
 from ke_ray.engine.scan.scorer import CheckpointScorer
 from ke_ray.errors import StorageError, UserError
 from ke_ray.outcomes import Display, ScanOutcome
-from ke_ray.planning.scan import ScanSetup
+from ke_ray.planning.scan import ScanSetup, go_on
 from ke_ray.planning.scan_items import load_tokens, plan_items
 from ke_ray.planning.scan_messages import ScorerSettings, item_to_json
 from ke_ray.planning.scan_monitor import ScanMonitor
@@ -111,6 +111,13 @@ def _run(setup: ScanSetup, display: Display, run: TrackedRun, outcome: ScanOutco
             outcome.phases_s["ray_start"] = time.monotonic() - started
             started = time.monotonic()
             _score(setup, run, display, outcome)
+            while go_on(setup, [name for name, _ in outcome.failures]):
+                setup.folder.consolidate()  # the manifest says the round before its first value
+                run.set_tags({f"data_sha256.{n}": c.sha256 for n, c in setup.corpora.items()})
+                outcome.num_done, outcome.num_skipped = 0, setup.num_skipped
+                display.stop()
+                display.start(num_items=len(setup.works), num_skipped=setup.num_skipped)
+                _score(setup, run, display, outcome)
             outcome.phases_s["scoring"] = time.monotonic() - started
     started = time.monotonic()
     setup.folder.manifest["checkpoints"] = setup.checkpoint_entries()

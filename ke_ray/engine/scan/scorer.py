@@ -34,6 +34,7 @@ from ke_ray.engine.cluster.placement import granted_device
 from ke_ray.errors import KeRayError
 from ke_ray.models.architectures import use_description
 from ke_ray.models.loading import load_model
+from ke_ray.models.memory import score_within_memory
 from ke_ray.planning.scan_items import RowRange, WorkItem
 from ke_ray.planning.scan_messages import (
     ScorerSettings,
@@ -106,6 +107,7 @@ class CheckpointScorer:
         for own in settings.own_measures:
             use_own_measure(own)
         self._settings = settings
+        self._batch_size = settings.batch_size  # less, once memory has run out
         self._checkpoints = checkpoints
         self._corpora = {name: ray.get(ref) for name, ref in corpora.items()}
         self._monitor = monitor
@@ -178,10 +180,8 @@ class CheckpointScorer:
         return output_table(outputs)
 
     def _sum(self, model: Any, rows: RowRange, report: Any) -> GroupSums:
-        from ke_ray.models.scoring import score_instances
-
         input_ids, lengths = self._corpora[rows.work.corpus]
-        return score_instances(
+        sums, self._batch_size = score_within_memory(
             model,
             input_ids[rows.start : rows.stop],
             lengths[rows.start : rows.stop],
@@ -189,9 +189,10 @@ class CheckpointScorer:
             num_instances=rows.work.num_instances,
             group_sizes=rows.work.group_sizes,
             first_instance=rows.start,
-            batch_size=self._settings.batch_size,
+            batch_size=self._batch_size,
             on_batch=report,
         )
+        return sums
 
     def _output(
         self, item: WorkItem, ref: CheckpointRef, rows: RowRange, sums: GroupSums
@@ -269,17 +270,15 @@ class CheckpointScorer:
 
     def _measured(self, model: Any) -> torch.Tensor:
         """C̄ of the model as it is, on the whole of the scan's first corpus."""
-        from ke_ray.models.scoring import score_instances
-
         input_ids, lengths = next(iter(self._corpora.values()))
         with self._score_lock:  # the precision of products is the process's, not a thread's
-            sums = score_instances(
+            sums, self._batch_size = score_within_memory(
                 model,
                 input_ids,
                 lengths,
                 measures=("knowledge_entropy",),
                 num_instances=len(input_ids),
-                batch_size=self._settings.batch_size,
+                batch_size=self._batch_size,
             )
         return sums.mean("coefficients")
 
