@@ -28,6 +28,12 @@ SPECIAL_TOKENS = ("<|endoftext|>", "<|padding|>")
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?(:[\w./-]+)?")
 _FILE_NAME = "tokenizer.json"
 _KIND = "a tokenizer.json"
+_REMEDY = (
+    "ke_ray reads that file alone, and runs no code of a repository. Where transformers has the "
+    "tokenizer (SentencePiece's of Llama, say), AutoTokenizer.from_pretrained(SOURCE)."
+    "save_pretrained(FOLDER) writes one. Where it comes as code (tokenization_*.py), make token "
+    "ids with it in an environment of your own, and give the .npy file of them as data."
+)
 
 
 def load_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:
@@ -49,7 +55,7 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:
     elif Path(name).is_dir():
         path = Path(name, _FILE_NAME)
         if not path.is_file():
-            raise DataError(f"The folder '{name}' has no {_FILE_NAME}; name a tokenizer file.")
+            raise DataError(f"The folder '{name}' has no {_FILE_NAME}. {_REMEDY}")
         content = read_text(path, _KIND)
     elif Path(name).is_file():
         content = read_text(name, _KIND)
@@ -81,13 +87,18 @@ def _download(repo: str) -> str:
 
     def fetch() -> str:
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
         options: dict[str, Any] = {"revision": revision or None, "etag_timeout": 10}
         if subfolder:
             with suppress(EntryNotFoundError):
                 return str(hf_hub_download(name, f"{subfolder}/{_FILE_NAME}", **options))
-        return str(hf_hub_download(name, _FILE_NAME, **options))
+        try:
+            return str(hf_hub_download(name, _FILE_NAME, **options))
+        except LocalEntryNotFoundError:
+            raise  # the Hub did not answer
+        except EntryNotFoundError as error:
+            raise DataError(f"The repository '{repo}' has no {_FILE_NAME}. {_REMEDY}") from error
 
     return within(
         START_TIMEOUT_S,

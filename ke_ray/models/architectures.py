@@ -82,6 +82,16 @@ ARCHITECTURES: dict[str, Architecture] = {
         query="qkv_proj",
         query_rows="first",
     ),
+    "openelm": Architecture(
+        ffn="ffn",
+        second_projection="proj_2",
+        up="proj_1",
+        gate="proj_1",
+        fused="gate_up",
+        attention="attn",
+        query="qkv_proj",
+        query_rows="first",
+    ),
     "nanochat": Architecture(second_projection="fc2", up="fc1", gate=None),
     "phi": Architecture(second_projection="fc2", up="fc1", gate=None, query_norm="q_layernorm"),
     "opt": Architecture(
@@ -168,10 +178,6 @@ _UNMEASURABLE: dict[str, str] = {
         ("rwkv", "recurrent_gemma", "jamba", "bamba", "zamba", "zamba2"),
         "a recurrent model or a hybrid whose layers are not described in ke_ray's table (hybrids "
         "like LFM2 and Falcon-H1 are)",
-    ),
-    "openelm": (
-        "a decoder of which transformers has no class: it comes as code in its repository, and "
-        "ke_ray runs no code that comes with a checkpoint"
     ),
     **dict.fromkeys(
         (

@@ -158,6 +158,8 @@ def _read_hf_config(path: Path) -> PreTrainedConfig:
             method = quantization.get("quant_method") if isinstance(quantization, dict) else None
             raise CheckpointError(explain_quantised(f"'{path}'", method or f"'{key}'"))
     _check_integers(values, path)
+    if values["model_type"] == "openelm":
+        import ke_ray.models.openelm  # noqa: F401 - registers its classes with transformers
     try:
         config = AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
         return config.get_text_config() if config.model_type in _WITH_TEXT_DECODER else config

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from fake_hub import serving
 from tokenizers import Tokenizer
 
 from ke_ray.data import deadline
@@ -104,6 +105,29 @@ def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
     }.items():
         with pytest.raises(DataError, match=message):
             load_tokenizer(place)
+
+
+def test_a_tokenizer_that_comes_as_code_is_told_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenCoder's files: a SentencePiece model behind ``tokenization_inflm.py``."""
+    folder = tmp_path / "hub" / "infly" / "OpenCoder-1.5B-Base" / "main"
+    folder.mkdir(parents=True)
+    (folder / "tokenizer.model").write_bytes(b"\n\x05")
+    (folder / "tokenization_inflm.py").write_text("raise SystemExit('code was run')")
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "INFLMTokenizer"}')
+    for proxy in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(proxy, raising=False)
+    message = r"infly/OpenCoder-1.5B-Base' has no tokenizer\.json\. .*runs no code.*\.npy file"
+    with serving(tmp_path / "hub") as hub:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+        template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+        with pytest.raises(DataError, match=message):
+            load_tokenizer("infly/OpenCoder-1.5B-Base")
+    with pytest.raises(DataError, match=r"has no tokenizer\.json\. .*runs no code.*\.npy file"):
+        load_tokenizer(folder)
 
 
 def test_a_missing_network_is_reported_in_time(monkeypatch: pytest.MonkeyPatch) -> None:

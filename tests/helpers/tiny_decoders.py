@@ -185,6 +185,17 @@ TINY: dict[str, dict[str, Any]] = {
         "attention_out_multiplier": 0.9,
         "ssm_multipliers": [1.1, 0.9, 1.2, 0.8, 1.0],
     },
+    "openelm": {
+        **{key: BASE[key] for key in ("vocab_size", "bos_token_id", "eos_token_id")},
+        "model_dim": 32,
+        "num_transformer_layers": 3,
+        "max_context_length": 64,
+        "head_dim": 8,
+        "num_query_heads": [2, 4, 6],
+        "num_kv_heads": [1, 2, 2],
+        "ffn_multipliers": [1.45, 0.5, 2.0],
+        "ffn_dim_divisor": 8,
+    },
     "gemma3n_text": {
         **GEMMA,
         "intermediate_size": [48, 64, 48],
@@ -226,8 +237,10 @@ TINY_MIXTURES: dict[str, dict[str, Any]] = {
 
 
 def random_decoder(model_type: str, config: dict[str, Any], seed: int = 0) -> Any:
-    """A model with every parameter random, of any type that transformers has."""
+    """A model with every parameter random, of any type that transformers has, or OpenELM."""
     from transformers import AutoConfig, AutoModelForCausalLM
+
+    import ke_ray.models.openelm  # noqa: F401 - registers its classes
 
     torch.manual_seed(seed)
     built = AutoConfig.for_model(model_type, **config)

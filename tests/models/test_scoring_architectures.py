@@ -109,6 +109,8 @@ def inside(model_type: str, ffn: Any, x: torch.Tensor) -> tuple[torch.Tensor, to
         return ACTIVATIONS.get(model_type, gelu_tanh)(pre), relu(pre)
     if model_type == "phi3":
         gate, up = (ffn.gate_up_proj.weight @ x).split(48)
+    elif model_type == "openelm":
+        gate, up = (ffn.proj_1.weight @ x).chunk(2)
     elif model_type == "lfm2":
         gate, up = ffn.w1.weight @ x, ffn.w3.weight @ x
     else:

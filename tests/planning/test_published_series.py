@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import json
+import math
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from command_process import run_command
+import series_stand_ins
 from fake_hub import FakeHub, serving
+from series_stand_ins import write_checkpoints, write_documents, write_tokenizer
 
 from ke_ray.checkpoints.find.catalog import find_checkpoints
 from ke_ray.checkpoints.find.names import parse_checkpoint_name
@@ -170,34 +176,97 @@ def test_what_is_odd_is_said(hub) -> None:
     assert any("count checkpoints" in note for note in listed("amber")[1])
 
 
+#: More names of regular series, so that each study's ``every`` leaves a curve.
+MORE = {
+    "amber": [f"ckpt_{number:03}" for number in range(2, 26)],
+    "datadecide": [
+        f"step{step}-seed-{seed}"
+        for step in (1250, 2500, 3750, 5000)
+        for seed in ("default", "small-aux-2", "small-aux-3")
+    ],
+    "olmo1": [f"step{step}-tokens{step // 240}B" for step in range(400_000, 520_000, 10_000)],
+    "olmo2": [
+        f"stage1-step{step}-tokens{step // 480}B" for step in range(150_000, 210_000, 10_000)
+    ],
+    "olmo3": [f"stage1-step{step}" for step in range(1000, 36_000, 1000)],
+    "olmoe": [f"step{step}-tokens{step // 240}B" for step in range(15_000, 60_000, 5000)],
+    "opencoder": [
+        f"{stage}_iter_{1000 * n:07}" for stage in ("pretrain", "anneal") for n in range(2, 20)
+    ],
+    "pythia": [f"step{step}" for step in range(2000, 9000, 1000)],
+}
+
+
+@pytest.fixture
+def published(tmp_path: Path) -> Iterator[FakeHub]:
+    """All series under their real names, in the architectures that they have, and tokenizers."""
+    root = tmp_path / "hub"
+    for name, row in SERIES.items():
+        repo = root / re.split("[@:#]", row["SPEC"])[0]
+        folder = repo / "main" if ":" in row["SPEC"] else repo
+        names = [*NAMES[row["series"]], *MORE.get(name, []), *(["main"] if name == "amber" else [])]
+        write_checkpoints(name, [folder / each for each in names])
+        if study_of(name).tokenizer is not None:
+            place, _, subfolder = study_of(name).tokenizer.partition(":")
+            write_tokenizer(root / place / "main" / subfolder / "tokenizer.json")
+    with serving(root) as server:
+        server.commits["pico-lm/pico-decoder-tiny"] = [(each, each) for each in NAMES["Pico"]]
+        yield server
+
+
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "unit", "labels"),
-    [
-        ("opencoder", "tokens", [""]),
-        ("datadecide", "step", ["seed default", "seed small-aux-2", "seed small-aux-3"]),
-    ],
-)
-def test_a_study_of_several_stages_or_seeds_is_run_on_one_axis(
-    hub, tmp_path: Path, ids: Path, name: str, unit: str, labels: list[str]
-) -> None:
-    settings = [*overrides(tmp_path, ids), "checkpoints.every=1", "num_actors=1"]
-    options = itertools.chain.from_iterable(("--set", setting) for setting in settings)
-    done = run_command(["scan", STUDIES[name], *options], tmp_path)  # HF_ENDPOINT is the stand-in
-    assert done.returncode == 0, done.stderr
-    result = find_results([tmp_path / "out"])[0]
-    assert series.unit(result) == unit
-    assert [label for label, _ in series.curves(result)] == labels
+def test_every_study_is_run_as_it_stands(published, tmp_path: Path, ids: Path) -> None:
+    """Unchanged but for the amount of data and the places of data, results and weights."""
+    write_documents(tmp_path / "documents.json.gz")
+    scans = {}
+    for name, path in STUDIES.items():
+        data = ids if study_of(name).tokenizer is None else tmp_path / "documents.json.gz"
+        places = [f"data.dolma={data}", f"output={tmp_path / name}", f"cache_dir={tmp_path / 'c'}"]
+        amounts = ["num_instances=8", "sequence_length=16", "num_actors=1", "mlflow.enabled=false"]
+        scans[name] = (str(path), places + amounts)
+    hidden = ("RAY_ADDRESS", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY")
+    done = subprocess.run(
+        [sys.executable, series_stand_ins.__file__],
+        input=json.dumps(scans),
+        env={name: value for name, value in os.environ.items() if name not in hidden}
+        | {
+            "HF_ENDPOINT": published.url,
+            "HF_HUB_CACHE": str(tmp_path / "hf"),
+            "OMP_NUM_THREADS": "1",
+        },
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=550,
+    )
+    assert json.loads(done.stdout.splitlines()[-1]) == dict.fromkeys(STUDIES, 0)
+    for name in STUDIES:
+        check_results(name, tmp_path / name)
+
+
+#: The axis of some.
+UNITS = {"opencoder": "tokens", "olmo2": "tokens", "babylm": "words", "datadecide": "step"}
+
+
+def check_results(name: str, folder: Path) -> None:
+    """Values, positions and curves of a study's results are what its names say."""
+    names = {*NAMES[SERIES[name]["series"]], *MORE.get(name, [])}
+    result = find_results([folder])[0]
+    assert series.unit(result) == UNITS.get(name, series.unit(result)), name
+    seeds = ["seed default", "seed small-aux-2", "seed small-aux-3"]
+    labels = seeds if name == "datadecide" else [""]
+    assert [label for label, _ in series.curves(result)] == labels, name
     for table_name in ("entropy", "replicates"):
-        rows = pq.read_table(tmp_path / "out" / f"{table_name}.parquet").to_pylist()
+        rows = pq.read_table(folder / f"{table_name}.parquet").to_pylist()
+        for row in rows:
+            assert row["reason"] or math.isfinite(row["value"]), name
         by_name = {row["checkpoint"]: row for row in rows}
-        assert set(by_name) == set(NAMES[SERIES[name]["series"]])
-        for checkpoint, row in by_name.items():
-            parsed = parse_checkpoint_name(checkpoint)
-            assert row["step"] == parsed.step
-            assert (row["stage_label"], row["seed"]) == (parsed.stage_label, parsed.seed)
-    drawn = scan_figures(result, "scan")[0].panels[0].view.rows
-    for _, part in drawn.groupby("series"):
-        assert part["x"].is_monotonic_increasing
-        assert part["x"].is_unique
+        assert len(by_name) >= 2, name
+        for row in (by_name[each] for each in names.intersection(by_name)):
+            parsed = parse_checkpoint_name(row["checkpoint"])
+            assert row["step"] == parsed.step, name
+            assert (row["stage_label"], row["seed"]) == (parsed.stage_label, parsed.seed), name
+    for _, part in scan_figures(result, name)[0].panels[0].view.rows.groupby("series"):
+        assert part["x"].is_monotonic_increasing, name
+        assert part["x"].is_unique, name
