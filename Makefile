@@ -59,8 +59,8 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The documentation site, in build/site: index.html opens in a browser, and so that it can be searched
-# `python -m http.server --directory build/site` serves it. Needs no network.
+# The documentation site, in build/site; `python -m http.server --directory build/site` serves it.
+# Needs no network, and neither do its readers.
 docs: install
 	$(BIN)/python docs/site/sources.py build/docs
 	$(BIN)/python -m zensical build --clean --strict

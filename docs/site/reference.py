@@ -76,7 +76,7 @@ def _commands(group: Any, parent: Any, prefix: str) -> Iterator[str]:
             for left, right in [record]
         ]
         if rows:
-            yield "\n".join(["| | |", "|---|---|", *rows])
+            yield "\n".join(["| argument or option | meaning |", "|---|---|", *rows])
 
 
 def _record(parameter: Any, context: Any) -> tuple[str, str] | None:

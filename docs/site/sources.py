@@ -41,6 +41,7 @@ def write_sources(folder: Path) -> None:
     """Write Markdown, pictures and linked files into a folder, which is made anew."""
     shutil.rmtree(folder, ignore_errors=True)
     pages = reference.pages()
+    pages["extra.css"] = (ROOT / "docs" / "site" / "extra.css").read_text(encoding="utf-8")
     for document, page in DOCUMENTS.items():
         text = (ROOT / document).read_text(encoding="utf-8")
         if document == NOTEBOOK:

@@ -10,14 +10,10 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
-import synthetic
 import typer.main
-import yaml
 from built_site import ROOT, build_site
 
 from ke_ray.cli import app
-from ke_ray.report.build import sections
-from ke_ray.report.sources import find_results
 from ke_ray.studies.schema import KINDS
 
 
@@ -133,24 +129,6 @@ def test_the_errors_on_the_page_of_troubles_are_errors_of_the_code() -> None:
     assert len(messages) >= 20
 
 
-def test_the_tour_of_the_demo_names_figures_of_its_report(tmp_path: Path) -> None:
-    page = (ROOT / "docs" / "demo.md").read_text()
-    named = re.findall(r"\*\*([^*]+?)\.?\*\*", " ".join(page.split()))
-    drawn = {
-        figure.title
-        for section in sections(find_results([synthetic.make_demo(tmp_path)]))
-        for figure in section.figures
-    }
-    assert [title for title in named if title not in drawn] == []
-    assert len(named) > 25
-
-
 def test_pictures_on_the_site_are_read_by_those_who_cannot_see_them(site_folder: Path) -> None:
     for source in (site_folder / "build" / "docs").rglob("*.md"):
         assert "![](" not in source.read_text()
-
-
-def test_the_configuration_asks_for_nothing_from_the_network() -> None:
-    text = (ROOT / "mkdocs.yml").read_text()
-    plain = re.sub(r"!!python/\S+ \{.*\}", "null", text)
-    assert yaml.safe_load(plain)["theme"]["font"] is False
