@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .PHONY: install demo lab gpu-check test test-fast test-ray test-slow test-browser lint format \
-	release-check clean-demo
+	docs release-check clean-demo
 
 install: $(STAMP)
 
@@ -63,9 +63,15 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The documentation site, in build/site; `python -m http.server --directory build/site` serves it.
+# Needs no network, and neither do its readers.
+docs: install
+	$(BIN)/python docs/site/sources.py build/docs
+	$(BIN)/python -m zensical build --clean --strict
+
 # Before a release: packages that can be uploaded and work without the checkout, and files that
 # agree on the version. Needs a package index for `build` and `twine`.
-release-check: install
+release-check: install docs
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[release]'
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from servers import Gate
 
 # Fixtures of several folders (tests/helpers).
-pytest_plugins = ("tiny_decoders", "tiny_scans")
+pytest_plugins = ("tiny_decoders", "tiny_scans", "built_site")
 
 # Before any test module imports Ray, which reads it then (see ke_ray.engine.cluster.session).
 os.environ.setdefault("RAY_AUTH_MODE", "token")

@@ -3,8 +3,8 @@
     python -m ke_ray.report.screenshots RESULTS… --output FOLDER [--all]
 
 Needs the package ``playwright`` and a Chromium (Debian's ``chromium``, or ``KE_RAY_CHROMIUM``).
-Writes ``report.png`` and ``dashboard.png``; ``--all`` also takes every page whole, at 1,280 and
-420 px, in light and dark.
+Writes ``report.png`` and ``dashboard.png``, and two figures of the demo where the results have
+them; ``--all`` also takes every page whole, at 1,280 and 420 px, in light and dark.
 """
 
 from __future__ import annotations
@@ -23,6 +23,10 @@ from ke_ray.errors import KeRayError, UserError
 
 _FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync")
 _QUIET = ("--disable-background-networking", "--disable-component-update")
+_FIGURES = {
+    "continual-acquisition": "demo_acquisition.png",
+    "sweep-factor-curve": "demo_factor.png",
+}
 _VIEWS = ("Checkpoints", "Continual learning", "Sweeps", "MLflow")
 _WAIT_MS = 60_000
 
@@ -69,6 +73,7 @@ def take(results: Sequence[str], output: Path, *, everything: bool = False) -> l
     with launch_chromium() as browser, tempfile.TemporaryDirectory() as folder:
         report = Path(build_report(list(results), Path(folder) / "report.html")).as_uri()
         made.append(_top_of_report(browser, report, output / "report.png"))
+        made += _figures(browser, report, output)
         with start_dashboard(list(results), log=Path(folder) / "pages.log") as running:
             made.append(_page(browser, running.url, output / "dashboard.png"))
             for width in (1280, 420) if everything else ():
@@ -97,6 +102,19 @@ def _top_of_report(browser: Any, address: str, target: Path) -> Path:
     page.screenshot(path=target)
     page.context.close()
     return target
+
+
+def _figures(browser: Any, address: str, output: Path) -> list[Path]:
+    """Single figures, for docs/demo.md."""
+    page = _open(browser, address, 1280, 1120, "light")
+    _draw_all(page)
+    made = []
+    for figure, name in _FIGURES.items():
+        if page.locator(f"#{figure}").count():
+            page.locator(f"#{figure}").screenshot(path=output / name)
+            made.append(output / name)
+    page.context.close()
+    return made
 
 
 def _draw_all(page: Any) -> None:
