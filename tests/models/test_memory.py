@@ -15,7 +15,7 @@ _START = """
 import resource, sys, numpy, torch
 from ke_ray.errors import KeRayError
 from ke_ray.models.loading import load_model
-from ke_ray.models.memory import score_within_memory
+from ke_ray.models.scoring import score_within_memory
 torch.set_num_threads(1)
 
 def leave(num_bytes):
