@@ -1,21 +1,14 @@
-"""Scoring and loading where memory is short: a smaller batch, then a message with the numbers."""
+"""Device memory: whether it ran out, what can be given back, and its numbers for messages."""
 
 from __future__ import annotations
 
 import gc
-import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import psutil
 
-from ke_ray.errors import DeviceMemoryError
-
 if TYPE_CHECKING:
     import torch
-
-    from ke_ray.core.statistics import GroupSums
-
-log = logging.getLogger(__name__)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -46,39 +39,3 @@ def memory_of(device: torch.device) -> str:
         memory = psutil.virtual_memory()
         free, total = memory.available, memory.total
     return f"{device} has {free / 1e9:.2f} GB free of {total / 1e9:.2f}"
-
-
-def score_within_memory(
-    model: Any, input_ids: Any, lengths: Any, *, batch_size: int, **keys: Any
-) -> tuple[GroupSums, int]:
-    """``score_instances``; where memory runs out, again from the start with half the batch.
-
-    Returns:
-        The sums, and the batch size that they were formed with, for the next call.
-
-    Raises:
-        DeviceMemoryError: a batch of one instance does not fit.
-    """
-    from ke_ray.models.scoring import score_instances
-
-    device = next(model.parameters()).device
-    while True:
-        try:
-            sums = score_instances(model, input_ids, lengths, batch_size=batch_size, **keys)
-            return sums, batch_size
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            reason = str(error).strip().splitlines()[0][:200]
-        # Outside the handler: its traceback keeps the failed batch's tensors alive.
-        free_memory(device)
-        if batch_size == 1:
-            weights = sum(p.numel() * p.element_size() for p in model.parameters())
-            raise DeviceMemoryError(
-                f"One instance of {input_ids.shape[1]:,} tokens does not fit beside "
-                f"{weights / 1e9:.2f} GB of weights: {memory_of(device)} ({reason}). Use a device "
-                "with more memory, dtype bfloat16, shorter instances (sequence_length) or fewer "
-                "scorers (num_actors)."
-            )
-        batch_size = batch_size // 2
-        log.warning("Out of memory (%s); going on with batches of %d.", reason, batch_size)

@@ -21,6 +21,7 @@ code: no padding is counted, nothing but real tokens is averaged, no 1e-9 inside
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -30,10 +31,13 @@ from torch import Tensor, nn
 
 from ke_ray.core.measures import Evaluation, check_measures, evaluate, required_sums
 from ke_ray.core.statistics import GroupSums
-from ke_ray.errors import DataError
+from ke_ray.errors import DataError, DeviceMemoryError
 from ke_ray.models.capture import Capture
 from ke_ray.models.layout import describe, layers_of
+from ke_ray.models.memory import free_memory, is_out_of_memory, memory_of
 from ke_ray.models.sharded import no_gradients, reshard
+
+log = logging.getLogger(__name__)
 
 #: Runs batches, given by their first instances: (first instance, means by table) of each.
 RunPasses = Callable[
@@ -183,6 +187,40 @@ def _in_order(
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
     for start in starts:
         yield start, forward(start)
+
+
+def score_within_memory(
+    model: Any, input_ids: Any, lengths: Any, *, batch_size: int, **keys: Any
+) -> tuple[GroupSums, int]:
+    """``score_instances``; where memory runs out, again from the start with half the batch.
+
+    Returns:
+        The sums, and the batch size that they were formed with, for the next call.
+
+    Raises:
+        DeviceMemoryError: a batch of one instance does not fit.
+    """
+    device = next(model.parameters()).device
+    while True:
+        try:
+            sums = score_instances(model, input_ids, lengths, batch_size=batch_size, **keys)
+            return sums, batch_size
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error).strip().splitlines()[0][:200]
+        # Outside the handler: its traceback keeps the failed batch's tensors alive.
+        free_memory(device)
+        if batch_size == 1:
+            weights = sum(p.numel() * p.element_size() for p in model.parameters())
+            raise DeviceMemoryError(
+                f"One instance of {input_ids.shape[1]:,} tokens does not fit beside "
+                f"{weights / 1e9:.2f} GB of weights: {memory_of(device)} ({reason}). Use a device "
+                "with more memory, dtype bfloat16, shorter instances (sequence_length) or fewer "
+                "scorers (num_actors)."
+            )
+        batch_size = batch_size // 2
+        log.warning("Out of memory (%s); going on with batches of %d.", reason, batch_size)
 
 
 def _checked(model: Any, input_ids: Any, lengths: Any) -> tuple[Tensor, Tensor]:

@@ -296,7 +296,7 @@ def described(monkeypatch):
 
 
 def example_of_the_docs() -> dict[str, Any]:
-    text = (Path(__file__).parents[2] / "docs" / "science.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "architectures.md").read_text()
     (block,) = re.findall(r"```yaml\n(model_type: .*?)```", text, re.DOTALL)
     return yaml.safe_load(block)
 

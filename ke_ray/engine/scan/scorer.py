@@ -34,7 +34,6 @@ from ke_ray.engine.cluster.placement import granted_device
 from ke_ray.errors import KeRayError
 from ke_ray.models.architectures import use_description
 from ke_ray.models.loading import load_model
-from ke_ray.models.memory import score_within_memory
 from ke_ray.planning.scan_items import RowRange, WorkItem
 from ke_ray.planning.scan_messages import (
     ScorerSettings,
@@ -180,6 +179,8 @@ class CheckpointScorer:
         return output_table(outputs)
 
     def _sum(self, model: Any, rows: RowRange, report: Any) -> GroupSums:
+        from ke_ray.models.scoring import score_within_memory
+
         input_ids, lengths = self._corpora[rows.work.corpus]
         sums, self._batch_size = score_within_memory(
             model,
@@ -270,6 +271,8 @@ class CheckpointScorer:
 
     def _measured(self, model: Any) -> torch.Tensor:
         """C̄ of the model as it is, on the whole of the scan's first corpus."""
+        from ke_ray.models.scoring import score_within_memory
+
         input_ids, lengths = next(iter(self._corpora.values()))
         with self._score_lock:  # the precision of products is the process's, not a thread's
             sums, self._batch_size = score_within_memory(
