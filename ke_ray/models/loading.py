@@ -92,7 +92,7 @@ def load_model(
     layout = read_layout(folder)
     config = config_from(folder, layout)
     target_dtype, target_device = dtype or torch.float32, torch.device(device)
-    with _fitting(folder, target_dtype, target_device), _explained(folder), quiet():
+    with _fitting(folder, layout, target_dtype, target_device), _explained(folder), quiet():
         weights = open_weights(folder, layout)
         stored = _stored_dtype(weights)
         # On the CPU transformers converts while it copies out of the map; elsewhere, see above.
@@ -337,18 +337,21 @@ def _explained(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _fitting(folder: Path, dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+def _fitting(
+    folder: Path, layout: Layout, dtype: torch.dtype, device: torch.device
+) -> Iterator[None]:
     """Say what did not fit where memory runs out: nothing is wrong with the checkpoint."""
     try:
         yield
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        num_bytes = open_weights(folder, read_layout(folder)).num_elements() * dtype.itemsize
+        files = [base_folder(folder) / name for name in layout.weights]
+        num_bytes = sum(file.stat().st_size for file in files)
         raise DeviceMemoryError(
-            f"'{folder}' has {num_bytes / 1e9:.3g} GB of weights in {dtype}, and "
-            f"{memory_of(device)}: they do not fit. Use a device with more memory, dtype bfloat16, "
-            "or fewer scorers (num_actors)."
+            f"'{folder}' has {num_bytes / 1e9:.3g} GB of weights on disk, to be loaded as {dtype}, "
+            f"and {memory_of(device)}: they do not fit. Use a device with more memory, dtype "
+            "bfloat16, or fewer scorers (num_actors)."
         ) from None  # the traceback would keep the weights that were loaded already
 
 

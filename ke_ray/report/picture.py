@@ -91,7 +91,7 @@ def _side_by_side(scan: Result, shown: list[str]) -> alt.HConcatChart:
     failed = series.failed(scan)["checkpoint"].nunique()
     title = f"{scan.name}: {len(series.checkpoints(scan))} checkpoints"
     title += f", {failed} failed. " if failed else ". "
-    title += band_caption(measure_rows(scan, shown[0]), "jackknife standard errors")
+    title += band_caption(measure_rows(scan, shown[0]), "jackknife")
     picture = alt.hconcat(*charts, title=title).resolve_scale(
         color="independent", shape="independent", strokeDash="independent"
     )

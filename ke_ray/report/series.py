@@ -24,6 +24,7 @@ from safetensors.numpy import load
 from ke_ray import storage
 from ke_ray.core import jackknife
 from ke_ray.core.measures import MEASURES
+from ke_ray.errors import StorageError
 from ke_ray.report import axis
 from ke_ray.report.ceiling import Ceiling
 from ke_ray.report.sources import Result
@@ -392,9 +393,11 @@ def coefficients(scan: Result, checkpoint: str, corpus: str | None = None) -> np
     NaN beyond the memories of a layer that is narrower than the widest.
     ``corpus`` None means the scan's first corpus.
     """
-
     name = storage.slug(checkpoint) if corpus is None else f"{storage.slug(checkpoint)}@{corpus}"
     path = storage.join(scan.path, "coefficients", f"{name}.safetensors")
-    if not storage.exists(path):
+    try:
+        if not storage.exists(path):
+            return None
+    except StorageError:  # others may name a corpus as no file can be named
         return None
     return load(storage.read_bytes(path)).get("mean_abs_coefficients")

@@ -77,6 +77,22 @@ print("smaller batch", size)
     assert "smaller batch" in done.stdout, done.stderr
 
 
+@pytest.mark.parametrize("room_bytes", [8_000_000, 75_000_000])  # to map the file, to copy it
+def test_a_model_that_does_not_fit_is_no_broken_checkpoint(checkpoint, room_bytes):
+    done = run(
+        f"""
+leave({room_bytes})
+try:
+    load_model(sys.argv[1])
+except KeRayError as error:
+    print(type(error).__name__, error)
+""",
+        checkpoint,
+    )
+    assert done.stdout.startswith("DeviceMemoryError"), done.stdout + done.stderr
+    assert "has 0.0516 GB of weights on disk, to be loaded as torch.float32" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("error", "expected"),
     [(RuntimeError("shape '[2]' is invalid"), False), (torch.OutOfMemoryError("CUDA"), True)],

@@ -8,6 +8,8 @@ training tools come under transformers' names.
 
 from __future__ import annotations
 
+import errno
+import os
 import pickle
 import re
 import struct
@@ -227,6 +229,8 @@ def _open_safetensors(path: Path) -> Any:
     try:
         return safe_open(str(path), framework="pt", device="cpu")
     except Exception as error:  # SafetensorError, OSError, and what a broken header may cause
+        if os.strerror(errno.ENOMEM) in str(error):
+            raise MemoryError(f"'{path}' cannot be mapped: {error}") from error
         raise CheckpointError(
             f"'{path}' is truncated or not a safetensors file: {error}. Fetch it again."
         ) from error
