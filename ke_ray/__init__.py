@@ -1,8 +1,8 @@
 """Knowledge entropy, resuscitation and continual knowledge learning over checkpoint series.
 
-    series         the checkpoints of a series as models in memory (``ke_ray.api.series``)
-    scan           a scan, run whole (``ke_ray.api.scan``)
-    score_model    measures of a model in hand (``ke_ray.api.score``)
+    series         iterate over the checkpoints of a series as models (``ke_ray.api.series``)
+    scan           run a scan (``ke_ray.api.scan``)
+    score_model    measure a loaded model (``ke_ray.api.score``)
 
 The numerics need torch alone (``ke_ray.core``, ``ke_ray.models``); Ray stays in ``ke_ray.engine``.
 Importing this package imports nothing heavy: these three are imported when first used.

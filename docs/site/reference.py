@@ -6,6 +6,7 @@ import inspect
 import pkgutil
 import re
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import typer.main
@@ -15,6 +16,10 @@ from ke_ray.studies.schema import KINDS, json_schema
 
 #: What a program of one's own calls. Everything else may change between versions.
 PYTHON_API = {
+    "The commands": (
+        *("api.series:series", "api.series:Series", "api.series:SeriesCheckpoint"),
+        *("api.scan:scan", "api.score:score_model"),
+    ),
     "Measure a model in memory": (
         *("models.scoring:score_model", "core.measures:Evaluation", "core.measures:MeasureRow"),
         "models.loading:load_model",
@@ -183,7 +188,7 @@ def _yaml(value: Any) -> str:
 
 def python_page() -> str:
     """Signatures and docstrings of what programs call."""
-    parts = ["# Python\n\nNone of this needs Ray. Tensors are torch's; entropies are in nats."]
+    parts = ["# Python\n\nOnly `ke_ray.scan` needs Ray. Entropies are in nats."]
     for title, names in PYTHON_API.items():
         parts.append(f"## {title}")
         for name in names:
@@ -200,6 +205,9 @@ def _documented(module: str, name: str, thing: Any, level: str = "###") -> Itera
     yield _docstring(thing)
     if inspect.isclass(thing):
         for method, value in vars(thing).items():
+            if isinstance(value, property | cached_property) and not method.startswith("_"):
+                yield f"#### {name}.{method}"
+                yield _docstring(value)
             function = getattr(value, "__func__", value)  # of a class or static method
             if not method.startswith("_") and inspect.isfunction(function):
                 yield from _documented(module, f"{name}.{method}", function, "####")

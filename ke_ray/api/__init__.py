@@ -1,8 +1,8 @@
 """What the commands do, from Python.
 
-    series    the checkpoints that a SPEC names as models in memory, one after the other
-    scan      a scan, run whole
-    score     measures of a model in hand
+    series    iterate over the checkpoints of a series as models
+    scan      run a scan
+    score     measure a loaded model
     publish   picture, report and MLflow artifacts of results
 
 ``ke_ray.series``, ``ke_ray.scan`` and ``ke_ray.score_model`` lead here.

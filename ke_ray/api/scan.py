@@ -1,4 +1,4 @@
-"""A scan, run whole."""
+"""Running a scan from Python."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The checkpoints of a series as models in memory, one after the other."""
+"""Iterating over the checkpoints of a series as models in memory."""
 
 from __future__ import annotations
 
@@ -86,8 +86,8 @@ class SeriesCheckpoint:
     def _check_turn(self) -> None:
         if self._is_over:
             raise UserError(
-                f"The loop over the series has gone on from '{self.name}', whose files may be "
-                "gone. Take what you need of a checkpoint in its own turn."
+                f"'{self.name}' is no longer the current checkpoint of the loop, and its files may "
+                "have been removed. Use `model` and `folder` before the next iteration."
             )
 
 
@@ -156,7 +156,7 @@ def series(
     cache_dir: str | None = None,
     cache_bytes: int | None = None,
 ) -> Series:
-    """The checkpoints that a SPEC names, to be gone through one after the other.
+    """Iterate over the checkpoints that a SPEC names.
 
     ::
 

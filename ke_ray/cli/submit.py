@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 import yaml
@@ -13,9 +13,6 @@ from ke_ray.cli.options import DryRun, Set
 from ke_ray.engine.cluster.submit import JobServer, new_submission_id, run_job
 from ke_ray.errors import KeRayError
 from ke_ray.studies.jobs import load_job, refuse_loopback_tracking, runtime_env_of
-
-if TYPE_CHECKING:
-    from ke_ray.engine.cluster.submit import JobServer
 
 _INTERRUPTED = 130
 

@@ -121,16 +121,6 @@ def decay_constant(lags: npt.ArrayLike, retainability: npt.ArrayLike) -> float:
     return float(-(x * (y - y.mean())).sum() / (x**2).sum())
 
 
-def pooled_decay(injections: Sequence[InjectionDynamics]) -> float:
-    """`decay_constant` of the points of all injections together; NaN where there are too few."""
-    if not injections:
-        return math.nan
-    return decay_constant(
-        np.concatenate([entry.lags for entry in injections]),
-        np.concatenate([entry.retainability for entry in injections]),
-    )
-
-
 def effectivity_intervals(
     steps: npt.ArrayLike,
     paragraph_values: npt.ArrayLike,

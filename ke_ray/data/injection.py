@@ -63,10 +63,6 @@ class InjectionPlan:
         index = bisect.bisect_right(steps, step)
         return steps[index] if index < len(steps) else None
 
-    def num_injected_tokens(self, step: int) -> int:
-        """Injected tokens in the global batch of ``step``, end-of-text ids included."""
-        return sum(len(ids) for ids in self.rows.get(self.events.get(step, 0), {}).values())
-
     def inject(self, rows: RowsT, step: int, row_indices: Sequence[int] | None = None) -> RowsT:
         """The rows of a batch with the texts of ``step`` injected.
 

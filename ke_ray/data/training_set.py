@@ -21,8 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -104,44 +103,6 @@ class PackedDataset:
                 f"1 to {len(self)} rows, shorter sequences, or a larger corpus."
             )
         return len(self) // global_batch_size
-
-    def iter_batch_rows(
-        self, first_step: int, global_batch_size: int
-    ) -> Iterator[NDArray[np.int64]]:
-        """Indices (for ``rows``) of the B rows of step ``first_step``, the next, … without end.
-
-        Each [B] int64, the same for any number of workers; worker w of W takes its contiguous
-        slice.
-        """
-        steps = self.steps_per_epoch(global_batch_size)
-        step, epoch, order = first_step, -1, self.drawn
-        while True:
-            if step // steps != epoch:
-                epoch = step // steps
-                order = self.order(epoch)
-            start = (step % steps) * global_batch_size
-            yield order[start : start + global_batch_size]
-            step += 1
-
-    def split_held_out(self, num_held_out: int) -> tuple[PackedDataset, PackedDataset]:
-        """This dataset without the held-out instances, and the held-out ones.
-
-        Held-out are the last n of the seeded permutation of all M stored instances, whatever N is.
-        (An instance boundary may fall inside a document, whose other part is then trained on.)
-
-        Raises:
-            DataError: M is less than n and the requested N (or 1, where all were requested).
-        """
-        cut = self.num_stored - num_held_out
-        if num_held_out < 0 or cut < (self.num_requested or 1):
-            raise DataError(
-                f"{self.num_requested or 1} instances to train on and {num_held_out} held-out ones "
-                f"were requested, but '{self.source}' holds {self.num_stored} of "
-                f"{self.sequence_length} tokens; request fewer or give more documents."
-            )
-        permutation = _draw(self.num_stored, self.seed)
-        held_out = replace(self, drawn=permutation[cut:], num_requested=num_held_out)
-        return replace(self, drawn=self.drawn[:cut]), held_out
 
 
 def _draw(num_stored: int, seed: int) -> NDArray[np.int64]:

@@ -158,14 +158,6 @@ def _read_meta(folder: str) -> dict[str, Any] | None:
         return None
 
 
-def latest_step(uri: str) -> int | None:
-    """Step of the newest complete state under ``uri``."""
-    for step in reversed(_steps(uri)):
-        if _read_meta(storage.join(uri, _folder(step))) is not None:
-            return step
-    return None
-
-
 def load_state(
     uri: str,
     model: nn.Module,

@@ -31,7 +31,7 @@ def test_models_come_in_order_and_go(series: Path) -> None:
     assert [checkpoint.step for checkpoint, _ in behind] == [10, 30]
     assert [checkpoint.name for checkpoint, _ in behind] == ["step10", "step30"]
     assert [model() for _, model in behind] == [None, None]
-    with pytest.raises(UserError, match="'step10'.*in its own turn"):
+    with pytest.raises(UserError, match="'step10' is no longer.*before the next iteration"):
         _ = behind[0][0].model
     assert [checkpoint.step for checkpoint in checkpoints] == [10, 30], "a second loop"
 

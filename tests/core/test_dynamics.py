@@ -10,7 +10,6 @@ from ke_ray.core.dynamics import (
     decay_constant,
     dynamics,
     effectivity_intervals,
-    pooled_decay,
 )
 
 
@@ -43,7 +42,6 @@ def test_recovers_effectivity_lam_and_decay_of_a_constructed_run() -> None:
         np.testing.assert_allclose(entry.retainability, 1 - 0.12 * np.log(entry.lags), rtol=1e-12)
     assert result[0].lags.tolist() == list(range(1, 151))  # 170 … 319, before the next injection
     assert result[1].lags.tolist() == list(range(1, 152))  # to the end of the run, 480
-    assert pooled_decay(result) == pytest.approx(0.12)
 
 
 def test_the_probe_at_the_injecting_step_already_holds_the_injection() -> None:
@@ -94,9 +92,7 @@ def test_an_injection_at_the_last_step_has_no_dynamics() -> None:
 def test_without_probes_between_injections_there_are_no_dynamics() -> None:
     result = dynamics([0, 100], [-5.0, -3.0], [10, 20, 30])
     assert [entry.lam_step for entry in result] == [None, None, None]
-    assert math.isnan(pooled_decay(result))
     assert dynamics([0, 100], [-5.0, -3.0], []) == ()
-    assert math.isnan(pooled_decay(()))
 
 
 def test_without_a_probe_before_the_injection_there_are_no_dynamics() -> None:

@@ -175,8 +175,6 @@ def test_records_tell_what_entered() -> None:
         }
         for row, instance in ((0, 0), (0, 1), (1, 2))
     ]
-    assert plan.num_injected_tokens(2) == 12
-    assert plan.num_injected_tokens(3) == 0
 
 
 @pytest.mark.parametrize(

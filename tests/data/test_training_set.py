@@ -18,6 +18,7 @@ from ke_ray.data.olmo_order import rebuild_order
 from ke_ray.data.tokenizer import train_bpe
 from ke_ray.data.training_set import PackedDataset, prepare_training_set
 from ke_ray.errors import DataError, StorageError
+from ke_ray.training.batches import BatchPlan
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 TOKENIZER = train_bpe([" ".join(WORDS)] * 3, 290)
@@ -37,7 +38,7 @@ def prepare(source: str, cache: Path, **options: object) -> PackedDataset:
 
 
 def batch_rows(dataset: PackedDataset, step: int, global_batch_size: int) -> np.ndarray:
-    return next(dataset.iter_batch_rows(step, global_batch_size))
+    return BatchPlan(dataset, global_batch_size).instances(step + 1, 0, global_batch_size)
 
 
 @pytest.fixture
@@ -103,25 +104,6 @@ def test_row_r_of_step_s_is_the_same_for_every_number_of_workers(
                 for rank in range(workers)
             ]
             assert np.array_equal(np.concatenate(parts), whole)
-    stream = dataset.iter_batch_rows(2, 12)
-    for step in range(2, 11):
-        assert next(stream).tolist() == batch_rows(dataset, step, 12).tolist()
-
-
-def test_held_out_instances_are_never_trained_on(source: str, tmp_path: Path) -> None:
-    whole = prepare(source, tmp_path, seed=5)
-    train, held_out = whole.split_held_out(10)
-    assert len(train) + len(held_out) == len(whole)
-    assert not set(train.drawn.tolist()) & set(held_out.drawn.tolist())
-    drawn = prepare(source, tmp_path, num_instances=30, seed=5)
-    train, again = drawn.split_held_out(10)
-    assert train.drawn.tolist() == drawn.drawn.tolist()
-    assert again.drawn.tolist() == held_out.drawn.tolist()
-    assert not set(train.drawn.tolist()) & set(again.drawn.tolist())
-    with pytest.raises(DataError, match=rf"30 instances to train on .* holds {len(whole)}"):
-        drawn.split_held_out(len(whole) - 29)
-    with pytest.raises(DataError, match="1 instances to train on"):
-        whole.split_held_out(len(whole))
 
 
 def test_the_corpus_is_tokenised_once(source: str, tmp_path: Path, monkeypatch) -> None:

@@ -13,6 +13,7 @@ import pytest
 import typer.main
 from built_site import ROOT, build_site
 
+import ke_ray
 from ke_ray.cli import app
 from ke_ray.studies.schema import KINDS
 
@@ -101,6 +102,9 @@ def test_the_reference_has_every_command_and_every_key(site_folder: Path) -> Non
         assert [key for key in model.model_fields if f"| `{key}` |" not in section] == []
     for key in ("checkpoints.spec", "resuscitation.factor", "optimizer.learning_rate"):
         assert f"| `{key}` |" in keys
+    python = (reference / "python.md").read_text()
+    assert [name for name in ke_ray.__all__ if f"\n### {name}\n" not in python] == ["__version__"]
+    assert "#### SeriesCheckpoint.model\n" in python
 
 
 def templates() -> set[str]:

@@ -119,7 +119,7 @@ def ray_session(
             "num_cpus": num_cpus,
             "resources": resources,
             "object_store_memory": object_store_bytes,
-            "include_dashboard": bool(os.environ.get("KE_RAY_RAY_DASHBOARD")),
+            "include_dashboard": False,
         }
     else:
         settings |= {"address": address, "runtime_env": {"env_vars": worker_env()}}

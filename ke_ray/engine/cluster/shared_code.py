@@ -21,20 +21,21 @@ def check_nodes_run_this_code() -> None:
 
     Raises:
         UserError: a node has none, another version, or other files of the same version.
+        StorageError: a node does not answer.
     """
     ask = _question()
     version, files = ask()
     others: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for node, found in ask_other_nodes(ask):
-        if found != (version, files):
-            others[found].append(node)
+    for node, answer in ask_other_nodes(ask):
+        if answer != (version, files):
+            others[answer].append(node)
     if not others:
         return
     described = "; ".join(
         f"{names_of_nodes(nodes)}: {_described(found, version)}" for found, nodes in others.items()
     )
     raise UserError(
-        f"This command is ke_ray {version} (files {files}), and there is another on {described}. "
+        f"This command is ke_ray {version} (files {files}), and other nodes differ: {described}. "
         "Install the same one on all nodes, or submit the command as a job with its working "
         "folder, which takes the code along (ke-ray submit)."
     )
@@ -55,7 +56,9 @@ def _question() -> Callable[[], tuple[str, str]]:
             return "", ""
         folder = Path(spec.origin).parent
         digest = hashlib.sha256()
-        for path in sorted(folder.rglob("*.py")):
+        # A wheel carries the dashboards in shipped/, a checkout beside the package.
+        paths = [p for p in folder.rglob("*.py") if p.relative_to(folder).parts[0] != "shipped"]
+        for path in sorted(paths):
             content = path.read_bytes()
             digest.update(f"{path.relative_to(folder).as_posix()} {len(content)} ".encode())
             digest.update(content)

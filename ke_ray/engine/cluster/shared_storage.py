@@ -65,7 +65,7 @@ def ask_other_nodes(question: Callable[..., Any], *arguments: Any) -> list[tuple
         out.
 
     Raises:
-        StorageError: a node did not answer within two minutes.
+        StorageError: a node did not answer within two minutes, or could not.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -83,15 +83,17 @@ def ask_other_nodes(question: Callable[..., Any], *arguments: Any) -> list[tuple
     _, late = ray.wait(pending, num_returns=len(pending), timeout=_ANSWER_TIMEOUT_S)
     addresses = [node["NodeManagerAddress"] for node in others]
     if late:
-        silent = ", ".join(a for a, ref in zip(addresses, pending, strict=True) if ref in late)
+        silent = [a for a, ref in zip(addresses, pending, strict=True) if ref in late]
         raise StorageError(
-            f"{silent} did not say within {_ANSWER_TIMEOUT_S:.0f} seconds what it sees of this "
-            "command's files and addresses. Look at `ray status`; remove a node that hangs."
+            f"{names_of_nodes(silent)} did not answer within {_ANSWER_TIMEOUT_S:.0f} seconds. Look "
+            "at `ray status`; remove a node that hangs."
         )
     answers = []
     for address, ref in zip(addresses, pending, strict=True):
         try:
             answers.append((address, ray.get(ref)))
+        except ray.exceptions.RayTaskError as error:
+            raise StorageError(f"The node {address} could not answer: {error.cause}") from error
         except ray.exceptions.RayError:
             continue
     return answers
@@ -123,7 +125,7 @@ def check_nodes_see(inputs: Iterable[tuple[str, str | None]], output: str | None
     stores = {"/".join(uri.split("/")[:3]): uri for uri in uris if not uri.startswith(_WEB)}
     mark = None
     if output is not None and storage.is_local(output):
-        mark = storage.join(storage.absolute(output), f".seen-by-all-nodes-{secrets.token_hex(4)}")
+        mark = storage.join(storage.absolute(output), f".ke-ray-{secrets.token_hex(8)}-seen")
         storage.write_atomic(mark, b"")
         files.append((f"The output folder '{output}'", mark))
     try:

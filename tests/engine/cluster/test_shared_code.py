@@ -50,7 +50,7 @@ def test_nodes_with_other_code_are_named_by_what_they_have(monkeypatch: pytest.M
     assert "the nodes old, older: ke_ray 0.0.9;" in message
     assert f"the node edited: ke_ray {ke_ray.__version__} (files 4e5f6a7b);" in message
     assert "the node bare: no ke_ray at all" in message
-    assert "same" not in message.split(" on ")[1].split(". Install")[0]
+    assert "same" not in message.split("differ: ")[1].split(". Install")[0]
 
 
 def test_a_node_without_ke_ray_can_answer() -> None:
