@@ -6,7 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -132,13 +132,17 @@ class Series:
                 yield checkpoint
                 checkpoint.end()
                 # Given back before the next is waited for, which may need its room.
-                if checkpoint._folder.done() and checkpoint._folder.exception() is None:
-                    store.release(checkpoint.ref)
+                checkpoint._folder.add_done_callback(partial(_release, store, checkpoint.ref))
                 fetch_next()
         finally:
             stopped.set()
             pool.shutdown(cancel_futures=True)
             store.close()
+
+
+def _release(store: Store, ref: CheckpointRef, fetched: Future[str]) -> None:
+    if not fetched.cancelled() and fetched.exception() is None:
+        store.release(ref)
 
 
 def series(

@@ -189,13 +189,13 @@ def acquisition_interval(
     Args:
         before, after: [n_paragraphs] mean ℓ of the same paragraphs in the same order.
         strata: [n_paragraphs] setting of each (once, paraphrase); resampled within it, or all
-            together where a setting has a single paragraph.
+            together where a setting has fewer than three paragraphs.
         level: coverage, in (0, 1).
         num_resamples: bootstrap resamples.
         seed: of the resampling.
 
     Returns:
-        A of all paragraphs and its interval; NaN ends where there are fewer than three paragraphs.
+        A of all paragraphs and its interval; NaN ends where there are fewer than four paragraphs.
 
     Raises:
         ValueError: no paragraphs, or the two differ in shape.
@@ -204,11 +204,11 @@ def acquisition_interval(
     if start.shape != end.shape or start.ndim != 1:
         raise ValueError(f"paragraph values of shapes {start.shape} and {end.shape} do not pair")
     value = acquisition(knowledge(start), knowledge(end))
-    if start.size < 3:  # half of the resamples of two have no spread
+    if start.size < 4:  # with three, a ninth of the resamples have no spread
         return Interval(value, math.nan, math.nan)
     labels = [None] * start.size if strata is None else list(strata)
     members = [np.flatnonzero([label == own for label in labels]) for own in dict.fromkeys(labels)]
-    if min(map(len, members)) < 2:  # one alone cannot be resampled
+    if min(map(len, members)) < 3:  # half of the resamples of two have no spread
         strata, members = None, [np.arange(start.size)]
     weights = bootstrap_weights(start.size, num_resamples, seed, strata)
     whole = np.full((1, start.size), 1.0 / start.size)
@@ -242,7 +242,11 @@ def _acquisition_draws(
         r, y = r - r.mean(), y - y.mean()
         mean = drawn @ r + change * (drawn @ y)
         square = drawn @ r**2 + 2 * change * (drawn @ (r * y)) + change**2 * (drawn @ y**2)
-        variance += (rows.size / n) ** 2 * np.maximum(square - mean**2, 0.0) / (rows.size - 1)
+        spread = square - mean**2
+        # Where one paragraph alone was drawn, what is left of it is rounding.
+        size = drawn @ r**2 + change**2 * (drawn @ y**2)
+        spread = np.where(spread > 1e-12 * size, spread, 0.0)
+        variance += (rows.size / n) ** 2 * spread / (rows.size - 1)
     with np.errstate(divide="ignore", invalid="ignore"):
         return value, np.sqrt(variance) / np.abs(k_before)
 

@@ -125,7 +125,14 @@ def held_out_perplexity(
     passes = [rows for rows in passes if width_of(rows) > 1]
     sums = torch.zeros(2, dtype=torch.float64, device=device)  # nats and tokens
     with evaluating(plain):
-        results = share(passes, forward, plain, workers, lambda rows: len(rows) * width_of(rows))
+        results = share(
+            passes,
+            forward,
+            plain,
+            workers,
+            lambda rows: len(rows) * width_of(rows),
+            content=lambda: ids.numpy().tobytes(),
+        )
         for _, (nats, count) in results:
             for part in nats:
                 sums[0] += part.double()

@@ -82,6 +82,7 @@ def share(
     workers: Workers,
     cost: Callable[[PassT], float],
     filler: PassT | None = None,
+    content: Callable[[], bytes] = bytes,
 ) -> Iterator[tuple[PassT, ResultT]]:
     """Run this worker's part of the passes; consume it to the end on every worker.
 
@@ -90,6 +91,7 @@ def share(
         forward: runs a pass through ``model``; may be called once more for the others' sake.
         cost: of a pass, in any unit.
         filler: what it is called with then; default: the cheapest pass.
+        content: of the passes; the workers' have to agree.
 
     Yields:
         Each pass of this worker with its result; all of them in order where there is one worker.
@@ -103,7 +105,7 @@ def share(
             yield each, forward(each)
         return
     device = next(model.parameters()).device
-    _check_alike([cost(each) for each in passes], device)
+    _check_alike([cost(each) for each in passes], content(), device)
     if not passes:
         return
     order = sorted(passes, key=cost, reverse=True)
@@ -126,8 +128,8 @@ def share(
     _meet(workers, device)
 
 
-def _check_alike(costs: Sequence[float], device: torch.device) -> None:
-    digest = zlib.crc32(repr(costs).encode())
+def _check_alike(costs: Sequence[float], content: bytes, device: torch.device) -> None:
+    digest = zlib.crc32(content, zlib.crc32(repr(costs).encode()))
     largest = torch.tensor([digest, -digest], dtype=torch.float64, device=device)
     dist.all_reduce(largest, dist.ReduceOp.MAX)
     if largest[0] != -largest[1]:

@@ -56,6 +56,11 @@ class SpanScores:
     token_logprobs: npt.NDArray[np.float64]
 
 
+def _content(spans: Sequence[Span]) -> bytes:
+    parts = (ids for span in spans for ids in (span.context_ids, span.target_ids))
+    return b"".join(np.asarray(ids, dtype=np.int64).tobytes() for ids in parts)
+
+
 def _can_share(model: Any, longest: int) -> bool:
     config = model.config
     window = getattr(config, "sliding_window", None)
@@ -184,7 +189,9 @@ def score_spans(
 
     filler = [min(trees, key=lambda tree: len(tree.tokens))] if trees else None
     with evaluating(plain):
-        for batch, (value, is_first) in share(batches, forward, plain, workers, _cost, filler):
+        for batch, (value, is_first) in share(
+            batches, forward, plain, workers, _cost, filler, content=lambda: _content(spans)
+        ):
             for tree in batch:
                 positions.extend(
                     int(starts[span]) + position for *_, span, position in tree.targets

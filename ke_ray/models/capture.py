@@ -277,9 +277,6 @@ class Capture:
             (len(self.lengths), len(instances)), dtype=torch.float64, device=self.device
         )
         share[instances, torch.arange(len(instances), device=self.device)] = 1 / lengths[instances]
-        if "predictions" in self.names:
-            counts = torch.tensor(lengths, dtype=torch.float64, device=self.device)
-            self.values["predictions"] = counts - 1
         if self.load:
             self.values["expert_load"][:, layer, rows.expert] = share.sum(dim=1)
         share *= rows.weights

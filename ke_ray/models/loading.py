@@ -35,7 +35,7 @@ from ke_ray.errors import (
     UserError,
 )
 from ke_ray.models.architectures import check_config, check_measurable
-from ke_ray.models.memory import is_out_of_memory, memory_of
+from ke_ray.models.memory import free_memory, is_out_of_memory, memory_of
 from ke_ray.storage import parse_json
 
 if TYPE_CHECKING:
@@ -343,16 +343,19 @@ def _fitting(
     """Say what did not fit where memory runs out: nothing is wrong with the checkpoint."""
     try:
         yield
+        return
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        files = [base_folder(folder) / name for name in layout.weights]
-        num_bytes = sum(file.stat().st_size for file in files)
-        raise DeviceMemoryError(
-            f"'{folder}' has {num_bytes / 1e9:.3g} GB of weights on disk, to be loaded as {dtype}, "
-            f"and {memory_of(device)}: they do not fit. Use a device with more memory, dtype "
-            "bfloat16, or fewer scorers (num_actors)."
-        ) from None  # the traceback would keep the weights that were loaded already
+    # Outside the handler: its traceback keeps alive the weights that were loaded already.
+    free_memory(device)
+    files = [base_folder(folder) / name for name in layout.weights]
+    num_bytes = sum(file.stat().st_size for file in files)
+    raise DeviceMemoryError(
+        f"'{folder}' has {num_bytes / 1e9:.3g} GB of weights on disk, to be loaded as {dtype}, "
+        f"and {memory_of(device)}: they do not fit. Use a device with more memory, dtype "
+        "bfloat16, or fewer scorers (num_actors)."
+    )
 
 
 def _first_line(error: Exception) -> str:

@@ -208,7 +208,7 @@ def score_within_memory(
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            reason = str(error).strip().splitlines()[0][:200]
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         # Outside the handler: its traceback keeps the failed batch's tensors alive.
         free_memory(device)
         if batch_size == 1:

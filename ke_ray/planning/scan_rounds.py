@@ -137,9 +137,9 @@ def _precisions(folder: ScanFolder, corpus: Corpus) -> list[stopping.CurvePrecis
         and row["data_sha256"] == corpus.sha256
         and row["checkpoint"] in left_out  # a model without memories has no value
     ]
-    curves: dict[str | None, list[dict[str, Any]]] = {}
+    curves: dict[tuple[str | None, str | None], list[dict[str, Any]]] = {}
     for row in rows:
-        curves.setdefault(row["series"], []).append(row)
+        curves.setdefault((row["series"], row["seed"]), []).append(row)
     sizes = corpus.group_sizes or group_sizes(corpus.num_instances)
     found = [
         stopping.curve_precision(

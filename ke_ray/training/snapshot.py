@@ -200,7 +200,13 @@ def coefficient_sums(
     device = next(model.parameters()).device
     num_rows = len(corpus.input_ids)
     # The last batch may be smaller; otherwise any order does.
-    run_passes = partial(share, model=model, workers=workers, cost=lambda start: num_rows - start)
+    run_passes = partial(
+        share,
+        model=model,
+        workers=workers,
+        cost=lambda start: num_rows - start,
+        content=corpus.sha256.encode,
+    )
     sums = score_instances(
         model,
         corpus.input_ids,

@@ -53,6 +53,14 @@ def test_the_next_one_is_fetched_meanwhile_and_the_budget_holds(site: Site, tmp_
     assert fetched == [2, 3, 3]
 
 
+def test_checkpoints_that_are_passed_over_keep_no_room(site: Site, tmp_path: Path) -> None:
+    size = max(path.stat().st_size for path in site.root.rglob("model.safetensors"))
+    options = {"cache_dir": str(tmp_path / "cache"), "cache_bytes": int(1.5 * size), "prefetch": 0}
+    for checkpoint in ke_ray.series(listed(site, tmp_path), **options):
+        if checkpoint.step == 2:  # the fetches of the others are under way or just done
+            assert checkpoint.model.num_parameters() > 0
+
+
 def test_a_checkpoint_that_fails_fails_alone(site: Site, tmp_path: Path) -> None:
     spec = listed(site, tmp_path)
     (site.root / "step1-unsharded" / "model.safetensors").write_bytes(b"no weights")

@@ -127,10 +127,10 @@ def test_a_wider_level_gives_a_wider_interval() -> None:
     assert wide.low < narrow.low < narrow.value < narrow.high < wide.high
 
 
-@pytest.mark.parametrize("count", [1, 2])
-def test_one_or_two_paragraphs_have_a_value_but_no_interval(count: int) -> None:
-    result = acquisition_interval([-2.0, -4.0][:count], [-1.0, -2.5][:count])
-    assert result.value == pytest.approx([0.5, 2.5 / 6][count - 1])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_up_to_three_paragraphs_have_a_value_but_no_interval(count: int) -> None:
+    result = acquisition_interval([-2.0, -4.0, -3.0][:count], [-1.0, -2.5, -2.0][:count])
+    assert result.value == pytest.approx([0.5, 2.5 / 6, 3.5 / 9][count - 1])
     assert math.isnan(result.low)
     assert math.isnan(result.high)
 
@@ -140,6 +140,21 @@ def test_a_setting_of_one_paragraph_is_resampled_with_the_others() -> None:
     alone = acquisition_interval(before, after, strata=["once", *["paraphrase"] * 3])
     assert alone == acquisition_interval(before, after)
     assert alone.low < alone.value < alone.high
+
+
+@pytest.mark.parametrize("sizes", [(4,), (2, 2), (3, 2), (3, 3), (4, 3)])
+def test_resamples_without_spread_do_not_widen_the_interval(sizes: tuple[int, ...]) -> None:
+    """A resample of one paragraph alone has no error; its rounding once stood for one."""
+    rng = np.random.default_rng(0)
+    strata = [
+        name for name, size in zip(("once", "paraphrase"), sizes, strict=False) for _ in range(size)
+    ]
+    for _ in range(20):
+        before = -3 + 0.5 * rng.standard_normal(sum(sizes))
+        interval = acquisition_interval(
+            before, before + 1 + 0.3 * rng.standard_normal(sum(sizes)), strata=strata
+        )
+        assert interval.high - interval.low < 1e3
 
 
 def test_paragraphs_that_do_not_pair_are_refused() -> None:

@@ -213,7 +213,7 @@ def test_a_corpus_that_does_not_fit_the_training_is_refused(source: str, tmp_pat
     with pytest.raises(DataError, match=f"{size + 1} instances of 12 tokens .* holds {size};"):
         prepare(source, tmp_path, num_instances=size + 1)
     with pytest.raises(DataError, match=f"{size + 1} rows, but .* a batch of 1 to {size} rows"):
-        batch_rows(prepare(source, tmp_path), 0, size + 1)
+        prepare(source, tmp_path).steps_per_epoch(size + 1)
     with pytest.raises(DataError, match="outside the model's vocabulary of 50"):
         prepare(source, tmp_path, vocab_size=50)  # seen from the cache's own record
     with pytest.raises(DataError, match="need a tokenizer"):

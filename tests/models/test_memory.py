@@ -95,7 +95,12 @@ except KeRayError as error:
 
 @pytest.mark.parametrize(
     ("error", "expected"),
-    [(RuntimeError("shape '[2]' is invalid"), False), (torch.OutOfMemoryError("CUDA"), True)],
+    [
+        (RuntimeError("shape '[2]' is invalid"), False),
+        (torch.OutOfMemoryError("CUDA"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), True),
+        (MemoryError(), True),
+    ],
 )
 def test_other_errors_are_not_taken_for_it(error, expected):
     assert is_out_of_memory(error) is expected

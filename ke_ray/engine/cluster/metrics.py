@@ -107,7 +107,8 @@ class ScanMeter:
         self._display, self._outcome, self._study = display, outcome, study
         self._queue, self._num_scorers = len(works), num_scorers
         self._total = sum(work.num_tokens for work in works)
-        self._num_tokens = self._num_timed = self._num_bytes = 0
+        self._num_tokens = self._num_bytes = 0
+        self._num_timed = len(outcome.timings)  # those of earlier rounds are recorded
         self._busy: deque[tuple[float, float]] = deque([(time.monotonic(), 0.0)])
 
     def tick(self, num_tokens: int, busy_s: float) -> None:

@@ -80,6 +80,7 @@ def run_scan(setup: ScanSetup, display: Display, tracker: Tracker) -> ScanOutcom
         if setup.changed:
             log.warning("Other weights than before, scanned anew: %s", ", ".join(setup.changed))
         setup.folder.consolidate(without=setup.changed)
+        setup.changed.clear()  # their results are gone
         run = start_scan_run(setup, tracker)
         outcome.mlflow_run_id = run.run_id
         status = "FAILED"

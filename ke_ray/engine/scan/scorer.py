@@ -31,7 +31,7 @@ from ke_ray.checkpoints.find.series import series_label
 from ke_ray.checkpoints.formats.fingerprint import weights_sha256
 from ke_ray.checkpoints.reference import CheckpointRef
 from ke_ray.engine.cluster.placement import granted_device
-from ke_ray.errors import KeRayError
+from ke_ray.errors import DeviceMemoryError, KeRayError
 from ke_ray.models.architectures import use_description
 from ke_ray.models.loading import load_model
 from ke_ray.planning.scan_items import RowRange, WorkItem
@@ -118,7 +118,7 @@ class CheckpointScorer:
             monitor.warn.remote(f"{problem}: this scorer, and others like it, scores on CPUs.")
         self._store = Store(settings.cache_dir, settings.cache_bytes)
         self._slots: dict[int, _Slot] = {}
-        self._guard = threading.Lock()
+        self._guard = threading.Condition()  # of the slots
         self._load_lock = threading.Lock()
         self._score_lock = threading.Lock()
         self._item_lock = _SharedLock()
@@ -227,7 +227,7 @@ class CheckpointScorer:
                 try:
                     with self._load_lock:
                         self._drop_idle(index)
-                        slot.ready.set_result(self._load(ref))
+                        slot.ready.set_result(self._load_fitting(index, ref))
                 except BaseException as error:
                     slot.ready.set_exception(error)
             loaded = slot.ready.result()
@@ -236,6 +236,7 @@ class CheckpointScorer:
         finally:
             with self._guard:
                 slot.users -= 1
+                self._guard.notify_all()
                 if slot.ready.exception() is not None and not slot.users:
                     self._slots.pop(index, None)
 
@@ -243,6 +244,29 @@ class CheckpointScorer:
         with self._guard:
             for index in [i for i, s in self._slots.items() if not s.users and i != needed]:
                 del self._slots[index]
+
+    def _load_fitting(self, index: int, ref: CheckpointRef) -> _Loaded:
+        """Load a model; where it does not fit beside the one that is scored, after that one."""
+        try:
+            return self._load(ref)
+        except DeviceMemoryError as error:
+            with self._guard:
+                if not self._is_another_held(index):
+                    raise
+            log.warning("%s It is loaded again when the model beside it is done.", error)
+        with self._guard:
+            self._guard.wait_for(lambda: not self._is_another_held(index))
+        self._drop_idle(index)
+        gc.collect()
+        return self._load(ref)
+
+    def _is_another_held(self, index: int) -> bool:
+        """Whether a loaded model other than that of ``index`` is in use; asked under the guard."""
+        return any(
+            slot.users and slot.ready.done() and slot.ready.exception() is None
+            for other, slot in self._slots.items()
+            if other != index
+        )
 
     def _load(self, ref: CheckpointRef) -> _Loaded:
         import torch
