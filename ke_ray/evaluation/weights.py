@@ -69,10 +69,12 @@ def measure_weights(
         order = {ref.name: number for number, ref in enumerate(refs)}
         opened = _Opened(store)
         for run in runs:
-            first = previous = None
+            first: CheckpointRef | None = None
+            previous: CheckpointRef | None = None
             for ref in run:
                 error = None
-                if done.get(ref.name) != [other and other.name for other in (first, previous)]:
+                baselines = [first and first.name, previous and previous.name]
+                if done.get(ref.name) != baselines:
                     rows = [row for row in rows if row["checkpoint"] != ref.name]
                     try:
                         rows += _rows(ref, opened, first, previous)

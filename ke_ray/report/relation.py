@@ -17,8 +17,10 @@ correlation holds ln(1 + step) (or tokens) and, where the scan has it, the loss 
 
 from __future__ import annotations
 
+import fnmatch
 import math
 import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -112,7 +114,10 @@ def is_same_series(scan: Result, study: Result) -> bool:
     listed = [entry.get("location") for entry in entries or [] if isinstance(entry, dict)]
     wanted = _place(starts)
     places = [_place(place) for place in (given, *listed) if isinstance(place, str)]
-    return any(place == wanted or place.startswith(f"{wanted}/") for place in places)
+    return any(
+        place == wanted or place.startswith(f"{wanted}/") or fnmatch.fnmatchcase(place, wanted)
+        for place in places
+    )
 
 
 def _spec(result: Result, key: str) -> str | None:
@@ -123,9 +128,13 @@ def _spec(result: Result, key: str) -> str | None:
 
 
 def _place(spec: str) -> str:
-    """A SPEC or a location, equal for equal ones: local paths are absolute."""
+    """A SPEC or a location, equal for equal ones: paths are absolute, no revisions of the Hub."""
     plain = spec.strip().removeprefix("hf://").rstrip("/")
-    return plain if not storage.is_local(plain) else os.path.realpath(plain)
+    if not storage.is_local(plain):
+        return plain
+    if not os.path.exists(plain):
+        plain = re.split("[@#]", plain)[0]
+    return os.path.realpath(plain)
 
 
 def _points(scan: Result, studies: Sequence[Result], corpus: str) -> pd.DataFrame:

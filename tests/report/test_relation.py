@@ -176,19 +176,20 @@ def test_a_study_from_checkpoints_of_another_spec_is_not_joined_by_name(tmp_path
     with pytest.raises(ResultsError, match=r"'org/model-70m'.*'org/model-160m'"):
         related(scan, other)
     assert not relation_figures(find_results([scan, other]))
-    same = write_study(tmp_path / "same", **manifest("starts", "hf://org/model-70m"))
+    same = write_study(tmp_path / "same", **manifest("starts", "hf://org/model-70m@step*"))
     assert len(related(scan, same))
     (figure,) = relation_figures(find_results([scan, other, same]))
     assert "16 starts of 2 series" in figure.caption
 
 
-def test_the_starts_may_be_a_part_of_the_scan_by_another_path(tmp_path):
+@pytest.mark.parametrize("end", ["", "step*", "step10"])
+def test_the_starts_may_be_a_part_of_the_scan_by_another_path(tmp_path, end):
     here = tmp_path / "series"
     listed = [{"name": f"step{n}", "location": str(here / f"step{n}")} for n in STEPS]
     scan = write_scan(
-        tmp_path / "scan", config={"checkpoints": {"spec": f"{here}/step*"}}, checkpoints=listed
+        tmp_path / "scan", config={"checkpoints": {"spec": str(here)}}, checkpoints=listed
     )
-    spec = f"{tmp_path}/scan/../series/"
+    spec = f"{tmp_path}/scan/../series/{end}"
     assert len(related(scan, write_study(tmp_path / "study", config={"starts": {"spec": spec}})))
 
 
