@@ -8,8 +8,9 @@ first of its run), and one matrix of each is in memory where files can be mapped
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -20,7 +21,7 @@ from ke_ray.checkpoints.fetch.cache import Store
 from ke_ray.checkpoints.find.catalog import list_checkpoints
 from ke_ray.checkpoints.reference import CheckpointRef, position
 from ke_ray.core.spectrum import distance, matrix_geometry
-from ke_ray.errors import KeRayError, ResultsError
+from ke_ray.errors import KeRayError, ResultsError, UserError
 from ke_ray.models.weight_matrices import Matrix, weight_matrices
 from ke_ray.results import ScanFolder
 from ke_ray.results.columns import to_table
@@ -28,6 +29,10 @@ from ke_ray.storage.ownership import claimed
 from ke_ray.studies.parts import CheckpointSelection
 
 Matrices = dict[Matrix, torch.Tensor]
+
+_LOG = logging.getLogger(__name__)
+_BASELINES = ("first_checkpoint", "previous_checkpoint")
+_NUM_OPEN = 3  # a checkpoint, the previous one and the first of its run
 
 
 def measure_weights(
@@ -40,39 +45,68 @@ def measure_weights(
     """Add what is missing to ``weights.parquet`` of a scan folder.
 
     It is written after every checkpoint, so that a run that was killed goes on. Checkpoints that
-    failed are tried again.
+    failed are tried again, and so are those whose distances are from other checkpoints than they
+    would be from in a run without failures and later additions.
 
     Args:
         on_checkpoint: called with the name and the error, if any, of each finished checkpoint.
 
     Raises:
         ResultsError: no scan folder, another command is writing it, or its checkpoints are gone.
+        UserError: the cache cannot hold the checkpoints that are open at a time.
     """
     folder = ScanFolder.open(uri)
     with claimed(uri, "scan"), Store(cache_dir, cache_bytes) as store:
         refs = _listed(folder)
+        runs = _runs(folder, refs)
+        if cache_bytes is not None:
+            num_open = min(_NUM_OPEN, max(map(len, runs)))
+            _check_cache(cache_bytes, num_open, store.bytes_to_fetch(refs).largest_bytes)
         path = storage.join(uri, "weights.parquet")
         rows = storage.read_table(path).to_pylist() if storage.exists(path) else []
         rows = [row for row in rows if row["status"] == "ok"]
-        done = {row["checkpoint"] for row in rows}
+        done = {row["checkpoint"]: [row.get(name) for name in _BASELINES] for row in rows}
+        order = {ref.name: number for number, ref in enumerate(refs)}
         opened = _Opened(store)
-        first = previous = None
-        for ref in refs:
-            if first is None or first.seed != ref.seed:
-                first = previous = None
-            error = None
-            if ref.name not in done:
-                try:
-                    rows += _rows(ref, opened, first, previous)
-                except KeRayError as problem:
-                    error = str(problem)
-                    row = {"checkpoint": ref.name, **position(ref)}
-                    rows.append({**row, "status": "failed", "error": error})
-                storage.write_table(path, to_table("weights", rows))
-                on_checkpoint(ref.name, error)
-            if error is None:
-                first, previous = first or ref, ref
-            opened.keep(first, previous)
+        for run in runs:
+            first: CheckpointRef | None = None
+            previous: CheckpointRef | None = None
+            for ref in run:
+                error = None
+                baselines = [first and first.name, previous and previous.name]
+                if done.get(ref.name) != baselines:
+                    rows = [row for row in rows if row["checkpoint"] != ref.name]
+                    try:
+                        rows += _rows(ref, opened, first, previous)
+                    except KeRayError as problem:
+                        error = str(problem)
+                        row = {"checkpoint": ref.name, **position(ref)}
+                        rows.append({**row, "status": "failed", "error": error})
+                    rows.sort(key=lambda row: order.get(row["checkpoint"], len(order)))
+                    storage.write_table(path, to_table("weights", rows))
+                    on_checkpoint(ref.name, error)
+                if error is None:
+                    first, previous = first or ref, ref
+                opened.keep(first, previous)
+
+
+def _runs(folder: ScanFolder, refs: Sequence[CheckpointRef]) -> list[list[CheckpointRef]]:
+    """Checkpoints of one series and seed; the Hub does not list series, but the results know."""
+    table = folder.entropy().select(["checkpoint", "series"])
+    series = {name: own for name, own in zip(*table.to_pydict().values(), strict=True) if own}
+    runs: dict[tuple[str | None, str | None], list[CheckpointRef]] = {}
+    for ref in refs:
+        runs.setdefault((series.get(ref.name, ref.series), ref.seed), []).append(ref)
+    return list(runs.values())
+
+
+def _check_cache(cache_bytes: int, num_open: int, largest_bytes: int) -> None:
+    needed = num_open * largest_bytes
+    if cache_bytes < needed:
+        raise UserError(
+            f"--cache-bytes is {cache_bytes:,}, but {num_open} checkpoints of up to "
+            f"{largest_bytes:,} bytes are open at a time; give at least {needed:,}."
+        )
 
 
 def _listed(folder: ScanFolder) -> list[CheckpointRef]:
@@ -97,6 +131,13 @@ def _listed(folder: ScanFolder) -> list[CheckpointRef]:
             f"None of the {len(entries)} checkpoints of '{folder.uri}' is in "
             f"'{selection.spec}' any more; expected the checkpoints that were scanned."
         )
+    left_out = sorted(entries.keys() - {ref.name for ref in known})
+    if left_out:
+        _LOG.warning(
+            "%d checkpoints of '%s' are not in '%s', which its last scan was of, and are left out; "
+            "the first is '%s'.",
+            *(len(left_out), folder.uri, selection.spec, left_out[0]),
+        )
     return known
 
 
@@ -109,7 +150,12 @@ class _Opened:
 
     def matrices(self, ref: CheckpointRef) -> Matrices:
         if ref not in self._matrices:
-            self._matrices[ref] = weight_matrices(self._store.fetch(ref))
+            folder = self._store.fetch(ref)
+            try:
+                self._matrices[ref] = weight_matrices(folder)
+            except BaseException:
+                self._store.release(ref)
+                raise
         return self._matrices[ref]
 
     def keep(self, *refs: CheckpointRef | None) -> None:
@@ -147,6 +193,8 @@ def _rows(
                 "matrix": matrix.name,
                 "num_rows": stored.shape[0],
                 "num_columns": stored.shape[1],
+                "first_checkpoint": first and first.name,
+                "previous_checkpoint": previous and previous.name,
                 **{name: None if math.isnan(value) else value for name, value in values.items()},
                 "status": "ok",
             }

@@ -1,26 +1,33 @@
 """Which measure of a start tells what continual learning makes of it.
 
 Every measure of a scan at the starting checkpoints against what studies measured from there: A, F,
-ΔK and ΔP (after − before). A point is one start of one study, the mean over the study's seeds. A
-*series* is the starts of one pretraining run in one study; each has an intercept of its own.
+ΔK and ΔP (after − before). A point is one start, the mean over seeds and over studies, of which
+each may have a level of its own: several studies of one start are no independent points. A *series*
+is the starts of one pretraining run, with an intercept of its own.
 
 Nearly everything trends with pretraining, so that any two quantities correlate. The partial
 correlation holds ln(1 + step) (or tokens) and, where the scan has it, the loss fixed.
 
     kind               Pearson's r, and Spearman's: ranks within a series
-    interval           95 %, percentiles over starts redrawn within each series (seeded)
-    p                  t test with n − 1 − rank(Z) degrees of freedom (``core.partial``)
+    degrees of freedom d = n − 1 − rank(Z), n distinct starts (``core.partial``)
+    interval           95 %, Fisher's: tanh(atanh r ± 1.96/√(d − 1)), for d ≥ 2
+    p                  t test with d degrees of freedom
     p_holm             Holm's, over all measures and outcomes of one kind and what it holds fixed
 """
 
 from __future__ import annotations
 
+import fnmatch
+import math
+import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from ke_ray import storage
 from ke_ray.core.partial import fixed_columns, holm, partial_correlation
 from ke_ray.core.similarity import average_ranks
 from ke_ray.errors import ResultsError
@@ -38,7 +45,6 @@ OUTCOMES = {
 }
 KINDS = ("pearson", "spearman")
 LEAST_STARTS = 4  # three points lie near a line by chance
-_DRAWS = 500
 _LOSS = "loss"
 
 
@@ -50,13 +56,21 @@ def relate(scan: Result, studies: Sequence[Result], corpus: str | None = None) -
 
     Raises:
         ResultsError: what cannot be related: no scan, no continual study, a corpus that is not
-            there or mixes data, resuscitated checkpoints, or fewer than four starts in common.
+            there or mixes data, resuscitated checkpoints, checkpoints of another SPEC, or fewer
+            than four starts in common.
     """
     for result, kind in ((scan, "scan"), *((study, "continual") for study in studies)):
         if result.kind != kind:
             raise ResultsError(
                 f"'{result.path}' holds results of kind '{result.kind}', expected '{kind}'. Give "
                 "one scan, then continual studies that start from its checkpoints."
+            )
+    for study in studies:
+        if not is_same_series(scan, study):
+            raise ResultsError(
+                f"'{scan.path}' is of '{_spec(scan, 'checkpoints')}' and '{study.path}' starts "
+                f"from '{_spec(study, 'starts')}': checkpoints of the same name there need not be "
+                "the same. Give a scan of the checkpoints that the study starts from."
             )
     corpora = series.corpora(scan)
     corpus = corpus or (corpora[0] if corpora else None)
@@ -91,8 +105,40 @@ def relate(scan: Result, studies: Sequence[Result], corpus: str | None = None) -
     return table.assign(p_holm=adjusted)[[*names("relation")]]
 
 
+def is_same_series(scan: Result, study: Result) -> bool:
+    """Whether the starts of a study are checkpoints of the scan; yes where one does not say."""
+    given, starts = _spec(scan, "checkpoints"), _spec(study, "starts")
+    if given is None or starts is None:
+        return True
+    entries = scan.manifest.get("checkpoints")
+    listed = [entry.get("location") for entry in entries or [] if isinstance(entry, dict)]
+    wanted = _place(starts)
+    places = [_place(place) for place in (given, *listed) if isinstance(place, str)]
+    return any(
+        place == wanted or place.startswith(f"{wanted}/") or fnmatch.fnmatchcase(place, wanted)
+        for place in places
+    )
+
+
+def _spec(result: Result, key: str) -> str | None:
+    config = result.manifest.get("config")
+    part = config.get(key) if isinstance(config, dict) else None
+    spec = part.get("spec") if isinstance(part, dict) else None
+    return spec if isinstance(spec, str) else None
+
+
+def _place(spec: str) -> str:
+    """A SPEC or a location, equal for equal ones: paths are absolute, no revisions of the Hub."""
+    plain = spec.strip().removeprefix("hf://").rstrip("/")
+    if not storage.is_local(plain):
+        return plain
+    if not os.path.exists(plain):
+        plain = re.split("[@#]", plain)[0]
+    return os.path.realpath(plain)
+
+
 def _points(scan: Result, studies: Sequence[Result], corpus: str) -> pd.DataFrame:
-    """One row per start and study: series, checkpoint, x, every measure, every outcome."""
+    """One row per start: series, checkpoint, x, every measure, every outcome."""
     parts = []
     for label, curve in series.curves(scan):
         if corpus not in series.corpora(curve):
@@ -107,11 +153,45 @@ def _points(scan: Result, studies: Sequence[Result], corpus: str) -> pd.DataFram
         for measure in series.measures(curve):
             values = series.totals(curve, measure, corpus)[["checkpoint", "value"]]
             own = own.merge(values.rename(columns={"value": measure}), "left", on="checkpoint")
-        parts += [
-            own.merge(_outcomes(study), on="checkpoint").assign(series=f"{label}: {number}")
-            for number, study in enumerate(studies)
-        ]
+        starts = own[["checkpoint"]]
+        found = [starts.merge(_outcomes(study), on="checkpoint") for study in studies]
+        for number, group in enumerate(_linked([frame for frame in found if len(frame)])):
+            pooled = own.merge(_pooled(group), on="checkpoint")
+            parts.append(pooled.assign(series=f"{label}: {number}"))
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=[*OUTCOMES])
+
+
+def _linked(frames: Sequence[pd.DataFrame]) -> list[list[pd.DataFrame]]:
+    """Studies that have starts in common, directly or by others; levels of the rest are unlike."""
+    groups: list[list[pd.DataFrame]] = []
+    for frame in frames:
+        near = [any(frame["checkpoint"].isin(o["checkpoint"]).any() for o in g) for g in groups]
+        joined = [o for group, is_near in zip(groups, near, strict=True) if is_near for o in group]
+        apart = [group for group, is_near in zip(groups, near, strict=True) if not is_near]
+        groups = [*apart, [*joined, frame]]
+    return groups
+
+
+def _pooled(studies: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Outcomes by start, up to a constant: the least squares of start + level of the study.
+
+    Where all studies have all starts it is the mean over studies, each of them centred.
+    """
+    if len(studies) == 1:
+        return studies[0]
+    rows = pd.concat([frame.assign(study=str(n)) for n, frame in enumerate(studies)])
+    pooled = pd.DataFrame({"checkpoint": sorted(set(rows["checkpoint"]))})
+    for outcome in OUTCOMES:
+        own = rows[rows[outcome].notna()]
+        columns = pd.get_dummies(own[["checkpoint", "study"]], dtype=float, prefix_sep=" ")
+        levels = np.linalg.lstsq(columns.to_numpy(), own[outcome].to_numpy(), rcond=None)[0]
+        num_starts = own["checkpoint"].nunique()
+        # Rounded, so that what is equal stays equal for ranks.
+        values = dict(
+            zip(sorted(set(own["checkpoint"])), levels[:num_starts].round(12), strict=True)
+        )
+        pooled[outcome] = pooled["checkpoint"].map(values).astype(float)
+    return pooled
 
 
 def _outcomes(study: Result) -> pd.DataFrame:
@@ -167,22 +247,11 @@ def _related(
     if num_free < 1:
         return row  # any r fits
     r = float(partial_correlation(x, y, fixed))
-    drawn = _redrawn(labels)
-    spread = partial_correlation(x[drawn], y[drawn], fixed[drawn])
-    if np.isfinite(spread).mean() > 0.5 and np.isfinite(r):
-        row["low"], row["high"] = (float(v) for v in np.nanquantile(spread, (0.025, 0.975)))
+    if num_free >= 2 and abs(r) < 1:
+        half = 1.959964 / math.sqrt(num_free - 1)
+        row["low"], row["high"] = math.tanh(math.atanh(r) - half), math.tanh(math.atanh(r) + half)
     p = 0.0 if abs(r) == 1 else p_value(r, num_free + 2)
     return row | {"r": r, "p": p}
-
-
-def _redrawn(labels: np.ndarray) -> np.ndarray:
-    """Indices [draws, n] of starts redrawn within each series."""
-    rng = np.random.default_rng(0)
-    drawn = np.empty((_DRAWS, len(labels)), dtype=int)
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
-        drawn[:, members] = rng.choice(members, (_DRAWS, len(members)))
-    return drawn
 
 
 def _ranks(values: np.ndarray, labels: np.ndarray) -> np.ndarray:

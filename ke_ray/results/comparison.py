@@ -1,9 +1,9 @@
 """Comparison of checkpoints, and of corpora, by the coefficient files of scans.
 
 Within one scan every two checkpoints of a training run are compared on every corpus, and every two
-corpora at each checkpoint. Of two scans, the checkpoints of the same name are compared. All layers
-of a whole series do not fit into memory: a pass over the files takes as many layers of all
-checkpoints as 256 MiB hold.
+corpora at each checkpoint. Of two scans, the checkpoints of the same name, series and seed are
+compared. All layers of a whole series do not fit into memory: a pass over the files takes as many
+layers of all checkpoints as 256 MiB hold.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ def compare(uris: Sequence[str], limit: int | None = None) -> Iterator[pa.Table]
         if not pairs:
             names = [sorted({file.checkpoint for file in files})[:_SHOWN] for files in listed]
             raise ResultsError(
-                f"'{uris[0]}' and '{uris[1]}' have coefficients of no checkpoint of the same name "
+                f"'{uris[0]}' and '{uris[1]}' have coefficients of no checkpoint of the same name, "
+                "series and seed "
                 f"({' and '.join(', '.join(some) or 'none' for some in names)}, …). Give two scans "
                 "of the same series."
             )
@@ -123,10 +124,10 @@ def _within(
 def _across(
     files: Sequence[Measured], others: Sequence[Measured]
 ) -> list[tuple[Measured, Measured]]:
-    by_name: dict[str, list[Measured]] = {}
+    same: dict[tuple[object, ...], list[Measured]] = {}
     for other in others:
-        by_name.setdefault(other.checkpoint, []).append(other)
-    return [(file, other) for file in files for other in by_name.get(file.checkpoint, [])]
+        same.setdefault((other.checkpoint, *other.run), []).append(other)
+    return [(file, other) for file in files for other in same.get((file.checkpoint, *file.run), [])]
 
 
 def _check_shapes(

@@ -301,7 +301,8 @@ class ScanFolder:
         Args:
             final: the scan is over.
             without: checkpoints whose results of all corpora and measures are dropped, because
-                their weights have changed. The manifest, which says so, is written last.
+                their weights have changed; ``weights.parquet`` goes with them. The manifest, which
+                says so, is written last.
         """
         parts = storage.join(self.uri, "parts")
         names = storage.list_dir(parts)
@@ -316,6 +317,8 @@ class ScanFolder:
                 storage.write_tables(storage.join(self.uri, f"{stem}.parquet"), columns, tables)
             for name in names:
                 storage.remove(storage.join(parts, name))
+        if without:  # distances from replaced weights are no longer true of their neighbours
+            storage.remove(storage.join(self.uri, "weights.parquet"))
         for checkpoint in without:
             for corpus in self.manifest["identity"]["corpora"]:
                 name = self.coefficients_name(checkpoint, corpus)

@@ -114,6 +114,15 @@ def test_checkpoints_of_other_seeds_are_not_compared(folder, tmp_path):
     assert ("step10", "step20") not in pairs
 
 
+def test_checkpoints_of_one_name_in_two_runs_are_not_compared(folder, tmp_path):
+    other = tmp_path / "other_seed"
+    shutil.copytree(folder, other)
+    table = parquet.read_table(other / "entropy.parquet").to_pandas()
+    table.loc[table["checkpoint"] != "step80", "seed"] = "7"
+    table.to_parquet(other / "entropy.parquet")
+    assert set(frame_of(folder, other)["from_checkpoint"]) == {"step80"}
+
+
 def test_a_scan_without_a_pair_is_refused(tmp_path):
     single = synthetic.make_scan(tmp_path / "single", steps=[0], corpora=("wiki",))
     result = ke_ray(single)

@@ -373,7 +373,12 @@ def test_results_of_other_weights_are_dropped_whole(tmp_path):
         rows = [row(name, step), row(name, step, corpus="c4"), row(name, step, measure="gini")]
         arrays = {"dolma": np.ones((1, 3)), "c4": np.ones((1, 3))}
         folder.write_part(name, rows, replicates(name, step, [1.0, 2.0]), arrays)
+    weights = tmp_path / "weights.parquet"
+    weights.write_bytes(b"distances from the replaced weights")
+    folder.consolidate()
+    assert weights.exists()
     folder.consolidate(without=["a"])
+    assert not weights.exists()
     again = ScanFolder.open(str(tmp_path))
     assert set(again.finished()) == {("b", "dolma"), ("b", "c4")}
     assert set(again.replicates()["checkpoint"].to_pylist()) == {"b"}

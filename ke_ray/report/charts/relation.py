@@ -10,7 +10,7 @@ from ke_ray.errors import ResultsError
 from ke_ray.report import series
 from ke_ray.report.charts.figure import Figure, Panel, figure_of
 from ke_ray.report.charts.plot import X, heat_map
-from ke_ray.report.relation import KINDS, OUTCOMES, relate
+from ke_ray.report.relation import KINDS, OUTCOMES, is_same_series, relate
 from ke_ray.report.sources import Result
 
 
@@ -20,7 +20,7 @@ def relation_figures(results: Sequence[Result]) -> list[Figure]:
     figures: list[Figure] = []
     for scan in (result for result in results if result.kind == "scan"):
         try:
-            table = relate(scan, studies)
+            table = relate(scan, [study for study in studies if is_same_series(scan, study)])
         except ResultsError:
             continue  # nothing to relate: the command says why
         number = f"-{len(figures) + 1}" if figures else ""
