@@ -193,6 +193,7 @@ MORE = {
     "opencoder": [
         f"{stage}_iter_{1000 * n:07}" for stage in ("pretrain", "anneal") for n in range(2, 20)
     ],
+    "pico": [f"Saving HF Model -- Step {step}" for step in range(2000, 8000, 1000)],
     "pythia": [f"step{step}" for step in range(2000, 9000, 1000)],
 }
 
@@ -210,7 +211,8 @@ def published(tmp_path: Path) -> Iterator[FakeHub]:
             place, _, subfolder = study_of(name).tokenizer.partition(":")
             write_tokenizer(root / place / "main" / subfolder / "tokenizer.json")
     with serving(root) as server:
-        server.commits["pico-lm/pico-decoder-tiny"] = [(each, each) for each in NAMES["Pico"]]
+        titles = [*NAMES["Pico"], *MORE["pico"]]
+        server.commits["pico-lm/pico-decoder-tiny"] = [(each, each) for each in titles]
         yield server
 
 
@@ -260,7 +262,7 @@ def check_results(name: str, folder: Path) -> None:
     for table_name in ("entropy", "replicates"):
         rows = pq.read_table(folder / f"{table_name}.parquet").to_pylist()
         for row in rows:
-            assert row["reason"] or math.isfinite(row["value"]), name
+            assert row.get("reason") or math.isfinite(row["value"]), name
         by_name = {row["checkpoint"]: row for row in rows}
         assert len(by_name) >= 2, name
         for row in (by_name[each] for each in names.intersection(by_name)):
