@@ -90,7 +90,8 @@ class Gate:
     """
 
     def __init__(self, port: int, network: Path | None = None) -> None:
-        self.uri = f"http://127.0.0.1:{free_port()}"
+        self._own = _bound(0)
+        self.uri = f"http://127.0.0.1:{self._own.getsockname()[1]}"
         self._port, self._network = port, network
         self._sockets: list[socket.socket] = []
 
@@ -100,12 +101,13 @@ class Gate:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+        self._own.close()
 
     def open(self) -> None:
         """Relay from now on."""
-        listener = socket.create_server(("127.0.0.1", int(self.uri.rsplit(":", 1)[1])))
-        self._sockets = [listener]
-        threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
+        self._own.listen()
+        self._sockets = [self._own]
+        threading.Thread(target=self._accept, args=(self._own,), daemon=True).start()
 
     def close(self) -> None:
         """Cut every connection, and refuse new ones."""
@@ -114,6 +116,9 @@ class Gate:
             with suppress(OSError):  # the other side was first
                 end.shutdown(socket.SHUT_RDWR)
             end.close()
+        if self._own.fileno() < 0:
+            # Bound and not listening it refuses connections, and keeps the port from others.
+            self._own = _bound(int(self.uri.rsplit(":", 1)[1]))
 
     def _accept(self, listener: socket.socket) -> None:
         if self._network is not None:
@@ -132,6 +137,13 @@ class Gate:
                     return
                 for ends in ((client, server), (server, client)):
                     threading.Thread(target=_relay, args=ends, daemon=True).start()
+
+
+def _bound(port: int) -> socket.socket:
+    own = socket.socket()
+    own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    own.bind(("127.0.0.1", port))
+    return own
 
 
 def _enter_network(namespace: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ke_ray.errors import StorageError
 from ke_ray.outcomes import Display
 from ke_ray.planning.sweep import prepare_sweep
 from ke_ray.studies.parts import TrackingSettings
+from ke_ray.tracking.sender import outage_of
 from ke_ray.tracking.tracker import Tracker, open_tracker
 from ke_ray.training.pretrain import run_pretrain
 
@@ -83,7 +85,10 @@ def test_a_sweep_whose_server_dies_ends_well_and_the_store_tells_the_truth(
     assert outcome.exit_code == 0, outcome.failures
     assert [row["status"] for row in outcome.rows] == ["ok"] * 3
     mlflow_gate.open()
-    # The same command has nothing left to train; what the driver knows reaches the store.
+    # The same command, some seconds later, has nothing left to train; what the driver knows reaches
+    # the store. (A process does not ask a store again that it has just given up.)
+    while outage_of(tracker.uri).is_fresh:
+        time.sleep(0.1)
     with open_tracker(study.mlflow) as tracker:
         again = run_sweep(prepare_sweep(study), tracker, StopsTheServer())
         assert (again.exit_code, again.num_skipped) == (0, 3)
