@@ -10,7 +10,8 @@ import typer
 import yaml
 
 from ke_ray.cli.options import DryRun, Set
-from ke_ray.engine.cluster.submit import JobServer, new_submission_id, run_job
+from ke_ray.engine.cluster.job_server import JobServer
+from ke_ray.engine.cluster.submit import new_submission_id, run_job
 from ke_ray.errors import KeRayError
 from ke_ray.studies.jobs import load_job, refuse_loopback_tracking, runtime_env_of
 

@@ -273,9 +273,7 @@ class Capture:
         assert experts is not None
         instances = rows.tokens // self.width
         lengths = torch.tensor(self.lengths, dtype=torch.float64, device=self.device)
-        share = torch.zeros(
-            (len(self.lengths), len(instances)), dtype=torch.float64, device=self.device
-        )
+        share = lengths.new_zeros((len(lengths), len(instances)))
         share[instances, torch.arange(len(instances), device=self.device)] = 1 / lengths[instances]
         if self.load:
             self.values["expert_load"][:, layer, rows.expert] = share.sum(dim=1)

@@ -382,9 +382,7 @@ def _sizes(scan: Result, corpus: str) -> np.ndarray:
         return np.array(sizes, dtype=np.int64)
     table = _good(scan)
     counts = table.loc[table["corpus"] == corpus, "num_instances"].dropna()
-    return (
-        jackknife.group_sizes(int(counts.iloc[0])) if len(counts) else np.empty(0, dtype=np.int64)
-    )
+    return jackknife.group_sizes(int(counts.iloc[0])) if len(counts) else np.empty(0, np.int64)
 
 
 def coefficients(scan: Result, checkpoint: str, corpus: str | None = None) -> np.ndarray | None:
@@ -396,8 +394,7 @@ def coefficients(scan: Result, checkpoint: str, corpus: str | None = None) -> np
     name = storage.slug(checkpoint) if corpus is None else f"{storage.slug(checkpoint)}@{corpus}"
     path = storage.join(scan.path, "coefficients", f"{name}.safetensors")
     try:
-        if not storage.exists(path):
-            return None
+        is_kept = storage.exists(path)
     except StorageError:  # others may name a corpus as no file can be named
-        return None
-    return load(storage.read_bytes(path)).get("mean_abs_coefficients")
+        is_kept = False
+    return load(storage.read_bytes(path)).get("mean_abs_coefficients") if is_kept else None

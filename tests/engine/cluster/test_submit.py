@@ -10,8 +10,9 @@ from collections.abc import Iterator
 import pytest
 import yaml
 
-from ke_ray.engine.cluster import submit as submit_module
-from ke_ray.engine.cluster.submit import _Log, _prepare_token, exit_code_of, new_submission_id
+from ke_ray.engine.cluster import job_server
+from ke_ray.engine.cluster.job_server import _Log, _prepare_token, exit_code_of
+from ke_ray.engine.cluster.submit import new_submission_id
 from ke_ray.errors import UserError
 
 
@@ -104,7 +105,7 @@ def test_no_server_at_the_address_is_one_line_and_exit_code_2(tmp_path):
 
 @pytest.mark.slow
 def test_a_server_that_never_answers_is_given_up(monkeypatch, silent_port):
-    assert submit_module._ANSWER_TIMEOUT_S < 60
-    monkeypatch.setattr(submit_module, "_ANSWER_TIMEOUT_S", 0.5)
+    assert job_server._ANSWER_TIMEOUT_S < 60
+    monkeypatch.setattr(job_server, "_ANSWER_TIMEOUT_S", 0.5)
     with pytest.raises(UserError, match="No job server answers at .* give another --address"):
-        submit_module.JobServer(f"http://127.0.0.1:{silent_port}")
+        job_server.JobServer(f"http://127.0.0.1:{silent_port}")

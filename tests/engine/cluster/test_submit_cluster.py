@@ -91,7 +91,7 @@ def test_a_scan_runs_as_a_job_and_its_results_are_there(head, series, token_ids,
 
 def test_the_machines_of_a_cluster_are_counted(head):
     counts = (
-        "from ke_ray.engine.cluster.submit import JobServer\n"
+        "from ke_ray.engine.cluster.job_server import JobServer\n"
         f"print(JobServer({head.address!r}).num_machines())"
     )
 
