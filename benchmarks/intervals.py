@@ -24,8 +24,9 @@ import numpy as np
 
 from ke_ray.core.acquisition import TaskScore, acquisition_interval, forgetting_interval
 from ke_ray.core.dynamics import dynamics, effectivity_intervals
-from ke_ray.core.intervals import student_interval, wilson_interval
+from ke_ray.core.intervals import fisher_interval, student_interval, wilson_interval
 from ke_ray.core.jackknife import critical_t, group_sizes, standard_error
+from ke_ray.core.partial import fixed_columns, partial_correlation
 from ke_ray.report.correlation import correlate
 
 Draw = Callable[[np.random.Generator], tuple[float, float]]  # → the ends of an interval
@@ -135,6 +136,20 @@ def correlation(starts: int, true: float) -> Case:
     return true, draw
 
 
+def partial(starts: int, true: float) -> Case:
+    """A correlation over starts that both trend with the step, which is held fixed."""
+    step = np.linspace(0.0, 3.0, starts)
+    fixed = fixed_columns(np.zeros(starts), step)
+
+    def draw(generator: np.random.Generator) -> tuple[float, float]:
+        x, rest = generator.normal(size=(2, starts))
+        y = true * x + math.sqrt(1 - true**2) * rest
+        r = float(partial_correlation(x + step, y + 2 * step, fixed))
+        return fisher_interval(r, starts - 1 - fixed.shape[1])
+
+    return true, draw
+
+
 CASES: dict[str, Case] = {
     "A, 70 + 60 paragraphs (paper)": acquisition(70, 60),
     "A, 20 + 10": acquisition(20, 10),
@@ -150,6 +165,11 @@ CASES: dict[str, Case] = {
     **{f"accuracy {p}, {n} items": task(n, p) for n in (50, 160, 1000) for p in (0.3, 0.6, 0.97)},
     **{f"jackknife, {n} instances": jackknife(n) for n in (10, 32, 192)},
     **{f"r = {r}, {n} starts": correlation(n, r) for n in (4, 10, 18) for r in (0.0, -0.8, 0.95)},
+    **{
+        f"r = {r}, {n} starts, step fixed": partial(n, r)
+        for n in (5, 10, 18)
+        for r in (0.0, -0.8, 0.95)
+    },
 }
 
 

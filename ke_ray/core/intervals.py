@@ -1,4 +1,4 @@
-"""Intervals with a formula: Student's of a mean, Wilson's of a share.
+"""Intervals with a formula: Student's of a mean, Wilson's of a share, Fisher's of a correlation.
 
 Numpy and scipy only.
 """
@@ -29,6 +29,22 @@ def student_interval(values: npt.ArrayLike, level: float = 0.95) -> tuple[float,
     error = float(sample.std(ddof=1)) / math.sqrt(sample.size)
     half = student_quantile(sample.size - 1, level) * error
     return float(sample.mean()) - half, float(sample.mean()) + half
+
+
+def fisher_interval(r: float, degrees: int) -> tuple[float, float]:
+    """The ends of Fisher's 95 % interval of a correlation: tanh(atanh r ± 1.96/√(d − 1)).
+
+    Args:
+        r: Pearson's, plain or partial.
+        degrees: d: points less 2, and less 1 for everything that is held fixed.
+
+    Returns:
+        NaN twice where d < 2 or r is ±1.
+    """
+    if degrees < 2 or not abs(r) < 1:
+        return math.nan, math.nan
+    half = 1.959964 / math.sqrt(degrees - 1)
+    return math.tanh(math.atanh(r) - half), math.tanh(math.atanh(r) + half)
 
 
 def wilson_interval(

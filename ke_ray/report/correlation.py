@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import special  # scipy.stats takes half a second to import
 
+from ke_ray.core.intervals import fisher_interval
+
 
 @dataclass(frozen=True)
 class Correlation:
@@ -44,11 +46,7 @@ def correlate(x: np.ndarray, y: np.ndarray) -> Correlation:
     x, y = x[keep], y[keep]
     n = len(x)
     r = _pearson(x, y) if n >= 2 else math.nan
-    low = high = math.nan
-    if n >= 4 and abs(r) < 1:
-        half = 1.959964 / math.sqrt(n - 3)
-        low, high = math.tanh(math.atanh(r) - half), math.tanh(math.atanh(r) + half)
-    return Correlation(r, n, low, high)
+    return Correlation(r, n, *fisher_interval(r, n - 2))
 
 
 def _pearson(x: np.ndarray, y: np.ndarray) -> float:

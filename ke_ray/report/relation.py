@@ -18,7 +18,6 @@ correlation holds ln(1 + step) (or tokens) and, where the scan has it, the loss 
 from __future__ import annotations
 
 import fnmatch
-import math
 import os
 import re
 from collections.abc import Sequence
@@ -28,6 +27,7 @@ import numpy as np
 import pandas as pd
 
 from ke_ray import storage
+from ke_ray.core.intervals import fisher_interval
 from ke_ray.core.partial import fixed_columns, holm, partial_correlation
 from ke_ray.core.similarity import average_ranks
 from ke_ray.errors import ResultsError
@@ -247,9 +247,7 @@ def _related(
     if num_free < 1:
         return row  # any r fits
     r = float(partial_correlation(x, y, fixed))
-    if num_free >= 2 and abs(r) < 1:
-        half = 1.959964 / math.sqrt(num_free - 1)
-        row["low"], row["high"] = math.tanh(math.atanh(r) - half), math.tanh(math.atanh(r) + half)
+    row["low"], row["high"] = fisher_interval(r, num_free)
     p = 0.0 if abs(r) == 1 else p_value(r, num_free + 2)
     return row | {"r": r, "p": p}
 
