@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ke_ray import storage
-from ke_ray.errors import ConfigError, StorageError
+from ke_ray.cli.options import RowsOutput, check_rows_output
+from ke_ray.errors import ConfigError
 from ke_ray.secrets import printable
 
 if TYPE_CHECKING:
@@ -25,10 +26,7 @@ def compare(
         list[str],
         typer.Argument(metavar="SCAN [SCAN]", help="One scan folder, or two of one series."),
     ],
-    output: Annotated[
-        str | None,
-        typer.Option("--output", "-o", metavar="FILE.parquet", help="Write every row, by layer."),
-    ] = None,
+    output: RowsOutput = None,
     as_csv: Annotated[
         bool, typer.Option("--csv", help="Print every row, by layer, as CSV.")
     ] = False,
@@ -43,10 +41,7 @@ def compare(
         raise ConfigError(f"{len(scans)} scan folders were given; expected one or two.")
     if as_csv and output is not None:
         raise ConfigError("--csv and --output were both given; expected one of them.")
-    if output is not None and not output.endswith(".parquet"):
-        raise ConfigError(f"--output is '{output}'; expected a file name that ends in .parquet.")
-    if output is not None and storage.exists(output):
-        raise StorageError(f"'{output}' exists; nothing was changed. Give another name.")
+    check_rows_output(output)
     tables = comparison.compare(scans, limit)
     if as_csv:
         _print_csv(tables)

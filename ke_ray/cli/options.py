@@ -8,8 +8,9 @@ from typing import Annotated, Any, TypeVar
 import typer
 from pydantic import BaseModel
 
+from ke_ray import storage
 from ke_ray.config import load_study, parse_overrides, set_keys, validate
-from ke_ray.errors import ConfigError
+from ke_ray.errors import ConfigError, StorageError
 from ke_ray.shipped import study_path
 
 StudyT = TypeVar("StudyT", bound=BaseModel)
@@ -35,6 +36,12 @@ Set = Annotated[
     ),
 ]
 Output = Annotated[str | None, typer.Option("--output", "-o", help="Folder or URI for results.")]
+RowsOutput = Annotated[
+    str | None,
+    typer.Option("--output", "-o", metavar="FILE.parquet", help="Write every row to a new file."),
+]
+CacheDir = Annotated[str | None, typer.Option(help="Where fetched checkpoints lie.")]
+CacheBytes = Annotated[int | None, typer.Option(min=1, help="Its disk budget.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")]
 MlflowUri = Annotated[
     str | None, typer.Option("--mlflow-uri", help="Default: MLFLOW_TRACKING_URI, else SQLite.")
@@ -53,6 +60,21 @@ Resuscitate = Annotated[
         help="Apply Algorithm 1 in memory after load.",
     ),
 ]
+
+
+def check_rows_output(output: str | None) -> None:
+    """Check, before any work, that ``--output`` names a Parquet file that is not there yet.
+
+    Raises:
+        ConfigError: another kind of file.
+        StorageError: the file exists.
+    """
+    if output is None:
+        return
+    if not output.endswith(".parquet"):
+        raise ConfigError(f"--output is '{output}'; expected a file name that ends in .parquet.")
+    if storage.exists(output):
+        raise StorageError(f"'{output}' exists; nothing was changed. Give another name.")
 
 
 def parse_resuscitate(text: str) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ke_ray import storage
-from ke_ray.errors import ConfigError, StorageError
+from ke_ray.cli.options import RowsOutput, check_rows_output
+from ke_ray.errors import ConfigError
 from ke_ray.secrets import printable
 
 if TYPE_CHECKING:
@@ -26,9 +27,7 @@ def relate(
     corpus: Annotated[
         str | None, typer.Option(help="That measures were taken on; default: the scan's first.")
     ] = None,
-    output: Annotated[
-        str | None, typer.Option("--output", "-o", metavar="FILE.parquet", help="Write every row.")
-    ] = None,
+    output: RowsOutput = None,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print every row as CSV.")] = False,
 ) -> None:
     """Correlate every measure of the starts with A, F, ΔK and ΔP, also at fixed step and loss."""
@@ -36,10 +35,7 @@ def relate(
     from ke_ray.report.sources import find_results
     from ke_ray.results.columns import to_table
 
-    if output is not None and not output.endswith(".parquet"):
-        raise ConfigError(f"--output is '{output}'; expected a file name that ends in .parquet.")
-    if output is not None and storage.exists(output):
-        raise StorageError(f"'{output}' exists; nothing was changed. Give another name.")
+    check_rows_output(output)
     scans, others = find_results([scan]), find_results(studies)
     if len(scans) != 1 or not others:
         raise ConfigError(

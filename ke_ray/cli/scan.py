@@ -18,6 +18,8 @@ from ke_ray.cli.checkpoints import (
 from ke_ray.cli.next_steps import after_results, print_next
 from ke_ray.cli.options import (
     ArchitectureFile,
+    CacheBytes,
+    CacheDir,
     DryRun,
     MlflowUri,
     NoMlflow,
@@ -75,8 +77,8 @@ def scan(
     limit: Limit = None,
     step_pattern: StepPattern = None,
     tokens_per_step: TokensPerStep = None,
-    cache_dir: Annotated[str | None, typer.Option(help="Where fetched checkpoints lie.")] = None,
-    cache_bytes: Annotated[int | None, typer.Option(min=1, help="Its disk budget.")] = None,
+    cache_dir: CacheDir = None,
+    cache_bytes: CacheBytes = None,
     resuscitate: Resuscitate = None,
     architecture: ArchitectureFile = None,
     output: Output = None,

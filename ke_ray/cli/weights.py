@@ -7,13 +7,14 @@ from typing import Annotated
 import typer
 
 from ke_ray import storage
+from ke_ray.cli.options import CacheBytes, CacheDir
 from ke_ray.secrets import printable
 
 
 def weights(
     scan: Annotated[str, typer.Argument(metavar="SCAN", help="A scan folder.")],
-    cache_dir: Annotated[str | None, typer.Option(help="Where fetched checkpoints lie.")] = None,
-    cache_bytes: Annotated[int | None, typer.Option(min=1, help="Its disk budget.")] = None,
+    cache_dir: CacheDir = None,
+    cache_bytes: CacheBytes = None,
 ) -> None:
     """Add norms, ranks and distances of weight matrices to a scan, without a forward pass."""
     from ke_ray.evaluation.weights import measure_weights
