@@ -24,8 +24,8 @@ class FakeHub(http.server.ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, root: Path) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, root: Path, handler: type[Handler] | None = None) -> None:
+        super().__init__(("127.0.0.1", 0), handler or Handler)
         self.root = root
         self.base = self.url
         self.tags: set[str] = set()
@@ -36,6 +36,12 @@ class FakeHub(http.server.ThreadingHTTPServer):
         self.tokens: list[str | None] = []
         self.refuse: list[tuple[str, int, dict[str, str]]] = []
         self.lock = threading.Lock()
+
+    def weights(self, repo: str, commit: str, name: str, data: bytes) -> tuple[int, str]:
+        """Size and sha256 that a weight file is listed with."""
+        size = self.sizes.get(name, self.sizes.get(repo, len(data)))
+        content = f"{commit}/{name}".encode() if name in self.sizes else data
+        return size, hashlib.sha256(content).hexdigest()
 
     @property
     def url(self) -> str:
@@ -143,12 +149,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 entries.append({"type": "directory", "path": name, "size": 0, "oid": "0" * 40})
                 continue
             data = file.read_bytes()
-            is_weights, sizes = file.suffix in (".safetensors", ".bin"), self.server.sizes
-            size = sizes.get(name, sizes.get(repo, len(data)) if is_weights else len(data))
-            entry = {"type": "file", "path": name, "size": size, "oid": "0" * 40}
+            is_weights = file.suffix in (".safetensors", ".bin")
+            entry = {"type": "file", "path": name, "size": len(data), "oid": "0" * 40}
             if is_weights:
-                content = f"{commit}/{name}".encode() if name in sizes else data
-                digest = hashlib.sha256(content).hexdigest()
+                size, digest = self.server.weights(repo, commit, name, data)
+                entry |= {"size": size}
                 entry["lfs"] = {"oid": digest, "size": size, "pointerSize": 134}
             entries.append(entry)
         self.pages(entries)

@@ -6,6 +6,7 @@ Partial sums are merged in float64; a checkpoint is written when all of it is th
 from __future__ import annotations
 
 import io
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ from ke_ray.planning.scan_tracking import log_scan_metrics
 from ke_ray.results.scan_folder import EXPERTS_SCHEMA, REPLICATES_SCHEMA
 from ke_ray.resuscitation.prediction import write_record
 from ke_ray.tracking.run import TrackedRun
+
+log = logging.getLogger(__name__)
 
 _FOLD_EVERY_S = 15.0
 _FOLD_SHARE = 0.05  # of the driver's time, at most
@@ -75,6 +78,8 @@ class Collector:
         timing = {k: output[k] for k in ("fetch_s", "load_s", "score_s", "wait_s") if output[k]}
         if timing:
             self._outcome.timings.append(timing)
+            shown = ", ".join(f"{name} {value:.1f}" for name, value in timing.items())
+            log.info("%s: %s", self._setup.refs[index].name, shown)
         if "load_s" in timing:
             self._meter.loaded(self._setup.refs[index].size_bytes or 0)
         if record := output.get("resuscitation"):
