@@ -1,7 +1,8 @@
-"""``ke-ray data``: the published data that studies read."""
+"""``ke-ray data``: the published data that studies read, and packing of large corpora."""
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -9,11 +10,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ke_ray import storage
 from ke_ray.data.published import fetch, find_published, list_published, missing_files
 
 _FOLDER = "data"
+_SHOW_EVERY_S = 10.0
 
-data = typer.Typer(help="List and fetch the published data that the shipped studies read.")
+data = typer.Typer(
+    help="Published data that the shipped studies read, and packing of large corpora."
+)
 
 Folder = Annotated[str, typer.Option(help="The folder for data, by which studies name theirs.")]
 
@@ -54,6 +59,41 @@ def fetch_data(
         remark = f"; of {num_unverified} no sha256 is published" if num_unverified else ""
         num_files = len(published.files)
         typer.echo(f"{num_files} files in {place}, {num_fetched} of them new{remark}.")
+
+
+@data.command("pack")
+def pack(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Documents (docs/data.md).")],
+    output: Annotated[
+        str, typer.Option("--output", "-o", help="Folder or URI that all nodes see.")
+    ],
+    tokenizer: Annotated[str, typer.Option(help="File, folder or Hub repository.")],
+    eos_token_id: Annotated[int, typer.Option(min=0, help="Put after each document.")],
+    sequence_length: Annotated[int, typer.Option(min=1, help="Tokens of a row, T.")],
+) -> None:
+    """Tokenise and pack a large corpus once, on all cores of the cluster, into files of rows."""
+    from ke_ray.engine.data.pack import pack_corpus
+
+    shown_at = 0.0
+
+    def show(what: str, done: int, total: int) -> None:
+        nonlocal shown_at
+        if done == total or time.monotonic() - shown_at > _SHOW_EVERY_S:
+            shown_at = time.monotonic()
+            typer.echo(f"{what}: {done} of {total}", err=True)
+
+    packed = pack_corpus(
+        source,
+        output,
+        tokenizer=tokenizer,
+        eos_token_id=eos_token_id,
+        sequence_length=sequence_length,
+        on_progress=show,
+    )
+    typer.echo(
+        f"{packed['num_instances']:,} rows of {sequence_length:,} tokens, the source of token ids "
+        f"{storage.join(output, 'rows')}"
+    )
 
 
 def register(app: typer.Typer) -> None:

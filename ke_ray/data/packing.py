@@ -121,7 +121,7 @@ def pack_documents(
     def characters_to_tokenise() -> int:
         return _characters_wanted(buffer, made, num_instances)
 
-    for texts in _batches(documents, characters_to_tokenise):
+    for texts in document_batches(documents, characters_to_tokenise):
         ids: list[int] = []
         for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False):
             ids += encoding.ids
@@ -184,9 +184,11 @@ def _characters_wanted(buffer: TokenBuffer, made: int, num_instances: int | None
     return min(max(2 * tokens, _LEAST_CHARACTERS), _BATCH_CHARACTERS)
 
 
-def _batches(
-    documents: Iterable[tuple[str, str]], characters_wanted: Callable[[], int]
+def document_batches(
+    documents: Iterable[tuple[str, str]],
+    characters_wanted: Callable[[], int] = lambda: _BATCH_CHARACTERS,
 ) -> Iterator[list[str]]:
+    """The texts of documents, in order, in lists of about so many characters."""
     texts: list[str] = []
     num_characters, limit = 0, characters_wanted()
     for text, _ in documents:

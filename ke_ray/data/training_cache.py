@@ -80,7 +80,7 @@ def _blocks(
                 f"'{source}' holds documents, which need a tokenizer and an end-of-text id."
             )
         num_ids = vocab_size
-        if vocab_size is None or _id_type(vocab_size) != "uint16":
+        if vocab_size is None or id_type(vocab_size) != "uint16":
             # Takes 30 ms for 50,000 entries, so not where the vocabulary is small anyway.
             num_ids = 1 + max(eos_token_id, *tokenizer.get_vocab(with_added_tokens=True).values())
         documents = pack_documents(
@@ -91,16 +91,17 @@ def _blocks(
             vocab_size=vocab_size,
             origin=f"'{source}'",
         )
-        return _id_type(num_ids), documents
+        return id_type(num_ids), documents
     if kind == "olmo":
         blocks = iter_instances(
             read_olmo_source(source), num_instances=max_instances, sequence_length=sequence_length
         )
         return "uint16", (ids for ids, _ in blocks)
-    return _id_type(vocab_size), _full_rows(source, sequence_length, vocab_size)
+    return id_type(vocab_size), _full_rows(source, sequence_length, vocab_size)
 
 
-def _id_type(num_ids: int | None) -> str:
+def id_type(num_ids: int | None) -> str:
+    """The smaller of two types that holds ids below ``num_ids``."""
     return "uint16" if num_ids is not None and num_ids <= 1 << 16 else "uint32"
 
 
