@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -126,6 +127,23 @@ def share(
         if (number + 1) % PASSES_BETWEEN == 0:
             _meet(workers, device)
     _meet(workers, device)
+
+
+@contextmanager
+def together(workers: Workers, device: torch.device) -> Iterator[None]:
+    """A block that all workers leave, or none: where one raises, the others do too.
+
+    Raises:
+        RuntimeError: another worker raised why.
+    """
+    try:
+        yield
+    except Exception:
+        if workers.size > 1:
+            _failed(True, workers, device)
+        raise
+    if workers.size > 1:
+        _meet(workers, device)
 
 
 def _check_alike(costs: Sequence[float], content: bytes, device: torch.device) -> None:

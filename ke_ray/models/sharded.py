@@ -24,8 +24,13 @@ def reshard(model: nn.Module) -> None:
 
 
 def _sharded_modules(model: nn.Module) -> list[Any]:
+    return [each for each in model.modules() if shards(each)]
+
+
+def shards(module: nn.Module) -> bool:
+    """Whether ``fully_shard`` was called on a module itself."""
     # By a method of FSDPModule: its import takes most of a second, for which no scan has a use.
-    return [each for each in model.modules() if hasattr(each, "set_reshard_after_forward")]
+    return hasattr(module, "set_reshard_after_forward")
 
 
 def run_whole(model: Any, batch: Tensor) -> None:
