@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import contextvars
 import uuid
+import weakref
 from contextlib import ExitStack
 from typing import Any
-from weakref import WeakValueDictionary
 
 from ke_ray import storage
 from ke_ray.core.position import POSITION
@@ -30,7 +30,7 @@ from ke_ray.results.scan_rows import EvaluatedTables, labelled
 from ke_ray.storage.ownership import claimed
 from ke_ray.studies.own_measures import described
 
-_OPEN: WeakValueDictionary[str, RunFolder] = WeakValueDictionary()
+_OPEN: weakref.WeakValueDictionary[str, RunFolder] = weakref.WeakValueDictionary()
 """The folders that are open in this process, by absolute URI."""
 
 
@@ -43,6 +43,7 @@ class RunFolder:
         measures: names.
         identity: what all measurements in the folder have in common.
         config: how it is measured, for readers.
+        cost: the forecast.
         model: columns that tell the model: ``series`` and ``n_layers``.
     """
 
@@ -54,6 +55,7 @@ class RunFolder:
         *,
         identity: dict[str, Any],
         config: dict[str, Any],
+        cost: dict[str, Any],
         model: dict[str, Any],
     ) -> None:
         self.uri, self.corpus, self.model = uri, corpus, model
@@ -64,11 +66,14 @@ class RunFolder:
             "measures": list(measures),
             "own_measures": described(measures),
             "checkpoints": [],
+            "cost": cost,
         }
         self._folder = ScanFolder(uri, self._manifest)
         self._claim = ExitStack()
         # A lock is held by a context of execution; cells of a notebook run in several.
         self._context = contextvars.copy_context()
+        # A training that raises closes nothing: the folder is let go with this object, at the last.
+        self.release = weakref.finalize(self, self._context.run, self._claim.close)
 
     def open(self, step: int) -> None:
         """Claim the folder for a run that has made this many steps.
@@ -156,19 +161,16 @@ class RunFolder:
             )
         self._folder.write_manifest()
 
-    def close(self, status: str, cost: dict[str, Any]) -> None:
+    def close(self, status: str, share: float) -> None:
         """Merge what was written and let the folder go.
 
         Args:
             status: ``finished``, ``failed`` or ``interrupted``.
-            cost: what measuring took.
+            share: of the time that measuring took.
         """
         try:
-            self._manifest |= {"status": status, "cost": cost}
+            self._manifest["status"] = status
+            self._manifest["cost"]["share"] = share
             self._folder.consolidate(final=status == "finished")
         finally:
             self.release()
-
-    def release(self) -> None:
-        """Let the folder go as it is."""
-        self._context.run(self._claim.close)

@@ -179,10 +179,10 @@ class Monitor:
         if self._folder is None:
             return
         folder, self._folder = self._folder, None
-        cost = asdict(self.cost) | {"forecast_share": self.cost.share, "share": self._share()}
-        log.info("Measuring took %.2g %% of the time.", 100 * cost["share"])
+        share = self._share()
+        log.info("Measuring took %.2g %% of the time.", 100 * share)
         try:
-            folder.close(status, cost)
+            folder.close(status, share)
         except (KeRayError, OSError) as error:
             log.warning("'%s' could not be closed: %s", self.output, error)
 
@@ -301,7 +301,6 @@ class Monitor:
             "measures": list(self.measures),
             "max_share": self.max_share,
             "batch_size": self.batch_size,
-            **asdict(self.cost),
         }
         self._folder = RunFolder(
             self.output,
@@ -309,6 +308,7 @@ class Monitor:
             self.measures,
             identity=identity,
             config=config,
+            cost=asdict(self.cost) | {"forecast_share": self.cost.share},
             model=model_columns,
         )
         self._folder.open(step)
