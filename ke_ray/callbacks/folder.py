@@ -18,6 +18,7 @@ from ke_ray.core.position import POSITION
 from ke_ray.data.corpus import Corpus
 from ke_ray.errors import ResultsError
 from ke_ray.planning.scan_rounds import describe_corpus
+from ke_ray.planning.scan_rows import EvaluatedTables, labelled
 from ke_ray.results.manifest import new_manifest, read_manifest
 from ke_ray.results.scan_folder import (
     EXPERTS_SCHEMA,
@@ -26,7 +27,6 @@ from ke_ray.results.scan_folder import (
     check_identity,
     merge_identities,
 )
-from ke_ray.results.scan_rows import EvaluatedTables, labelled
 from ke_ray.storage.ownership import claimed
 from ke_ray.studies.own_measures import described
 

@@ -35,7 +35,7 @@ from ke_ray.models.live import bare_model
 from ke_ray.models.memory import free_memory, is_out_of_memory
 from ke_ray.models.scoring import check_instances
 from ke_ray.models.sharded import is_sharded
-from ke_ray.results.scan_rows import EvaluatedTables, evaluated_tables
+from ke_ray.planning.scan_rows import EvaluatedTables, evaluated_tables
 from ke_ray.studies.own_measures import origins
 
 log = logging.getLogger(__name__)

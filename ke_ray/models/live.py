@@ -43,9 +43,7 @@ def _problem(bare: nn.Module, modules: list[nn.Module]) -> str | None:
         return "is sharded by FSDP1; use FSDP2 (fully_shard; of Trainer, fsdp_config version 2)"
     sharded = [each for each in modules if shards(each)]
     if sharded and sharded[0] is not bare:
-        return (
-            "is not the outermost module that is sharded; call fully_shard on it, and on no other"
-        )
+        return "is not the outermost sharded module; call fully_shard on its layers, then on it"
     if any(_is_split(each, bool(sharded)) for each in bare.parameters()):
         return (
             "has weights that are divided within layers (tensor parallelism) or kept elsewhere "

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 
 from ke_ray.core.architecture import Architecture
 from ke_ray.planning.scan_items import WorkItem
-from ke_ray.results.scan_rows import evaluated_tables
+from ke_ray.planning.scan_rows import evaluated_tables
 from ke_ray.secrets import redact
 from ke_ray.studies.own_measures import OwnMeasure
 from ke_ray.studies.parts import Resuscitation

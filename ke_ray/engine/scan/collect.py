@@ -20,9 +20,9 @@ from ke_ray.outcomes import ScanOutcome
 from ke_ray.planning.scan import ScanSetup
 from ke_ray.planning.scan_items import CheckpointWork
 from ke_ray.planning.scan_messages import ScorerSettings, evaluated_columns, sums_from_bytes
+from ke_ray.planning.scan_rows import labelled
 from ke_ray.planning.scan_tracking import log_scan_metrics
 from ke_ray.results.scan_folder import EXPERTS_SCHEMA, REPLICATES_SCHEMA
-from ke_ray.results.scan_rows import labelled
 from ke_ray.resuscitation.prediction import write_record
 from ke_ray.tracking.run import TrackedRun
 
