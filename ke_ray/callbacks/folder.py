@@ -101,11 +101,16 @@ class RunFolder:
 
     def _take_over(self, before: dict[str, Any], step: int) -> list[str]:
         """Continue what the folder has; return the checkpoints that come after this step."""
+        if "cost" not in before:
+            raise ResultsError(
+                f"'{self.uri}' holds a scan, expected a training's measurements; choose another "
+                "output folder."
+            )
         check_identity(self.uri, before["identity"], self._manifest["identity"])
         table = self._folder.entropy().select(["checkpoint", "step", "tokens"])
         steps = {row["checkpoint"]: row for row in table.to_pylist()}
-        if steps and step == 0:
-            last = max(row["step"] for row in steps.values())
+        last = max((row["step"] for row in steps.values()), default=0)
+        if last > step == 0:
             raise ResultsError(
                 f"'{self.uri}' holds the measurements of another run, up to step {last:,}, and "
                 "this one starts at step 0. Choose another output folder, or resume that run from "
@@ -120,9 +125,9 @@ class RunFolder:
             "own_measures": before["own_measures"] | self._manifest["own_measures"],
         }
         for name, row in steps.items():
-            if row["step"] <= step:
+            if 0 < step >= row["step"]:
                 self._list(name, row["step"], row["tokens"])
-        return [name for name, row in steps.items() if row["step"] > step]
+        return [name for name, row in steps.items() if not 0 < step >= row["step"]]
 
     def _list(self, name: str, step: int, tokens: int) -> dict[str, Any]:
         """Enter a measurement into the manifest; return its position."""

@@ -24,12 +24,12 @@ import torch.distributed as dist
 from ke_ray.callbacks.corpus import live_corpus
 from ke_ray.callbacks.cost import Cost, plan_cost
 from ke_ray.callbacks.folder import RunFolder
+from ke_ray.callbacks.passes import live_sums
 from ke_ray.checkpoints.find.series import series_label
 from ke_ray.core.measures import MEASURE_VERSION, MEASURES, check_measures
 from ke_ray.core.sums import OF_LOGITS, SUMS
 from ke_ray.errors import ConfigError, KeRayError, UserError, row_error
-from ke_ray.evaluation.sharing import Workers, together
-from ke_ray.evaluation.sums import shared_sums
+from ke_ray.evaluation.sharing import Workers, check_alike, together
 from ke_ray.models.layout import describe
 from ke_ray.models.live import bare_model
 from ke_ray.models.memory import free_memory, is_out_of_memory
@@ -124,6 +124,9 @@ class Monitor:
         """
         bare = bare_model(model)
         self._workers = _workers()
+        if self._workers.size > 1:
+            alike = (self.corpus.sha256, self.measures, self.every, self.batch_size, step)
+            check_alike((), repr(alike).encode(), _device(bare))
         with together(self._workers, _device(bare)):
             layouts = describe(bare)
             check_instances(bare, self.corpus.input_ids, self.corpus.lengths)
@@ -190,9 +193,7 @@ class Monitor:
         started = self._clock(model)
         try:
             with undisturbed(_device(model), self.autocast):
-                sums = shared_sums(
-                    model, self.corpus, self.measures, self.batch_size, self._workers
-                )
+                sums = live_sums(model, self.corpus, self.measures, self.batch_size, self._workers)
         except Exception as error:
             if isinstance(error, UserError) and not self._num_measured:
                 raise  # it will not work later either
@@ -288,7 +289,7 @@ class Monitor:
             **_SETTINGS,
             "dtype": _name(next(model.parameters()).dtype),
             "autocast": self.autocast and _name(self.autocast),
-            "matmul_precision": precision,
+            **({} if precision == "highest" else {"matmul_precision": precision}),
             "series": model_columns["series"],
             "run": self.run,
             "own_measures": origins(self.measures),

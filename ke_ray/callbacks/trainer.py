@@ -73,7 +73,7 @@ def _tokens_per_step(trainer: Trainer) -> int | None:
         with undisturbed(torch.device("cpu")):  # rows may be cut or masked at random
             rows = [dataset[number] for number in range(min(len(dataset), _NUM_ROWS))]
         lengths = [len(row["input_ids"]) for row in rows]
-    except (KeyError, TypeError, IndexError):
+    except (LookupError, TypeError, NotImplementedError):
         return None
     args = trainer.args
     num_rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size

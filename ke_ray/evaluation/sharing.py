@@ -106,7 +106,7 @@ def share(
             yield each, forward(each)
         return
     device = next(model.parameters()).device
-    _check_alike([cost(each) for each in passes], content(), device)
+    check_alike([cost(each) for each in passes], content(), device)
     if not passes:
         return
     order = sorted(passes, key=cost, reverse=True)
@@ -146,7 +146,12 @@ def together(workers: Workers, device: torch.device) -> Iterator[None]:
         _meet(workers, device)
 
 
-def _check_alike(costs: Sequence[float], content: bytes, device: torch.device) -> None:
+def check_alike(costs: Sequence[float], content: bytes, device: torch.device) -> None:
+    """Refuse to go on where workers have different things to do; a meeting of all.
+
+    Raises:
+        DataError: on every worker.
+    """
     digest = zlib.crc32(content, zlib.crc32(repr(costs).encode()))
     largest = torch.tensor([digest, -digest], dtype=torch.float64, device=device)
     dist.all_reduce(largest, dist.ReduceOp.MAX)

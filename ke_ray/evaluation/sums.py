@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
 from ke_ray.core.statistics import GroupSums
 from ke_ray.data.corpus import Corpus
 from ke_ray.evaluation.sharing import Workers, share
@@ -45,7 +48,14 @@ def shared_sums(
         batch_size=workers.rows_per_pass(num_rows, batch_size),
         run_passes=run_passes,
     )
+    return summed(sums, workers, device)
+
+
+def summed(sums: GroupSums, workers: Workers, device: torch.device) -> GroupSums:
+    """The sums of all workers' parts, in place."""
     sums.counts = workers.sum(sums.counts, device)
     sums.num_tokens = workers.sum(sums.num_tokens, device)
-    sums.tables = {name: workers.sum(table, device) for name, table in sums.tables.items()}
+    if workers.size > 1:
+        for table in sums.tables.values():  # as large as 64 C̄: a copy may not fit beside training
+            dist.all_reduce(table)
     return sums

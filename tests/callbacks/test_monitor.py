@@ -24,7 +24,9 @@ from ke_ray.data.corpus import build_corpus
 from ke_ray.errors import ConfigError, DataError, KeRayError, ResultsError, UserError
 from ke_ray.models.scoring import score_model
 from ke_ray.report import build_report
+from ke_ray.report.sources import find_results
 from ke_ray.results.columns import schema
+from ke_ray.results.manifest import new_manifest, write_manifest
 from ke_ray.results.scan_folder import ScanFolder
 from ke_ray.results.status import read_status
 
@@ -219,7 +221,8 @@ def test_a_killed_run_leaves_a_readable_folder_and_resumes_in_it(tmp_path: Path,
     assert process.exitcode == -signal.SIGKILL
     steps = [0, 2] if at == "write_part" else [0, 2, 4]
     assert sorted(set(table(folder).step)) == steps
-    build_report([str(folder)], str(tmp_path / "report.html"))
+    (result,) = find_results([folder])
+    assert set(result.table("entropy")["step"]) == set(steps)
     (study,) = read_status(str(folder))
     assert study.state == "stopped"
     # It resumes from a checkpoint of step 2; what was measured later is measured again.
@@ -253,10 +256,25 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ResultsError, match="series"):
         Monitor(D, tmp_path, run="a", **SETTINGS).start(tiny_mixture(), 4)
     assert sorted(set(table(tmp_path).step)) == [2]
-    (tmp_path / "scan").mkdir()
-    (tmp_path / "scan" / "notes.txt").write_text("mine")
-    with pytest.raises(ResultsError, match="'notes.txt'"):
-        Monitor(D, tmp_path / "scan", **SETTINGS).start(model)
+    with Monitor(D, tmp_path / "early", **SETTINGS) as early:
+        early(model, 0)
+    with Monitor(D, tmp_path / "early", **SETTINGS) as again:  # training had not begun
+        assert again(model, 0)
+    assert list(table(tmp_path / "early").step.unique()) == [0]
+
+
+def test_folders_of_others_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    write_manifest(str(tmp_path / "scan"), new_manifest("scan", {}) | {"identity": {}})
+    write_manifest(str(tmp_path / "pretrain"), new_manifest("pretrain", {}))
+    for name, message in (
+        ("mine", "'notes.txt'"),
+        ("scan", "holds a scan, expected a training's measurements"),
+        ("pretrain", "kind 'pretrain'"),
+    ):
+        with pytest.raises(ResultsError, match=message):
+            Monitor(D, tmp_path / name, **SETTINGS).start(tiny_model())
 
 
 def test_a_run_that_raised_does_not_lock_its_folder(tmp_path: Path) -> None:

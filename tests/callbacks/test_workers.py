@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from ke_ray.callbacks import Monitor
 from ke_ray.errors import ConfigError, ResultsError, UnsupportedArchitectureError
 from ke_ray.models.scoring import score_model
 from ke_ray.results.scan_folder import ScanFolder
-from ke_ray.training.parallel import Worker, full_tensor, wrap_model
+from ke_ray.training.parallel import Worker, full_tensor, unwrap, wrap_model
 
 #: Three instances for two workers: one of them has a pass less than the other.
 D = tiny_rows(num_instances=3).ids
@@ -31,7 +32,20 @@ def whole(model: Any) -> Any:
     return copied
 
 
-def steps(worker: Worker, strategy: Any, monitor: Monitor | None) -> dict[str, Any]:
+def measured(
+    monitor: Monitor, model: Any, step: int, worker: Worker, fails_at: int | None
+) -> dict[str, float]:
+    """A measurement; at one step, the second worker cannot make its part of it."""
+    if step != fails_at or worker.rank == 0:
+        return monitor(model, step)
+    broken = unwrap(model).model.layers[1].mlp
+    with mock.patch.object(broken, "forward", side_effect=MemoryError):
+        return monitor(model, step)
+
+
+def steps(
+    worker: Worker, strategy: Any, monitor: Monitor | None, fails_at: int | None = None
+) -> dict[str, Any]:
     """Four steps; what was logged, what one worker finds on the same weights, the final ones."""
     model = wrap_model(tiny_model(), worker, strategy=strategy, precision="float32").train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -42,7 +56,7 @@ def steps(worker: Worker, strategy: Any, monitor: Monitor | None) -> dict[str, A
             model(input_ids=rows, labels=rows).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-        if monitor is not None and (metrics := monitor(model, step)):
+        if monitor is not None and (metrics := measured(monitor, model, step, worker, fails_at)):
             logged.append(metrics["knowledge_entropy/total_nats"])
         if monitor is not None and step % 2 == 0:
             expected.append(score_model(whole(model), D).row("knowledge_entropy").value)
@@ -84,6 +98,8 @@ def work(worker: Worker, folder: str) -> dict[str, Any]:
         monitor = Monitor(D, f"{folder}/{strategy}", **SETTINGS)
         found[strategy] = steps(worker, strategy, monitor)
         found[f"{strategy} alone"] = steps(worker, strategy, None)
+    monitor = Monitor(D, f"{folder}/failing", **SETTINGS)
+    found["failing"] = steps(worker, "ddp", monitor, fails_at=2)
     found["refusals"] = refusals(worker, f"{folder}/fsdp")
     return found
 
@@ -123,6 +139,18 @@ def test_the_trained_weights_are_the_same_to_the_bit(
     assert found[0]["ddp"]["final"] != [
         w.tolist() for w in copy.deepcopy(tiny_model()).parameters()
     ]
+
+
+def test_training_goes_on_where_a_worker_cannot_measure(
+    found: list[dict[str, Any]], folder: Path
+) -> None:
+    for each in found:
+        assert each["failing"]["final"] == each["ddp alone"]["final"]
+    first, whole = found[0]["failing"]["logged"], found[0]["ddp"]["logged"]
+    assert first == [whole[0], whole[2]]
+    rows = ScanFolder.open(str(folder / "failing")).entropy().to_pylist()
+    (failed,) = (row for row in rows if row["status"] == "failed")
+    assert (failed["step"], "Worker 1 of 2 failed" in failed["error"]) == (2, True)
 
 
 def test_all_workers_refuse_together(found: list[dict[str, Any]]) -> None:
