@@ -106,6 +106,12 @@ class RunFolder:
                 f"'{self.uri}' holds a scan, expected a training's measurements; choose another "
                 "output folder."
             )
+        names = list(before["identity"]["corpora"])
+        if names != [self.corpus.name]:
+            raise ResultsError(
+                f"'{self.uri}' holds measurements on {', '.join(names)}, and this run's D is "
+                f"{self.corpus.name}; give each D a folder of its own."
+            )
         check_identity(self.uri, before["identity"], self._manifest["identity"])
         table = self._folder.entropy().select(["checkpoint", "step", "tokens"])
         steps = {row["checkpoint"]: row for row in table.to_pylist()}
@@ -120,7 +126,6 @@ class RunFolder:
             "created_at": before["created_at"],
             "id": before["id"],
             "identity": merge_identities(before["identity"], self._manifest["identity"]),
-            "corpora": before["corpora"] | self._manifest["corpora"],
             "measures": list(dict.fromkeys([*before["measures"], *self._manifest["measures"]])),
             "own_measures": before["own_measures"] | self._manifest["own_measures"],
         }

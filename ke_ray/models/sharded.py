@@ -48,5 +48,8 @@ def run_whole(model: Any, batch: Tensor) -> None:
 
 
 def no_gradients(model: nn.Module) -> Any:
-    """Inference mode; for a sharded model no_grad, as gathered weights also serve training."""
-    return torch.no_grad() if is_sharded(model) else torch.inference_mode()
+    """Inference mode; no_grad for a model in training, which may keep tensors of the pass.
+
+    Gathered weights of a sharded model are such tensors.
+    """
+    return torch.no_grad() if model.training or is_sharded(model) else torch.inference_mode()

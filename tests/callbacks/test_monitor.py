@@ -7,6 +7,7 @@ import os
 import random
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +109,11 @@ def test_values_are_those_of_the_model_at_that_step(tmp_path: Path) -> None:
     assert list(rows.tokens.unique()) == [0, 96, 192]
 
 
-def test_training_does_not_notice_that_it_is_measured(tmp_path: Path) -> None:
-    alone, watched = dropping_model(), dropping_model()
+@pytest.mark.parametrize("make", [dropping_model, tiny_mixture])
+def test_training_does_not_notice_that_it_is_measured(
+    tmp_path: Path, make: Callable[[], Any]
+) -> None:
+    alone, watched = make(), make()
     losses = train(alone, 6)
     random.seed(3)
     np.random.seed(3)
@@ -119,7 +123,8 @@ def test_training_does_not_notice_that_it_is_measured(tmp_path: Path) -> None:
     modes = [module.training for module in watched.modules()]
     gradients: list[bool] = []
 
-    with Monitor(D, tmp_path, measures=["knowledge_entropy", "loss"], **SETTINGS) as monitor:
+    names = ["knowledge_entropy", "knowledge_entropy_relu", "attention_entropy", "loss", "rank_me"]
+    with Monitor(D, tmp_path, measures=names, **SETTINGS) as monitor:
 
         def measure(model: Any, step: int) -> None:
             before = [parameter.grad.clone() for parameter in model.parameters()]
@@ -243,16 +248,18 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
     model = tiny_model()
     with Monitor(D, tmp_path, run="a", **SETTINGS) as monitor:
         monitor(model, 2)
+    other = replace(monitor.corpus, name="pile")
     for settings, step, message in (
         ({"run": "a"}, 0, "another run, up to step 2.*another output folder"),
         ({"run": "b"}, 4, "run = 'a', this run has 'b'"),
         ({"run": "a", "data": D[:2]}, 4, "data_sha256"),
+        ({"run": "a", "data": other}, 4, "measurements on D, and this run's D is pile"),
         ({"run": "a", "autocast": torch.bfloat16}, 4, "autocast = None"),
     ):
         given = {"data": D, **SETTINGS, **settings}
-        other = Monitor(given.pop("data"), tmp_path, **given)
+        refused = Monitor(given.pop("data"), tmp_path, **given)
         with pytest.raises(ResultsError, match=message):
-            other.start(model, step)
+            refused.start(model, step)
     with pytest.raises(ResultsError, match="series"):
         Monitor(D, tmp_path, run="a", **SETTINGS).start(tiny_mixture(), 4)
     assert sorted(set(table(tmp_path).step)) == [2]
