@@ -25,8 +25,7 @@ PYTHON_API = {
         "models.loading:load_model",
     ),
     "Measure a model while it is trained": (
-        *("callbacks.monitor:Monitor", "callbacks.trainer:TrainerMonitor"),
-        "callbacks.lightning:LightningMonitor",
+        *("callbacks:Monitor", "callbacks:TrainerMonitor", "callbacks:LightningMonitor"),
     ),
     "Bring a measure of your own": (
         *("core.measure:Measure", "core.sums:Sum", "core.measures:register"),

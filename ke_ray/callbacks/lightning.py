@@ -38,8 +38,9 @@ class LightningMonitor(Callback):
         lightning.Trainer(callbacks=[monitor], …).fit(module, loader)
 
     Args:
-        data, output, **settings: of :class:`~ke_ray.callbacks.monitor.Monitor`. By default,
-            ``autocast`` is that of the trainer's mixed precision.
+        data, output: as for :class:`~ke_ray.callbacks.monitor.Monitor`.
+        settings: the others that it takes. By default, ``autocast`` is that of the trainer's
+            mixed precision.
 
     Raises:
         DataError, UserError: as ``Monitor``; when training starts, as ``Monitor.start``.

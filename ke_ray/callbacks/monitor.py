@@ -54,6 +54,9 @@ class Monitor:
             metrics = monitor(model, step)  # {} between measurements
         monitor.close()
 
+    Call it after every step, on every worker. It returns what to log: nothing between measurements,
+    and on the first worker alone.
+
     Args:
         data: D, small and fixed: token ids [instances, tokens], a file of them, or a ``Corpus``.
         output: the result folder, path or URI.

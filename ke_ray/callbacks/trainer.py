@@ -25,9 +25,10 @@ class TrainerMonitor(TrainerCallback):
     Args:
         trainer: whose ``log`` passes the values on to W&B, TensorBoard, MLflow and its history;
             callbacks have no other way there.
-        data, output, **settings: of :class:`~ke_ray.callbacks.monitor.Monitor`. By default,
-            ``tokens_per_step`` is that of the first rows of the data set, ``autocast`` that of
-            ``bf16`` and ``fp16``, and ``run`` is ``run_name``.
+        data, output: as for :class:`~ke_ray.callbacks.monitor.Monitor`.
+        settings: the others that it takes. By default, ``tokens_per_step`` is that of the first
+            rows of the data set, ``autocast`` that of ``bf16`` and ``fp16``, and ``run`` is
+            ``run_name``.
 
     Raises:
         DataError, UserError: as ``Monitor``; when training begins, as ``Monitor.start``.
@@ -37,7 +38,8 @@ class TrainerMonitor(TrainerCallback):
         args = trainer.args
         mixed = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
         settings = {"autocast": mixed, "run": args.run_name, **settings}
-        settings.setdefault("tokens_per_step", _tokens_per_step(trainer))
+        if "tokens_per_step" not in settings:
+            settings["tokens_per_step"] = _tokens_per_step(trainer)
         self.trainer, self.monitor = trainer, Monitor(data, output, **settings)
 
     def on_train_begin(
