@@ -396,6 +396,18 @@ def test_a_full_disk_does_not_end_training(
     assert "No space left" in caplog.text
 
 
+def test_a_measurement_that_takes_longer_than_its_forecast_says_so_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, monitor = tiny_model(), Monitor(D, tmp_path, every=1, tokens_per_step=10**9)
+    for step in range(5):  # and nothing else is done
+        monitor(model, step)
+    monitor.close()
+    assert caplog.text.count("Measuring takes") == 1
+    cost = ScanFolder.open(str(tmp_path)).manifest["cost"]
+    assert cost["forecast_share"] < 0.01 < cost["share"]
+
+
 def test_callbacks_are_an_attribute_of_the_package() -> None:
     assert ke_ray.callbacks.Monitor is Monitor
     assert issubclass(ConfigError, KeRayError)
