@@ -3,9 +3,10 @@
     series         iterate over the checkpoints of a series as models (``ke_ray.api.series``)
     scan           run a scan (``ke_ray.api.scan``)
     score_model    measure a loaded model (``ke_ray.api.score``)
+    callbacks      measure a model while it is trained (``ke_ray.callbacks``)
 
 The numerics need torch alone (``ke_ray.core``, ``ke_ray.models``); Ray stays in ``ke_ray.engine``.
-Importing this package imports nothing heavy: these three are imported when first used.
+Importing this package imports nothing heavy: these are imported when first used.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ _MODULES = {"scan": "scan", "score_model": "score", "series": "series"}
 
 
 def __getattr__(name: str) -> object:
+    if name == "callbacks":
+        return import_module("ke_ray.callbacks")
     if name not in _MODULES:
         raise AttributeError(f"module 'ke_ray' has no attribute {name!r}")
     return getattr(import_module(f"ke_ray.api.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, "callbacks"})

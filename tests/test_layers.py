@@ -41,7 +41,7 @@ def all_modules(*folders: str) -> list[str]:
         (["core"], {"ray", "mlflow", "transformers", "datasets", "pydantic", "optuna", "lm_eval"}),
         (["checkpoints", "models"], {"ray", "mlflow", "pydantic", "optuna", "lm_eval", "datasets"}),
         (["data"], {"ray", "mlflow", "torch", "optuna", "lm_eval"}),
-        (["training", "evaluation"], {"ray", "mlflow", "optuna", "lm_eval"}),
+        (["training", "evaluation", "callbacks"], {"ray", "mlflow", "optuna", "lm_eval"}),
         (["report"], {"ray", "mlflow", "torch", "transformers", "optuna", "lm_eval"}),
         (["results", "studies"], {"ray", "mlflow", "torch", "transformers"}),
         (["cli"], {"ray", "mlflow", "torch", "transformers", "pandas", "pyarrow", "matplotlib"}),
@@ -54,6 +54,14 @@ def test_no_module_imports_what_its_layer_must_not(folders, forbidden):
 
 def test_the_package_itself_imports_nothing():
     assert modules_after("import ke_ray") & {"torch", "numpy", "ray", "yaml", "pydantic"} == set()
+
+
+def test_callbacks_come_with_what_they_are_used_with():
+    statement = "import ke_ray; ke_ray.callbacks.TrainerMonitor; ke_ray.callbacks.Monitor"
+    assert modules_after(statement) >= {"torch", "transformers"}
+    assert modules_after(statement) & {"ray", "mlflow", "lightning", "lm_eval"} == set()
+    light = modules_after("import ke_ray.callbacks")
+    assert light & {"torch", "transformers", "lightning", "numpy", "pydantic"} == set()
 
 
 def test_a_scan_is_set_up_without_torch(tmp_path):
@@ -167,7 +175,7 @@ ORDER = (
     ("resuscitation",),
     ("training",),
     ("planning",),
-    ("engine",),
+    ("engine", "callbacks"),
     ("api",),
     ("cli",),
 )

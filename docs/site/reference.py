@@ -24,6 +24,9 @@ PYTHON_API = {
         *("models.scoring:score_model", "core.measures:Evaluation", "core.measures:MeasureRow"),
         "models.loading:load_model",
     ),
+    "Measure a model while it is trained": (
+        *("callbacks:Monitor", "callbacks:TrainerMonitor", "callbacks:LightningMonitor"),
+    ),
     "Bring a measure of your own": (
         *("core.measure:Measure", "core.sums:Sum", "core.measures:register"),
     ),

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ke_ray.models.sharded import reshard
+from ke_ray.models.live import evaluation_mode
 
 #: Bytes of the float32 logits of one pass, about.
 _LOGIT_BYTES = {"cpu": 128 << 20, "cuda": 2 << 30}
@@ -52,18 +52,16 @@ def autocast(model: Any, dtype: str) -> AbstractContextManager[Any]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients and without compilation; restores flag and shards.
+    """Evaluation mode without gradients and without compilation; restores modes and shards.
 
     Shapes change from batch to batch here, which compiled code would answer by recompiling.
     """
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        model.train(was_training)
-        reshard(model)
+    with (
+        torch.no_grad(),
+        torch.compiler.set_stance("force_eager"),
+        evaluation_mode(model),
+    ):
+        yield
 
 
 def read_logits(model: Any, input_ids: Tensor, reads: Tensor, **arguments: Any) -> Tensor:

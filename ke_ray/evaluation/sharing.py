@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -105,7 +106,7 @@ def share(
             yield each, forward(each)
         return
     device = next(model.parameters()).device
-    _check_alike([cost(each) for each in passes], content(), device)
+    check_alike([cost(each) for each in passes], content(), device)
     if not passes:
         return
     order = sorted(passes, key=cost, reverse=True)
@@ -128,7 +129,29 @@ def share(
     _meet(workers, device)
 
 
-def _check_alike(costs: Sequence[float], content: bytes, device: torch.device) -> None:
+@contextmanager
+def together(workers: Workers, device: torch.device) -> Iterator[None]:
+    """A block that all workers leave, or none: where one raises, the others do too.
+
+    Raises:
+        RuntimeError: another worker raised why.
+    """
+    try:
+        yield
+    except Exception:
+        if workers.size > 1:
+            _failed(True, workers, device)
+        raise
+    if workers.size > 1:
+        _meet(workers, device)
+
+
+def check_alike(costs: Sequence[float], content: bytes, device: torch.device) -> None:
+    """Refuse to go on where workers have different things to do; a meeting of all.
+
+    Raises:
+        DataError: on every worker.
+    """
     digest = zlib.crc32(content, zlib.crc32(repr(costs).encode()))
     largest = torch.tensor([digest, -digest], dtype=torch.float64, device=device)
     dist.all_reduce(largest, dist.ReduceOp.MAX)

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -34,8 +34,9 @@ from ke_ray.core.statistics import GroupSums
 from ke_ray.errors import DataError, DeviceMemoryError
 from ke_ray.models.capture import Capture
 from ke_ray.models.layout import describe, layers_of
+from ke_ray.models.live import evaluation_mode
 from ke_ray.models.memory import free_memory, is_out_of_memory, memory_of
-from ke_ray.models.sharded import no_gradients, reshard
+from ke_ray.models.sharded import no_gradients
 
 log = logging.getLogger(__name__)
 
@@ -139,7 +140,7 @@ def score_instances(
     """
     chosen = check_measures(measures)
     layouts = describe(model)
-    ids, tokens = _checked(model, input_ids, lengths)
+    ids, tokens = check_instances(model, input_ids, lengths)
     target = torch.device(device) if device is not None else _device_of(model)
     if batch_size < 1:
         raise DataError(f"batch_size is {batch_size}; expected at least 1")
@@ -158,7 +159,7 @@ def score_instances(
     )
     with ExitStack() as stack:
         stack.enter_context(no_gradients(model))
-        stack.enter_context(_evaluating(model))
+        stack.enter_context(evaluation_mode(model))
         capture = stack.enter_context(Capture(model, layouts, sums.tables, target))
 
         def forward(start: int) -> dict[str, Tensor]:
@@ -223,8 +224,12 @@ def score_within_memory(
         log.warning("Out of memory (%s); going on with batches of %d.", reason, batch_size)
 
 
-def _checked(model: Any, input_ids: Any, lengths: Any) -> tuple[Tensor, Tensor]:
-    """Ids and lengths on the CPU, known to be within the model's vocabulary and positions."""
+def check_instances(model: Any, input_ids: Any, lengths: Any = None) -> tuple[Tensor, Tensor]:
+    """Ids and lengths on the CPU, known to be within the model's vocabulary and positions.
+
+    Raises:
+        DataError: they are not, or an instance has no real token.
+    """
     ids = _as_tensor(input_ids).cpu()
     width = ids.shape[1]
     if lengths is None:
@@ -273,14 +278,3 @@ def _d_model(model: Any) -> int:
 
 def _device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-        reshard(model)

@@ -24,8 +24,13 @@ def reshard(model: nn.Module) -> None:
 
 
 def _sharded_modules(model: nn.Module) -> list[Any]:
+    return [each for each in model.modules() if shards(each)]
+
+
+def shards(module: nn.Module) -> bool:
+    """Whether ``fully_shard`` was called on a module itself."""
     # By a method of FSDPModule: its import takes most of a second, for which no scan has a use.
-    return [each for each in model.modules() if hasattr(each, "set_reshard_after_forward")]
+    return hasattr(module, "set_reshard_after_forward")
 
 
 def run_whole(model: Any, batch: Tensor) -> None:
@@ -43,5 +48,8 @@ def run_whole(model: Any, batch: Tensor) -> None:
 
 
 def no_gradients(model: nn.Module) -> Any:
-    """Inference mode; for a sharded model no_grad, as gathered weights also serve training."""
-    return torch.no_grad() if is_sharded(model) else torch.inference_mode()
+    """Inference mode; no_grad for a model in training, which may keep tensors of the pass.
+
+    Gathered weights of a sharded model are such tensors.
+    """
+    return torch.no_grad() if model.training or is_sharded(model) else torch.inference_mode()

@@ -7,14 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import pyarrow as pa
 from pydantic import TypeAdapter
 
 from ke_ray.core.architecture import Architecture
-from ke_ray.core.measures import evaluate
-from ke_ray.errors import CheckpointError
 from ke_ray.planning.scan_items import WorkItem
+from ke_ray.planning.scan_rows import evaluated_tables
 from ke_ray.secrets import redact
 from ke_ray.studies.own_measures import OwnMeasure
 from ke_ray.studies.parts import Resuscitation
@@ -22,7 +20,6 @@ from ke_ray.studies.parts import Resuscitation
 if TYPE_CHECKING:
     import torch
 
-    from ke_ray.core.measures import Evaluation
     from ke_ray.core.statistics import GroupSums
 
 OUTPUT_SCHEMA = pa.schema(
@@ -81,91 +78,23 @@ def evaluated_columns(
     Raises:
         CheckpointError: a value is not finite.
     """
-
-    evaluation = evaluate(
+    tables = evaluated_tables(
         sums,
         measures,
         top_k_fraction=settings.top_k_fraction,
         dormant_threshold=settings.dormant_threshold,
     )
-    if not evaluation.is_finite():
-        bad = next(r for r in evaluation.rows if r.reason is None and not np.isfinite(r.value))
-        part = "its total" if bad.layer is None else f"layer {bad.layer}"
-        raise CheckpointError(
-            f"{bad.measure} is {bad.value} at {part}: the activations overflow or the weights "
-            "are damaged. Try --dtype float32, or fetch the checkpoint again."
-        )
     columns: dict[str, Any] = {
-        "rows": _to_ipc(_rows_table(evaluation)),
-        "replicates": _to_ipc(_replicates_table(evaluation)),
-        "num_instances": evaluation.num_instances,
-        "num_tokens": evaluation.num_tokens,
+        "rows": _to_ipc(tables.rows),
+        "replicates": _to_ipc(tables.replicates),
+        "num_instances": sums.total_instances,
+        "num_tokens": sums.total_tokens,
     }
-    if "coefficients" in sums.tables:
-        mean = sums.mean("coefficients").float().cpu()
-        columns["coefficients"] = save_tensors({"mean_abs_coefficients": mean})
-    if "expert_load" in sums.tables:
-        columns["experts"] = _to_ipc(_experts_table(sums))
+    if tables.coefficients is not None:
+        columns["coefficients"] = save_tensors({"mean_abs_coefficients": tables.coefficients})
+    if tables.experts is not None:
+        columns["experts"] = _to_ipc(tables.experts)
     return columns
-
-
-def _experts_table(sums: GroupSums) -> pa.Table:
-    """One row per layer and expert, in the columns of ``experts`` that are not the checkpoint's."""
-    from ke_ray.core.experts import expert_entropies, expert_masses
-
-    means = zip(sums.mean("coefficients"), sums.mean("expert_load"), strict=True)
-    tables = []
-    for layer, (mean, load) in enumerate(means):
-        sizes = sums.layers.expert_sizes[layer]
-        if not sum(sizes):
-            continue  # no feed-forward part
-        masses = expert_masses(mean[: sum(sizes)], sizes)
-        entropies = expert_entropies(mean[: sum(sizes)], sizes).cpu().numpy()
-        columns = {
-            "layer": pa.array([layer] * len(sizes), pa.int32()),
-            "expert": pa.array(range(len(sizes)), pa.int32()),
-            "num_memories": pa.array(sizes, pa.int32()),
-            "load": load[: len(sizes)].cpu().numpy(),
-            "mass": (masses / masses.sum()).cpu().numpy(),
-            "entropy_nats": pa.array(entropies, pa.float64(), from_pandas=True),
-        }
-        tables.append(pa.table(columns))
-    return pa.concat_tables(tables)
-
-
-def _rows_table(evaluation: Evaluation) -> pa.Table:
-    rows = evaluation.rows
-    return pa.table(
-        {
-            "layer": pa.array([row.layer for row in rows], pa.int32()),
-            "measure": [row.measure for row in rows],
-            "value": pa.array([row.value for row in rows], pa.float64(), from_pandas=True),
-            "stderr": pa.array([row.stderr for row in rows], pa.float64(), from_pandas=True),
-            "unit": [row.unit for row in rows],
-            "d_mlp": pa.array([row.d_mlp for row in rows], pa.int32()),
-            "reason": pa.array([row.reason for row in rows], pa.string()),
-        }
-    )
-
-
-def _replicates_table(evaluation: Evaluation) -> pa.Table:
-    layers: list[int | None] = []
-    measures: list[str] = []
-    values = []
-    for (layer, measure), replicates in evaluation.replicates.items():
-        layers += [layer] * len(replicates)
-        measures += [measure] * len(replicates)
-        values.append(replicates)
-    num_groups = len(evaluation.group_counts)
-    groups = np.tile(np.arange(num_groups, dtype=np.int32), len(evaluation.replicates))
-    return pa.table(
-        {
-            "layer": pa.array(layers, pa.int32()),
-            "measure": pa.array(measures, pa.string()),
-            "group": groups,
-            "value": np.concatenate(values) if values else np.empty(0),
-        }
-    )
 
 
 _ITEM = TypeAdapter(WorkItem)

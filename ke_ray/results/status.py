@@ -167,7 +167,9 @@ def _study(
     if study.state == "running" and progress:
         return _with_progress(study, progress)
     if study.state == "running":
-        study = replace(study, note="the command prepares its work, or writes its last files")
+        is_live = "cost" in manifest  # ke_ray.callbacks
+        note = "the command prepares its work, or writes its last files"
+        study = replace(study, note="measured while it is trained" if is_live else note)
     try:
         return replace(study, **_COUNTS.get(kind, _no_counts)(folder, manifest))
     except (KeRayError, OSError, LookupError, TypeError, ValueError, AttributeError) as error:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,8 +29,8 @@ from ke_ray.evaluation.downstream import run_downstream
 from ke_ray.evaluation.forward import autocast
 from ke_ray.evaluation.perplexity import held_out_perplexity
 from ke_ray.evaluation.probes import score_probes
-from ke_ray.evaluation.sharing import Workers, share
-from ke_ray.models.scoring import score_instances
+from ke_ray.evaluation.sharing import Workers
+from ke_ray.evaluation.sums import shared_sums
 from ke_ray.studies.continual import ContinualStudy
 
 
@@ -196,31 +195,7 @@ def coefficient_sums(
     Args:
         workers: who shares the passes; all get the sums.
     """
-    workers = workers or Workers()
-    device = next(model.parameters()).device
-    num_rows = len(corpus.input_ids)
-    # The last batch may be smaller; otherwise any order does.
-    run_passes = partial(
-        share,
-        model=model,
-        workers=workers,
-        cost=lambda start: num_rows - start,
-        content=corpus.sha256.encode,
-    )
-    sums = score_instances(
-        model,
-        corpus.input_ids,
-        corpus.lengths,
-        measures=("knowledge_entropy",),
-        num_instances=corpus.num_instances,
-        group_sizes=corpus.group_sizes,
-        batch_size=workers.rows_per_pass(num_rows, batch_size),
-        run_passes=run_passes,
-    )
-    sums.counts = workers.sum(sums.counts, device)
-    sums.num_tokens = workers.sum(sums.num_tokens, device)
-    sums.tables = {name: workers.sum(table, device) for name, table in sums.tables.items()}
-    return sums
+    return shared_sums(model, corpus, ("knowledge_entropy",), batch_size, workers or Workers())
 
 
 def acquired(before: Snapshot, after: Snapshot, *, summed: bool = False) -> Interval | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import logging
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +21,7 @@ from ke_ray.outcomes import ScanOutcome
 from ke_ray.planning.scan import ScanSetup
 from ke_ray.planning.scan_items import CheckpointWork
 from ke_ray.planning.scan_messages import ScorerSettings, evaluated_columns, sums_from_bytes
+from ke_ray.planning.scan_rows import labelled
 from ke_ray.planning.scan_tracking import log_scan_metrics
 from ke_ray.results.scan_folder import EXPERTS_SCHEMA, REPLICATES_SCHEMA
 from ke_ray.resuscitation.prediction import write_record
@@ -144,7 +144,7 @@ class Collector:
             (output.get("experts"), pending.experts, EXPERTS_SCHEMA),
         ):
             if payload is not None:
-                tables.append(_labelled(_from_ipc(payload), common, columns))
+                tables.append(labelled(_from_ipc(payload), common, columns))
         if output["coefficients"] is not None:
             pending.coefficients[corpus.name] = load(output["coefficients"])[
                 "mean_abs_coefficients"
@@ -176,17 +176,6 @@ class Collector:
             folder.consolidate()
             ended = time.monotonic()
             self._fold_after = ended + max(_FOLD_EVERY_S, (ended - started) / _FOLD_SHARE)
-
-
-def _labelled(table: pa.Table, common: Mapping[str, Any], columns: pa.Schema) -> pa.Table:
-    """The table with the columns that all of a checkpoint's rows have in common."""
-    arrays = [
-        table[column.name]
-        if column.name in table.column_names
-        else pa.repeat(pa.scalar(common[column.name], column.type), table.num_rows)
-        for column in columns
-    ]
-    return pa.Table.from_arrays(arrays, names=columns.names).cast(columns)
 
 
 def _from_ipc(payload: bytes) -> pa.Table:
