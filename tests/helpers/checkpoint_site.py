@@ -74,17 +74,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
-        start = 0
         etag = f'"{hash(data)}"'
-        if wanted and self.headers.get("If-Range") == etag and fault != "norange":
-            start = int(wanted.removeprefix("bytes=").rstrip("-"))
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(data) - start))
+        if wanted and self.headers.get("If-Range", etag) == etag and fault != "norange":
+            first, last = (int(number) for number in wanted.removeprefix("bytes=").split("-"))
+            last = min(last, len(data) - 1)
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {first}-{last}/{len(data)}")
+        else:
+            first, last = 0, len(data) - 1
+            self.send_response(200)
+        rest = data[first : last + 1]
+        self.send_header("Content-Length", str(len(rest)))
         self.send_header("ETag", etag)
         self.end_headers()
         if not body:
             return
-        rest = data[start:]
         if fault == "cut":
             self.wfile.write(rest[: len(rest) // 2])
             self.close_connection = True
