@@ -196,7 +196,7 @@ def _score(setup: ScanSetup, run: TrackedRun, display: Display, outcome: ScanOut
     )
     meter = ScanMeter(display, outcome, study_label(study), setup.works, num_actors)
     collector = Collector(setup, settings, run, meter, outcome)
-    with _ticking(monitor, meter), watch_placement():
+    with collector, _ticking(monitor, meter), watch_placement():
         try:
             for batch in dataset.iter_batches(
                 batch_size=None, batch_format="pyarrow", prefetch_batches=0
