@@ -2,11 +2,11 @@
 
     python benchmarks/results_on_s3.py [--json] [--checkpoints 100] [--latency 0.03]
 
-The collector of a scan gets results in OLMo-1B's shape (16 layers, d_mlp 8192, 64 jackknife groups,
-three measures: 0.5 MB of coefficients and 3,264 leave-one-out values for each checkpoint) as fast as
-it takes them, and writes them to a local S3 service (moto). A real store answers after tens of
-milliseconds, a local one at once: ``--latency`` seconds are added to each of its answers. The same
-is timed with one writer thread, as the result thread alone would write.
+The collector of a scan gets results in OLMo-1B's shape (16 layers, d_mlp 8192, 64 jackknife
+groups, three measures: 0.5 MB of coefficients and 3,264 leave-one-out values for each checkpoint)
+as fast as it takes them, and writes them to a local S3 service (moto). A real store answers after
+tens of milliseconds, a local one at once: ``--latency`` seconds are added to each of its answers.
+The same is timed with one writer thread, as the result thread alone would write.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-_ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(_ROOT), str(_ROOT / "tests" / "helpers")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
 
 import numpy as np
 import pyarrow as pa
@@ -54,9 +54,7 @@ def collector_for(output: str, num_checkpoints: int, outcome: ScanOutcome) -> Co
     setup: Any = SimpleNamespace(
         folder=folder,
         study=SimpleNamespace(output=output, data={"text": ""}, mlflow=None),
-        refs=[
-            CheckpointRef(f"step{n}", f"/c/step{n}", "hf", step=n) for n in range(num_checkpoints)
-        ],
+        refs=[CheckpointRef(f"step{n}", "/c", "hf", step=n) for n in range(num_checkpoints)],
         corpora={"text": SimpleNamespace(name="text", sha256="sha")},
         works=[
             CheckpointWork(n, (CorpusWork("text", MEASURES, 64, 2048),))

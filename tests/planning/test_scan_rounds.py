@@ -66,12 +66,8 @@ def run(study, interrupt_at=None):
                     batch_size=study.batch_size,
                 )
                 output = {
-                    **{
-                        "checkpoint": work.index,
-                        "corpus": part.corpus,
-                        "status": "ok",
-                        "sums": None,
-                    },
+                    **{"checkpoint": work.index, "corpus": part.corpus},
+                    **{"status": "ok", "sums": None},
                     **{"fetch_s": None, "load_s": None, "score_s": None, "wait_s": None},
                     **{"num_instances": sums.total_instances, "num_tokens": sums.total_tokens},
                 }

@@ -178,7 +178,7 @@ class Collector:
         self._writes.append(self._writers.submit(self._write, index, pending))
 
     def _settle(self, most: int) -> None:
-        """Wait until no more than ``most`` writes are under way; raise what went wrong in others."""
+        """Wait until at most ``most`` writes are under way; raise what went wrong in others."""
         while self._writes and (self._writes[0].done() or len(self._writes) > most):
             self._writes.popleft().result()
 
