@@ -10,6 +10,7 @@ import hashlib
 import http.server
 import json
 import random
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -83,6 +84,11 @@ class FileHost(http.server.ThreadingHTTPServer):
 class Handler(http.server.BaseHTTPRequestHandler):
     server: FileHost
     protocol_version = "HTTP/1.1"
+
+    def setup(self) -> None:
+        # What is sent has arrived, and does not wait in megabytes of a buffer here.
+        self.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**17)
+        super().setup()
 
     def log_message(self, *args: object) -> None:
         pass

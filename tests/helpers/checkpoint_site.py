@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import threading
 import time
 from pathlib import Path
 
@@ -25,6 +26,7 @@ class Site(http.server.ThreadingHTTPServer):
         self.faults: dict[str, list[str]] = {}
         self.requests: list[tuple[str, str, str | None]] = []
         self.pause_s = 0.0
+        self.gate: threading.Barrier | None = None  # that many weights are sent at once
         self.stated: dict[str, str] = {}  # path -> the sha256 that it states, as the Hub does
 
     @property
@@ -65,6 +67,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not file.is_file():
             self.send_error(404)
             return
+        if self.server.gate is not None and body and file.suffix == ".safetensors":
+            self.server.gate.wait(120)
         data = file.read_bytes()
         if self.path in self.server.stated and not body:
             self.send_response(302)  # to a store that knows nothing of hashes

@@ -188,8 +188,8 @@ def _score(setup: ScanSetup, run: TrackedRun, display: Display, outcome: ScanOut
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(
             size=num_actors,
-            max_tasks_in_flight_per_actor=2,
-            max_concurrent_calls_per_actor=2,
+            max_tasks_in_flight_per_actor=1 + study.prefetch,
+            max_concurrent_calls_per_actor=1 + study.prefetch,
             enable_true_multi_threading=True,
         ),
         **per_actor,
