@@ -251,9 +251,10 @@ def download_file(
     from huggingface_hub.utils import build_hf_headers
 
     base = endpoint_url(endpoint)
+    parts = (urllib.parse.quote(repo), urllib.parse.quote(commit, safe=""))
     try:
         return fetch_file(
-            f"{base}/{urllib.parse.quote(repo)}/resolve/{commit}/{urllib.parse.quote(path)}",
+            f"{base}/{parts[0]}/resolve/{parts[1]}/{urllib.parse.quote(path)}",
             target,
             headers=build_hf_headers(),
             policy=policy,

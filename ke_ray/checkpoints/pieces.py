@@ -74,7 +74,7 @@ def fetch_pieces(
         version: of the file at its source.
         read: called by several threads at once.
         policy: for each piece.
-        should_stop: called while bytes arrive.
+        should_stop: called by those threads while bytes arrive.
         connections: pieces under way at once.
         hashed: whether the sha256 is wanted.
 
@@ -261,9 +261,12 @@ def _read_note(partial: Path) -> dict[str, Any] | None:
         note = json.loads(_note_path(partial).read_text())
         is_ours = note["tag"] and note["boot"] == _boot()
         is_whole = partial.stat().st_size == note["size_bytes"]
+        ends = [0, *(stop for _, _, stop in note["pieces"])]
+        starts = [*(start for start, _, _ in note["pieces"]), note["size_bytes"]]
+        are_between = all(start <= position <= stop for start, position, stop in note["pieces"])
     except (OSError, ValueError, TypeError, KeyError):
         return None
-    return note if is_ours and is_whole else None
+    return note if is_ours and is_whole and starts == ends and are_between else None
 
 
 def _noted_pieces(partial: Path, version: Version) -> list[_Piece]:

@@ -242,10 +242,10 @@ class _WebFile:
             version = _version(first) if first is not None else None
             if version is None:
                 return self._stream(first, partial, hashed=hashed)
-        if self.max_bytes is not None and version.size_bytes > self.max_bytes:
-            raise self._too_large()
         unread = [first] if first else []
         with first or nullcontext():
+            if self.max_bytes is not None and version.size_bytes > self.max_bytes:
+                raise self._too_large()
             return fetch_pieces(
                 version,
                 lambda start, stop: self._read(version, unread, start, stop),

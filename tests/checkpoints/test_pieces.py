@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import subprocess
 import sys
 import threading
@@ -168,12 +169,15 @@ def test_a_note_of_another_version_or_a_damaged_one_is_not_gone_on_from(
     host: FileHost, tmp_path: Path
 ) -> None:
     url, target, note = f"{host.url}/weights", tmp_path / "x", tmp_path / "x.incomplete.json"
-    for damage in ("", "{", '{"tag": 1}', None):
+    for damage in ("", "{", '{"tag": 1}', "pieces", None):
         answers(host, "", "", "404")
         with pytest.raises(CheckpointError):
             fetch_file(url, target, policy=QUICK)
         if damage is None:
             host.version = "two"
+        elif damage == "pieces":  # as if a part in the middle had arrived, that has not
+            left = json.loads(note.read_text())
+            note.write_text(json.dumps(left | {"pieces": [left["pieces"][0], left["pieces"][2]]}))
         else:
             note.write_text(damage)
     assert fetch_file(url, target, policy=QUICK, hashed=True) == sha256("weightstwo", SIZE)
