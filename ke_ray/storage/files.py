@@ -181,12 +181,13 @@ def replace(uri: str | os.PathLike[str], data: bytes, expected: bytes) -> bool:
         if present != expected:
             return present == data  # by an earlier attempt whose answer was lost
         try:
-            fs.pipe_file(path, data, **({"IfMatch": tag} if tag else {}))
+            fs.pipe_file(path, data, **({"IfMatch": tag} if "s3" in fs.protocol else {}))
         except FileNotFoundError:
             return False
         except OSError as error:  # of s3fs, a "precondition failed" without a kind
-            if bytes(fs.cat_file(path)) != expected:
-                return False
+            present = bytes(fs.cat_file(path))
+            if present != expected:
+                return present == data  # written, and the answer was lost
             if "NotImplemented" not in f"{error!r}{error.__cause__!r}":
                 raise
             fs.pipe_file(path, data)

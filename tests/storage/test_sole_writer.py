@@ -220,6 +220,13 @@ def test_the_store_refuses_a_renewal_of_what_is_another_s_by_now(
     monkeypatch.setattr(files, "pipe_file", overtaken)
     assert not storage.replace(lock, b"mine again", b"mine")
     assert storage.read_bytes(lock) == b"another's"
+
+    def lost(path: str, data: bytes, **options: object) -> None:
+        files.pipe_file = pipe_file
+        pipe_file(path, data, **options)
+        raise OSError("the answer is lost")
+
+    monkeypatch.setattr(files, "pipe_file", lost)
     assert storage.replace(lock, b"mine again", b"another's")
     assert storage.read_bytes(lock) == b"mine again"
 
