@@ -109,6 +109,9 @@ def test_a_login_in_a_url_is_sent_and_not_carried_on(door, tmp_path: Path) -> No
     Door.seen.clear()
     assert download(f"{base}/away", tmp_path / "other")
     assert Door.seen == [("/away", login), ("/elsewhere", None)]
+    Door.seen.clear()
+    assert download(base.replace("127.0.0.1", "localhost") + "/away", tmp_path / "same host")
+    assert Door.seen == [("/away", login), ("/elsewhere", login)]
     with pytest.raises(CheckpointError) as caught:
         download(f"http://127.0.0.1:{door.server_port}/file?token=abcdef", tmp_path / "third")
     assert "abcdef" not in str(caught.value)

@@ -13,24 +13,25 @@ from __future__ import annotations
 
 import hashlib
 import re
-import shutil
+import threading
 import urllib.parse
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ke_ray.checkpoints.formats.layout import TOKENIZER_FILES, Layout, layout_of
-from ke_ray.checkpoints.hub_api import HubApi, endpoint_url, explain, with_retries
-from ke_ray.checkpoints.transfer import RetryPolicy, call_within
+from ke_ray.checkpoints.hub_api import HubApi, endpoint_url, explain
+from ke_ray.checkpoints.pieces import FILES_AT_ONCE, FIRST_PIECE_BYTES, either, run_in_order
+from ke_ray.checkpoints.retries import AbsentError, RetryPolicy, TransferError
+from ke_ray.checkpoints.transfer import call_within, fetch_file
 from ke_ray.errors import CheckpointError, CheckpointSpecError, nearest
-from ke_ray.storage.disk import is_disk_error
 
 _FIRST_ANSWER_S = 15.0
 _CONCURRENCY = 8
-_DOWNLOADS = ".hub"  # folder of unfinished downloads, inside that of the checkpoint
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -225,47 +226,95 @@ def _files_of(folder: str, entries: Iterable[HubFile]) -> tuple[HubFile, ...]:
     return (*own, *(() if has_tokenizer else root))
 
 
+def download_file(
+    repo: str,
+    commit: str,
+    path: str,
+    target: Path,
+    *,
+    endpoint: str | None = None,
+    policy: RetryPolicy | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    max_bytes: int | None = None,
+    hashed: bool = False,
+) -> str | None:
+    """Fetch one file of a commit, as ``transfer.fetch_file`` does: in ranges, and resumed.
+
+    huggingface_hub's own download, through Xet too, begins a file anew after a kill.
+
+    Returns:
+        The sha256, where it is wanted.
+
+    Raises:
+        CheckpointError: it could not be fetched.
+    """
+    from huggingface_hub.utils import build_hf_headers
+
+    base = endpoint_url(endpoint)
+    parts = (urllib.parse.quote(repo), urllib.parse.quote(commit, safe=""))
+    try:
+        return fetch_file(
+            f"{base}/{parts[0]}/resolve/{parts[1]}/{urllib.parse.quote(path)}",
+            target,
+            headers=build_hf_headers(),
+            policy=policy,
+            should_stop=should_stop,
+            max_bytes=max_bytes,
+            hashed=hashed,
+        )
+    except (AbsentError, CheckpointError) as error:
+        cause = error if isinstance(error, AbsentError) else error.__cause__
+        if isinstance(cause, TransferError) and cause.status in (401, 403, 404, 410):
+            raise CheckpointError(explain(cause, repo, commit, base, path)) from error
+        raise
+
+
 def download_files(
     repo: str,
     commit: str,
-    paths: Mapping[str, str],
+    files: Iterable[HubFile],
     folder: Path,
     *,
     endpoint: str | None = None,
     policy: RetryPolicy | None = None,
+    should_stop: Callable[[], bool] | None = None,
 ) -> None:
-    """Fetch files of a commit into ``folder``, resumed and retried; whole ones are kept.
-
-    Args:
-        paths: path in the repository of each file, by its name in ``folder``.
+    """Fetch files of a commit into ``folder``, a few at a time; whole ones are kept.
 
     Raises:
-        CheckpointError: one could not be fetched.
+        CheckpointError: one could not be fetched, or has not the size, or the sha256 (of files in
+            LFS), that the Hub states.
     """
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.utils import disable_progress_bars
+    stopped = threading.Event()
+    stop = either(stopped.is_set, should_stop)
 
-    disable_progress_bars()
-    base = endpoint_url(endpoint)
-    policy = policy or RetryPolicy()
-    downloads = folder / _DOWNLOADS
-    for name, path in paths.items():
-        if (folder / name).exists():
-            continue
-
-        def fetch(path: str = path) -> str:
-            return hf_hub_download(
-                repo, path, revision=commit, local_dir=downloads, endpoint=base, etag_timeout=10
+    def fetch(file: HubFile) -> None:
+        target = folder / file.name
+        if target.exists():
+            return
+        arrived = target.with_name(f"{target.name}.unverified")
+        kind, _, stated = file.identity.partition(":")
+        sha256 = download_file(
+            *(repo, commit, file.path, arrived),
+            endpoint=endpoint,
+            policy=policy,
+            # What is small ends by itself, and is then there for the next run.
+            should_stop=should_stop if file.size_bytes <= FIRST_PIECE_BYTES else stop,
+            max_bytes=file.size_bytes,
+            hashed=kind == "sha256",
+        )
+        size_bytes = arrived.stat().st_size
+        if (size_bytes, sha256 or stated) != (file.size_bytes, stated):
+            arrived.unlink()
+            raise CheckpointError(
+                f"'{repo}' at '{commit}': after the download {file.path} has {size_bytes:,} bytes "
+                f"and {kind} {sha256 or stated}, but the Hub states {file.size_bytes:,} and "
+                f"{stated}; it was removed. Run the same command again."
             )
+        arrived.rename(target)
 
-        try:
-            fetched = with_retries(fetch, policy)
-        except Exception as error:
-            if is_disk_error(error):
-                raise
-            raise CheckpointError(explain(error, repo, commit, base, path)) from error
-        Path(fetched).rename(folder / name)
-    shutil.rmtree(downloads, ignore_errors=True)  # with the Hub client's own notes
+    for _ in run_in_order([partial(fetch, file) for file in files], FILES_AT_ONCE, stopped):
+        pass
 
 
 def _file(entry: dict[str, Any]) -> HubFile:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-import re
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from ke_ray.checkpoints.transfer import RETRIED_STATUSES, Retries, RetryPolicy
+from ke_ray.checkpoints.retries import Retries, RetryPolicy, TransferError
+from ke_ray.checkpoints.transfer import RETRIED_STATUSES, retry_after_s
 from ke_ray.errors import CheckpointSpecError
 from ke_ray.storage.disk import is_disk_error
 
@@ -94,24 +94,18 @@ def with_retries(
             status = _status(error)
             final = status is not None and status not in RETRIED_STATUSES
             final = final or type(error).__name__ == "OfflineModeIsEnabled" or is_disk_error(error)
-            retry_after_s = _retry_after_s(error)
-            if not final and retry_after_s is not None and on_rate_limit is not None:
-                on_rate_limit(policy.pause_s(1, retry_after_s))
-            if not retries.wait(retry_after_s, final=final):
+            headers = getattr(getattr(error, "response", None), "headers", None)
+            after_s = retry_after_s(headers or {})
+            if not final and after_s is not None and on_rate_limit is not None:
+                on_rate_limit(policy.pause_s(1, after_s))
+            if not retries.wait(after_s, final=final):
                 raise
 
 
 def _status(error: BaseException) -> int | None:
+    if isinstance(error, TransferError):
+        return error.status
     return getattr(getattr(error, "response", None), "status_code", None)
-
-
-def _retry_after_s(error: BaseException) -> float | None:
-    headers = getattr(getattr(error, "response", None), "headers", None) or {}
-    if value := headers.get("Retry-After"):
-        return float(value) if str(value).isdigit() and len(str(value)) < 10 else None
-    # The Hub's own form: ratelimit: "api";r=0;t=55
-    match = re.search(r";\s*r=0;\s*t=([0-9]{1,6})", headers.get("ratelimit") or "")
-    return float(match.group(1)) + 1 if match else None
 
 
 def explain(
@@ -124,7 +118,7 @@ def explain(
     kind = type(error).__name__
     if kind == "RevisionNotFoundError":
         return f"The Hub has no revision '{revision}' of '{repo}'."
-    if kind == "GatedRepoError":
+    if kind == "GatedRepoError" or getattr(error, "code", None) == "GatedRepo":
         return f"{what} on {base} is gated: accept its terms there and set HF_TOKEN."
     if kind == "RepositoryNotFoundError" or _status(error) in (401, 403, 404):
         return (

@@ -1,30 +1,48 @@
-"""Transfers: how they are retried, and files over HTTP that arrive whole.
+"""Files over HTTP that arrive whole.
 
-A download goes to ``<name>.incomplete`` and is renamed when every byte is there. A connection
-that breaks, stalls or ends early is resumed where it stopped (if the file is still the same),
-after a growing pause or as long as the server asks for (``Retry-After``). Only attempts that
-bring no new byte count against the limit.
+A download goes to ``<name>.incomplete``, in ranges over several connections where the server has
+them, and is renamed when every byte is there. A connection that breaks, stalls or ends early is
+resumed where it stopped (if the file is still the same), after a growing pause or as long as the
+server asks for (``Retry-After``). Only attempts that bring no new byte count against the limit.
 """
 
 from __future__ import annotations
 
 import base64
 import email.utils
+import hashlib
 import http.client
 import logging
-import os
-import random
+import re
 import threading
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from email.message import Message
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ke_ray import secrets
+from ke_ray.checkpoints.pieces import (
+    FIRST_PIECE_BYTES,
+    Version,
+    arrived_bytes,
+    discard,
+    fetch_pieces,
+    finish,
+    noted_version,
+)
+from ke_ray.checkpoints.retries import (
+    AbsentError,
+    ChangedError,
+    Retries,
+    RetryPolicy,
+    TransferError,
+)
 from ke_ray.errors import CheckpointError
 from ke_ray.storage.disk import is_disk_error
 
@@ -32,6 +50,9 @@ _LOG = logging.getLogger(__name__)
 _CHUNK = 2**20
 RETRIED_STATUSES = (408, 425, 429, 500, 502, 503, 504)
 _ABSENT = (403, 404, 410)  # object stores answer 403 for a key that does not exist
+_WEB_PAGES = (".html", ".htm")
+_CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-[0-9]{1,18}/([0-9]{1,18}|\*)")
+_RATE_LIMIT = re.compile(r";\s*r=0;\s*t=([0-9]{1,6})")
 _HEADERS = {"User-Agent": "ke_ray", "Accept-Encoding": "identity"}
 
 T = TypeVar("T")
@@ -45,60 +66,18 @@ class _WebRedirects(urllib.request.HTTPRedirectHandler):
     ) -> Any:
         if not newurl.startswith(("http://", "https://")):
             raise urllib.error.HTTPError(newurl, 400, "redirect to no web address", headers, fp)
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
+        request = super().redirect_request(req, fp, code, msg, headers, newurl)
+        login = req.unredirected_hdrs.get("Authorization")
+        if request is not None and login and _origin(newurl) == _origin(req.full_url):
+            request.add_unredirected_header("Authorization", login)
+        return request
+
+
+def _origin(url: str) -> tuple[str, str]:
+    return urllib.parse.urlsplit(url)[:2]
 
 
 _OPENER = urllib.request.build_opener(_WebRedirects)
-
-
-@dataclass(frozen=True)
-class RetryPolicy:
-    """The patience of a transfer; times in seconds.
-
-    Pauses are ``backoff_s``, twice that, four times … at most ``max_pause_s``, each with up to a
-    quarter more at random, so that many workers do not come back in step. A server's
-    ``Retry-After`` takes precedence, up to ``max_retry_after_s``.
-    """
-
-    attempts: int = 6
-    backoff_s: float = 1.0
-    max_pause_s: float = 60.0
-    max_retry_after_s: float = 600.0
-    timeout_s: float = 30.0
-
-    def pause_s(self, failures: int, retry_after_s: float | None) -> float:
-        """Seconds to wait after the ``failures``-th failure in a row (from 1)."""
-        if retry_after_s is not None:
-            return min(retry_after_s, self.max_retry_after_s)
-        pause = min(self.backoff_s * 2 ** min(failures - 1, 30), self.max_pause_s)
-        return pause * (1 + random.random() / 4)
-
-
-class Retries:
-    """The failures in a row of one transfer, under a policy."""
-
-    def __init__(self, policy: RetryPolicy) -> None:
-        self.policy = policy
-        self.failures = 0
-
-    def wait(
-        self, retry_after_s: float | None = None, *, progressed: bool = False, final: bool = False
-    ) -> bool:
-        """Count a failure, then pause before the next attempt.
-
-        Args:
-            retry_after_s: what the server asks for.
-            progressed: whether the failed attempt brought something; it is then the first failure.
-            final: whether another attempt would fail in the same way.
-
-        Returns:
-            False, at once, where no attempt is left.
-        """
-        self.failures = 1 if progressed else self.failures + 1
-        if final or self.failures >= self.policy.attempts:
-            return False
-        time.sleep(self.policy.pause_s(self.failures, retry_after_s))
-        return True
 
 
 @dataclass(frozen=True)
@@ -106,17 +85,6 @@ class HttpFile:
     """A file on a server; ``size_bytes`` is None where the server does not tell."""
 
     size_bytes: int | None
-
-
-class _TransferError(Exception):
-    def __init__(self, reason: str, *, final: bool = False, after_s: float | None = None) -> None:
-        super().__init__(reason)
-        self.final = final
-        self.after_s = after_s
-
-
-class AbsentError(Exception):
-    """The server has no such file."""
 
 
 def public_url(url: str) -> str:
@@ -189,88 +157,228 @@ def download(
         CheckpointError: it could not be fetched whole, or has more than ``max_bytes``.
         OSError: the local disk refused.
     """
-    policy = policy or RetryPolicy()
+    try:
+        fetch_file(url, target, policy=policy, should_stop=should_stop, max_bytes=max_bytes)
+    except AbsentError:
+        return False
+    return True
+
+
+def fetch_file(
+    url: str,
+    target: Path,
+    *,
+    headers: Mapping[str, str] | None = None,
+    policy: RetryPolicy | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    max_bytes: int | None = None,
+    hashed: bool = False,
+) -> str | None:
+    """Fetch ``url`` to the file ``target``.
+
+    Args:
+        headers: of the requests; ``Authorization`` is not carried to another host.
+        policy: for the first request, and for each piece.
+        should_stop: called while bytes arrive.
+        max_bytes: that the file may have.
+        hashed: whether the sha256 is wanted.
+
+    Returns:
+        The sha256, where it is wanted.
+
+    Raises:
+        AbsentError: the server has no such file.
+        CheckpointError: it could not be fetched whole, or has more than ``max_bytes``; its cause
+            is the ``TransferError`` of the last attempt.
+        OSError: the local disk refused.
+    """
     partial = target.with_name(f"{target.name}.incomplete")
-    retries = Retries(policy)
+    file = _WebFile(url, dict(headers or {}), policy or RetryPolicy(), should_stop, max_bytes)
+    retries = Retries(file.policy)
+    if noted_version(partial) is None:
+        discard(partial)
     while True:
-        before = partial.stat().st_size if partial.exists() else 0
+        before = arrived_bytes(partial)
         try:
-            _attempt(url, partial, policy.timeout_s, should_stop, max_bytes)
+            digest = file.fetch(partial, hashed=hashed)
         except AbsentError:
-            return False
-        except _TransferError as error:
-            after = partial.stat().st_size if partial.exists() else 0
+            raise
+        except TransferError as error:
             _LOG.info("%s: %s", public_url(url), error)
-            if not retries.wait(error.after_s, progressed=after > before, final=error.final):
+            if isinstance(error, ChangedError):
+                discard(partial)
+            after = arrived_bytes(partial)
+            final = error.final or error.attempts > 0
+            if not retries.wait(error.after_s, progressed=after > before, final=final):
                 raise CheckpointError(
-                    f"Cannot fetch {public_url(url)}: {error} (attempt {retries.failures}; "
-                    f"{after:,} bytes have arrived). Check the address and the network, then run "
-                    "the same command again to resume."
+                    f"Cannot fetch {public_url(url)}: {error} (attempt "
+                    f"{max(error.attempts, retries.failures)}; {after:,} bytes have arrived). "
+                    "Check the address and the network, then run the same command again to resume."
                 ) from error
         else:
-            os.replace(partial, target)
-            _tag(partial).unlink(missing_ok=True)
-            return True
+            finish(partial, target)
+            return digest
 
 
-def _tag(partial: Path) -> Path:
-    return partial.with_name(f"{partial.name}.etag")
+@dataclass(frozen=True)
+class _WebFile:
+    """A file on a web server, fetched in ranges where the server has them."""
 
+    url: str
+    headers: dict[str, str]
+    policy: RetryPolicy
+    should_stop: Callable[[], bool] | None
+    max_bytes: int | None
 
-def _attempt(
-    url: str,
-    partial: Path,
-    timeout_s: float,
-    should_stop: Callable[[], bool] | None,
-    max_bytes: int | None,
-) -> None:
-    num_present = partial.stat().st_size if partial.exists() else 0
-    headers = {}
-    if num_present and _tag(partial).exists():
-        # If-Range: the rest if the file is unchanged, else all of it anew.
-        headers = {"Range": f"bytes={num_present}-", "If-Range": _tag(partial).read_text()}
-    try:
-        with _open(url, headers, timeout_s) as response:
-            resumed = response.status == 206
+    def fetch(self, partial: Path, *, hashed: bool) -> str | None:
+        """One attempt, of which ``partial`` keeps what arrived.
+
+        Ranges are for files with a strong tag or a date only: without one, parts of two versions
+        could be put together. Others come over one connection, from their start.
+        """
+        version, first = noted_version(partial), None
+        if version is None:
+            first = self._request({"Range": f"bytes=0-{FIRST_PIECE_BYTES - 1}"}, may_be_empty=True)
+            version = _version(first) if first is not None else None
+            if version is None:
+                return self._stream(first, partial, hashed=hashed)
+        unread = [first] if first else []
+        with first or nullcontext():
+            if self.max_bytes is not None and version.size_bytes > self.max_bytes:
+                raise self._too_large()
+            return fetch_pieces(
+                version,
+                lambda start, stop: self._read(version, unread, start, stop),
+                partial,
+                policy=self.policy,
+                should_stop=self.should_stop,
+                hashed=hashed,
+            )
+
+    def _read(self, version: Version, unread: list[Any], start: int, stop: int) -> Generator[bytes]:
+        """The bytes of a range, from the answer to the first request where it is that range's."""
+        # If-Range: the range if the file is unchanged, else all of the new file.
+        headers = {"Range": f"bytes={start}-{stop - 1}", "If-Range": version.tag}
+        with unread.pop() if unread and start == 0 else self._request(headers) as response:
+            position = _check_range(response, version, start)
+            while position < stop and (chunk := _chunk_of(response, stop - position, self.policy)):
+                position += len(chunk)
+                # Of a whole file instead of a range, nothing until the range begins.
+                yield chunk[max(0, len(chunk) - (position - start)) :]
+
+    def _stream(self, response: Any | None, partial: Path, *, hashed: bool) -> str | None:
+        discard(partial)
+        digest, size = hashlib.sha256(), 0
+        if response is None or response.status != 200:
+            with response or nullcontext():
+                response = self._request({})
+        with response, partial.open("wb") as file:
             expected = _length(response)
-            if expected is not None and resumed:
-                expected += num_present
-            etag = response.headers.get("ETag") or response.headers.get("Last-Modified")
-            if etag and not etag.startswith("W/"):
-                _tag(partial).write_text(etag)
-            else:
-                _tag(partial).unlink(missing_ok=True)
-            size = num_present if resumed else 0
-            with partial.open("ab" if resumed else "wb") as file:
-                while chunk := response.read1(_CHUNK):
-                    size += len(chunk)
-                    if max_bytes is not None and size > max_bytes:
-                        file.truncate(0)
-                        raise _TransferError(
-                            f"the server sends more than {max_bytes:,} bytes", final=True
-                        )
-                    file.write(chunk)
-                    if should_stop is not None and should_stop():
-                        raise _TransferError("the caller stopped it", final=True)
+            while chunk := _chunk_of(response, _CHUNK, self.policy):
+                size += len(chunk)
+                if self.max_bytes is not None and size > self.max_bytes:
+                    file.truncate(0)
+                    raise self._too_large()
+                file.write(chunk)
+                if hashed:
+                    digest.update(chunk)
+                if self.should_stop is not None and self.should_stop():
+                    raise TransferError("the caller stopped it", final=True)
         if expected is not None and size != expected:
-            raise _TransferError(f"the connection ended after {size:,} of {expected:,} bytes")
-    except urllib.error.HTTPError as error:
-        if error.code in _ABSENT:
-            raise AbsentError from error
-        if error.code == 416:  # the partial file is not part of this one
-            partial.unlink(missing_ok=True)
-            raise _TransferError("the partial file did not fit; starting anew") from error
-        raise _TransferError(
-            f"HTTP {error.code} {error.reason}",
-            final=error.code not in RETRIED_STATUSES,
-            after_s=_retry_after(error.headers.get("Retry-After")),
-        ) from error
+            raise TransferError(f"the connection ended after {size:,} of {expected:,} bytes")
+        return digest.hexdigest() if hashed else None
+
+    def _too_large(self) -> TransferError:
+        return TransferError(f"the server sends more than {self.max_bytes:,} bytes", final=True)
+
+    def _request(self, headers: dict[str, str], *, may_be_empty: bool = False) -> Any:
+        """The answer to a GET; None where the range is none of the file's and that may be."""
+        with _transfer_errors(self.policy):
+            try:
+                response = _open(self.url, self.headers | headers, self.policy.timeout_s)
+            except urllib.error.HTTPError as error:
+                code = error.headers.get("X-Error-Code")
+                reason = f"HTTP {error.code} {error.reason}"
+                if error.code == 416 and may_be_empty:
+                    return None
+                if error.code == 416:
+                    raise ChangedError("the file at the server has become shorter") from error
+                if error.code in _ABSENT and "If-Range" not in headers:
+                    raise AbsentError(reason, final=True, status=error.code, code=code) from error
+                raise TransferError(
+                    reason,
+                    final=error.code not in RETRIED_STATUSES,
+                    after_s=retry_after_s(error.headers),
+                    status=error.code,
+                    code=code,
+                ) from error
+        path = urllib.parse.urlsplit(self.url).path
+        if response.headers.get_content_type() == "text/html" and not path.endswith(_WEB_PAGES):
+            response.close()
+            raise TransferError("the server answers with a web page, not with the file", final=True)
+        return response
+
+
+def _chunk_of(response: Any, most: int, policy: RetryPolicy) -> bytes:
+    with _transfer_errors(policy):
+        return response.read1(min(_CHUNK, most))
+
+
+@contextmanager
+def _transfer_errors(policy: RetryPolicy) -> Iterator[None]:
+    try:
+        yield
     except TimeoutError as error:
-        raise _TransferError(f"no byte arrived for {timeout_s:g} s") from error
+        raise TransferError(f"no byte arrived for {policy.timeout_s:g} s") from error
     except (http.client.HTTPException, OSError) as error:
         if is_disk_error(error):
             raise
-        raise _TransferError(f"{type(error).__name__}: {error}") from error
+        raise TransferError(f"{type(error).__name__}: {error}") from error
+
+
+def _tag(response: Any) -> str:
+    """What the server calls this version of the file; empty where it does not say."""
+    tags = (response.headers.get("ETag", "W/"), response.headers.get("Last-Modified", ""))
+    return next((tag for tag in tags if not tag.startswith("W/")), "")
+
+
+def _content_range(response: Any) -> tuple[int, int | None] | None:
+    """(first byte, size of the whole file) of a partial answer."""
+    match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
+    if response.status != 206 or match is None:
+        return None
+    return int(match[1]), None if match[2] == "*" else int(match[2])
+
+
+def _version(response: Any) -> Version | None:
+    """The version that an answer to the first range states; None where ranges cannot be used."""
+    content_range = _content_range(response)
+    if content_range is None or content_range[0] != 0 or not content_range[1]:
+        return None
+    return Version(content_range[1], _tag(response)) if _tag(response) else None
+
+
+def _check_range(response: Any, version: Version, start: int) -> int:
+    """The position of the first byte that an answer brings.
+
+    Raises:
+        ChangedError: it is another version's.
+        TransferError: it is another range's.
+    """
+    content_range = _content_range(response)
+    if response.status == 206 and content_range is None:
+        raise TransferError("the server does not say which bytes it sends", final=True)
+    # Without ranges after all: the whole file, of which the beginning is passed over.
+    first, size = content_range or (0, _length(response))
+    tag = _tag(response) or (version.tag if content_range else "")
+    if tag != version.tag or size not in (None, version.size_bytes):
+        raise ChangedError("the file at the server has changed meanwhile")
+    if content_range and first != start:
+        raise TransferError(
+            f"the server sends bytes from {first:,} on, but those from {start:,} were requested",
+            final=True,
+        )
+    return first
 
 
 def _open(url: str, headers: dict[str, str], timeout_s: float, method: str = "GET") -> Any:
@@ -278,11 +386,13 @@ def _open(url: str, headers: dict[str, str], timeout_s: float, method: str = "GE
     user, at, host = parts.netloc.rpartition("@")
     if at:
         url = urllib.parse.urlunsplit(parts._replace(netloc=host))
-    request = urllib.request.Request(url, headers=_HEADERS | headers, method=method)
-    if at:
-        # Python would take the password for a part of the address. Not to follow a redirect.
-        login = base64.b64encode(urllib.parse.unquote(user).encode()).decode()
-        request.add_unredirected_header("Authorization", f"Basic {login}")
+    headers = {name.title(): value for name, value in (_HEADERS | headers).items()}
+    login = headers.pop("Authorization", "")
+    if at:  # Python would take the password for a part of the address
+        login = "Basic " + base64.b64encode(urllib.parse.unquote(user).encode()).decode()
+    request = urllib.request.Request(url, headers=headers, method=method)
+    if login:  # not to follow a redirect to another host
+        request.add_unredirected_header("Authorization", login)
     return _OPENER.open(request, timeout=timeout_s)
 
 
@@ -291,10 +401,13 @@ def _length(response: Any) -> int | None:
     return int(value) if value.isascii() and value.isdigit() and len(value) < 19 else None
 
 
-def _retry_after(value: str | None) -> float | None:
-    """Seconds of a Retry-After header, given as seconds or as a date."""
+def retry_after_s(headers: Mapping[str, str] | Message) -> float | None:
+    """Seconds that a server asks to wait for; a Retry-After has seconds or a date."""
+    value = headers.get("Retry-After")
     if not value:
-        return None
+        # The Hugging Face Hub's own form: ratelimit: "api";r=0;t=55
+        match = _RATE_LIMIT.search(headers.get("ratelimit") or "")
+        return float(match.group(1)) + 1 if match else None
     if value.strip().isdigit() and len(value) < 10:
         return float(value)
     try:

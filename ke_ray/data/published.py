@@ -23,7 +23,8 @@ from typing import Any
 from pydantic import Field
 
 from ke_ray.checkpoints.hub_api import endpoint_url
-from ke_ray.checkpoints.transfer import RetryPolicy, download, public_url
+from ke_ray.checkpoints.retries import AbsentError, RetryPolicy
+from ke_ray.checkpoints.transfer import fetch_file, public_url
 from ke_ray.config import Strict, validate
 from ke_ray.errors import CheckpointError, DataError, nearest
 from ke_ray.storage import write_atomic
@@ -218,28 +219,27 @@ def _fetch_file(
     # Verified before it gets its name: a study that runs meanwhile never reads a wrong file.
     arrived = path.with_name(f".{path.name}.arrived")
     try:
-        found = download(url, arrived, policy=policy)
+        arrived_sha256 = fetch_file(url, arrived, policy=policy, hashed=True) or ""
+    except AbsentError as error:
+        raise DataError(
+            f"'{path}' is missing, and {public_url(url)} has no such file. Put it there yourself, "
+            "or name a copy with --mirror."
+        ) from error
     except CheckpointError as error:
         raise DataError(f"'{path}' is missing. {error}") from error
     except OSError as error:
         if is_disk_error(error):
             raise
         raise DataError(f"'{path}' is missing and cannot be fetched: {error}.") from error
-    if not found:
-        raise DataError(
-            f"'{path}' is missing, and {public_url(url)} has no such file. Put it there yourself, "
-            "or name a copy with --mirror."
-        )
-    digest = _sha256(arrived)
-    if expected and digest != expected:
+    if expected and arrived_sha256 != expected:
         arrived.unlink()
         raise DataError(
-            f"What {public_url(url)} holds is not what was published: its sha256 is {digest}, "
-            f"expected {expected}. It was expected at '{path}' and is not kept."
+            f"What {public_url(url)} holds is not what was published: its sha256 is "
+            f"{arrived_sha256}, expected {expected}. It was expected at '{path}' and is not kept."
         )
     if is_converted:
         _to_json_lines(arrived)
-    sums[file.name] = _sha256(arrived)
+    sums[file.name] = _sha256(arrived) if is_converted else arrived_sha256
     arrived.rename(path)
     return FetchedFile(path, path.stat().st_size, fetched=True, verified=expected is not None)
 

@@ -14,7 +14,8 @@ from ke_ray.checkpoints.fetch.checkpoint import MAX_TEXT_BYTES
 from ke_ray.checkpoints.formats.layout import Layout, layout_of
 from ke_ray.checkpoints.formats.weights import read_layout
 from ke_ray.checkpoints.reference import CheckpointRef, local_folder
-from ke_ray.checkpoints.transfer import RetryPolicy, download, public_url
+from ke_ray.checkpoints.retries import RetryPolicy
+from ke_ray.checkpoints.transfer import download, public_url
 from ke_ray.errors import CheckpointError
 from ke_ray.models.architectures import check_config
 from ke_ray.models.loading import config_from
@@ -98,7 +99,11 @@ def _config_folder(ref: CheckpointRef) -> Iterator[tuple[Path, Layout]]:
         if ref.repo is not None:
             commit = ref.commit or ref.revision or "main"
             path = f"{ref.subfolder}/config.json".lstrip("/")
-            hub.download_files(ref.repo, commit, {"config.json": path}, folder, policy=_POLICY)
+            hub.download_file(
+                *(ref.repo, commit, path, folder / "config.json"),
+                policy=_POLICY,
+                max_bytes=MAX_TEXT_BYTES,
+            )
         elif not any(_fetch(ref, name, folder) for name in _NAMES):
             raise CheckpointError(
                 f"'{public_url(ref.location)}' has neither {' nor '.join(_NAMES)}; "

@@ -34,6 +34,8 @@ from ke_ray.core.position import POSITION, position_key
 from ke_ray.errors import ResultsError
 from ke_ray.results.columns import schema, with_branch
 from ke_ray.results.manifest import read_manifest, write_manifest
+from ke_ray.storage.ownership import LOCK
+from ke_ray.storage.sole_writer import confirm_lease
 
 ENTROPY_SCHEMA = schema("entropy")
 REPLICATES_SCHEMA = schema("replicates")
@@ -303,6 +305,9 @@ class ScanFolder:
             without: checkpoints whose results of all corpora and measures are dropped, because
                 their weights have changed; ``weights.parquet`` goes with them. The manifest, which
                 says so, is written last.
+
+        Raises:
+            ResultsError: another command has taken over this one's lease on the folder.
         """
         parts = storage.join(self.uri, "parts")
         names = storage.list_dir(parts)
@@ -314,7 +319,9 @@ class ScanFolder:
             ):
                 if stem == "experts" and not self._uris(stem):
                     continue  # dense models
+                self._confirm_lease()
                 storage.write_tables(storage.join(self.uri, f"{stem}.parquet"), columns, tables)
+            self._confirm_lease()
             for name in names:
                 storage.remove(storage.join(parts, name))
         if without:  # distances from replaced weights are no longer true of their neighbours
@@ -327,6 +334,10 @@ class ScanFolder:
             storage.remove(parts)
             self.manifest["status"] = "finished"
         self.write_manifest()
+
+    def _confirm_lease(self) -> None:
+        """Another command's parts are not ours to fold, nor its tables to replace."""
+        confirm_lease(storage.join(self.uri, LOCK), self.uri)
 
     def write_manifest(self) -> None:
         """Write the manifest."""

@@ -18,6 +18,7 @@ from ke_ray.storage.files import (
     read_json,
     read_text,
     remove,
+    replace,
     write_atomic,
     write_json,
 )
@@ -51,6 +52,7 @@ __all__ = [
     "read_text",
     "remove",
     "remove_leftovers",
+    "replace",
     "slug",
     "temporary_path",
     "write_atomic",

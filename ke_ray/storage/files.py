@@ -128,8 +128,11 @@ def write_atomic(uri: str | os.PathLike[str], data: bytes | str) -> None:
         fs, path = filesystem(text)
 
         def put() -> None:
-            fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-            fs.pipe_file(path, payload)
+            try:
+                fs.pipe_file(path, payload)
+            except FileNotFoundError:  # no folder; object stores have none but the bucket
+                fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+                fs.pipe_file(path, payload)
 
         on_store(text, put)
 
@@ -156,6 +159,46 @@ def create(uri: str | os.PathLike[str], data: bytes) -> bool:
 
     with explained(os.fspath(uri), "write"):
         return on_store(os.fspath(uri), put)
+
+
+def replace(uri: str | os.PathLike[str], data: bytes, expected: bytes) -> bool:
+    """Write a file in place of one whose content is ``expected``.
+
+    Returns:
+        False, and nothing is changed, where it has another content or is gone. On S3 that is the
+        store's own decision (a PUT with ``If-Match``); on others a writer in between goes unseen.
+    """
+    text = os.fspath(uri)
+    fs, path = filesystem(text)
+
+    def put() -> bool:
+        try:
+            fs.invalidate_cache(path.rsplit("/", 1)[0])
+            tag = fs.info(path).get("ETag")  # first: what changes afterwards has another one
+            present = bytes(fs.cat_file(path))
+        except FileNotFoundError:
+            return False
+        if present != expected:
+            return present == data  # by an earlier attempt whose answer was lost
+        try:
+            fs.pipe_file(path, data, **({"IfMatch": tag} if "s3" in fs.protocol else {}))
+        except FileNotFoundError:
+            return False
+        except OSError as error:  # of s3fs, a "precondition failed" without a kind
+            present = bytes(fs.cat_file(path))
+            if present != expected:
+                return present == data  # written, and the answer was lost
+            if "NotImplemented" not in f"{error!r}{error.__cause__!r}":
+                raise
+            fs.pipe_file(path, data)
+        return True
+
+    if is_local(text):
+        if read_bytes(text) != expected:
+            return False
+        write_atomic(text, data)
+        return True
+    return on_store(text, put)
 
 
 def write_json(uri: str | os.PathLike[str], value: Any) -> None:

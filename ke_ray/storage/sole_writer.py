@@ -2,9 +2,9 @@
 
 On this machine's disks, and on network file systems that support locks (NFS does), it is the
 kernel's lock on a file, which ends with the process that holds it. On object stores, and on file
-systems without locks, the same file is a *lease*: made with a conditional write, renewed every
-``HEARTBEAT_S`` seconds, and void ``EXPIRES_S`` seconds after the last renewal. Both name the
-process and host that write, and since when; both are removed when the command ends.
+systems without locks, the same file is a *lease*: made, renewed every ``HEARTBEAT_S`` seconds and
+taken over with conditional writes, and void ``EXPIRES_S`` seconds after the last renewal. Both name
+the process and host that write, and since when; both are removed when the command ends.
 """
 
 from __future__ import annotations
@@ -36,12 +36,30 @@ _JOIN_S = 5.0  # for a renewal that is under way when the command ends
 _LOCK_ATTEMPTS, _LOCK_RETRY_S = 3, 0.05
 
 log = logging.getLogger(__name__)
+_tokens: dict[str, str] = {}  # of the leases that this process holds
 _held: ContextVar[frozenset[str]] = ContextVar("locks that this command holds", default=frozenset())
 
 
 def is_held(lock: str) -> bool:
     """Whether this command (this thread of control) holds ``sole_writer(lock, …)``."""
     return storage.absolute(lock) in _held.get()
+
+
+def confirm_lease(lock: str, target: str) -> None:
+    """Ask the store whether this process still has its lease, before what cannot be undone.
+
+    Raises:
+        ResultsError: another command has taken it over. (The kernel's locks cannot be.)
+    """
+    token = _tokens.get(storage.absolute(lock))
+    if token is None:
+        return
+    owner = _owner_in(_read(lock), lock)
+    if owner.get("token") != token:
+        raise ResultsError(
+            f"Another ke-ray command took over '{target}' while this one stood still; nothing more "
+            "is written. Run the same command again once that one has ended."
+        )
 
 
 @contextmanager
@@ -203,6 +221,7 @@ def _locked(lock: str, descriptor: int) -> Iterator[None]:
 def _lease(lock: str, target: str) -> Iterator[None]:
     mine = {**_owner(), "token": secrets.token_hex(16)}
     _take_lease(lock, target, mine)
+    _tokens[storage.absolute(lock)] = mine["token"]
     ended = threading.Event()
     thread = threading.Thread(
         target=_renew, args=(lock, target, mine, ended), name="ke_ray-lease", daemon=True
@@ -213,39 +232,46 @@ def _lease(lock: str, target: str) -> Iterator[None]:
     finally:
         ended.set()
         thread.join(timeout=_JOIN_S)
+        del _tokens[storage.absolute(lock)]
         # Where the store is out of order, the lease expires by itself.
-        if not thread.is_alive() and (_read(lock) or {}).get("token") == mine["token"]:
+        if not thread.is_alive() and _owner_in(_read(lock), lock).get("token") == mine["token"]:
             storage.remove(lock)
 
 
 def _take_lease(lock: str, target: str, mine: dict[str, Any]) -> None:
     before = _read(lock)
     if before is not None:
-        if _silent_s(before) < EXPIRES_S:
-            raise _refusal(target, before)
+        if _silent_s(_owner_in(before, lock)) < EXPIRES_S:
+            raise _refusal(target, _owner_in(before, lock))
         # Clocks may differ: see whether the lease is still renewed.
         time.sleep(1.5 * HEARTBEAT_S)
-        now = _read(lock)
-        if now is not None and now != before:
-            raise _refusal(target, now)
-        storage.remove(lock)
-    if storage.create(lock, _renewed(mine)):
+    now = _read(lock) if before is not None else None
+    if now is not None and now != before:
+        raise _refusal(target, _owner_in(now, lock))
+    renewed = _renewed(mine)
+    taken = storage.create(lock, renewed) if now is None else storage.replace(lock, renewed, now)
+    if taken:
         time.sleep(0.0 if lock.startswith("memory://") else _SETTLE_S)
-    now = _read(lock) or {}
-    if now.get("token") != mine["token"]:
-        raise _refusal(target, now)
+    owner = _owner_in(_read(lock), lock)
+    if owner.get("token") != mine["token"]:
+        raise _refusal(target, owner)
 
 
 def _renew(lock: str, target: str, mine: dict[str, Any], ended: threading.Event) -> None:
     while not ended.wait(HEARTBEAT_S):
         try:
-            if (_read(lock) or mine).get("token") != mine["token"]:
+            text, renewed = _read(lock), _renewed(mine)
+            if text is None:
+                kept = storage.create(lock, renewed)
+            else:
+                is_mine = _owner_in(text, lock).get("token") == mine["token"]
+                kept = is_mine and storage.replace(lock, renewed, text)
+            if not kept:
                 log.error(
                     "Another ke-ray command took over '%s' while this one stood still.", target
                 )
                 os.kill(os.getpid(), signal.SIGINT)  # wakes the main thread wherever it waits
                 return
-            storage.write_atomic(lock, _renewed(mine))
         except Exception as error:  # each driver has its own kinds; the next beat tries again
             log.warning("The lease on '%s' could not be renewed: %s", target, error)
 
@@ -259,11 +285,16 @@ def _silent_s(owner: dict[str, Any]) -> float:
     return time.time() - renewed_at if isinstance(renewed_at, int | float) else 0.0
 
 
-def _read(lock: str) -> dict[str, Any] | None:
+def _read(lock: str) -> bytes | None:
     try:
-        owner = _parsed(storage.read_bytes(lock))
+        return storage.read_bytes(lock)
     except FileNotFoundError:
         return None
+
+
+def _owner_in(text: bytes | None, lock: str) -> dict[str, Any]:
+    """Who holds a lease; empty where there is none."""
+    owner = {} if text is None else _parsed(text)
     if owner is None:
         raise _not_a_lock(lock)
     return owner

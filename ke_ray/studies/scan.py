@@ -86,6 +86,13 @@ class ScanStudy(Strict):
     cache_bytes: int | None = Key(
         None, affects_result=False, ge=1, description="disk budget of the cache per node"
     )
+    prefetch: int = Key(
+        1,
+        affects_result=False,
+        ge=1,
+        le=16,
+        description="checkpoints that a scorer fetches and loads ahead, within cache_bytes",
+    )
     architecture: ArchitectureKey = Field(
         None, description="description of a decoder that ke_ray does not know, or a file with it"
     )

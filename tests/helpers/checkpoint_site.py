@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import threading
 import time
 from pathlib import Path
 
@@ -25,6 +26,7 @@ class Site(http.server.ThreadingHTTPServer):
         self.faults: dict[str, list[str]] = {}
         self.requests: list[tuple[str, str, str | None]] = []
         self.pause_s = 0.0
+        self.gate: threading.Barrier | None = None  # that many weights are sent at once
         self.stated: dict[str, str] = {}  # path -> the sha256 that it states, as the Hub does
 
     @property
@@ -65,6 +67,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not file.is_file():
             self.send_error(404)
             return
+        if self.server.gate is not None and body and file.suffix == ".safetensors":
+            self.server.gate.wait(120)
         data = file.read_bytes()
         if self.path in self.server.stated and not body:
             self.send_response(302)  # to a store that knows nothing of hashes
@@ -74,17 +78,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
-        start = 0
         etag = f'"{hash(data)}"'
-        if wanted and self.headers.get("If-Range") == etag and fault != "norange":
-            start = int(wanted.removeprefix("bytes=").rstrip("-"))
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(data) - start))
+        if wanted and self.headers.get("If-Range", etag) == etag and fault != "norange":
+            first, last = (int(number) for number in wanted.removeprefix("bytes=").split("-"))
+            last = min(last, len(data) - 1)
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {first}-{last}/{len(data)}")
+        else:
+            first, last = 0, len(data) - 1
+            self.send_response(200)
+        rest = data[first : last + 1]
+        self.send_header("Content-Length", str(len(rest)))
         self.send_header("ETag", etag)
         self.end_headers()
         if not body:
             return
-        rest = data[start:]
         if fault == "cut":
             self.wfile.write(rest[: len(rest) // 2])
             self.close_connection = True

@@ -48,28 +48,30 @@ def run(study, interrupt_at=None):
     while setup.works:
         meter = ScanMeter(Display(), outcome, "rounds", setup.works, 1)
         with open_tracker(study.mlflow) as tracker:
-            collector = Collector(setup, settings, tracker.run(None), meter, outcome)
-        for work in setup.works:
-            if num_scored == interrupt_at:
-                return num_scored
-            num_scored += 1
-            (part,) = work.corpora
-            corpus = setup.corpora[part.corpus]
-            sums = score_instances(
-                load_model(setup.refs[work.index].location),
-                corpus.input_ids,
-                corpus.lengths,
-                measures=part.measures,
-                num_instances=part.num_instances,
-                group_sizes=part.group_sizes,
-                batch_size=study.batch_size,
-            )
-            output = {
-                **{"checkpoint": work.index, "corpus": part.corpus, "status": "ok", "sums": None},
-                **{"fetch_s": None, "load_s": None, "score_s": None, "wait_s": None},
-                **{"num_instances": sums.total_instances, "num_tokens": sums.total_tokens},
-            }
-            collector.add({**output, **evaluated_columns(sums, part.measures, settings)})
+            run = tracker.run(None)
+        with Collector(setup, settings, run, meter, outcome) as collector:
+            for work in setup.works:
+                if num_scored == interrupt_at:
+                    return num_scored
+                num_scored += 1
+                (part,) = work.corpora
+                corpus = setup.corpora[part.corpus]
+                sums = score_instances(
+                    load_model(setup.refs[work.index].location),
+                    corpus.input_ids,
+                    corpus.lengths,
+                    measures=part.measures,
+                    num_instances=part.num_instances,
+                    group_sizes=part.group_sizes,
+                    batch_size=study.batch_size,
+                )
+                output = {
+                    **{"checkpoint": work.index, "corpus": part.corpus},
+                    **{"status": "ok", "sums": None},
+                    **{"fetch_s": None, "load_s": None, "score_s": None, "wait_s": None},
+                    **{"num_instances": sums.total_instances, "num_tokens": sums.total_tokens},
+                }
+                collector.add({**output, **evaluated_columns(sums, part.measures, settings)})
         if not go_on(setup):
             break
         setup.folder.consolidate()

@@ -20,7 +20,8 @@ import pytest
 from ke_ray import storage
 from ke_ray.errors import ResultsError
 from ke_ray.storage import sole_writer as module
-from ke_ray.storage.sole_writer import is_held, sole_writer
+from ke_ray.storage.sole_writer import confirm_lease, is_held, sole_writer
+from ke_ray.storage.uris import filesystem
 
 HOLD = (
     "import sys, time\n"
@@ -164,6 +165,81 @@ def test_a_lease_that_was_taken_over_interrupts_and_is_left_to_its_new_holder(
         stand_still()
     assert "took over 'out'" in caplog.text
     assert storage.read_bytes(lock) == other
+
+
+def test_of_many_that_take_over_a_dead_lease_one_succeeds(
+    s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = f"{s3}/{uuid.uuid4().hex}/.ke-ray.lock"
+    dead = json.dumps({"ke_ray": "lock", "token": "dead", "renewed_at": 0.0}).encode()
+    storage.write_atomic(lock, dead)
+    monkeypatch.setattr(module, "HEARTBEAT_S", 0.1)
+    monkeypatch.setattr(module, "_SETTLE_S", 0.0)  # the store decides, no time that passes
+    gate, replace = threading.Barrier(4), storage.replace
+
+    def all_at_once(uri: str, data: bytes, expected: bytes) -> bool:
+        if expected == dead:
+            gate.wait(60)  # all have seen that it is dead
+        return replace(uri, data, expected)
+
+    monkeypatch.setattr(storage, "replace", all_at_once)
+    inside, refused, done = [], [], threading.Event()
+
+    def work() -> None:
+        try:
+            with sole_writer(lock, "out"):
+                inside.append(1)
+                done.wait(60)
+        except ResultsError as error:
+            refused.append(error)
+            if len(refused) == 3:
+                done.set()
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert (len(inside), len(refused)) == (1, 3)
+
+
+def test_the_store_refuses_a_renewal_of_what_is_another_s_by_now(
+    s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = f"{s3}/{uuid.uuid4().hex}/.ke-ray.lock"
+    assert storage.create(lock, b"mine")
+    assert not storage.replace(lock, b"mine again", b"not mine")
+    files = filesystem(lock)[0]
+    pipe_file = files.pipe_file
+
+    def overtaken(path: str, data: bytes, **options: object) -> object:
+        files.pipe_file = pipe_file
+        storage.write_atomic(lock, b"another's")  # between the look and the write
+        return pipe_file(path, data, **options)
+
+    monkeypatch.setattr(files, "pipe_file", overtaken)
+    assert not storage.replace(lock, b"mine again", b"mine")
+    assert storage.read_bytes(lock) == b"another's"
+
+    def lost(path: str, data: bytes, **options: object) -> None:
+        files.pipe_file = pipe_file
+        pipe_file(path, data, **options)
+        raise OSError("the answer is lost")
+
+    monkeypatch.setattr(files, "pipe_file", lost)
+    assert storage.replace(lock, b"mine again", b"another's")
+    assert storage.read_bytes(lock) == b"mine again"
+
+
+def test_whose_lease_was_taken_over_is_told_before_it_writes() -> None:
+    lock = f"memory://locks/{uuid.uuid4().hex}/.ke-ray.lock"
+    other = json.dumps({"ke_ray": "lock", "token": "other", "renewed_at": 0.0}).encode()
+    with sole_writer(lock, "out"):
+        confirm_lease(lock, "out")
+        storage.write_atomic(lock, other)
+        with pytest.raises(ResultsError, match="took over 'out'"):
+            confirm_lease(lock, "out")
+    confirm_lease(lock, "out")
 
 
 def test_a_file_system_without_locks_gets_a_lease(

@@ -36,7 +36,7 @@ from filelock import FileLock, Timeout
 from ke_ray.checkpoints.fetch.checkpoint import fetch_into, size_to_fetch
 from ke_ray.checkpoints.fetch.leases import drop_lease, is_leased, is_locked, take_lease, try_lock
 from ke_ray.checkpoints.reference import CheckpointRef
-from ke_ray.checkpoints.transfer import RetryPolicy
+from ke_ray.checkpoints.retries import RetryPolicy
 from ke_ray.errors import CheckpointError, StorageError
 from ke_ray.secrets import redact
 from ke_ray.storage import local_path, slug
@@ -351,9 +351,13 @@ def _tree_bytes(path: Path) -> int:
     for folder, _, files in os.walk(path):
         for name in files:
             try:
-                total += Path(folder, name).stat().st_size
+                status = Path(folder, name).stat()
             except FileNotFoundError:
                 continue  # removed or renamed meanwhile
+            # An incomplete file has its full size from the start, and holes.
+            has_holes = name.endswith(".incomplete")
+            allocated = min(status.st_size, status.st_blocks * 512)
+            total += allocated if has_holes else status.st_size
     return total
 
 

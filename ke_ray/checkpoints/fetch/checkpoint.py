@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,25 @@ import fsspec
 
 from ke_ray.checkpoints import hub
 from ke_ray.checkpoints.formats.layout import Layout, layout_of
+from ke_ray.checkpoints.pieces import (
+    CONNECTIONS,
+    FILES_AT_ONCE,
+    Version,
+    discard,
+    either,
+    fetch_pieces,
+    finish,
+    run_in_order,
+)
 from ke_ray.checkpoints.reference import CheckpointRef
-from ke_ray.checkpoints.transfer import Retries, RetryPolicy, download, probe, public_url
+from ke_ray.checkpoints.retries import ChangedError, Retries, RetryPolicy, TransferError
+from ke_ray.checkpoints.transfer import download, probe, public_url
 from ke_ray.errors import CheckpointError, CheckpointSpecError
 from ke_ray.storage import list_dir, on_store
 
 _CHUNK = 4 * 2**20
+# What drivers call a version of a file, the best first.
+_TAGS = ("ETag", "etag", "md5Hash", "LastModified", "last_modified", "mtime", "created")
 MAX_TEXT_BYTES = 64 * 2**20  # of a configuration or a tokenizer
 # At a bare URL nothing can be listed. These are requested in order; the first weights count.
 _NATIVE = ("config.yaml", ("model.safetensors", "model.pt"))
@@ -64,7 +78,7 @@ def fetch_into(
     """
     policy = policy or RetryPolicy()
     if ref.format == "hub":
-        _fetch_hub(ref, folder, endpoint, policy)
+        _fetch_hub(ref, folder, endpoint, policy, should_stop)
     elif _is_http(ref.location):
         _fetch_http(ref, folder, policy, should_stop, max_bytes)
     else:
@@ -78,7 +92,13 @@ def _hub_revision(ref: CheckpointRef, endpoint: str | None) -> hub.HubRevision:
     return hub.inspect_revisions([(ref.repo or "", revision)], endpoint=endpoint)[0]
 
 
-def _fetch_hub(ref: CheckpointRef, folder: Path, endpoint: str | None, policy: RetryPolicy) -> None:
+def _fetch_hub(
+    ref: CheckpointRef,
+    folder: Path,
+    endpoint: str | None,
+    policy: RetryPolicy,
+    should_stop: Callable[[], bool] | None,
+) -> None:
     try:
         revision = _hub_revision(ref, endpoint)
     except CheckpointSpecError as error:
@@ -87,18 +107,12 @@ def _fetch_hub(ref: CheckpointRef, folder: Path, endpoint: str | None, policy: R
     if layout is None or not layout.weights:
         raise CheckpointError(f"'{ref.label}' holds no config.json with weights.")
     files = [file for file in revision.files if file.name in layout.files]
-    paths = {file.name: file.path for file in files}
     hub.download_files(
-        ref.repo or "", revision.commit, paths, folder, endpoint=endpoint, policy=policy
+        *(ref.repo or "", revision.commit, files, folder),
+        endpoint=endpoint,
+        policy=policy,
+        should_stop=should_stop,
     )
-    for file in files:
-        size_bytes = (folder / file.name).stat().st_size
-        if size_bytes != file.size_bytes:
-            (folder / file.name).unlink()
-            raise CheckpointError(
-                f"'{ref.label}': {file.name} has {size_bytes:,} bytes after the download, but the "
-                f"Hub states {file.size_bytes:,}; run the same command again."
-            )
 
 
 def _fetch_http(
@@ -167,36 +181,78 @@ def _fetch_remote(
     should_stop: Callable[[], bool] | None,
 ) -> None:
     fs, path, layout = _remote_layout(ref)
-    for name in layout.files:
+    stopped = threading.Event()
+
+    def fetch(name: str) -> None:
+        if (folder / name).exists():
+            return
+        try:
+            file = _StoredFile(fs, f"{path}/{name}", ref.location)
+            file.fetch(folder / name, policy, either(stopped.is_set, should_stop))
+        except FileNotFoundError as error:
+            raise CheckpointError(f"'{ref.label}' has no {name}.") from error
+        except TransferError as error:
+            raise CheckpointError(
+                f"Cannot fetch {name} of '{public_url(ref.location)}': {error}. Run the same "
+                "command again to resume."
+            ) from error
+
+    # Drivers that are not asynchronous have one connection, which threads may not share.
+    at_once = FILES_AT_ONCE if getattr(fs, "async_impl", False) else 1
+    for _ in run_in_order([partial(fetch, name) for name in layout.files], at_once, stopped):
+        pass
+
+
+@dataclass(frozen=True)
+class _StoredFile:
+    """A file on an object store, read in ranges by its fsspec driver."""
+
+    fs: Any
+    path: str
+    location: str
+
+    def fetch(self, target: Path, policy: RetryPolicy, should_stop: Callable[[], bool]) -> None:
+        """Fetch the file to ``target``, anew where it changes meanwhile."""
+        incomplete = target.with_name(f"{target.name}.incomplete")
+        connections = CONNECTIONS if getattr(self.fs, "async_impl", False) else 1
         retries = Retries(policy)
-        while not (folder / name).exists():
-            copy = partial(_copy, fs, f"{path}/{name}", folder / name, should_stop)
+        while True:
+            version = self.version()
             try:
-                on_store(ref.location, copy)
-            except FileNotFoundError as error:
-                raise CheckpointError(f"'{ref.label}' has no {name}.") from error
-            except _IncompleteError as error:
+                fetch_pieces(
+                    *(version, self.read, incomplete),
+                    policy=policy,
+                    should_stop=should_stop,
+                    connections=connections,
+                )
+                if self.version() != version:
+                    raise ChangedError("the file changed while it was fetched")
+                finish(incomplete, target)
+                return
+            except ChangedError:
+                discard(incomplete)
                 if not retries.wait():
-                    raise CheckpointError(
-                        f"Cannot fetch {name} of '{public_url(ref.location)}': {error}."
-                    ) from error
+                    raise
 
+    def version(self) -> Version:
+        """As the store states it now."""
 
-class _IncompleteError(CheckpointError):
-    """A store sent another number of bytes than it announced."""
+        def ask() -> dict[str, Any]:
+            self.fs.invalidate_cache(self.path.rpartition("/")[0])
+            return dict(self.fs.info(self.path))
 
+        info = on_store(self.location, ask)
+        tags = (str(info[key]) for key in _TAGS if info.get(key))
+        return Version(int(info["size"]), next(tags, ""))
 
-def _copy(fs: Any, source: str, target: Path, should_stop: Callable[[], bool] | None) -> None:
-    expected = fs.info(source)["size"]
-    partial = target.with_name(f"{target.name}.incomplete")
-    with fs.open(source, "rb") as reader, partial.open("wb") as writer:
-        while chunk := reader.read(_CHUNK):
-            writer.write(chunk)
-            if writer.tell() > expected:
-                raise _IncompleteError(f"more than {expected:,} bytes arrived")
-            if should_stop is not None and should_stop():
-                raise CheckpointError(f"Fetching '{source}' was stopped.")
-    size_bytes = partial.stat().st_size
-    if size_bytes != expected:
-        raise _IncompleteError(f"{size_bytes:,} of {expected:,} bytes arrived")
-    os.replace(partial, target)
+    def read(self, start: int, stop: int) -> Generator[bytes]:
+        """The bytes of a range."""
+        for position in range(start, stop, _CHUNK):
+            end = min(position + _CHUNK, stop)
+            ask = partial(self.fs.cat_file, self.path, start=position, end=end)
+            data = on_store(self.location, ask)
+            if len(data) != end - position:
+                raise TransferError(
+                    f"{len(data):,} bytes arrived of the {end - position:,} from {position:,} on"
+                )
+            yield data

@@ -1,14 +1,19 @@
 """The collector of a scan, which turns what the scorers return into result files.
 
-Partial sums are merged in float64; a checkpoint is written when all of it is there.
+Partial sums are merged in float64; a checkpoint is written when all of it is there. Threads of
+its own write and fold, which may wait for a store, so that results are taken as fast as they come.
 """
 
 from __future__ import annotations
 
 import io
 import logging
+import threading
 import time
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from types import TracebackType
 from typing import Any
 
 import pyarrow as pa
@@ -31,6 +36,8 @@ log = logging.getLogger(__name__)
 
 _FOLD_EVERY_S = 15.0
 _FOLD_SHARE = 0.05  # of the driver's time, at most
+_WRITERS = 8
+_MAX_WAITING = 4 * _WRITERS  # finished checkpoints in memory
 
 
 @dataclass
@@ -51,7 +58,10 @@ class _Pending:
 
 
 class Collector:
-    """Turns scorer output into result files."""
+    """Turns scorer output into result files; leaving its block waits until they are written.
+
+    A failure to write is raised by the next ``add``, or in the end.
+    """
 
     def __init__(
         self,
@@ -68,9 +78,26 @@ class Collector:
         self._outcome = outcome
         self._pending = {work.index: _Pending(work) for work in setup.works}
         self._fold_after = time.monotonic() + _FOLD_EVERY_S
+        self._writers = ThreadPoolExecutor(_WRITERS, thread_name_prefix="scan-writer")
+        self._writes: deque[Future[None]] = deque()
+        self._lock = threading.Lock()  # of what is told about written checkpoints
+
+    def __enter__(self) -> Collector:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._writers.shutdown()
+        if error is None:
+            self._settle(0)
 
     def add(self, output: dict[str, Any]) -> None:
         """Take one row of ``OUTPUT_SCHEMA``."""
+        self._settle(_MAX_WAITING)
         index, corpus = output["checkpoint"], output["corpus"]
         pending = self._pending.get(index)
         if pending is None or corpus in pending.done:
@@ -81,7 +108,8 @@ class Collector:
             shown = ", ".join(f"{name} {value:.1f}" for name, value in timing.items())
             log.info("%s: %s", self._setup.refs[index].name, shown)
         if "load_s" in timing:
-            self._meter.loaded(self._setup.refs[index].size_bytes or 0)
+            with self._lock:
+                self._meter.loaded(self._setup.refs[index].size_bytes or 0)
         if record := output.get("resuscitation"):
             write_record(self._setup.study.output, self._setup.refs[index].name, record)
         if output["status"] == "ok" and output["sums"] is not None:
@@ -152,6 +180,15 @@ class Collector:
 
     def _finish(self, index: int, pending: _Pending) -> None:
         del self._pending[index]
+        self._writes.append(self._writers.submit(self._write, index, pending))
+
+    def _settle(self, most: int) -> None:
+        """Wait until at most ``most`` writes are under way; raise what went wrong in others."""
+        while self._writes and (self._writes[0].done() or len(self._writes) > most):
+            self._writes.popleft().result()
+
+    def _write(self, index: int, pending: _Pending) -> None:
+        """Write a finished checkpoint, and then say that it is done."""
         ref = self._setup.refs[index]
         folder = self._setup.folder
         folder.write_part(
@@ -162,20 +199,21 @@ class Collector:
             pa.concat_tables(pending.experts) if pending.experts else None,
         )
         errors = list(dict.fromkeys(r["error"] for r in pending.rows if r["status"] != "ok"))
-        if errors:
-            self._outcome.failures.append((ref.name, " ".join(errors)))
-        else:
-            self._outcome.num_done += 1
-        self._outcome.num_tokens += sum(
-            row["num_tokens"] or 0 for row in {row["corpus"]: row for row in pending.rows}.values()
-        )
-        log_scan_metrics(self._run, pending.rows, index, self._setup)
-        self._meter.ended(ref.name, pending.rows)
-        # Folding reads and writes all tables again, which takes ever longer in a long series.
-        if (started := time.monotonic()) > self._fold_after:
-            folder.consolidate()
-            ended = time.monotonic()
-            self._fold_after = ended + max(_FOLD_EVERY_S, (ended - started) / _FOLD_SHARE)
+        tokens = {row["corpus"]: row["num_tokens"] or 0 for row in pending.rows}
+        with self._lock:
+            if errors:
+                self._outcome.failures.append((ref.name, " ".join(errors)))
+            else:
+                self._outcome.num_done += 1
+            self._outcome.num_tokens += sum(tokens.values())
+            log_scan_metrics(self._run, pending.rows, index, self._setup)
+            self._meter.ended(ref.name, pending.rows)
+            # Folding reads and writes all tables again, which takes ever longer in a long series.
+            # Parts that are written meanwhile stay for the next time.
+            if (started := time.monotonic()) > self._fold_after:
+                folder.consolidate()
+                ended = time.monotonic()
+                self._fold_after = ended + max(_FOLD_EVERY_S, (ended - started) / _FOLD_SHARE)
 
 
 def _from_ipc(payload: bytes) -> pa.Table:

@@ -188,15 +188,15 @@ def _score(setup: ScanSetup, run: TrackedRun, display: Display, outcome: ScanOut
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(
             size=num_actors,
-            max_tasks_in_flight_per_actor=2,
-            max_concurrent_calls_per_actor=2,
+            max_tasks_in_flight_per_actor=1 + study.prefetch,
+            max_concurrent_calls_per_actor=1 + study.prefetch,
             enable_true_multi_threading=True,
         ),
         **per_actor,
     )
     meter = ScanMeter(display, outcome, study_label(study), setup.works, num_actors)
     collector = Collector(setup, settings, run, meter, outcome)
-    with _ticking(monitor, meter), watch_placement():
+    with collector, _ticking(monitor, meter), watch_placement():
         try:
             for batch in dataset.iter_batches(
                 batch_size=None, batch_format="pyarrow", prefetch_batches=0

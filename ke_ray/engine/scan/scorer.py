@@ -1,7 +1,8 @@
 """The scorer: an actor that loads checkpoints and turns work items into rows or partial sums.
 
-Ray Data calls an actor for two items at a time, on two threads. One lock is held while loading and
-another while scoring, so the next checkpoint is fetched and loaded while this one is scored.
+Ray Data calls an actor for two items at a time, on two threads, or for more where ``prefetch`` says
+so. One lock is held while loading and another while scoring, so the next checkpoint is fetched and
+loaded while this one is scored; those after it are fetched, and loaded when a model is done.
 Whatever goes wrong with an item becomes a row with its error; an item that keeps killing its actor
 is given up after ``MAX_ATTEMPTS`` by count of the monitor, which outlives the actors.
 
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 3
+_MAX_MODELS = 2  # one is scored, one is loaded
 _REPORT_EVERY_S = 0.5
 
 
@@ -225,9 +227,12 @@ class CheckpointScorer:
         try:
             if is_owner:
                 try:
-                    with self._load_lock:
+                    with self._fetched(ref) as fetch_s, self._load_lock:
+                        with self._guard:
+                            self._guard.wait_for(lambda: self._num_others(index) < _MAX_MODELS)
                         self._drop_idle(index)
-                        slot.ready.set_result(self._load_fitting(index, ref))
+                        loaded = replace(self._load_fitting(index, ref), fetch_s=fetch_s)
+                        slot.ready.set_result(loaded)
                 except BaseException as error:
                     slot.ready.set_exception(error)
             loaded = slot.ready.result()
@@ -240,6 +245,16 @@ class CheckpointScorer:
                 if slot.ready.exception() is not None and not slot.users:
                     self._slots.pop(index, None)
 
+    @contextmanager
+    def _fetched(self, ref: CheckpointRef) -> Iterator[float]:
+        """A checkpoint on this node for the block; yields the seconds that it took."""
+        started = time.monotonic()
+        self._store.fetch(ref)
+        try:
+            yield time.monotonic() - started
+        finally:
+            self._store.release(ref)
+
     def _drop_idle(self, needed: int) -> None:
         with self._guard:
             for index in [i for i, s in self._slots.items() if not s.users and i != needed]:
@@ -251,19 +266,19 @@ class CheckpointScorer:
             return self._load(ref)
         except DeviceMemoryError as error:
             with self._guard:
-                if not self._is_another_held(index):
+                if not self._num_others(index):
                     raise
             log.warning("%s It is loaded again when the model beside it is done.", error)
         with self._guard:
-            self._guard.wait_for(lambda: not self._is_another_held(index))
+            self._guard.wait_for(lambda: not self._num_others(index))
         self._drop_idle(index)
         gc.collect()
         return self._load(ref)
 
-    def _is_another_held(self, index: int) -> bool:
-        """Whether a loaded model other than that of ``index`` is in use; asked under the guard."""
-        return any(
-            slot.users and slot.ready.done() and slot.ready.exception() is None
+    def _num_others(self, index: int) -> int:
+        """Loaded models in use other than that of ``index``; asked under the guard."""
+        return sum(
+            slot.users > 0 and slot.ready.done() and slot.ready.exception() is None
             for other, slot in self._slots.items()
             if other != index
         )
@@ -275,8 +290,7 @@ class CheckpointScorer:
         from ke_ray.resuscitation.coefficients import coefficients_of
 
         started = time.monotonic()
-        folder = self._store.fetch(ref)
-        fetched = time.monotonic()
+        folder = self._store.fetch(ref)  # it is here; one more lease, until it is hashed
         # Hashed on a thread of its own while the model loads and scores; fetched files stay
         # until both loading and hashing are done with them.
         digest = self._hasher.submit(weights_sha256, folder)
@@ -291,7 +305,7 @@ class CheckpointScorer:
                 record = resuscitate(model, settings, coefficients)
         finally:
             digest.add_done_callback(lambda _: self._store.release(ref))
-        return _Loaded(model, fetched - started, time.monotonic() - fetched, digest, record)
+        return _Loaded(model, 0.0, time.monotonic() - started, digest, record)
 
     def _measured(self, model: Any) -> torch.Tensor:
         """C̄ of the model as it is, on the whole of the scan's first corpus."""

@@ -6,9 +6,11 @@ import contextlib
 import functools
 import http.server
 import json
+import shutil
 import threading
 
 import pytest
+from checkpoint_site import Site, refs_of
 
 from ke_ray.results import ScanFolder
 from ke_ray.studies.scan import ScanStudy
@@ -86,6 +88,34 @@ def test_golden_values_over_http_in_both_layouts(scanned, reference_data, tmp_pa
     assert asked.count("GET /tiny-seed1/olmo/model.pt") == 1
     left = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
     assert left <= 2_400_000
+
+
+def test_more_checkpoints_are_fetched_ahead(scanned, reference_data, tmp_path):
+    golden = reference_data / "golden" / "tiny-seed0"
+    for step in range(3):
+        folder = tmp_path / "site" / f"step{step}-unsharded"
+        shutil.copytree(golden / "hf", folder)
+    site = Site(tmp_path / "site")
+    site.gate = threading.Barrier(3)  # nobody gets weights before three have asked for some
+    threading.Thread(target=site.serve_forever, daemon=True).start()
+    refs_of(site, tmp_path)
+    outcome, rows = scanned(
+        {
+            "checkpoints": {"spec": str(tmp_path / "list.csv")},
+            "data": {"ids": str(golden / "inputs.safetensors")},
+            "num_instances": 16,
+            "sequence_length": 128,
+            "num_actors": 1,
+            "prefetch": 2,
+            "measures": ("knowledge_entropy",),
+            "cache_dir": str(tmp_path / "cache"),
+            "output": str(tmp_path / "out"),
+        }
+    )
+    site.shutdown()
+    assert outcome.exit_code == 0
+    assert len({row["value"] for row in rows if row["layer"] is None}) == 1
+    assert site.count("GET", ".safetensors") == 3
 
 
 def test_padding_does_not_count_in_a_scan(scanned, reference_data, tmp_path):
