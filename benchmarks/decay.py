@@ -63,8 +63,8 @@ SETTINGS: dict[str, list[str]] = {
     "d_model 64": [
         "model.d_model=64",
         "model.d_mlp=1024",
-        "num_steps=3200",
-        "checkpoints.steps=[0,20,40,80,160,240,320,480,640,960,1280,1600,2240,3200]",
+        "num_steps=2240",
+        "checkpoints.steps=[0,20,40,80,160,240,320,480,640,960,1280,1600,2240]",
     ],
     "real text": ["data.biographies=null"],
     "real text, few": ["data.biographies=null"],
