@@ -27,6 +27,7 @@ from ke_ray.core.intervals import fisher_interval
 from ke_ray.core.partial import fixed_columns, partial_correlation
 from ke_ray.engine.train.continual import run_continual_study
 from ke_ray.shipped import study_path
+from ke_ray.storage import read_table
 from ke_ray.studies.continual import ContinualStudy
 
 #: Settings from which learning starts, and the steps.
@@ -38,8 +39,6 @@ STAGES = {
     "skew 1": (1600,),
     "skew 1.5": (80, 320, 640, 1600),
 }
-#: Settings whose last checkpoint is resuscitated, and those whose stages are correlated.
-WHOLE = ("demo", "skew 1.5")
 #: Name to keys of ``resuscitation``.
 RESUSCITATED: dict[str, dict[str, Any]] = {
     "factor 0.5": {"factor": 0.5},
@@ -49,6 +48,11 @@ RESUSCITATED: dict[str, dict[str, Any]] = {
     "matched norm, 2": {"factor": 2, "control": "matched_norm"},
     "attention temperature 2": {"factor": 2, "control": "attention_temperature"},
 }
+#: Settings with several stages, and in what ways their last checkpoint is resuscitated.
+WHOLE = {
+    "demo": tuple(RESUSCITATED),
+    "skew 1.5": ("factor 1", "random rows, 2", "factor 2", "matched norm, 2"),
+}
 OUTCOMES = ["acquisition", "forgetting", "perplexity_change", "entropy_change"]
 END = "step 1600"
 #: Starts to set side by side, series by series.
@@ -56,13 +60,24 @@ COMPARED = [
     ("weight decay 0, step 1600", "weight decay 0.5, step 1600"),
     *((f"demo, {END}", f"skew {skew}, {END}") for skew in ("0.5", "1", "1.5")),
     ("skew 1.5, step 320", "skew 1.5, step 1600"),
-    *((f"{name}, {END}", f"{name}, {label}, {END}") for name in WHOLE for label in RESUSCITATED),
+    *((f"{name}, {END}", f"{name}, {label}, {END}") for name in WHOLE for label in WHOLE[name]),
 ]
 
 
-def learn(folder: Path, name: str, steps: tuple[int, ...], resuscitation: Any = None) -> list[Any]:
-    """Rows of continual learning from steps of one series, run unless they are there."""
+def learn(
+    folder: Path, name: str, steps: tuple[int, ...], resuscitation: Any, *, finished: bool
+) -> list[Any]:
+    """Rows of continual learning from steps of one series, run unless they are there.
+
+    With ``finished`` nothing is run; what is not finished has no rows.
+    """
     world, output = folder / "world", folder / "learn" / name.replace(" ", "_")
+    manifest = output / "manifest.json"
+    if manifest.exists() and json.loads(manifest.read_text())["status"] == "finished":
+        table: list[Any] = read_table(f"{output}/runs.parquet").to_pylist()
+        return table
+    if finished:
+        return []
     study = load_study(
         study_path("demo_continual"),
         ContinualStudy,
@@ -87,26 +102,29 @@ def learn(folder: Path, name: str, steps: tuple[int, ...], resuscitation: Any = 
     return list(run_continual_study(study).rows)
 
 
-def learning(output: Path) -> pd.DataFrame:
-    """One row per run from every series that is there."""
+def learning(output: Path, *, finished: bool = False) -> pd.DataFrame:
+    """One row per run from every series that is there; the stages of all of them come first."""
+    starts: list[tuple[str, str, tuple[int, ...]]] = [
+        *((name, "", steps) for name, steps in STAGES.items()),
+        *((name, label, STAGES[name][-1:]) for label in RESUSCITATED for name in WHOLE),
+    ]
     rows = []
-    for name, steps in STAGES.items():
+    for name, label, steps in starts:
+        if label and label not in WHOLE[name]:
+            continue
+        keys = {"ratio": 0.5, **RESUSCITATED[label]} if label else None
         for folder, scores in series_of(output, name):
             losses = {row["step"]: row["loss"] for row in scores}
-            runs = [("", row) for row in learn(folder, "stages", steps)]
-            for label, keys in RESUSCITATED.items() if name in WHOLE else ():
-                resuscitated = learn(folder, label, steps[-1:], {"ratio": 0.5, **keys})
-                runs += [(f"{label}, ", row) for row in resuscitated]
             rows += [
                 {
                     "setting": name,
-                    "start": f"{name}, {label}step {row['step']}",
+                    "start": f"{name}, {label}{', ' if label else ''}step {row['step']}",
                     "is_stage": not label,
                     "seed_of_series": int(folder.name.rsplit("-", 1)[1]),
                     "loss": losses[row["step"]],
                     **row,
                 }
-                for label, row in runs
+                for row in learn(folder, label or "stages", steps, keys, finished=finished)
             ]
     return pd.DataFrame(rows)
 
@@ -127,7 +145,7 @@ def means_of_seeds(runs: pd.DataFrame) -> pd.DataFrame:
 def pairs(means: pd.DataFrame, first: str, second: str) -> pd.Series:
     """Intervals of what the second start has more than the first, series by series."""
     by_start = means.set_index(["start", "seed_of_series"])[[*OUTCOMES, "entropy"]]
-    difference = by_start.loc[second] - by_start.loc[first]
+    difference = (by_start.loc[second] - by_start.loc[first]).dropna(how="all")
     return difference.agg(lambda values: interval(list(values)))
 
 
@@ -151,7 +169,9 @@ def main() -> None:
     """Run what is missing and print it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("runs/decay"))
-    means = means_of_seeds(learning(parser.parse_args().output))
+    parser.add_argument("--finished", action="store_true", help="run nothing; print what is there")
+    options = parser.parse_args()
+    means = means_of_seeds(learning(options.output, finished=options.finished))
     columns = [*OUTCOMES, "entropy", "loss"]
     shown = means.groupby("start", sort=False)[columns].agg(lambda x: interval(list(x)))
     print(shown.to_markdown())
