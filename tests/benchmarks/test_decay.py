@@ -60,16 +60,18 @@ def test_repeated_real_text_has_as_many_copies_whatever_their_skew(tmp_path: Pat
     assert max(counts[1.5].values()) > 300
 
 
-def test_starts_are_compared_series_by_series() -> None:
-    """A level of its own for each series drops out of the difference of two of its starts."""
-    means = pd.DataFrame(
-        {
-            "start": ["first"] * 3 + ["second"] * 3,
-            "seed_of_series": [0, 1, 2] * 2,
-            **{name: [1.0, 5.0, 9.0, 3.0, 7.0, 11.0] for name in decay_learning.OUTCOMES},
-            "entropy": [12.0, 12.1, 12.2, 11.9, 12.0, 12.1],
-        }
+def test_starts_are_compared_series_by_series_and_by_the_same_training_seed() -> None:
+    """A level of its own for each series and for each training seed drops out of the difference."""
+    levels = {(series, seed): 4.0 * series + 9.0 * seed for series in range(3) for seed in (0, 1)}
+    runs = pd.DataFrame(
+        [
+            {"start": start, "seed_of_series": series, "seed": seed, "entropy": 12.0 - gain / 20}
+            | dict.fromkeys(decay_learning.OUTCOMES, level + gain)
+            for start, gain, seeds in (("first", 0.0, (0, 1)), ("second", 2.0, (0,)))
+            for (series, seed), level in levels.items()
+            if seed in seeds
+        ]
     )
-    found = decay_learning.pairs(means, "first", "second")
+    found = decay_learning.pairs(runs, "first", "second")
     assert found["acquisition"] == "+2.000 ± 0.000"
     assert found["entropy"] == "-0.100 ± 0.000"
