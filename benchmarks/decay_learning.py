@@ -55,7 +55,13 @@ WHOLE = {
 }
 #: Seeds of the training order, where they are not (0, 1).
 TRAINING_SEEDS = dict.fromkeys(("skew 0.5", "skew 1", "skew 1.5"), (0,))
-OUTCOMES = ["acquisition", "forgetting", "perplexity_change", "entropy_change"]
+OUTCOMES = [
+    "acquisition",
+    "acquisition_vs_original",
+    "forgetting",
+    "perplexity_change",
+    "entropy_change",
+]
 END = "step 1600"
 #: Starts to set side by side, series by series.
 COMPARED = [
@@ -148,6 +154,8 @@ def measured(runs: pd.DataFrame) -> pd.DataFrame:
     """The outcomes of runs: shares and changes in per cent, H and its change in nats."""
     return runs.assign(
         acquisition=100 * runs["acquisition"],
+        # Of an unchanged start both are the same.
+        acquisition_vs_original=100 * runs["acquisition_vs_original"].fillna(runs["acquisition"]),
         forgetting=100 * runs["forgetting"],
         perplexity_change=100 * (runs["perplexity_after"] / runs["perplexity_before"] - 1),
         entropy=runs["knowledge_entropy_before_nats"],
