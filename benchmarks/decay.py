@@ -2,25 +2,21 @@
 
     python benchmarks/decay.py map --output runs/decay [--seeds 3] [--dolma FOLDER] [--only NAME …]
     python benchmarks/decay.py table --output runs/decay
-    python benchmarks/decay.py learn --output runs/decay
 
 ``map`` pretrains ``sweeps/demo_pretrain.yaml`` in each of :data:`SETTINGS` with each seed (of data
 and weights) and scores every checkpoint on the same instances of its own training text; what is
 there already is skipped, so it may be stopped at any moment. ``table`` prints, for each setting,
 where the total has its highest value after the first dip, and the changes from there to the end, in
-all and by layer: means over seeds with 95 % Student intervals.
-
-``learn`` runs ``sweeps/demo_continual.yaml`` (twice as long, two seeds, with perplexity on the
-pretraining text) from :data:`STAGES` of the demo's setting, from the ends of the three weight
-decays, whose series differ in knowledge entropy at one step and on one text, and from the demo's
-end resuscitated in each of :data:`RESUSCITATED`. It prints the means over seeds with their
-intervals, and the correlation of acquisition and forgetting with knowledge entropy over the stages,
-plain and with step and loss held fixed. Results: EXPERIMENTS.md, section 6.
+all and by layer: means over seeds with 95 % Student intervals. ``decay_terms.py`` splits knowledge
+entropy into its two terms in these series, ``decay_learning.py`` continues from their checkpoints.
+Results: EXPERIMENTS.md, sections 6 to 8.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
+import itertools
 import json
 import math
 from pathlib import Path
@@ -32,15 +28,14 @@ import torch
 from scipy.stats import t as student
 
 from ke_ray.config import load_study
-from ke_ray.core.partial import fixed_columns, partial_correlation
+from ke_ray.data.biographies import document_counts
 from ke_ray.data.corpus import build_corpus
+from ke_ray.data.documents import iter_documents
 from ke_ray.data.tokenizer import load_tokenizer
-from ke_ray.engine.train.continual import run_continual_study
 from ke_ray.models.loading import load_model
 from ke_ray.models.scoring import score_model
 from ke_ray.shipped import study_path
 from ke_ray.storage import read_table
-from ke_ray.studies.continual import ContinualStudy
 from ke_ray.studies.training import PretrainStudy
 from ke_ray.training.pretrain import run_pretrain
 
@@ -62,23 +57,22 @@ SETTINGS: dict[str, list[str]] = {
     "skew 0.5": ["data.biographies.skew=0.5"],
     "skew 1": ["data.biographies.skew=1"],
     "skew 1.5": ["data.biographies.skew=1.5"],
+    "15 documents": ["data.biographies.documents_per_person=15"],
+    "240 documents": ["data.biographies.documents_per_person=240"],
+    "d_model 16": ["model.d_model=16", "model.d_mlp=256"],
+    "d_model 64": [
+        "model.d_model=64",
+        "model.d_mlp=1024",
+        "num_steps=2240",
+        "checkpoints.steps=[0,20,40,80,160,240,320,480,640,960,1280,1600,2240]",
+    ],
     "real text": ["data.biographies=null"],
+    "real text, few": ["data.biographies=null"],
+    "real text, few, skew 1.5": ["data.biographies=null"],
 }
-#: Settings from which learning starts, and the steps.
-STAGES = {
-    "demo": (80, 320, 640, 960, 1280, 1600),
-    "weight decay 0": (1600,),
-    "weight decay 0.5": (1600,),
-}
-#: Name to keys of ``resuscitation``.
-RESUSCITATED: dict[str, dict[str, Any]] = {
-    "factor 0.5": {"factor": 0.5},
-    "factor 1": {"factor": 1},
-    "factor 2": {"factor": 2},
-    "random rows, 2": {"factor": 2, "control": "random"},
-    "matched norm, 2": {"factor": 2, "control": "matched_norm"},
-    "attention temperature 2": {"factor": 2, "control": "attention_temperature"},
-}
+#: Skew of the settings whose text is a few real documents, each of them many times.
+FEW = {"real text, few": 0.0, "real text, few, skew 1.5": 1.5}
+NUM_FEW, MEAN_COPIES, FEW_CHARACTERS = 100, 10, 4000
 MEASURES = ("knowledge_entropy", "dormant_share")
 NUM_INSTANCES = 256
 
@@ -89,32 +83,22 @@ def run(name: str, seed: int, output: Path, dolma: str | None) -> None:
     scores = folder / "scores.json"
     if scores.exists():
         return
+    if name.startswith("real text") and not dolma:
+        return
     overrides = [*SETTINGS[name], f"seed={seed}", f"output={folder}", "mlflow.enabled=false"]
-    source = f"{folder}/world/documents.jsonl.gz"
-    if name == "real text":
-        source = str(dolma)
-        overrides.append(f"data.source={source}")
-    else:
-        overrides.append(f"data.biographies.seed={seed}")
+    if name in FEW:
+        dolma = write_few(str(dolma), Path(f"{folder}.jsonl.gz"), skew=FEW[name], seed=seed)
+    overrides.append(
+        f"data.source={dolma}" if name.startswith("real text") else f"data.biographies.seed={seed}"
+    )
     study = load_study(study_path("demo_pretrain"), PretrainStudy, overrides)
     outcome = run_pretrain(study)
-    tokenizer = load_tokenizer(f"{folder}/tokenizer")
-    corpus = build_corpus(
-        "training",
-        source,
-        num_instances=NUM_INSTANCES,
-        sequence_length=study.sequence_length,
-        tokenizer=tokenizer,
-        eos_token_id=tokenizer.token_to_id("<|endoftext|>"),
-        sampling="spread",
-    )
+    rows_of_text = training_text(folder)
     losses = read_table(f"{folder}/train.parquet").to_pandas().set_index("step")["loss"]
     rows = []
     for step in outcome.checkpoint_steps:
         model = load_model(folder / "checkpoints" / f"step{step}")
-        result = score_model(
-            model, torch.from_numpy(corpus.input_ids), measures=MEASURES, batch_size=64
-        )
+        result = score_model(model, rows_of_text, measures=MEASURES, batch_size=64)
         rows.append(
             {
                 "step": step,
@@ -132,10 +116,55 @@ def run(name: str, seed: int, output: Path, dolma: str | None) -> None:
     print(f"{name}, seed {seed}: " + ", ".join(f"{r['step']}: {r['total']:.3f}" for r in rows))
 
 
+def write_few(dolma: str, path: Path, *, skew: float, seed: int) -> str:
+    """Write 100 long real documents, 1,000 copies in all in proportion to 1 / rank**skew; its path.
+
+    What skew of people is to biographies: how often the same text comes, at one amount of it.
+    """
+    long = (text for text, _ in iter_documents(dolma) if len(text) >= FEW_CHARACTERS // 2)
+    pool = list(itertools.islice(long, 20 * NUM_FEW))
+    generator = np.random.Generator(np.random.PCG64([seed, 6]))
+    drawn = generator.permutation(len(pool))[:NUM_FEW]
+    copies = np.repeat(drawn, document_counts(NUM_FEW, MEAN_COPIES, skew))
+    lines = (
+        json.dumps({"id": f"{index}-{number}", "text": pool[index][:FEW_CHARACTERS]})
+        for number, index in enumerate(generator.permutation(copies))
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress("\n".join(lines).encode(), mtime=0))
+    return str(path)
+
+
+def training_text(folder: Path) -> torch.Tensor:
+    """Instances spread over the text that a series was trained on, [256, T]."""
+    config = json.loads((folder / "manifest.json").read_text())["config"]
+    tokenizer = load_tokenizer(f"{folder}/tokenizer")
+    corpus = build_corpus(
+        "training",
+        config["data"]["source"] or f"{folder}/world/documents.jsonl.gz",
+        num_instances=NUM_INSTANCES,
+        sequence_length=config["sequence_length"],
+        tokenizer=tokenizer,
+        eos_token_id=tokenizer.token_to_id("<|endoftext|>"),
+        sampling="spread",
+    )
+    return torch.from_numpy(corpus.input_ids)
+
+
+def series_of(output: Path, name: str) -> list[tuple[Path, list[dict[str, Any]]]]:
+    """Folder and scores of each seed of a setting that is there."""
+    found = sorted(output.glob(f"{name.replace(' ', '_')}-[0-9]*/scores.json"))
+    return [(path.parent, json.loads(path.read_text())) for path in found]
+
+
+def dip(rows: list[dict[str, Any]]) -> int:
+    """Index of the lowest total of the first quarter of the checkpoints, the untrained aside."""
+    return min(range(1, len(rows) // 4 + 1), key=lambda i: rows[i]["total"])
+
+
 def peak(rows: list[dict[str, Any]]) -> int:
-    """Index of the highest total after the lowest of the first quarter of the checkpoints."""
-    dip = min(range(1, len(rows) // 4 + 1), key=lambda i: rows[i]["total"])
-    return max(range(dip, len(rows)), key=lambda i: rows[i]["total"])
+    """Index of the highest total after the first dip."""
+    return max(range(dip(rows), len(rows)), key=lambda i: rows[i]["total"])
 
 
 def interval(values: list[float]) -> str:
@@ -152,8 +181,7 @@ def table(output: Path) -> pd.DataFrame:
     """One row per setting."""
     lines = []
     for name in SETTINGS:
-        found = sorted(output.glob(f"{name.replace(' ', '_')}-*/scores.json"))
-        series = [json.loads(path.read_text()) for path in found]
+        series = [rows for _, rows in series_of(output, name)]
         if not series:
             continue
         peaks = [rows[peak(rows)] for rows in series]
@@ -175,92 +203,10 @@ def table(output: Path) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def learn(folder: Path, name: str, steps: tuple[int, ...], resuscitation: Any = None) -> list[Any]:
-    """Rows of continual learning from steps of one series, run unless they are there."""
-    world, output = folder / "world", folder / "learn" / name.replace(" ", "_")
-    study = load_study(
-        study_path("demo_continual"),
-        ContinualStudy,
-        [
-            f"starts.spec={folder}/checkpoints",
-            f"starts.nearest={list(steps)}",
-            f"corpus.source={world}/other_documents.jsonl.gz",
-            "corpus.num_instances=640",
-            f"injection.paraphrase={world}/facts_paraphrase.json",
-            f"injection.once={world}/facts_once.json",
-            f"downstream.own_tasks.biographies={world}/questions.jsonl",
-            f"entropy.source={world}/documents.jsonl.gz",
-            f"held_out.source={world}/documents.jsonl.gz",
-            "held_out.num_instances=128",
-            "seeds=[0,1]",
-            "executor=inline",
-            f"resuscitation={json.dumps(resuscitation)}",
-            f"output={output}",
-            "mlflow.enabled=false",
-        ],
-    )
-    return list(run_continual_study(study).rows)
-
-
-def learning(output: Path) -> pd.DataFrame:
-    """One row per run from every series that is there."""
-    rows = []
-    for name, steps in STAGES.items():
-        for folder in sorted(output.glob(f"{name.replace(' ', '_')}-[0-9]*")):
-            if not (folder / "scores.json").exists():
-                continue
-            scores = json.loads((folder / "scores.json").read_text())
-            losses = {row["step"]: row["loss"] for row in scores}
-            runs = [(name, row) for row in learn(folder, "stages", steps)]
-            if name == "demo":
-                for label, keys in RESUSCITATED.items():
-                    resuscitated = learn(folder, label, steps[-1:], {"ratio": 0.5, **keys})
-                    runs += [(label, row) for row in resuscitated]
-            rows += [
-                {
-                    "start": f"{label}, step {row['step']}",
-                    "series": folder.name,
-                    "loss": losses[row["step"]],
-                    **row,
-                }
-                for label, row in runs
-            ]
-    return pd.DataFrame(rows)
-
-
-def partial(frame: pd.DataFrame, value: str, by: str, fixed: list[str]) -> float:
-    """Correlation of two columns that holds others fixed."""
-    x, y, *others = (frame[name].to_numpy(float) for name in (value, by, *fixed))
-    return float(partial_correlation(x, y, fixed_columns(np.zeros(len(x)), *others)))
-
-
-def show_learning(runs: pd.DataFrame) -> None:
-    """Print means over series (each the mean of its seeds), and correlations over the stages."""
-    runs = runs.assign(
-        acquisition=100 * runs["acquisition"],
-        forgetting=100 * runs["forgetting"],
-        entropy=runs["knowledge_entropy_before_nats"],
-        perplexity_change=100 * (runs["perplexity_after"] / runs["perplexity_before"] - 1),
-    )
-    columns = ["acquisition", "forgetting", "perplexity_change", "entropy", "loss"]
-    by_series = runs.groupby(["start", "series"], sort=False)[columns].mean().reset_index()
-    table = by_series.groupby("start", sort=False)[columns].agg(lambda x: interval(list(x)))
-    print(table.to_markdown())
-    stages = by_series[by_series["start"].str.fullmatch(r"demo, step \d+")].copy()
-    stages["log_step"] = np.log(stages["start"].str.extract(r"(\d+)$")[0].astype(float))
-    for value in ("acquisition", "forgetting", "perplexity_change"):
-        plain, held = (
-            partial(stages, value, "entropy", fixed) for fixed in ([], ["log_step", "loss"])
-        )
-        print(
-            f"{value} with H over {len(stages)} stages: {plain:+.2f}; step, loss fixed: {held:+.2f}"
-        )
-
-
 def main() -> None:
     """Run or print the map."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["map", "table", "learn"])
+    parser.add_argument("what", choices=["map", "table"])
     parser.add_argument("--output", type=Path, default=Path("runs/decay"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--dolma", help="documents for 'real text'; without it, left out")
@@ -269,12 +215,8 @@ def main() -> None:
     if options.what == "map":
         for seed in range(options.seeds):
             for name in options.only or SETTINGS:
-                if name != "real text" or options.dolma:
-                    run(name, seed, options.output, options.dolma)
-    if options.what == "learn":
-        show_learning(learning(options.output))
-    else:
-        print(table(options.output).to_markdown(index=False))
+                run(name, seed, options.output, options.dolma)
+    print(table(options.output).to_markdown(index=False))
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ke_ray.core.acquisition import Interval
-from ke_ray.core.intervals import student_interval
+from ke_ray.core.intervals import hall_interval
 
 LAM_WINDOW = 50
 
@@ -128,12 +128,12 @@ def effectivity_intervals(
     *,
     level: float = 0.95,
 ) -> tuple[Interval, ...]:
-    """Student's interval of each effectivity over paragraphs.
+    """Hall's interval of each effectivity over paragraphs.
 
     Effectivity is a mean over paragraphs of what each gains up to LAM(i); that LAM(i) is the
     maximum of these same paragraphs changes it to second order only. An injection of *once* facts
-    is about few paragraphs (the paper's about six), for which percentiles of a bootstrap are far
-    too narrow.
+    is about few paragraphs (the paper's about six), whose gains are skewed: percentiles of a
+    bootstrap are far too narrow for them, and Student's interval lies too low.
 
     Args:
         steps: [S] completed updates at each probe.
@@ -155,7 +155,7 @@ def effectivity_intervals(
         ends = None
         if entry.lam_step is not None and entry.baseline_step is not None:
             gains = values[row[entry.lam_step]] - values[row[entry.baseline_step]]
-            ends = student_interval(gains, level)
+            ends = hall_interval(gains, level)
         intervals.append(Interval(entry.effectivity, *(ends or (math.nan, math.nan))))
     return tuple(intervals)
 

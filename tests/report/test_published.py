@@ -205,6 +205,16 @@ def test_studies_over_stages_are_laid_side_by_side(tmp_path: Path) -> None:
     assert rows.groupby("series").size().to_dict() == {"pubmed": 10, "c4": 4}
 
 
+def test_a_continual_study_lies_beside_a_sweep_over_stages(tmp_path: Path) -> None:
+    """OLMo-1B's stages are a continual study, OLMo-7B's a sweep."""
+    small = synthetic.make_continual(tmp_path / "small", steps=(40, 640), seeds=(0, 1))
+    large = _stage_sweep(tmp_path / "large", "olmo_7b_pubmed")
+    figure = _figures(small, large)["compare-stages"]
+    for title in ("Acquisition A", "Forgetting F"):
+        (rows,) = (p.view.rows for p in figure.panels if p.key == (f"{title}, by step",))
+        assert rows.groupby("series").size().to_dict() == {"small": 2, "large": 4}
+
+
 def test_the_settings_of_table_1_have_a_correlation_each(tmp_path: Path) -> None:
     folder = _table_1_sweep(tmp_path / "table1")
     entropies = {"knowledge_entropy_before_nats": lambda frame: 150 - frame["step"] / 1e5}
@@ -264,6 +274,10 @@ def test_a_sweep_of_another_model_is_not_beside_table_1(tmp_path: Path) -> None:
 def test_every_figure_that_the_page_of_the_paper_names_is_made(tmp_path: Path) -> None:
     page = (_SWEEPS.parent / "docs" / "paper.md").read_text()
     named = set(re.findall(r"`((?:scan|continual|sweep|compare)-[\w-]+)`", page))
+    for kind, figures in re.findall(r"^\|.*\| `ke-ray (\w+) [^`]+` \|[^|]+\|([^|]+)\|", page, re.M):
+        own = re.findall(r"`([\w-]+)`", figures)
+        assert own, f"a row without a figure: {figures}"
+        assert [name for name in own if not name.startswith(f"{kind}-")] == []
     assert len(named) > 12
     made = {"compare-stages"}  # of several results; the others are those of one
     scan = synthetic.make_scan(tmp_path / "scan", steps=[0, 1, 2])

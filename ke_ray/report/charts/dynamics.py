@@ -30,7 +30,7 @@ def dynamics_figures(
                 "effectivity",
                 title="What each injection adds",
                 caption="Effectivity: rise of the log probability from the injection to its local "
-                "maximum. Bars: 95 % Student interval over paragraphs, where it is recorded.",
+                "maximum. Bars: 95 % interval over paragraphs (Hall's), where it is recorded.",
                 panels=gained,
                 controls=("run", "probes"),
             )
