@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import time
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -38,12 +37,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from ke_ray import storage
-from ke_ray.errors import KeRayError, TrainingError
+from ke_ray.checkpoints.formats.shards import GENERATOR
+from ke_ray.errors import KeRayError, StorageError, TrainingError
 from ke_ray.training.parallel import Worker, all_gather_objects, named_tensors, unwrap
 from ke_ray.training.state_files import ShardReader, ShardWriter
 
 STATE_VERSION = 2
-_GENERATOR = re.compile(r"rank\d+\.(cpu|cuda)")
 _log = logging.getLogger(__name__)
 # One worker needs no process group; torch would say so at each save.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninit")
@@ -107,12 +106,13 @@ class States:
         self.wait()
         tensors = self._own_part({**named_tensors(model), **_moments(model, optimizer)})
         tensors |= self._generators()
-        copies = {name: self._copy(tensor) for name, tensor in tensors.items()}
+        copies = {name: _copy(tensor) for name, tensor in tensors.items()}
         if self._worker.device.startswith("cuda"):
             torch.cuda.synchronize(self._worker.device)
         records = {table: list(rows) for table, rows in state.records.items()}
         copy = TrainingState(state.step, state.num_tokens, state.elapsed_s, records)
-        self._writing = self._thread.submit(self._write, copy, copies)
+        stand_ins = {name: self._stand_in(tensor) for name, tensor in tensors.items()}
+        self._writing = self._thread.submit(self._write, copy, stand_ins, copies)
         self._last_save = time.monotonic()
         self.waited_s += self._last_save - started
 
@@ -138,7 +138,7 @@ class States:
         own = {}
         for name, tensor in tensors.items():
             if isinstance(tensor, DTensor):
-                if tensor.to_local().numel():
+                if _local(tensor).numel():
                     own[name] = tensor
                 continue
             writer = loads.index(min(loads))
@@ -154,15 +154,17 @@ class States:
             generators[f"rank{rank}.cuda"] = torch.cuda.get_rng_state(device)
         return generators
 
-    def _copy(self, tensor: torch.Tensor) -> torch.Tensor:
-        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        local = local.detach()
-        copy = torch.empty_like(local, device="cpu", pin_memory=local.is_cuda)
-        copy.copy_(local, non_blocking=True)
+    def _stand_in(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor of the same type, shape and part, but of one number.
+
+        ``dcp`` plans with these: it leaves reference cycles, which would keep copies for a while.
+        """
+        local = _local(tensor)
+        number = torch.zeros((), dtype=local.dtype).expand(local.shape)
         if not isinstance(tensor, DTensor):
-            return copy
+            return number
         return DTensor.from_local(
-            copy,
+            number,
             self._mesh,
             tensor.placements,
             run_check=False,
@@ -170,7 +172,12 @@ class States:
             stride=tensor.stride(),
         )
 
-    def _write(self, state: TrainingState, tensors: dict[str, torch.Tensor]) -> None:
+    def _write(
+        self,
+        state: TrainingState,
+        tensors: dict[str, torch.Tensor],
+        copies: dict[str, torch.Tensor],
+    ) -> None:
         folder = storage.join(self._uri, _folder(state.step))
 
         def publish(sizes: dict[str, int]) -> None:
@@ -191,7 +198,7 @@ class States:
             for step in older[: max(0, len(older) + 1 - self._keep)]:
                 storage.remove(storage.join(self._uri, _folder(step)))
 
-        writer = ShardWriter(folder, self._worker.rank, publish)
+        writer = ShardWriter(folder, self._worker.rank, copies, publish)
         try:
             dcp.save(
                 tensors,
@@ -201,6 +208,8 @@ class States:
             )
         except CheckpointException as error:
             raise _cause(error, f"The training state '{folder}' cannot be written") from error
+        finally:
+            copies.clear()
 
     def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainingState | None:
         """Load the newest whole state into ``model`` and ``optimizer``; None where there is none.
@@ -295,7 +304,7 @@ class States:
         different = set(shapes) - set(reader.tensors)
         for name, stored in reader.tensors.items():
             dtype = stored.properties.dtype
-            if _GENERATOR.fullmatch(name):
+            if GENERATOR.fullmatch(name):
                 kind = "cuda" if self._worker.device.startswith("cuda") else "cpu"
                 if name in (f"rank{self._worker.rank}.cpu", f"rank{self._worker.rank}.{kind}"):
                     targets[name] = torch.empty(stored.size, dtype=dtype)
@@ -317,6 +326,16 @@ class States:
                 f"{sorted(different)[:3]}. Give another output folder, or remove that one."
             )
         return targets
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    local = _local(tensor).detach()
+    copy = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
+    return copy.copy_(local, non_blocking=True)
 
 
 def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -342,7 +361,9 @@ def _cause(error: CheckpointException, what: str) -> KeRayError:
     rank, (cause, _) = min(error.failures.items(), key=lambda failure: failure[0])
     if isinstance(cause, KeRayError):
         return cause
-    return TrainingError(f"{what}: worker {rank}: {type(cause).__name__}: {cause}.")
+    if isinstance(cause, OSError):
+        return StorageError(f"{what} by worker {rank}: {cause.strerror or cause}.")
+    return TrainingError(f"{what} by worker {rank}: {type(cause).__name__}: {cause}.")
 
 
 def _read_records(folder: str) -> dict[str, list[dict[str, Any]]]:

@@ -1,27 +1,19 @@
 """Shards of tensors as safetensors files under any URI, for ``torch.distributed.checkpoint``.
 
-Each worker writes one file. Its header says where the parts lie in the whole tensors, in the words
-of torch's ``HuggingFaceStorageWriter``, whose reader reads these files too. Torch's own pair serves
-local folders alone, builds every file a second time in memory, and holds Python's lock while it
-does. Here bytes go from the tensors to the store, and a reader asks for the rows that it needs.
-
-    bytes 0–7     length of the header, little-endian
-    header        JSON: "<tensor>": {dtype, shape, data_offsets}, and ``__metadata__`` with
-                  DCP_SHARDING_INFO: {"<tensor>": {"saved_offsets": [first row, 0, …]}}
-    the rest      the tensors' bytes
-
-A file without DCP_SHARDING_INFO holds whole tensors.
+Each worker writes one file (``ke_ray.checkpoints.formats.shards``), which torch's own
+``HuggingFaceStorageReader`` reads too. Torch's own pair serves local folders alone, builds every
+file a second time in memory, and holds Python's lock while it does. Here bytes go from the tensors
+to the store, and a reader asks for the rows that it needs.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Size
 from torch.distributed.checkpoint import StorageReader, StorageWriter
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -35,15 +27,14 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from ke_ray import storage
+from ke_ray.checkpoints.formats.shards import Part, header_bytes, read_header, whole_shape
 from ke_ray.checkpoints.formats.weights import safetensors_dtype
 
-_SHARDING = "DCP_SHARDING_INFO"
 _DTYPE_NAMES = {
     dtype: name
     for name in ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")
     if (dtype := safetensors_dtype(name)) is not None
 }
-_MAX_HEADER_BYTES, _MAX_DIMENSIONS = 100 * 2**20, 64
 
 
 class ShardWriter(StorageWriter):
@@ -52,12 +43,20 @@ class ShardWriter(StorageWriter):
     Args:
         folder: URI.
         rank: of this worker.
+        tensors: what to write, contiguous, in host memory, by name. (The tensors that ``dcp`` is
+            given say where these belong; their numbers are not looked at.)
         publish: called on the coordinator once every worker has written, with the files' sizes
             in bytes by name.
     """
 
-    def __init__(self, folder: str, rank: int, publish: Callable[[dict[str, int]], None]) -> None:
-        self._folder, self._publish = folder, publish
+    def __init__(
+        self,
+        folder: str,
+        rank: int,
+        tensors: dict[str, torch.Tensor],
+        publish: Callable[[dict[str, int]], None],
+    ) -> None:
+        self._folder, self._tensors, self._publish = folder, tensors, publish
         self._name = f"shard-{rank + 1:05d}.safetensors"
 
     def reset(self, checkpoint_id: Any = None) -> None:
@@ -82,12 +81,18 @@ class ShardWriter(StorageWriter):
         if not plan.items:
             future.set_result([])
             return future
-        tensors, offsets = {}, {}
+        offsets = {}
         for item in plan.items:
             assert item.tensor_data is not None, "a state holds tensors alone"
-            tensors[item.index.fqn] = planner.resolve_data(item).detach().contiguous()
             offsets[item.index.fqn] = list(item.tensor_data.chunk.offsets)
-        parts = [memoryview(_header(tensors, offsets))]
+        tensors = {name: self._tensors[name] for name in offsets}
+        header = header_bytes(
+            {
+                name: (_DTYPE_NAMES[t.dtype], list(t.shape), offsets[name], t.nbytes)
+                for name, t in tensors.items()
+            }
+        )
+        parts = [memoryview(header)]
         parts += [memoryview(_bytes_of(tensor).numpy()) for tensor in tensors.values()]
         storage.write_atomic(storage.join(self._folder, self._name), parts)
         size = sum(len(part) for part in parts)
@@ -104,37 +109,14 @@ class ShardWriter(StorageWriter):
         return True
 
 
+def _dtype(part: Part) -> torch.dtype:
+    dtype = safetensors_dtype(part.dtype)
+    assert dtype is not None, "the header was checked"
+    return dtype
+
+
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1).view(torch.uint8)
-
-
-def _header(tensors: dict[str, torch.Tensor], offsets: dict[str, list[int]]) -> bytes:
-    sharding = {name: {"saved_offsets": value} for name, value in offsets.items()}
-    header: dict[str, Any] = {
-        "__metadata__": {"format": "pt", "DCP_VERSION": "1.0", _SHARDING: json.dumps(sharding)}
-    }
-    start = 0
-    for name, tensor in tensors.items():
-        stop = start + tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": _DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, stop],
-        }
-        start = stop
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors begin at multiples of eight, as the format wants
-    return len(text).to_bytes(8, "little") + text
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Where a part of a tensor lies: ``start`` in bytes of the file."""
-
-    file: str
-    start: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
 
 
 class ShardReader(StorageReader):
@@ -145,48 +127,27 @@ class ShardReader(StorageReader):
         sizes: bytes of each file; other files are none of the state's.
 
     Raises:
-        OSError, ValueError, LookupError, TypeError, RecursionError: a header is malformed, or parts
-            of a tensor are missing.
+        OSError, ValueError, LookupError, TypeError, AttributeError: a header is malformed, or
+            parts of a tensor are missing.
     """
 
     def __init__(self, folder: str, sizes: dict[str, int]) -> None:
         self._folder = folder
-        self._parts: dict[tuple[str, tuple[int, ...]], _Part] = {}
+        self._parts: dict[tuple[str, tuple[int, ...]], tuple[str, Part]] = {}
         self.tensors: dict[str, TensorStorageMetadata] = {}
-        for name, size in sizes.items():
-            if name.endswith(".safetensors"):
-                self._read_header(name, size)
-        for name, tensor in self.tensors.items():
-            if sum(math.prod(part.sizes) for part in tensor.chunks) != math.prod(tensor.size):
-                raise ValueError(f"parts of '{name}' are missing")
-
-    def _read_header(self, file_name: str, size: int) -> None:
-        with storage.open_read(storage.join(self._folder, file_name)) as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > min(_MAX_HEADER_BYTES, size - 8):
-                raise ValueError(f"{file_name} is no safetensors file")
-            header = storage.parse_json(file.read(length))
-        offsets = json.loads(header.pop("__metadata__", {}).get(_SHARDING, "null"))
-        for name, entry in header.items():
-            shape, (start, stop) = tuple(entry["shape"]), entry["data_offsets"]
-            offset = tuple(offsets[name]["saved_offsets"]) if offsets else (0,) * len(shape)
-            dtype = safetensors_dtype(entry["dtype"])
-            is_sane = len(offset) == len(shape) <= _MAX_DIMENSIONS and all(
-                type(number) is int and 0 <= number < 2**62 for number in (*shape, *offset, start)
-            )
-            if not is_sane or dtype is None or stop > size - 8 - length:
-                raise ValueError(f"'{name}' in {file_name} is malformed")
-            if stop - start != math.prod(shape) * dtype.itemsize:
-                raise ValueError(f"'{name}' in {file_name} has another size than its shape says")
-            self._parts[name, offset] = _Part(file_name, 8 + length + start, shape, dtype)
-            part = ChunkStorageMetadata(torch.Size(offset), torch.Size(shape))
-            ends = [first + count for first, count in zip(offset, shape, strict=True)]
-            known = self.tensors.get(name)
-            chunks = [*known.chunks, part] if known else [part]
-            if known:
-                ends = [max(pair) for pair in zip(known.size, ends, strict=True)]
-            properties = TensorProperties(dtype=dtype)
-            self.tensors[name] = TensorStorageMetadata(properties, torch.Size(ends), chunks)
+        by_name: dict[str, list[Part]] = {}
+        for file_name, size in sizes.items():
+            if not file_name.endswith(".safetensors"):
+                continue
+            with storage.open_read(storage.join(folder, file_name)) as file:
+                for name, part in read_header(file, size).items():
+                    by_name.setdefault(name, []).append(part)
+                    self._parts[name, part.offsets] = file_name, part
+        for name, parts in by_name.items():
+            chunks = [ChunkStorageMetadata(Size(p.offsets), Size(p.shape)) for p in parts]
+            properties = TensorProperties(dtype=_dtype(parts[0]))
+            shape = Size(whole_shape(name, parts))
+            self.tensors[name] = TensorStorageMetadata(properties, shape, chunks)
 
     def reset(self, checkpoint_id: Any = None) -> None:
         """A reader is of one folder."""
@@ -208,10 +169,10 @@ class ShardReader(StorageReader):
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Read this worker's rows into its tensors, one after the other."""
-        by_file: dict[str, list[tuple[_Part, Any]]] = {}
+        by_file: dict[str, list[tuple[Part, Any]]] = {}
         for item in plan.items:
-            part = self._parts[_key(item.storage_index)]
-            by_file.setdefault(part.file, []).append((part, item))
+            name, part = self._parts[_key(item.storage_index)]
+            by_file.setdefault(name, []).append((part, item))
         for name, wanted in by_file.items():
             uri = storage.join(self._folder, name)
             storage.on_store(uri, lambda uri=uri, wanted=wanted: _read(uri, wanted, planner))  # type: ignore[misc]
@@ -229,7 +190,7 @@ def _key(index: MetadataIndex) -> tuple[str, tuple[int, ...]]:
     return index.fqn, tuple(index.offset or ())
 
 
-def _read(uri: str, wanted: list[tuple[_Part, Any]], planner: LoadPlanner) -> None:
+def _read(uri: str, wanted: list[tuple[Part, Any]], planner: LoadPlanner) -> None:
     with storage.open_read(uri) as file:
         for part, item in wanted:
             target = planner.resolve_tensor(item).detach()
@@ -239,20 +200,21 @@ def _read(uri: str, wanted: list[tuple[_Part, Any]], planner: LoadPlanner) -> No
 
 
 def _rows(
-    file: Any, part: _Part, offsets: tuple[int, ...], lengths: tuple[int, ...]
+    file: Any, part: Part, offsets: tuple[int, ...], lengths: tuple[int, ...]
 ) -> torch.Tensor:
     """The box ``lengths`` at ``offsets`` of a part; of the file, only its rows are read."""
     first, count = (offsets[0], lengths[0]) if part.shape else (0, 1)
-    row_bytes = math.prod(part.shape[1:]) * part.dtype.itemsize
+    dtype = _dtype(part)
+    row_bytes = math.prod(part.shape[1:]) * dtype.itemsize
     buffer = torch.empty(count * row_bytes, dtype=torch.uint8)
     file.seek(part.start + first * row_bytes)
     view = memoryview(buffer.numpy())
     while len(view):
         num_read = file.readinto(view)
         if not num_read:
-            raise OSError(f"{part.file} ends early")
+            raise OSError("a file of the state ends early")
         view = view[num_read:]
-    rows = buffer.view(part.dtype).reshape(lengths[:1] + part.shape[1:])
+    rows = buffer.view(dtype).reshape(lengths[:1] + part.shape[1:])
     for dim in range(1, len(lengths)):
         rows = rows.narrow(dim, offsets[dim], lengths[dim])
     return rows

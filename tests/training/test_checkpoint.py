@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import signal
 from contextlib import closing
@@ -23,6 +24,7 @@ from tiny_training import (
 )
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
+from ke_ray.checkpoints.formats.shards import StateFile
 from ke_ray.errors import StorageError, TrainingError
 from ke_ray.studies.training import OptimizerSettings
 from ke_ray.training.checkpoint import States, TrainingState
@@ -185,14 +187,14 @@ def reshard(folder: Path, strategies: list[str], config: dict[str, Any]) -> None
         np.testing.assert_allclose(resumed[name], alone[name], atol=5e-6, err_msg=name)
 
 
-def test_shards_are_read_by_other_numbers_of_workers(tmp_path: Path) -> None:
+def test_grouped_queries_are_read_by_other_numbers_of_workers(tmp_path: Path) -> None:
     # Two rows of keys: the third of three workers has none.
     grouped = {"num_key_value_heads": 1, "head_dim": 2, "tie_word_embeddings": False}
-    reshard(tmp_path, ["fsdp"] * 4, grouped)
+    reshard(tmp_path, ["fsdp", "ddp", "ddp", "fsdp"], grouped)
 
 
 @pytest.mark.slow
-def test_replicas_and_tied_embeddings_are_read_by_other_numbers_of_workers(tmp_path: Path) -> None:
+def test_tied_embeddings_are_read_by_other_numbers_of_workers(tmp_path: Path) -> None:
     reshard(tmp_path, ["ddp", "fsdp", "ddp", "ddp"], {})
 
 
@@ -221,6 +223,9 @@ def save_twice(worker: Worker, uri: str) -> dict[str, Any]:
 
 
 def _reset_peak() -> int:
+    ctypes.CDLL(None).malloc_trim(
+        0
+    )  # memory that is free, but still the process's, would not count
     Path("/proc/self/clear_refs").write_text("5")
     return _peak()
 
@@ -234,7 +239,9 @@ def test_saving_and_loading_hold_two_shards_at_most_and_torch_reads_the_files(
     tmp_path: Path,
 ) -> None:
     for numbers in run_together(tmp_path / "run", 2, save_twice, str(tmp_path / "states")):
-        assert 20e6 < numbers["shard"] < numbers["saving"] < 2 * numbers["shard"]
+        assert isinstance(numbers, dict), numbers
+        assert numbers["shard"] > 20e6
+        assert 0.9 * numbers["shard"] < numbers["saving"] < 2 * numbers["shard"]
         assert numbers["loading"] < 2 * numbers["shard"]
     folder = tmp_path / "states" / "step00000002"
     names = sorted(path.name for path in folder.iterdir())
@@ -247,3 +254,6 @@ def test_saving_and_loading_hold_two_shards_at_most_and_torch_reads_the_files(
     for name, parameter in expected.named_parameters():
         assert not moments[f"{name}::exp_avg"].any()
         torch.testing.assert_close(tensors[name], parameter.detach(), atol=1e-3, rtol=1e-3)
+    weights = StateFile(folder)  # as a checkpoint
+    assert set(weights.keys()) == set(tensors)
+    assert all(torch.equal(weights.get_tensor(name), tensors[name]) for name in tensors)
