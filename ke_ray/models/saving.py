@@ -148,7 +148,8 @@ def _save_pieces(
     """``save_pretrained``, of one piece after the other."""
     from safetensors import safe_open
 
-    files, num_bytes = [], 0
+    files: list[Path] = []
+    num_bytes = 0
     for piece in pieces:
         num_bytes += sum(tensor.numel() * tensor.element_size() for tensor in piece.values())
         with quiet():  # it gives the tensors the names and shapes that files have
@@ -158,7 +159,7 @@ def _save_pieces(
     if len(files) == 1:
         files[0].rename(folder / "model.safetensors")
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, file in enumerate(files, 1):
         path = file.rename(folder / f"model-{i:05d}-of-{len(files):05d}.safetensors")
         with safe_open(path, framework="pt") as opened:

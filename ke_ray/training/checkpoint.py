@@ -135,7 +135,7 @@ class States:
     def _own_part(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Of a shard, this worker's; of what all have, an even share of the bytes."""
         loads = [0] * self._worker.world_size
-        own = {}
+        own: dict[str, torch.Tensor] = {}
         for name, tensor in tensors.items():
             if isinstance(tensor, DTensor):
                 if _local(tensor).numel():

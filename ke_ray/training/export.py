@@ -37,7 +37,7 @@ def export_model(
     if worker.is_main:
         with _local(tokenizer_folder) as folder:
             pieces = weight_pieces(model)
-            save_model(model, uri, tokenizer=folder, overwrite=True, pieces=pieces)  # type: ignore[arg-type]
+            save_model(model, uri, tokenizer=folder, overwrite=True, pieces=pieces)
     else:
         for tensor in named_tensors(model).values():
             if isinstance(tensor, DTensor):

@@ -35,6 +35,7 @@ from ke_ray.training.parallel import (
     accumulate,
     all_gather_objects,
     all_reduce_sum,
+    barrier,
     decoder_layers,
     unwrap,
     wrap_model,
@@ -135,6 +136,7 @@ def train(
     with closing(States(state_uri, worker, identity=identity)) as states:
         state = _train(model, data, settings, num_steps, worker, hooks, states)
         states.wait()
+        barrier(worker)  # before one of them ends the group through which the others heard of it
     return state
 
 

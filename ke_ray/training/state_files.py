@@ -93,7 +93,7 @@ class ShardWriter(StorageWriter):
             }
         )
         parts = [memoryview(header)]
-        parts += [memoryview(_bytes_of(tensor).numpy()) for tensor in tensors.values()]
+        parts += [_bytes_of(tensor).numpy().data for tensor in tensors.values()]
         storage.write_atomic(storage.join(self._folder, self._name), parts)
         size = sum(len(part) for part in parts)
         future.set_result([WriteResult(plan.items[0].index, size, self._name)])
@@ -208,7 +208,7 @@ def _rows(
     row_bytes = math.prod(part.shape[1:]) * dtype.itemsize
     buffer = torch.empty(count * row_bytes, dtype=torch.uint8)
     file.seek(part.start + first * row_bytes)
-    view = memoryview(buffer.numpy())
+    view = buffer.numpy().data
     while len(view):
         num_read = file.readinto(view)
         if not num_read:

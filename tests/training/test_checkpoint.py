@@ -24,6 +24,7 @@ from tiny_training import (
 )
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
+from ke_ray import storage
 from ke_ray.checkpoints.formats.shards import StateFile
 from ke_ray.errors import StorageError, TrainingError
 from ke_ray.studies.training import OptimizerSettings
@@ -145,18 +146,19 @@ def test_states_are_saved_by_time_as_well_as_by_step(
     assert saved == steps
 
 
-def test_states_go_to_any_store_and_old_ones_are_removed() -> None:
-    uri = "memory://states-of-a-test"
+@pytest.mark.parametrize("store", ["memory", "s3"])
+def test_states_go_to_any_store_and_old_ones_are_removed(
+    store: str, request: pytest.FixtureRequest
+) -> None:
+    folder = "memory://states" if store == "memory" else request.getfixturevalue("s3")
+    uri = storage.join(folder, "states-of-a-test")
     keys = tiny_keys(save_every=1)
     whole = train(tiny_model(), tiny_rows(), keys, num_steps=6)
     train(tiny_model(), tiny_rows(), keys, num_steps=6, state_uri=uri, identity="m")
-    import fsspec
-
-    names = sorted(p.rsplit("/", 1)[-1] for p in fsspec.filesystem("memory").ls(uri, detail=False))
-    assert names == ["step00000005", "step00000006"]
-    model = tiny_model(seed=9)  # its weights are replaced by the state's
-    for name in names[1:]:  # as if the run had been killed before its end
-        fsspec.filesystem("memory").rm(f"{uri}/{name}", recursive=True)
+    assert storage.list_dir(uri) == ["step00000005", "step00000006"]
+    # As if the run had been killed before its end; the model's weights are replaced by the state's.
+    storage.remove(storage.join(uri, "step00000006"))
+    model = tiny_model(seed=9)
     again = train(model, tiny_rows(), keys, num_steps=6, state_uri=uri, identity="m")
     assert [r["loss"] for r in again.records["train"]] == [
         r["loss"] for r in whole.records["train"]

@@ -159,7 +159,7 @@ class StateFile(DcpFile):
         content = torch.empty(piece.num_bytes, dtype=torch.uint8)
         with (self._folder / piece.file).open("rb") as file:
             file.seek(piece.start)
-            if file.readinto(content.numpy()) != piece.num_bytes:
+            if file.readinto(content.numpy().data) != piece.num_bytes:
                 raise CheckpointError(f"'{self._folder / piece.file}' ends early.")
         dtype = safetensors_dtype(self._dtypes[piece])
         assert dtype is not None
