@@ -56,6 +56,8 @@ def work(worker: Worker, options: argparse.Namespace, folder: str, results: Any)
         num_hidden_layers=4,
         num_attention_heads=8,
         max_position_embeddings=TOKENS,
+        eos_token_id=0,
+        pad_token_id=1,
     )
     model = wrap_model(OlmoForCausalLM(config), worker, strategy="fsdp", precision="float32")
     optimizer = build_optimizer(model, OptimizerSettings())

@@ -27,7 +27,7 @@ METADATA = ".metadata"
 _LIMIT = 256 * 2**20  # bytes of a .metadata; OLMo-core's of a 32B model has about 10 MiB
 _OTHERS = re.compile(r"(optim|optimizers?|lr_schedulers?|schedulers?|dataloader|train_state)\..*")
 # torch's dtypes by the names under which safetensors has them.
-_DTYPES = {
+DTYPES = {
     "float64": "F64",
     "float32": "F32",
     "float16": "F16",
@@ -74,7 +74,7 @@ _CLASSES: dict[tuple[str, str], Any] = {
     ("olmo_core.distributed.checkpoint.filesystem", "_StorageInfo"): _Record,
     ("torch.serialization", "_get_layout"): _plain,
     ("torch", "Size"): tuple,
-    **{("torch", name): name for name in _DTYPES},
+    **{("torch", name): name for name in DTYPES},
     ("collections", "OrderedDict"): dict,
     **{
         (module, name): _joined
@@ -239,4 +239,4 @@ def _stored(entry: _Record, pieces: list[tuple[_Record, _Record]]) -> StoredTens
     # State of TensorProperties: dtype, layout, requires_grad, memory format, pinned.
     properties = entry.get("properties").state
     dtype = properties["dtype"] if isinstance(properties, dict) else properties[0]
-    return StoredTensor(shape, _DTYPES[dtype], tuple(unique.values()))
+    return StoredTensor(shape, DTYPES[dtype], tuple(unique.values()))

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from ke_ray.checkpoints.formats.dcp import DcpFile, StoredTensor, TensorPiece
+from ke_ray.checkpoints.formats.dcp import DTYPES, DcpFile, StoredTensor, TensorPiece
 from ke_ray.errors import CheckpointError, StorageError
 from ke_ray.storage import parse_json, read_json
 
@@ -154,13 +154,10 @@ class StateFile(DcpFile):
     def _read(self, piece: TensorPiece) -> torch.Tensor:
         import torch
 
-        from ke_ray.checkpoints.formats.weights import safetensors_dtype
-
         content = torch.empty(piece.num_bytes, dtype=torch.uint8)
         with (self._folder / piece.file).open("rb") as file:
             file.seek(piece.start)
             if file.readinto(content.numpy().data) != piece.num_bytes:
                 raise CheckpointError(f"'{self._folder / piece.file}' ends early.")
-        dtype = safetensors_dtype(self._dtypes[piece])
-        assert dtype is not None
-        return content.view(dtype).reshape(piece.sizes)
+        dtype = next(name for name, own in DTYPES.items() if own == self._dtypes[piece])
+        return content.view(getattr(torch, dtype)).reshape(piece.sizes)
