@@ -12,7 +12,7 @@ from ke_ray.errors import CheckpointError
 from ke_ray.secrets import redact
 from ke_ray.storage import is_local, local_path
 
-CheckpointFormat = Literal["hf", "hub", "native", "nanochat", "lightning", "dcp"]
+CheckpointFormat = Literal["hf", "hub", "native", "nanochat", "lightning", "dcp", "state"]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,9 +28,11 @@ from ke_ray.storage import (
     remove_leftovers,
     temporary_path,
     write_atomic,
+    write_json,
 )
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 
@@ -42,6 +44,7 @@ def save_model(
     tokenizer: Any | None = None,
     extra: Mapping[str, str] | None = None,
     overwrite: bool = False,
+    pieces: Iterable[dict[str, torch.Tensor]] | None = None,
 ) -> str:
     """Write a checkpoint that :func:`~ke_ray.models.loading.load_model` reads back exactly.
 
@@ -55,6 +58,8 @@ def save_model(
         tokenizer: a ``tokenizers.Tokenizer``, a ``tokenizer.json``, or a folder that holds one.
         extra: further text files, by name.
         overwrite: replace what is there.
+        pieces: under the ``hf`` layout, the weights by name in the place of the model's own; each
+            piece becomes a file.
 
     Returns:
         ``folder``.
@@ -72,7 +77,7 @@ def save_model(
     if not is_local(target):
         with tempfile.TemporaryDirectory(prefix="ke_ray-") as temporary:
             try:
-                _fill(Path(temporary), model, native, tokenizer, extra or {})
+                _fill(Path(temporary), model, native, tokenizer, extra or {}, pieces)
             except OSError as error:
                 raise _cannot_write(temporary, error) from error
             _upload(Path(temporary), target)
@@ -87,7 +92,7 @@ def save_model(
         temporary_folder.mkdir()
         lock = os.open(temporary_folder, os.O_RDONLY)
         hold(lock)
-        _fill(temporary_folder, model, native, tokenizer, extra or {})
+        _fill(temporary_folder, model, native, tokenizer, extra or {}, pieces)
         if overwrite:
             _replace(temporary_folder, final)
         else:
@@ -109,12 +114,15 @@ def _fill(
     native: NativeConfig | None,
     tokenizer: Any | None,
     extra: Mapping[str, str],
+    pieces: Iterable[dict[str, torch.Tensor]] | None,
 ) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     try:
-        if native is None:
+        if native is None and pieces is not None:
+            _save_pieces(folder, model, pieces)
+        elif native is None:
             with quiet():
                 model.save_pretrained(folder)
         else:
@@ -132,6 +140,32 @@ def _fill(
         # A rename can outlive the bytes in a power cut unless they are on the disk first.
         with path.open("rb") as file:
             os.fsync(file.fileno())
+
+
+def _save_pieces(
+    folder: Path, model: PreTrainedModel, pieces: Iterable[dict[str, torch.Tensor]]
+) -> None:
+    """``save_pretrained``, of one piece after the other."""
+    from safetensors import safe_open
+
+    files: list[Path] = []
+    num_bytes = 0
+    for piece in pieces:
+        num_bytes += sum(tensor.numel() * tensor.element_size() for tensor in piece.values())
+        with quiet():  # it gives the tensors the names and shapes that files have
+            model.save_pretrained(folder, state_dict=piece, max_shard_size="1000TB")
+        files.append((folder / "model.safetensors").rename(folder / f"piece{len(files)}"))
+        piece.clear()  # before the next one is gathered
+    if len(files) == 1:
+        files[0].rename(folder / "model.safetensors")
+        return
+    weight_map: dict[str, str] = {}
+    for i, file in enumerate(files, 1):
+        path = file.rename(folder / f"model-{i:05d}-of-{len(files):05d}.safetensors")
+        with safe_open(path, framework="pt") as opened:
+            weight_map |= dict.fromkeys(opened.keys(), path.name)
+    index = {"metadata": {"total_size": num_bytes}, "weight_map": weight_map}
+    write_json(folder / "model.safetensors.index.json", index)
 
 
 def _save_tokenizer(tokenizer: Any, folder: Path) -> None:

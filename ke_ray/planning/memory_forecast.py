@@ -227,8 +227,8 @@ def describe(study: TrainingSettings, measure: Measure, device: Device, prefix: 
         if device.is_shared:
             lines.append("  (for the GPUs of other machines give gpu_memory_gib)")
     lines.append(
-        f"host memory: saving a training state {_gib(memory.saving)} on the main worker, loading "
-        f"one {_gib(memory.loading)} on each worker"
+        f"host memory of each worker: saving a training state {_gib(memory.saving)}, loading one "
+        f"{_gib(memory.loading)}"
     )
     return "\n".join(lines)
 

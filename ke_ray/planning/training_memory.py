@@ -63,8 +63,8 @@ class WorkerMemory:
         training: the most at one time in a step.
         evaluation: the most while the model is evaluated: whole, before it is sharded and trained,
             or later in a worker's part with copies.
-        saving: host memory of the main worker while it writes a training state.
-        loading: host memory of every worker while it reads one.
+        saving: host memory of every worker's part of a training state, until it is written.
+        loading: host memory of every worker while it reads one, a tensor's part at a time.
     """
 
     weights: int
@@ -142,8 +142,8 @@ def worker_memory(sizes: ModelSizes, settings: TrainingSettings) -> WorkerMemory
         logits=logits,
         training=training,
         evaluation=max(whole, weights + moments + copies),
-        saving=4 * whole,  # the two moments, and the same once more as a file's bytes
-        loading=5 * whole,  # likewise, beside the weights
+        saving=3 * whole // settings.num_workers,  # of what all have, each writes a part
+        loading=_FLOAT32 * max(head, layer) // num_shards,
     )
 
 

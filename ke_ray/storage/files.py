@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,6 +23,8 @@ from ke_ray.storage.temporary import hold, remove_leftovers, temporary_path
 from ke_ray.storage.uris import explained, filesystem, is_local, join, local_path
 
 MAX_JSON_BYTES = 64 * 2**20
+#: Bytes of one write of several buffers: drivers of stores copy what they are given.
+_PIECE_BYTES = 8 * 2**20
 
 
 def exists(uri: str | os.PathLike[str]) -> bool:
@@ -57,6 +60,17 @@ def remove(uri: str | os.PathLike[str]) -> None:
     fs, path = filesystem(uri)
     with suppress(FileNotFoundError):
         on_store(os.fspath(uri), lambda: fs.rm(path, recursive=True))
+
+
+def file_size(uri: str | os.PathLike[str]) -> int:
+    """Bytes of a file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    fs, path = filesystem(uri)
+    fs.invalidate_cache(path)
+    return on_store(os.fspath(uri), lambda: int(fs.size(path)))
 
 
 def open_read(uri: str | os.PathLike[str]) -> BinaryIO:
@@ -99,8 +113,12 @@ def read_text(uri: str | os.PathLike[str]) -> str:
     return read_bytes(uri).decode("utf-8")
 
 
-def write_atomic(uri: str | os.PathLike[str], data: bytes | str) -> None:
+def write_atomic(uri: str | os.PathLike[str], data: bytes | str | Sequence[memoryview]) -> None:
     """Write a file so that it appears complete or not at all.
+
+    Args:
+        uri: what is written.
+        data: the content; of several buffers, which are not joined in memory, one after the other.
 
     Raises:
         StorageError: no space, no permission, or a file where a folder is needed.
@@ -116,7 +134,7 @@ def write_atomic(uri: str | os.PathLike[str], data: bytes | str) -> None:
             try:
                 with temporary.open("xb") as file:
                     hold(file.fileno())
-                    file.write(payload)
+                    file.writelines(_pieces(payload))
                     file.flush()
                     os.fsync(file.fileno())
                     os.replace(temporary, target)  # still held, or it would look left over
@@ -129,12 +147,30 @@ def write_atomic(uri: str | os.PathLike[str], data: bytes | str) -> None:
 
         def put() -> None:
             try:
-                fs.pipe_file(path, payload)
+                _write_object(fs, path, payload)
             except FileNotFoundError:  # no folder; object stores have none but the bucket
                 fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-                fs.pipe_file(path, payload)
+                _write_object(fs, path, payload)
 
         on_store(text, put)
+
+
+def _write_object(fs: Any, path: str, payload: bytes | Sequence[memoryview]) -> None:
+    if isinstance(payload, bytes):
+        fs.pipe_file(path, payload)
+        return
+    with fs.open(path, "wb") as file:
+        for piece in _pieces(payload):
+            file.write(piece)
+
+
+def _pieces(payload: bytes | Sequence[memoryview]) -> Iterator[bytes | memoryview]:
+    if isinstance(payload, bytes):
+        yield payload
+        return
+    for buffer in payload:
+        for start in range(0, len(buffer), _PIECE_BYTES):
+            yield buffer[start : start + _PIECE_BYTES]
 
 
 def create(uri: str | os.PathLike[str], data: bytes) -> bool:

@@ -107,6 +107,12 @@ class TrainingSettings(Strict):
         ge=1,
         description="steps between training states; null: a tenth of the steps",
     )
+    save_every_minutes: float | None = Key(
+        10.0,
+        affects_result=False,
+        gt=0,
+        description="minutes between training states, besides save_every; null: no limit",
+    )
     keep_state: bool = Key(
         False, affects_result=False, description="keep the last training state after the run"
     )

@@ -1,48 +1,30 @@
-"""Trained weights, gathered and exported as a Hugging Face folder with its tokenizer."""
+"""Trained weights as a Hugging Face folder with its tokenizer, written piece by piece."""
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from torch.distributed.tensor import DTensor
 
 from ke_ray import storage
 from ke_ray.checkpoints.formats.layout import TOKENIZER_FILES
 from ke_ray.models.saving import save_model
-from ke_ray.training.checkpoint import full_tensors
-from ke_ray.training.parallel import Worker, barrier
+from ke_ray.training.parallel import Worker, barrier, full_tensor, named_tensors
 
-
-def whole_model(model: nn.Module, worker: Worker) -> Any | None:
-    """A model that the main worker can run alone; None on the others.
-
-    The model itself where it is not sharded; else a copy with all weights (a collective: call it
-    on every worker).
-    """
-    if not any(hasattr(p, "full_tensor") for p in model.parameters()):
-        return model if worker.is_main else None
-    tensors = full_tensors(model, worker)
-    if not worker.is_main:
-        return None
-    with torch.random.fork_rng(devices=[]):  # its first weights draw random numbers
-        copy = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
-    targets = {**dict(copy.named_parameters()), **dict(copy.named_buffers())}
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            targets[name].copy_(tensor)
-    return copy.to(worker.device)
+#: Bytes of a weight file, at least, where there are several: what a worker has to hold.
+FILE_BYTES = 2 * 2**30
 
 
 def export_model(
     model: nn.Module, uri: str, worker: Worker, tokenizer_folder: str | None = None
 ) -> None:
-    """Write ``config.json``, ``model.safetensors`` and the tokenizer's files; whole or not at all.
+    """Write ``config.json``, the weights and the tokenizer's files; whole or not at all.
 
     Call it on every worker (sharded weights are gathered); the main one writes. An existing
     folder is replaced.
@@ -52,11 +34,36 @@ def export_model(
         uri: the folder to write.
         tokenizer_folder: URI of a folder whose tokenizer files are copied into it.
     """
-    whole = whole_model(model, worker)
-    if whole is not None:
+    if worker.is_main:
         with _local(tokenizer_folder) as folder:
-            save_model(whole, uri, tokenizer=folder, overwrite=True)
+            pieces = weight_pieces(model)
+            save_model(model, uri, tokenizer=folder, overwrite=True, pieces=pieces)
+    else:
+        for tensor in named_tensors(model).values():
+            if isinstance(tensor, DTensor):
+                tensor.full_tensor()  # for the main worker
     barrier(worker)
+
+
+def weight_pieces(
+    model: nn.Module, max_bytes: int = FILE_BYTES
+) -> Iterator[dict[str, torch.Tensor]]:
+    """The whole weights on the CPU, a few layers at a time; a collective of a sharded model.
+
+    Layers stay in one piece: the names and shapes of some files come from several tensors.
+    """
+    piece: dict[str, torch.Tensor] = {}
+    num_bytes, layer = 0, ""
+    for name, tensor in named_tensors(model).items():
+        found = re.match(r".*?\.\d+\.", name)
+        own_layer = found[0] if found else name
+        if own_layer != layer and num_bytes >= max_bytes:
+            yield piece
+            piece, num_bytes = {}, 0
+        layer = own_layer
+        piece[name] = full_tensor(tensor).contiguous()
+        num_bytes += tensor.numel() * tensor.element_size()
+    yield piece
 
 
 @contextmanager

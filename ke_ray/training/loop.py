@@ -17,6 +17,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -26,7 +27,7 @@ from torch import nn
 from ke_ray.errors import NonFiniteLossError
 from ke_ray.studies.training import TrainingSettings
 from ke_ray.training.batches import BatchPlan, TokenRows
-from ke_ray.training.checkpoint import TrainingState, load_state, save_state
+from ke_ray.training.checkpoint import States, TrainingState
 from ke_ray.training.loss import row_losses
 from ke_ray.training.optimizer import build_optimizer, clip_gradients
 from ke_ray.training.parallel import (
@@ -34,6 +35,7 @@ from ke_ray.training.parallel import (
     accumulate,
     all_gather_objects,
     all_reduce_sum,
+    barrier,
     decoder_layers,
     unwrap,
     wrap_model,
@@ -78,14 +80,12 @@ class Hooks:
             model, in training mode; its ``state.record`` rows survive a resume.
         at_steps: the steps of ``after_step``; 0 means before the first update.
         on_progress: called on the main worker whenever losses were read.
-        on_saved: ``(state)``: after a training state was saved.
     """
 
     transform: Callable[[int, int, np.ndarray], np.ndarray] | None = None
     after_step: Callable[[int, nn.Module, TrainingState], None] | None = None
     at_steps: frozenset[int] = frozenset()
     on_progress: Callable[[Progress], None] | None = None
-    on_saved: Callable[[TrainingState], None] | None = None
 
 
 @dataclass
@@ -117,8 +117,9 @@ def train(
         data: the rows; row r of step s as :class:`BatchPlan` says.
         settings: batch sizes, optimizer, schedule, precision, …
         worker: this process among the workers; default: alone, on the CPU.
-        state_uri: where training states are saved (every ``settings.state_interval`` steps and at
-            the end) and looked for: a run that was killed resumes from the newest.
+        state_uri: where training states are saved (every ``settings.state_interval`` steps, every
+            ``settings.save_every_minutes`` and at the end) and looked for: a run that was killed
+            resumes from the newest.
         identity: fingerprint of the run, so that it does not resume from another one's state.
 
     Returns:
@@ -127,8 +128,27 @@ def train(
     Raises:
         DataError: the data set has fewer rows than one batch.
         NonFiniteLossError: names step and rows; earlier states are kept.
+        StorageError: a training state cannot be written.
     """
     worker, hooks = worker or Worker(), hooks or Hooks()
+    if state_uri is None:
+        return _train(model, data, settings, num_steps, worker, hooks, None)
+    with closing(States(state_uri, worker, identity=identity)) as states:
+        state = _train(model, data, settings, num_steps, worker, hooks, states)
+        states.wait()
+        barrier(worker)  # before one of them ends the group through which the others heard of it
+    return state
+
+
+def _train(
+    model: nn.Module,
+    data: TokenRows,
+    settings: TrainingSettings,
+    num_steps: int,
+    worker: Worker,
+    hooks: Hooks,
+    states: States | None,
+) -> TrainingState:
     plan = BatchPlan(data, settings.global_batch_size)
     local = settings.global_batch_size // worker.world_size
     first_row = worker.rank * local
@@ -136,13 +156,12 @@ def train(
     _prepare(model, settings)
     wrapped = wrap_model(model, worker, strategy=settings.strategy, precision=settings.precision)
     optimizer = build_optimizer(unwrap(wrapped), settings.optimizer)
-    state = None
-    if state_uri is not None:
-        state = load_state(state_uri, wrapped, optimizer, worker, identity=identity)
+    state = None if states is None else states.load(wrapped, optimizer)
     resumed = state is not None
     state = state or TrainingState()
     started = time.perf_counter() - state.elapsed_s
     interval = settings.state_interval(num_steps)
+    every_s = 60 * settings.save_every_minutes if settings.save_every_minutes else None
     log_every = settings.log_every or (10 if worker.device.startswith("cuda") else 1)
 
     if hooks.after_step and 0 in hooks.at_steps and not resumed:
@@ -167,9 +186,13 @@ def train(
         pending.rates.append(rate)
 
         acts = hooks.after_step is not None and step in hooks.at_steps
-        saves = state_uri is not None and (step % interval == 0 or step == num_steps)
+        saves = states is not None and (step % interval == 0 or step == num_steps)
         if step % log_every == 0 or step == num_steps or acts or saves:
-            _read_losses(pending, state, settings, plan, worker, started, rows.shape[1], first_row)
+            # The main worker's clock counts, for all workers save together.
+            due = states is not None and worker.is_main and states.is_due(every_s)
+            saves |= _read_losses(
+                pending, state, settings, plan, worker, started, rows.shape[1], first_row, due
+            )
             if hooks.on_progress and worker.is_main:
                 record = StepRecord(**state.records["train"][-1])
                 done = len(state.records["train"])
@@ -177,11 +200,9 @@ def train(
                 hooks.on_progress(Progress(record, num_steps, left))
         if acts and hooks.after_step is not None:
             hooks.after_step(step, unwrap(wrapped), state)
-        if saves and state_uri is not None:
+        if saves and states is not None:
             state.elapsed_s = time.perf_counter() - started
-            save_state(state_uri, state, wrapped, optimizer, worker, identity=identity)
-            if hooks.on_saved:
-                hooks.on_saved(state)
+            states.save(state, wrapped, optimizer)
         if acts or saves:
             pending.started = time.perf_counter()
     state.elapsed_s = time.perf_counter() - started
@@ -232,18 +253,26 @@ def _read_losses(
     started: float,
     sequence_length: int,
     first_row: int,
-) -> None:
+    flag: bool,
+) -> bool:
     """Turn pending losses into records, with one reduction over the workers.
+
+    Returns:
+        Whether ``flag`` is true on one of the workers.
 
     Raises:
         NonFiniteLossError: a loss or a gradient norm is not finite.
     """
-    totals = torch.stack([sums.sum() for sums in pending.row_sums])
-    numbers = torch.stack([all_reduce_sum(totals, worker), torch.stack(pending.norms)]).tolist()
+    own = [sums.sum() for sums in pending.row_sums]
+    totals = torch.stack([*own, own[0].new_tensor(float(flag))])
+    totals = all_reduce_sum(totals, worker)
+    numbers = torch.cat([totals, torch.stack(pending.norms)]).tolist()  # waits for the device, once
+    any_flag = numbers.pop(len(own))
+    losses = zip(pending.steps, numbers[: len(own)], numbers[len(own) :], strict=True)
     now = time.perf_counter()
     tokens = settings.global_batch_size * sequence_length
     rate = tokens * len(pending.steps) / max(now - pending.started, 1e-9)
-    for i, (step, total, norm) in enumerate(zip(pending.steps, *numbers, strict=True)):
+    for i, (step, total, norm) in enumerate(losses):
         loss = total / (settings.global_batch_size * (sequence_length - 1))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             _refuse_losses(pending, i, loss, norm, plan, worker, first_row)
@@ -258,6 +287,7 @@ def _read_losses(
     pending.norms.clear()
     pending.rates.clear()
     pending.started = now
+    return bool(any_flag)
 
 
 def _refuse_losses(

@@ -142,6 +142,13 @@ def accumulate(model: nn.Module, last: bool) -> AbstractContextManager[None]:
     return nullcontext()
 
 
+def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and persistent buffers by name, tied ones once."""
+    module = unwrap(model)
+    buffers = {n: b for n, b in module.named_buffers() if n in module.state_dict(keep_vars=True)}
+    return {**dict(module.named_parameters()), **buffers}
+
+
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """The whole of a sharded tensor (a collective: call it on every worker), on the CPU."""
     whole = getattr(tensor, "full_tensor", None)

@@ -10,7 +10,7 @@ import json
 import os
 import signal
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -21,11 +21,14 @@ import torch
 from command_process import start_process
 from transformers import OlmoConfig, OlmoeConfig, OlmoeForCausalLM, OlmoForCausalLM
 
+from ke_ray.storage import files
 from ke_ray.studies.training import TrainingSettings
-from ke_ray.training import loop
+from ke_ray.training import loop, state_files
+from ke_ray.training.checkpoint import TrainingState
 from ke_ray.training.loop import Hooks, train
 from ke_ray.training.loss import row_losses
 from ke_ray.training.parallel import Worker
+from ke_ray.training.state_files import ShardWriter
 
 VOCABULARY = 64
 
@@ -46,23 +49,23 @@ class ArrayRows:
         return np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(len(self))
 
 
-def tiny_model(seed: int = 0) -> OlmoForCausalLM:
+def tiny_model(seed: int = 0, **changes: Any) -> OlmoForCausalLM:
     """Two layers, d 16: small enough for hundreds of steps in a second or two."""
     torch.manual_seed(seed)
-    config = OlmoConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=32,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=0,
-        pad_token_id=1,
-        attention_dropout=0.0,
-    )
-    return OlmoForCausalLM(config)
+    values: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 32,
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "eos_token_id": 0,
+        "pad_token_id": 1,
+        "attention_dropout": 0.0,
+    }
+    return OlmoForCausalLM(OlmoConfig(**{**values, **changes}))
 
 
 def tiny_mixture(seed: int = 0) -> OlmoeForCausalLM:
@@ -179,20 +182,60 @@ def _meet(worker: Worker, meeting: str) -> None:
         )
 
 
+def _die_in_save(number: int, method: str) -> None:
+    """Kill this process in that method of the writer of the training state of that number."""
+    calls: list[int] = []
+    before = getattr(ShardWriter, method)
+
+    def call(*args: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == number:
+            if method == "write_data":  # after the first piece of the file
+                files._pieces = _killed_after_one  # type: ignore[assignment]
+            else:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return before(*args, **options)
+
+    setattr(ShardWriter, method, call)
+
+
+def _killed_after_one(payload: Sequence[memoryview]) -> Iterator[memoryview]:
+    yield payload[0]
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _count_bytes_read() -> list[int]:
+    counts: list[int] = []
+    before = state_files._rows
+
+    def count(*args: Any) -> torch.Tensor:
+        rows = before(*args)
+        counts.append(rows.untyped_storage().nbytes())
+        return rows
+
+    state_files._rows = count
+    return counts
+
+
 def main(job: dict[str, Any]) -> None:
     """Train as one worker."""
     worker = Worker(job.get("rank", 0), job.get("world_size", 1))
     _meet(worker, job.get("meeting", ""))
-    model = tiny_mixture() if job.get("mixture") else tiny_model()
+    model = tiny_mixture() if job.get("mixture") else tiny_model(**job.get("config", {}))
     if job.get("dropout"):  # draws random numbers in every step
         model.config.attention_dropout = job["dropout"]
         for layer in model.model.layers:
             layer.self_attn.attention_dropout = job["dropout"]
 
-    def die(step: int, _model: object, _state: object) -> None:
+    def end(step: int, _model: object, _state: object) -> None:
         if step == job.get("die_after"):
             os.kill(os.getpid(), signal.SIGKILL)
+        if step == job.get("stop_after"):
+            raise KeyboardInterrupt
 
+    if "die_in_save" in job:
+        _die_in_save(*job["die_in_save"])
+    bytes_read = _count_bytes_read()
     if "max_logits" in job:
         loop.row_losses = partial(row_losses, max_logits=job["max_logits"])
     held: list[int] = []  # elements of a parameter's gradient here, when a forward pass begins
@@ -205,16 +248,20 @@ def main(job: dict[str, Any]) -> None:
             held.append(0 if local is None else local.numel())
 
         model.model.layers[0].register_forward_pre_hook(watch)
-    state = train(
-        model,
-        tiny_rows(),
-        tiny_keys(**job.get("keys", {})),
-        num_steps=job.get("num_steps", 12),
-        worker=worker,
-        hooks=Hooks(after_step=die, at_steps=frozenset({job.get("die_after", -1)})),
-        state_uri=job.get("state_uri"),
-        identity="tiny",
-    )
+    steps = {job[key] for key in ("die_after", "stop_after") if key in job}
+    try:
+        state = train(
+            model,
+            tiny_rows(),
+            tiny_keys(**job.get("keys", {})),
+            num_steps=job.get("num_steps", 12),
+            worker=worker,
+            hooks=Hooks(after_step=end, at_steps=frozenset(steps)),
+            state_uri=job.get("state_uri"),
+            identity="tiny",
+        )
+    except KeyboardInterrupt:
+        state = TrainingState(records={"train": []})
     from ke_ray.training.parallel import full_tensor
 
     weights = {f"weight {n}": full_tensor(p).numpy() for n, p in model.named_parameters()}
@@ -223,6 +270,7 @@ def main(job: dict[str, Any]) -> None:
         job["out"],
         loss=[row["loss"] for row in rows],
         grad_norm=[row["grad_norm"] for row in rows],
+        bytes_read=sum(bytes_read),
         **({"held": held} if held else {}),
         **weights,
     )

@@ -13,6 +13,7 @@ import sys
 import tracemalloc
 import types
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ from ke_ray.checkpoints.formats.weights import open_weights
 from ke_ray.errors import CheckpointError, CheckpointSpecError
 from ke_ray.models.loading import load_model
 from ke_ray.models.saving import save_model
-from ke_ray.training.checkpoint import TrainingState, save_state
+from ke_ray.training.checkpoint import States, TrainingState
 from ke_ray.training.parallel import Worker
 
 
@@ -251,8 +252,8 @@ def test_states_of_ke_rays_own_pretraining(tmp_path: Path, tiny_decoder) -> None
     save_model(models[0], tmp_path / "checkpoints" / "step0")
     for step, model in enumerate(models):
         optimizer = torch.optim.AdamW(model.parameters())
-        uri, state = str(tmp_path / "state"), TrainingState(step=step)
-        save_state(uri, state, model, optimizer, Worker(), identity="x", keep=3)
+        with closing(States(str(tmp_path / "state"), Worker(), identity="x", keep=3)) as states:
+            states.save(TrainingState(step=step), model, optimizer)
     refs = list_checkpoints(str(tmp_path / "state"))
     assert [ref.step for ref in refs] == [0, 1, 2]
     for ref, model in zip(refs, models, strict=True):

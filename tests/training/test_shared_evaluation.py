@@ -236,7 +236,7 @@ def run(worker: Worker, study: ContinualStudy) -> dict[str, Any]:
     def gather(*_: object) -> None:
         raise AssertionError("the whole model was gathered")
 
-    export.whole_model = gather  # type: ignore[assignment]
+    export.weight_pieces = gather  # type: ignore[assignment]
     return run_continual(study, list_runs(study)[-1], worker)
 
 

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from ke_ray.checkpoints.formats.dcp import DcpFile
 from ke_ray.checkpoints.formats.local import base_folder, local_layout
+from ke_ray.checkpoints.formats.shards import StateFile
 from ke_ray.checkpoints.hub import lfs_fingerprint
 from ke_ray.checkpoints.reference import CheckpointRef
 from ke_ray.errors import CheckpointError
@@ -109,9 +110,10 @@ def _weight_spans(folder: Path) -> Iterator[tuple[str, int, int, int, int]]:
         return
     paths = [base_folder(folder) / name for name in layout.weights]
     parts: list[tuple[Path, int, int]] = []
-    if layout.format == "dcp":
+    if layout.format in ("dcp", "state"):
         try:
-            spans = DcpFile(paths[0].parent).spans()
+            opened = (DcpFile if layout.format == "dcp" else StateFile)(paths[0].parent)
+            spans = opened.spans()
             parts = [span for span in spans if span[0].is_file()]
         except CheckpointError:
             parts = []  # loading says what is wrong

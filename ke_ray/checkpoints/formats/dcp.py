@@ -27,7 +27,7 @@ METADATA = ".metadata"
 _LIMIT = 256 * 2**20  # bytes of a .metadata; OLMo-core's of a 32B model has about 10 MiB
 _OTHERS = re.compile(r"(optim|optimizers?|lr_schedulers?|schedulers?|dataloader|train_state)\..*")
 # torch's dtypes by the names under which safetensors has them.
-_DTYPES = {
+DTYPES = {
     "float64": "F64",
     "float32": "F32",
     "float16": "F16",
@@ -74,7 +74,7 @@ _CLASSES: dict[tuple[str, str], Any] = {
     ("olmo_core.distributed.checkpoint.filesystem", "_StorageInfo"): _Record,
     ("torch.serialization", "_get_layout"): _plain,
     ("torch", "Size"): tuple,
-    **{("torch", name): name for name in _DTYPES},
+    **{("torch", name): name for name in DTYPES},
     ("collections", "OrderedDict"): dict,
     **{
         (module, name): _joined
@@ -96,7 +96,7 @@ class _Reader(pickle._Unpickler):
 
 
 @dataclass(frozen=True)
-class _Piece:
+class TensorPiece:
     """A part of a tensor: its offsets and sizes in it, and its bytes in a file."""
 
     offsets: tuple[int, ...]
@@ -112,7 +112,7 @@ class StoredTensor:
 
     shape: tuple[int, ...]
     dtype: str
-    pieces: tuple[_Piece, ...]
+    pieces: tuple[TensorPiece, ...]
 
     def get_shape(self) -> tuple[int, ...]:
         """As a slice of safetensors has it."""
@@ -168,7 +168,7 @@ class DcpFile:
         assert result is not None  # pieces were counted when the metadata was read
         return result
 
-    def _read(self, piece: _Piece) -> torch.Tensor:
+    def _read(self, piece: TensorPiece) -> torch.Tensor:
         import torch
 
         path = self._folder / piece.file
@@ -232,11 +232,11 @@ def _stored(entry: _Record, pieces: list[tuple[_Record, _Record]]) -> StoredTens
             0 <= o <= o + s <= whole for o, s, whole in zip(offsets, own, shape, strict=True)
         ):
             raise ValueError("a piece does not lie in its tensor")
-        result.append(_Piece(offsets, own, file, info.get("offset"), info.get("length")))
+        result.append(TensorPiece(offsets, own, file, info.get("offset"), info.get("length")))
     unique = {piece.offsets: piece for piece in result}
     if sum(math.prod(piece.sizes) for piece in unique.values()) != math.prod(shape):
         raise ValueError("a tensor is not whole")
     # State of TensorProperties: dtype, layout, requires_grad, memory format, pinned.
     properties = entry.get("properties").state
     dtype = properties["dtype"] if isinstance(properties, dict) else properties[0]
-    return StoredTensor(shape, _DTYPES[dtype], tuple(unique.values()))
+    return StoredTensor(shape, DTYPES[dtype], tuple(unique.values()))

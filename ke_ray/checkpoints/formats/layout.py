@@ -29,7 +29,7 @@ class Layout:
         extras: tokenizer and generation files to take along.
     """
 
-    format: Literal["hf", "native", "nanochat", "lightning", "dcp"]
+    format: Literal["hf", "native", "nanochat", "lightning", "dcp", "state"]
     config: str
     weights: tuple[str, ...]
     index: str | None = None

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from ke_ray.checkpoints.formats.dcp import METADATA
 from ke_ray.checkpoints.formats.layout import Layout, layout_of
+from ke_ray.checkpoints.formats.shards import SHARDS, STATE
 
 _NANOCHAT = re.compile(r"model_([0-9]{1,15})\.pt")
 _CONFIG = "config.json"
@@ -48,7 +49,7 @@ def local_layout(path: Path) -> Layout | None:
     names = {entry.name for entry in path.iterdir() if entry.is_file()}
     layout = layout_of(names)
     if layout is None or not layout.weights:
-        layout = _dcp_layout(path) or layout
+        layout = _dcp_layout(path) or _state_layout(path) or layout
     if layout is None or layout.config != _CONFIG or _CONFIG in names:
         return layout
     return replace(layout, config=_config_above(path))
@@ -84,9 +85,16 @@ def _dcp_layout(folder: Path) -> Layout | None:
     return None
 
 
+def _state_layout(folder: Path) -> Layout | None:
+    shards = sorted(path.name for path in folder.glob(SHARDS))
+    if not shards or not (folder / STATE).is_file():
+        return None
+    return Layout("state", _CONFIG, (STATE, *shards))
+
+
 def _config_above(folder: Path) -> str:
     """The configuration of a folder that has none: one folder up, or of the same run."""
-    if (folder / "state.json").is_file():
+    if (folder / STATE).is_file():
         saved = sorted(folder.absolute().parent.parent.glob(f"checkpoints/*/{_CONFIG}"))
         if saved:
             return str(saved[0])

@@ -27,6 +27,7 @@ from ke_ray.checkpoints.formats.foreign import (
 from ke_ray.checkpoints.formats.layout import Layout
 from ke_ray.checkpoints.formats.local import base_folder, local_layout
 from ke_ray.checkpoints.formats.pico import is_pico
+from ke_ray.checkpoints.formats.shards import STATE, StateFile
 from ke_ray.checkpoints.formats.tool_names import transformers_names
 from ke_ray.errors import CheckpointError
 from ke_ray.storage import parse_json
@@ -111,7 +112,7 @@ class WeightFiles(Mapping[str, "torch.Tensor"]):
         stored: dict[str, Any] = {}
         indexed = _read_index(folder, layout)
         names = layout.weights if indexed is None else sorted(set(indexed.values()))
-        for name in names[:1] if layout.format == "dcp" else names:
+        for name in names[:1] if layout.format in ("dcp", "state") else names:
             opened = _open_file(folder / name)
             self._handles.append(opened)
             for key in opened.keys():  # noqa: SIM118 (safe_open is no mapping)
@@ -219,6 +220,8 @@ def _open_file(path: Path) -> Any:
         raise CheckpointError(f"The weight file '{path}' is missing; fetch the checkpoint again.")
     if path.name == METADATA:
         return DcpFile(path.parent)
+    if path.name == STATE:
+        return StateFile(path.parent)
     return _open_safetensors(path) if path.suffix == ".safetensors" else _open_pickle(path)
 
 
