@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from ke_ray.core.intervention import INTERVENED, Intervention
 from ke_ray.core.jackknife import standard_error
-from ke_ray.core.measure import BUILT_IN, Measure
+from ke_ray.core.measure import BUILT_IN, Measure, measure_by_intervention
 from ke_ray.core.sums import OF_LOGITS, SUMS, Sum, add_sum, all_tables
 from ke_ray.errors import UserError, nearest
 
@@ -76,7 +77,8 @@ def register(measure: Measure) -> None:
             f"measure {measure.name!r} has the unit {measure.unit!r}; expected a name of letters, "
             "digits and '_', and a unit of these, spaces, '/', '.' and '-' (MLflow takes no others)"
         )
-    known = all_tables() | {s.name: s.table_axes for s in measure.needs_all if isinstance(s, Sum)}
+    brought = [need for need in measure.needs_all if not isinstance(need, str)]
+    known = all_tables() | {own.name: own.table_axes for own in brought}
     for table in measure.tables:
         if table not in known:
             raise UserError(
@@ -90,9 +92,8 @@ def register(measure: Measure) -> None:
         raise UserError(
             f"measure {measure.name!r} has total {measure.total!r}; expected {expected}"
         )
-    for own in measure.needs_all:
-        if isinstance(own, Sum):
-            add_sum(own)
+    for own in brought:
+        add_sum(own)
     MEASURES[measure.name] = measure
 
 
@@ -102,6 +103,18 @@ def unregister(name: str) -> None:
     kept = {table for measure in MEASURES.values() for table in measure.tables}
     for table in set(gone.tables) - kept:
         SUMS.pop(table, None)
+
+
+def _by_intervention(name: str) -> bool:
+    """Register the measure of the intervention that the name says; whether it says one."""
+    measure = measure_by_intervention(name)
+    if measure is None:
+        return False
+    for own in measure.needs_all:
+        if isinstance(own, Intervention):
+            add_sum(own)
+    MEASURES[name] = measure
+    return True
 
 
 def _of_package(name: str) -> bool:
@@ -209,9 +222,10 @@ def check_measures(names: str | Sequence[str]) -> tuple[str, ...]:
     if not names:
         raise UserError(f"no measure was requested; name at least one of {available}")
     for name in names:
-        if name not in MEASURES and not _of_package(name):
+        if name not in MEASURES and not _by_intervention(name) and not _of_package(name):
             raise UserError(
-                f"unknown measure {name!r}.{nearest(name, MEASURES)} Measures: {available}"
+                f"unknown measure {name!r}.{nearest(name, MEASURES)} Measures: {available}, and "
+                "those by intervention (docs/measures.md)"
             )
     return tuple(name for name in MEASURES if name in names)
 
@@ -232,7 +246,18 @@ def needing_head(names: str | Sequence[str]) -> tuple[str, ...]:
     Raises:
         UserError: as `check_measures`.
     """
-    return tuple(n for n in check_measures(names) if set(MEASURES[n].tables) & set(OF_LOGITS))
+    of_head = {*OF_LOGITS, INTERVENED}
+    return tuple(n for n in check_measures(names) if of_head.intersection(MEASURES[n].tables))
+
+
+def interventions_of(names: str | Sequence[str]) -> tuple[Intervention, ...]:
+    """The changes of the model that these measures need, each once.
+
+    Raises:
+        UserError: as `check_measures`.
+    """
+    needs = (need for name in check_measures(names) for need in MEASURES[name].needs_all)
+    return tuple(dict.fromkeys(need for need in needs if isinstance(need, Intervention)))
 
 
 def evaluate(
