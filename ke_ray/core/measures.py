@@ -15,6 +15,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
@@ -115,6 +116,13 @@ def _by_intervention(name: str) -> bool:
             add_sum(own)
     MEASURES[name] = measure
     return True
+
+
+def declaration(name: str) -> Measure | None:
+    """What ke_ray knows of a name that stands in results; None where it is of others."""
+    with suppress(UserError):
+        return MEASURES.get(name) or measure_by_intervention(name)
+    return None
 
 
 def _of_package(name: str) -> bool:
@@ -258,6 +266,15 @@ def interventions_of(names: str | Sequence[str]) -> tuple[Intervention, ...]:
     """
     needs = (need for name in check_measures(names) for need in MEASURES[name].needs_all)
     return tuple(dict.fromkeys(need for need in needs if isinstance(need, Intervention)))
+
+
+def needs_usage(names: str | Sequence[str]) -> bool:
+    """Whether one of these measures goes by C̄ before anything is measured.
+
+    Raises:
+        UserError: as `check_measures`.
+    """
+    return any(own.kind == "mask" for own in interventions_of(names))
 
 
 def evaluate(

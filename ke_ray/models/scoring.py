@@ -35,6 +35,7 @@ from ke_ray.core.measures import (
     check_measures,
     evaluate,
     interventions_of,
+    needs_usage,
     required_sums,
 )
 from ke_ray.core.statistics import GroupSums
@@ -211,7 +212,7 @@ def score_instances(
     interventions = interventions_of(chosen)
     if not interventions:
         return sums
-    if usage is None and any(own.kind == "mask" for own in interventions):
+    if usage is None and needs_usage(chosen):
         assert len(ids) == num_instances, "masks go by C̄ over all of the dataset"
         usage = mean_usage(
             model, ids, tokens, num_instances=intervention_instances, batch_size=batch_size

@@ -12,6 +12,7 @@ import pyarrow as pa
 from pydantic import TypeAdapter
 
 from ke_ray.core.architecture import Architecture
+from ke_ray.core.intervention import NUM_INSTANCES, NUM_SEEDS
 from ke_ray.core.measures import evaluate
 from ke_ray.errors import CheckpointError
 from ke_ray.planning.scan_items import WorkItem
@@ -71,6 +72,8 @@ class ScorerSettings:
     architecture: Architecture | None = None
     matmul_precision: str = "highest"
     own_measures: tuple[OwnMeasure, ...] = ()
+    intervention_instances: int = NUM_INSTANCES
+    noise_seeds: int = NUM_SEEDS
 
 
 def evaluated_columns(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from ke_ray.core.measures import MEASURES
+from ke_ray.core.measure import BUILT_IN
 from ke_ray.core.sums import SUMS, all_tables
 from ke_ray.results.columns import TABLES
 
@@ -36,7 +36,7 @@ def markdown(table: str) -> str:
 def measures_markdown() -> str:
     """The measures as a Markdown table."""
     lines = ["| measure | unit | total | value of a layer |", "|---|---|---|---|"]
-    for measure in MEASURES.values():
+    for measure in BUILT_IN:
         meaning = "; ".join(
             part
             for part in (
@@ -56,7 +56,7 @@ def measures_markdown() -> str:
 def declarations_markdown() -> str:
     """How every measure is computed, as a Markdown table."""
     lines = ["| measure | title | sums | default | error |", "|---|---|---|---|---|"]
-    for measure in MEASURES.values():
+    for measure in BUILT_IN:
         default = "mixtures" if measure.by_expert else "yes" if measure.is_default else "–"
         sums = ", ".join(f"`{table}`" for table in measure.tables)
         error = "yes" if measure.has_error else "–"
@@ -67,7 +67,10 @@ def declarations_markdown() -> str:
 def sums_markdown() -> str:
     """The sums and their shapes, as a Markdown table."""
     lines = ["| sum | tap | shape of its mean |", "|---|---|---|"]
+    brought = {need.name for own in BUILT_IN for need in own.needs_all if not isinstance(need, str)}
     for name, axes in all_tables().items():
+        if name in SUMS and name not in brought:
+            continue  # of a measure that this process registered
         tap = f"`{SUMS[name].tap}`" if name in SUMS else "–"
         lines.append(f"| `{name}` | {tap} | {' × '.join(axes) or 'one number'} |")
     return "\n".join(lines)

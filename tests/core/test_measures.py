@@ -44,6 +44,7 @@ def _values(seed: int = 0) -> dict[str, torch.Tensor]:
         "next_token_entropy": (),
         "token_nats": (),
         "predictions": (),
+        "intervened_predictions": (),
         "hidden_moments": (D_MODEL + 1, D_MODEL + 1),
         "expert_load": (N_LAYERS, len(EXPERTS)),
     }

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from ke_ray.core import measures, sums
+from ke_ray.core import measures
 from ke_ray.core.intervention import is_chosen, noise_stream
 from ke_ray.core.measures import evaluate
 from ke_ray.errors import UnsupportedArchitectureError, UserError
@@ -19,15 +18,6 @@ from ke_ray.models.scoring import mean_usage, score_instances, score_model
 
 NOISE = ("sensitivity_all_0.1", "sensitivity_ffn_0.1", "sensitivity_attention_0.1")
 MASKS = ("masking_least_0.1", "masking_most_0.1")
-
-
-@pytest.fixture(autouse=True)
-def _interventions_end_with_the_test(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(measures, "MEASURES", dict(measures.MEASURES))
-    own = dict(sums.SUMS)
-    yield
-    sums.SUMS.clear()
-    sums.SUMS.update(own)
 
 
 def rows(number: int = 6) -> tuple[torch.Tensor, list[int]]:
