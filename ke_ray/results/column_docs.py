@@ -9,7 +9,8 @@ import re
 from pathlib import Path
 
 from ke_ray.core.measure import BUILT_IN
-from ke_ray.core.sums import SUMS, all_tables
+from ke_ray.core.sums import TABLES as TABLES_OF_SUMS
+from ke_ray.core.sums import Sum
 from ke_ray.results.columns import TABLES
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -67,11 +68,9 @@ def declarations_markdown() -> str:
 def sums_markdown() -> str:
     """The sums and their shapes, as a Markdown table."""
     lines = ["| sum | tap | shape of its mean |", "|---|---|---|"]
-    brought = {need.name for own in BUILT_IN for need in own.needs_all if not isinstance(need, str)}
-    for name, axes in all_tables().items():
-        if name in SUMS and name not in brought:
-            continue  # of a measure that this process registered
-        tap = f"`{SUMS[name].tap}`" if name in SUMS else "–"
+    own = {need.name: need for m in BUILT_IN for need in m.needs_all if isinstance(need, Sum)}
+    for name, axes in {**TABLES_OF_SUMS, **{n: s.table_axes for n, s in own.items()}}.items():
+        tap = f"`{own[name].tap}`" if name in own else "–"
         lines.append(f"| `{name}` | {tap} | {' × '.join(axes) or 'one number'} |")
     return "\n".join(lines)
 

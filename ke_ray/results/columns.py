@@ -168,7 +168,12 @@ _COMPARISON = (
 )
 
 _RELATION = (
-    Column("measure", "string", "of the starts, in total over layers"),
+    Column(
+        "measure",
+        "string",
+        "of the starts, in total over layers; of weights `ffn_` or `attention_` and a column of "
+        "`weights.parquet`, mean over matrices",
+    ),
     Column("outcome", "string", "`acquisition`, `forgetting`, `knowledge_change` (ΔK), …"),
     Column("corpus", "string", "that the measure was taken on"),
     Column("kind", "string", "`pearson`, or `spearman` (ranks within a series)"),
