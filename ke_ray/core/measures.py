@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from ke_ray.core.intervention import INTERVENED, Intervention
+from ke_ray.core.intervention import Intervention
 from ke_ray.core.jackknife import standard_error
 from ke_ray.core.measure import BUILT_IN, Measure, measure_by_intervention
 from ke_ray.core.sums import OF_LOGITS, SUMS, Sum, add_sum, all_tables
@@ -254,8 +254,11 @@ def needing_head(names: str | Sequence[str]) -> tuple[str, ...]:
     Raises:
         UserError: as `check_measures`.
     """
-    of_head = {*OF_LOGITS, INTERVENED}
-    return tuple(n for n in check_measures(names) if of_head.intersection(MEASURES[n].tables))
+    return tuple(
+        name
+        for name in check_measures(names)
+        if set(OF_LOGITS).intersection(MEASURES[name].tables) or interventions_of(name)
+    )
 
 
 def interventions_of(names: str | Sequence[str]) -> tuple[Intervention, ...]:

@@ -51,7 +51,8 @@ def add_interventions(
             "the weights of this model are divided among workers, where no intervention is "
             "possible; save the model and measure it with ke-ray scan"
         )
-    sums.add(INTERVENED, instances, predictions)
+    if INTERVENED in sums.tables:
+        sums.add(INTERVENED, instances, predictions)
     before = losses()
     for own in interventions:
         if own.kind == "mask":
@@ -93,10 +94,12 @@ def _noisy(tensors: Mapping[str, Tensor], gamma: float, seed: int) -> Iterator[N
         for name, parameter in tensors.items():
             originals[name] = parameter.detach().to("cpu", copy=True)
             add_noise(parameter.detach(), gamma, seed=seed, name=name)
+        torch.clear_autocast_cache()  # it holds the weights as they were
         yield
     finally:
         for name, original in originals.items():
             tensors[name].detach().copy_(original)
+        torch.clear_autocast_cache()
 
 
 @contextmanager

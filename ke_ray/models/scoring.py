@@ -188,8 +188,8 @@ def score_instances(
         sizes=group_sizes,
     )
     with (
-        _evaluating(model),
         no_gradients(model),
+        _evaluating(model),
         Capture(model, layouts, sums.tables, target) as capture,
     ):
 
@@ -231,7 +231,7 @@ def score_instances(
                 values.append(capture.run(batch, part.tolist())["token_nats"])
         return torch.cat(values) if values else torch.zeros(0, dtype=torch.float64, device=target)
 
-    with _evaluating(model), torch.no_grad():
+    with torch.no_grad(), _evaluating(model):
         add_interventions(
             sums,
             interventions,
@@ -260,7 +260,7 @@ def mean_usage(
     """
     ids, tokens = _checked(model, input_ids, lengths)
     ids, tokens, _ = _spread(ids, tokens, 0, num_instances, len(ids))
-    sums = score_instances(
+    sums, _ = score_within_memory(
         model,
         ids,
         tokens,

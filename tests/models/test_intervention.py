@@ -101,6 +101,15 @@ def test_no_noise_is_exactly_no_rise_and_weights_are_restored_to_the_bit(tiny_de
         assert torch.equal(tensor.view(torch.uint8), before[name].view(torch.uint8)), name
 
 
+def test_autocast_sees_the_changed_weights_and_then_the_restored_ones(tiny_decoder):
+    model, (ids, _) = tiny_decoder("olmo"), rows()
+    with torch.autocast("cpu", torch.bfloat16):
+        before = score_model(model, ids, measures=["loss"]).row("loss").value
+        rise = score_model(model, ids, measures=["sensitivity_all_0.5"])
+        assert abs(rise.row("sensitivity_all_0.5").value) > 1e-3
+        assert score_model(model, ids, measures=["loss"]).row("loss").value == before
+
+
 def test_weights_are_restored_where_a_pass_fails(tiny_decoder, monkeypatch):
     model, (ids, _) = tiny_decoder("olmo"), rows()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
