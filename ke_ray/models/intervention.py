@@ -94,12 +94,10 @@ def _noisy(tensors: Mapping[str, Tensor], gamma: float, seed: int) -> Iterator[N
         for name, parameter in tensors.items():
             originals[name] = parameter.detach().to("cpu", copy=True)
             add_noise(parameter.detach(), gamma, seed=seed, name=name)
-        torch.clear_autocast_cache()  # it holds the weights as they were
         yield
     finally:
         for name, original in originals.items():
             tensors[name].detach().copy_(original)
-        torch.clear_autocast_cache()
 
 
 @contextmanager

@@ -224,6 +224,7 @@ def score_instances(
     def losses() -> Tensor:
         """Σ_t ℓ_t of the instances on which the model is changed."""
         values = []
+        # In inference mode autocast keeps no copies of weights, which would be those before.
         with no_gradients(model), Capture(model, layouts, ("token_nats",), target) as capture:
             for start in range(0, len(own_ids), batch_size):
                 part = own_tokens[start : start + batch_size]
