@@ -17,7 +17,7 @@ from ke_ray.core.measures import evaluate
 from ke_ray.errors import CheckpointError
 from ke_ray.planning.scan_items import WorkItem
 from ke_ray.secrets import redact
-from ke_ray.studies.own_measures import OwnMeasure
+from ke_ray.studies.own_measure import OwnMeasure
 from ke_ray.studies.parts import Resuscitation
 
 if TYPE_CHECKING:

@@ -21,15 +21,9 @@ from pydantic import (
 )
 
 from ke_ray.config import Key, Strict
-from ke_ray.core.measures import check_measures
 from ke_ray.errors import UserError, nearest
 from ke_ray.studies.architecture import ArchitectureKey
-from ke_ray.studies.own_measures import (
-    OwnMeasure,
-    name_of,
-    read_own_measure,
-    use_own_measure,
-)
+from ke_ray.studies.own_measure import OwnMeasure, read_own_measure
 from ke_ray.studies.parts import (
     CheckpointSelection,
     EvaluationText,
@@ -97,6 +91,8 @@ class MeasuredText(EvaluationText):
     @field_validator("own_measures")
     @classmethod
     def _registered(cls, own: tuple[OwnMeasure, ...]) -> tuple[OwnMeasure, ...]:
+        from ke_ray.studies.own_measures import use_own_measure  # with numpy
+
         try:
             for each in own:
                 use_own_measure(each)
@@ -107,6 +103,9 @@ class MeasuredText(EvaluationText):
     @field_validator("measures")
     @classmethod
     def _known(cls, measures: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        from ke_ray.core.measures import check_measures
+        from ke_ray.studies.own_measures import name_of
+
         own = [name_of(each.reference) for each in info.data.get("own_measures", ())]
         try:
             return check_measures([*measures, *own]) if measures or own else ()

@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 from ke_ray.core.architecture import Architecture
 from ke_ray.errors import ResultsError
 from ke_ray.secrets import redact
+from ke_ray.studies.own_measure import OwnMeasure
 
 IDENTITY_VERSION = 3
 
@@ -85,8 +86,6 @@ def check_same_study(output: str, manifest: Mapping[str, Any], keys: Mapping[str
 
 
 def _plain(value: Any) -> Any:
-    from ke_ray.studies.own_measures import OwnMeasure  # brings numpy, which help has no use for
-
     if isinstance(value, BaseModel):
         keys = {}
         for name, field in type(value).model_fields.items():

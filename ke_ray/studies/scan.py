@@ -11,7 +11,8 @@ from ke_ray.core.intervention import NUM_INSTANCES, NUM_SEEDS
 from ke_ray.core.measures import DEFAULT_MEASURES, MEASURES, check_measures, needs_usage
 from ke_ray.errors import UserError
 from ke_ray.studies.architecture import ArchitectureKey
-from ke_ray.studies.own_measures import name_of, read_own_measure, use_own_measure
+from ke_ray.studies.own_measure import read_own_measure
+from ke_ray.studies.own_measures import name_of, use_own_measure
 from ke_ray.studies.parts import CheckpointSelection, Resuscitation, Sampling, TrackingSettings
 
 #: The measure that ``precision`` and ``stderr_nats`` are about.
