@@ -33,6 +33,19 @@ settings.register_profile("search", derandomize=False, deadline=None)
 settings.load_profile("same")
 
 
+@pytest.fixture(autouse=True)
+def _measures_end_with_the_test() -> Iterator[None]:
+    """A measure by intervention is registered where its name is first met."""
+    from ke_ray.core.measures import MEASURES
+    from ke_ray.core.sums import SUMS
+
+    before = dict(MEASURES), dict(SUMS)
+    yield
+    for registry, own in zip((MEASURES, SUMS), before, strict=True):
+        registry.clear()
+        registry.update(own)
+
+
 @pytest.fixture(scope="session")
 def reference_data() -> Path:
     """The folder that holds reference data; the test is skipped where it is absent.

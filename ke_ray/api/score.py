@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from ke_ray.core.intervention import NUM_INSTANCES, NUM_SEEDS
 from ke_ray.models import scoring
 
 
@@ -18,6 +19,8 @@ def score_model(
     *,
     measures: str | Sequence[str] = ("knowledge_entropy",),
     batch_size: int = 4,
+    intervention_instances: int = NUM_INSTANCES,
+    noise_seeds: int = NUM_SEEDS,
 ) -> pd.DataFrame:
     """Measure a causal language model of transformers on token ids.
 
@@ -29,7 +32,13 @@ def score_model(
         ``attrs`` has ``num_instances`` and ``num_tokens``, which the values are over.
     """
     evaluation = scoring.score_model(
-        model, input_ids, attention_mask, measures=measures, batch_size=batch_size
+        model,
+        input_ids,
+        attention_mask,
+        measures=measures,
+        batch_size=batch_size,
+        intervention_instances=intervention_instances,
+        noise_seeds=noise_seeds,
     )
     columns = ["measure", "layer", "value", "stderr", "unit", "d_mlp", "reason"]
     frame = pd.DataFrame([asdict(row) for row in evaluation.rows], columns=columns)

@@ -20,13 +20,8 @@ from ke_ray.errors import ResultsError
 from ke_ray.planning.scan_rounds import describe_corpus
 from ke_ray.planning.scan_rows import EvaluatedTables, labelled
 from ke_ray.results.manifest import new_manifest, read_manifest
-from ke_ray.results.scan_folder import (
-    EXPERTS_SCHEMA,
-    REPLICATES_SCHEMA,
-    ScanFolder,
-    check_identity,
-    merge_identities,
-)
+from ke_ray.results.scan_folder import EXPERTS_SCHEMA, REPLICATES_SCHEMA, ScanFolder
+from ke_ray.results.scan_identity import check_identity, merge_identities
 from ke_ray.storage.ownership import claimed
 from ke_ray.studies.own_measures import described
 

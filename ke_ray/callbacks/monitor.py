@@ -26,7 +26,7 @@ from ke_ray.callbacks.cost import Cost, plan_cost
 from ke_ray.callbacks.folder import RunFolder
 from ke_ray.callbacks.passes import live_sums
 from ke_ray.checkpoints.find.series import series_label
-from ke_ray.core.measures import MEASURE_VERSION, MEASURES, check_measures
+from ke_ray.core.measures import MEASURE_VERSION, MEASURES, check_measures, interventions_of
 from ke_ray.core.sums import OF_LOGITS, SUMS
 from ke_ray.errors import ConfigError, KeRayError, UserError, row_error
 from ke_ray.evaluation.sharing import Workers, check_alike, together
@@ -99,6 +99,11 @@ class Monitor:
             raise ConfigError(f"max_share is {max_share}; expected a share of time, such as 0.01.")
         self.corpus = live_corpus(data)
         self.measures = check_measures(measures)
+        if interventions_of(self.measures):
+            raise ConfigError(
+                f"measures is {', '.join(self.measures)}; expected measures that leave the weights "
+                "alone while training. Scan saved checkpoints for sensitivity and masking."
+            )
         self.output = str(output)
         self.every, self.max_share, self.batch_size = every, max_share, batch_size
         self.tokens_per_step, self.autocast, self.run = tokens_per_step, autocast, run

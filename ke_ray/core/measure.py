@@ -15,10 +15,13 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Literal
 
+from ke_ray.core.intervention import INTERVENED, Intervention, intervention_named
 from ke_ray.core.sums import Sum, is_pooled
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+Need = str | Sum | Intervention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +34,7 @@ class Measure:
         doc: what the value of a layer is, in one line.
         unit: of the values, such as nats, memories or fraction.
         needs: the table of `GroupSums` that it is computed from, or several; a `Sum` of its own
-            may stand among them.
+            or an `Intervention` may stand among them.
         values: from the mean of each table over instances, float64 [n_layers, …], to the values
             [n_layers]; [] to [] where the table has no layers.
         total: over layers, the sum or the mean; 'only' where the table has no layers.
@@ -48,7 +51,7 @@ class Measure:
     title: str
     doc: str
     unit: str
-    needs: str | Sum | tuple[str | Sum, ...]
+    needs: Need | tuple[Need, ...]
     values: Callable[..., Tensor]
     total: Literal["sum", "mean", "only"]
     parameter: Literal["top_k_fraction", "dormant_threshold"] | None = None
@@ -59,19 +62,19 @@ class Measure:
     origin: str = ""
 
     @property
-    def needs_all(self) -> tuple[str | Sum, ...]:
+    def needs_all(self) -> tuple[Need, ...]:
         """What it needs, as a tuple."""
         return self.needs if isinstance(self.needs, tuple) else (self.needs,)
 
     @property
     def tables(self) -> tuple[str, ...]:
         """The tables that it needs, in the order in which `values` takes them."""
-        return tuple(own.name if isinstance(own, Sum) else own for own in self.needs_all)
+        return tuple(own if isinstance(own, str) else own.name for own in self.needs_all)
 
     @property
     def has_error(self) -> bool:
         """Whether its values have jackknife errors."""
-        pooled = (o.is_pooled if isinstance(o, Sum) else is_pooled(o) for o in self.needs_all)
+        pooled = (is_pooled(o) if isinstance(o, str) else o.is_pooled for o in self.needs_all)
         return self.is_smooth and not any(pooled)
 
 
@@ -272,3 +275,37 @@ BUILT_IN: tuple[Measure, ...] = (
         by_expert=True,
     ),
 )
+
+_PART_TITLES = {
+    "all": "all weights",
+    "ffn": "FFN weights",
+    "attention": "attention weights",
+    "embeddings": "embeddings and head",
+}
+
+
+def measure_by_intervention(name: str) -> Measure | None:
+    """The measure of a change of the model, such as `sensitivity_ffn_0.02`; None for other names.
+
+    Raises:
+        UserError: as `intervention_named`.
+    """
+    own = intervention_named(name)
+    if own is None:
+        return None
+    if own.kind == "noise":
+        title = f"Sensitivity to noise on {_PART_TITLES[own.target]}, γ = {own.amount:g}"
+        doc = "ΔL(γ) = E_ε[L(θ + γ σ_W ε)] − L(θ)"
+    else:
+        title = f"Rise of the loss without the {100 * own.amount:.6g} % {own.target} used memories"
+        doc = "L(θ without those coefficients) − L(θ)"
+    return Measure(
+        name=name,
+        title=title,
+        doc=doc,
+        unit="nats",
+        needs=(own, INTERVENED),
+        values=_core("prediction", "loss"),
+        total="only",
+        is_default=False,
+    )

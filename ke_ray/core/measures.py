@@ -15,6 +15,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
@@ -22,8 +23,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from ke_ray.core.intervention import Intervention
 from ke_ray.core.jackknife import standard_error
-from ke_ray.core.measure import BUILT_IN, Measure
+from ke_ray.core.measure import BUILT_IN, Measure, measure_by_intervention
 from ke_ray.core.sums import OF_LOGITS, SUMS, Sum, add_sum, all_tables
 from ke_ray.errors import UserError, nearest
 
@@ -76,7 +78,8 @@ def register(measure: Measure) -> None:
             f"measure {measure.name!r} has the unit {measure.unit!r}; expected a name of letters, "
             "digits and '_', and a unit of these, spaces, '/', '.' and '-' (MLflow takes no others)"
         )
-    known = all_tables() | {s.name: s.table_axes for s in measure.needs_all if isinstance(s, Sum)}
+    brought = [need for need in measure.needs_all if not isinstance(need, str)]
+    known = all_tables() | {own.name: own.table_axes for own in brought}
     for table in measure.tables:
         if table not in known:
             raise UserError(
@@ -90,9 +93,8 @@ def register(measure: Measure) -> None:
         raise UserError(
             f"measure {measure.name!r} has total {measure.total!r}; expected {expected}"
         )
-    for own in measure.needs_all:
-        if isinstance(own, Sum):
-            add_sum(own)
+    for own in brought:
+        add_sum(own)
     MEASURES[measure.name] = measure
 
 
@@ -102,6 +104,25 @@ def unregister(name: str) -> None:
     kept = {table for measure in MEASURES.values() for table in measure.tables}
     for table in set(gone.tables) - kept:
         SUMS.pop(table, None)
+
+
+def _by_intervention(name: str) -> bool:
+    """Register the measure of the intervention that the name says; whether it says one."""
+    measure = measure_by_intervention(name)
+    if measure is None:
+        return False
+    for own in measure.needs_all:
+        if isinstance(own, Intervention):
+            add_sum(own)
+    MEASURES[name] = measure
+    return True
+
+
+def declaration(name: str) -> Measure | None:
+    """What ke_ray knows of a name that stands in results; None where it is of others."""
+    with suppress(UserError):
+        return MEASURES.get(name) or measure_by_intervention(name)
+    return None
 
 
 def _of_package(name: str) -> bool:
@@ -209,9 +230,10 @@ def check_measures(names: str | Sequence[str]) -> tuple[str, ...]:
     if not names:
         raise UserError(f"no measure was requested; name at least one of {available}")
     for name in names:
-        if name not in MEASURES and not _of_package(name):
+        if name not in MEASURES and not _by_intervention(name) and not _of_package(name):
             raise UserError(
-                f"unknown measure {name!r}.{nearest(name, MEASURES)} Measures: {available}"
+                f"unknown measure {name!r}.{nearest(name, MEASURES)} Measures: {available}, and "
+                "those by intervention (docs/measures.md)"
             )
     return tuple(name for name in MEASURES if name in names)
 
@@ -232,7 +254,30 @@ def needing_head(names: str | Sequence[str]) -> tuple[str, ...]:
     Raises:
         UserError: as `check_measures`.
     """
-    return tuple(n for n in check_measures(names) if set(MEASURES[n].tables) & set(OF_LOGITS))
+    return tuple(
+        name
+        for name in check_measures(names)
+        if set(OF_LOGITS).intersection(MEASURES[name].tables) or interventions_of(name)
+    )
+
+
+def interventions_of(names: str | Sequence[str]) -> tuple[Intervention, ...]:
+    """The changes of the model that these measures need, each once.
+
+    Raises:
+        UserError: as `check_measures`.
+    """
+    needs = (need for name in check_measures(names) for need in MEASURES[name].needs_all)
+    return tuple(dict.fromkeys(need for need in needs if isinstance(need, Intervention)))
+
+
+def needs_usage(names: str | Sequence[str]) -> bool:
+    """Whether one of these measures goes by C̄ before anything is measured.
+
+    Raises:
+        UserError: as `check_measures`.
+    """
+    return any(own.kind == "mask" for own in interventions_of(names))
 
 
 def evaluate(

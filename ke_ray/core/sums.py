@@ -11,6 +11,8 @@ places; both show one instance at a time, its real tokens only:
 Rows are copies, in float32 at least. In a mixture of experts the coefficients of a token are seen
 expert by expert and never stand in one row: there, a sum at `coefficients` is null with its reason.
 
+A measure may also need an `Intervention` (`core.intervention`): the loss of the changed model.
+
 Importing this module needs no torch, so that measures can be declared cheaply.
 """
 
@@ -20,6 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from ke_ray.core.intervention import INTERVENED, Intervention
 from ke_ray.errors import UserError
 
 if TYPE_CHECKING:
@@ -63,16 +66,17 @@ TABLES: dict[str, tuple[str, ...]] = {
     "token_nats": (),
     "predictions": (),
     "expert_load": ("n_layers", "n_experts"),
+    INTERVENED: (),
 }
 
 #: Tables that are computed from logits, for which a model needs its language-model head.
 OF_LOGITS = ("next_token_entropy", "token_nats")
 
-SUMS: dict[str, Sum] = {}
+SUMS: dict[str, Sum | Intervention] = {}
 """The sums that measures brought along, by name."""
 
 
-def add_sum(own: Sum) -> None:
+def add_sum(own: Sum | Intervention) -> None:
     """Make a sum known in this process.
 
     Raises:
@@ -82,6 +86,9 @@ def add_sum(own: Sum) -> None:
         return
     if own.name in SUMS or own.name in TABLES:
         raise UserError(f"there is a sum {own.name!r} already; give yours another name")
+    if isinstance(own, Intervention):
+        SUMS[own.name] = own
+        return
     if own.tap == "coefficients" and own.axes not in ((), ("d_mlp",)):
         raise UserError(
             f"sum {own.name!r} has axes {own.axes}; with the tap coefficients they are () or "

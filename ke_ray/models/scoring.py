@@ -23,16 +23,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ke_ray.core.measures import Evaluation, check_measures, evaluate, required_sums
+from ke_ray.core import intervention
+from ke_ray.core.measures import (
+    Evaluation,
+    check_measures,
+    evaluate,
+    interventions_of,
+    needs_usage,
+    required_sums,
+)
 from ke_ray.core.statistics import GroupSums
 from ke_ray.errors import DataError, DeviceMemoryError
 from ke_ray.models.capture import Capture
+from ke_ray.models.intervention import add_interventions
 from ke_ray.models.layout import describe, layers_of
 from ke_ray.models.live import evaluation_mode
 from ke_ray.models.memory import free_memory, is_out_of_memory, memory_of
@@ -53,6 +61,8 @@ def score_model(
     *,
     measures: str | Sequence[str] = ("knowledge_entropy",),
     batch_size: int = 4,
+    intervention_instances: int = intervention.NUM_INSTANCES,
+    noise_seeds: int = intervention.NUM_SEEDS,
 ) -> Evaluation:
     """Measure a model in hand.
 
@@ -62,6 +72,8 @@ def score_model(
         attention_mask: [instances, T], nonzero at real tokens; ``None``: all are real.
         measures: names of ``ke_ray.core.measures.MEASURES``, or one name.
         batch_size: instances per forward pass; changes speed and memory, not the result.
+        intervention_instances: as many instances, evenly spread, for measures by intervention.
+        noise_seeds: draws that sensitivity is the mean over.
 
     Returns:
         Values in their units, with jackknife errors over groups of instances.
@@ -73,7 +85,14 @@ def score_model(
     """
     ids, lengths = compact(input_ids, attention_mask)
     sums = score_instances(
-        model, ids, lengths, measures=measures, num_instances=len(ids), batch_size=batch_size
+        model,
+        ids,
+        lengths,
+        measures=measures,
+        num_instances=len(ids),
+        batch_size=batch_size,
+        intervention_instances=intervention_instances,
+        noise_seeds=noise_seeds,
     )
     return evaluate(sums, measures)
 
@@ -114,6 +133,9 @@ def score_instances(
     device: torch.device | str | None = None,
     on_batch: Callable[[int], None] | None = None,
     run_passes: RunPasses | None = None,
+    intervention_instances: int = intervention.NUM_INSTANCES,
+    noise_seeds: int = intervention.NUM_SEEDS,
+    usage: Tensor | None = None,
 ) -> GroupSums:
     """Sums over a contiguous range of instances of a dataset, ready to merge with others.
 
@@ -130,6 +152,9 @@ def score_instances(
         on_batch: called after each batch with the number of real tokens it held.
         run_passes: ``(first instances of batches, forward) -> (first instance, means) …`` runs all
             or some of the batches; default: all, in order.
+        intervention_instances, noise_seeds: as ``score_model``.
+        usage: C̄ that masks go by, from ``mean_usage``; where these are all instances of the
+            dataset, it can be left out.
 
     Returns:
         ``GroupSums`` with the tables the measures need. Values may be NaN or infinite when the
@@ -144,6 +169,11 @@ def score_instances(
     target = torch.device(device) if device is not None else _device_of(model)
     if batch_size < 1:
         raise DataError(f"batch_size is {batch_size}; expected at least 1")
+    if min(intervention_instances, noise_seeds) < 1:
+        raise DataError(
+            f"intervention_instances is {intervention_instances} and noise_seeds {noise_seeds}; "
+            "expected at least 1 each"
+        )
     names, layers = required_sums(chosen), layers_of(layouts)
     if {"token_entropies", "expert_load"}.intersection(names) and "coefficients" not in names:
         names = (*names, "coefficients")  # one hook makes all
@@ -157,19 +187,18 @@ def score_instances(
         device=target,
         sizes=group_sizes,
     )
-    with ExitStack() as stack:
-        stack.enter_context(no_gradients(model))
-        stack.enter_context(evaluation_mode(model))
-        capture = stack.enter_context(Capture(model, layouts, sums.tables, target))
+    with (
+        no_gradients(model),
+        evaluation_mode(model),
+        Capture(model, layouts, sums.tables, target) as capture,
+    ):
 
         def forward(start: int) -> dict[str, Tensor]:
             part = tokens[start : start + batch_size]
-            longest = int(part.max())
-            batch = ids[start : start + batch_size, :longest].to(torch.int64)
-            padding = torch.arange(longest)[None, :] >= part[:, None]
-            # Any valid id will do behind the last real token: nothing looks at it.
-            batch = batch.masked_fill(padding, 0).to(target, non_blocking=True)
-            return capture.run(batch, part.tolist())
+            return capture.run(
+                _padded(ids[start : start + batch_size], part).to(target, non_blocking=True),
+                part.tolist(),
+            )
 
         starts = range(0, len(ids), batch_size)
         for start, means in (run_passes or _in_order)(starts, forward):
@@ -180,7 +209,84 @@ def score_instances(
             sums.count(instances, part)
             if on_batch is not None:
                 on_batch(int(part.sum()))
+    interventions = interventions_of(chosen)
+    if not interventions:
+        return sums
+    if usage is None and needs_usage(chosen):
+        assert len(ids) == num_instances, "masks go by C̄ over all of the dataset"
+        usage = mean_usage(
+            model, ids, tokens, num_instances=intervention_instances, batch_size=batch_size
+        )
+    own_ids, own_tokens, instances = _spread(
+        ids, tokens, first_instance, intervention_instances, num_instances
+    )
+
+    def losses() -> Tensor:
+        """Σ_t ℓ_t of the instances on which the model is changed."""
+        values = []
+        torch.clear_autocast_cache()  # its copies are of the weights before
+        with no_gradients(model), Capture(model, layouts, ("token_nats",), target) as capture:
+            for start in range(0, len(own_ids), batch_size):
+                part = own_tokens[start : start + batch_size]
+                batch = _padded(own_ids[start : start + batch_size], part).to(target)
+                values.append(capture.run(batch, part.tolist())["token_nats"])
+        return torch.cat(values) if values else torch.zeros(0, dtype=torch.float64, device=target)
+
+    with torch.no_grad(), evaluation_mode(model):
+        add_interventions(
+            sums,
+            interventions,
+            model,
+            layouts,
+            losses=losses,
+            predictions=own_tokens - 1,
+            instances=instances,
+            num_seeds=noise_seeds,
+            usage=usage,
+        )
     return sums
+
+
+def mean_usage(
+    model: Any, input_ids: Any, lengths: Any, *, num_instances: int, batch_size: int
+) -> Tensor:
+    """C̄ over the instances of a whole dataset on which models are changed.
+
+    Args:
+        input_ids, lengths: of the whole dataset.
+        num_instances: how many of them, evenly spread.
+
+    Returns:
+        float64 [n_layers, widest d_mlp].
+    """
+    ids, tokens = check_instances(model, input_ids, lengths)
+    ids, tokens, _ = _spread(ids, tokens, 0, num_instances, len(ids))
+    sums, _ = score_within_memory(
+        model,
+        ids,
+        tokens,
+        measures="knowledge_entropy",
+        num_instances=len(ids),
+        batch_size=batch_size,
+    )
+    return sums.mean("coefficients")
+
+
+def _spread(
+    ids: Tensor, tokens: Tensor, first: int, num_chosen: int, num_instances: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Those of these instances on which models are changed, and their indices in the dataset."""
+    indices = range(first, first + len(ids))
+    chosen = torch.tensor([intervention.is_chosen(i, num_chosen, num_instances) for i in indices])
+    return ids[chosen], tokens[chosen], torch.tensor(indices)[chosen]
+
+
+def _padded(ids: Tensor, lengths: Tensor) -> Tensor:
+    """Instances [B, T], cut to the longest, on the CPU."""
+    longest = int(lengths.max())
+    padding = torch.arange(longest)[None, :] >= lengths[:, None]
+    # Any valid id will do behind the last real token: nothing looks at it.
+    return ids[:, :longest].to(torch.int64).masked_fill(padding, 0)
 
 
 def _in_order(

@@ -41,7 +41,7 @@ from ke_ray.planning.scan_rounds import (
     next_round,
 )
 from ke_ray.results import ScanFolder, new_manifest, read_manifest
-from ke_ray.results.scan_folder import check_identity, merge_identities
+from ke_ray.results.scan_identity import check_identity, merge_identities
 from ke_ray.secrets import redact
 from ke_ray.storage.ownership import check_claim
 from ke_ray.studies.own_measures import described as described_measures
@@ -149,7 +149,7 @@ def prepare_scan(given: ScanStudy, gpus: Gpus = local_gpus) -> ScanSetup:
         folder,
         [],
         0,
-        _model_bytes(refs, config, study.dtype),
+        model_bytes(refs, config, study.dtype),
         earlier,
         changed,
     )
@@ -280,11 +280,12 @@ def _entry(ref: CheckpointRef) -> dict[str, Any]:
     }
 
 
-def _model_bytes(refs: Sequence[CheckpointRef], config: Any, dtype: str) -> int:
+def model_bytes(refs: Sequence[CheckpointRef], config: Any, dtype: str) -> int:
+    """Of the largest model in the dtype it is scored in (auto: float32); 0 where none is known."""
     stored = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None) or "float32"
     stored_item_bytes = _ITEM_BYTES.get(str(stored).removeprefix("torch."), 4)
     largest = max((ref.size_bytes or 0 for ref in refs), default=0)
-    return largest * _ITEM_BYTES[dtype] // stored_item_bytes
+    return largest * _ITEM_BYTES.get(dtype, 4) // stored_item_bytes
 
 
 def _build_corpora(study: ScanStudy, config: Any, ref: CheckpointRef | None) -> dict[str, Corpus]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +11,13 @@ import yaml
 from ke_ray.checkpoints.fetch.cache import Store
 from ke_ray.checkpoints.fetch.checkpoint import size_to_fetch
 from ke_ray.checkpoints.reference import CheckpointRef
-from ke_ray.core.measures import needing_head
+from ke_ray.core.measures import interventions_of, needs_usage, required_sums
 from ke_ray.core.stopping import round_strides
+from ke_ray.core.sums import OF_LOGITS
 from ke_ray.errors import CheckpointError
 from ke_ray.models.architectures import check_config, is_mixture, use_description
 from ke_ray.models.configuration import read_config
-from ke_ray.planning.scan import check_sources, select_checkpoints
+from ke_ray.planning.scan import check_sources, model_bytes, select_checkpoints
 from ke_ray.planning.scan_items import (
     BYTES_PER_S,
     CheckpointWork,
@@ -63,12 +63,28 @@ def num_body_parameters(config: Any) -> int:
     return int(n_layers * (attention + matrices * d_model * d_mlp))
 
 
-def _flops_per_token(config: Any, measures: Sequence[str]) -> float:
-    """Two operations a weight; entropies of attention and of the next token on top."""
-    parameters = num_body_parameters(config)
-    if "attention_entropy" not in measures and not needing_head(measures):
-        return 2.0 * parameters
-    return 2.0 * (parameters + config.hidden_size * config.vocab_size) * _THREE_ENTROPIES
+def _flops_per_token(config: Any, study: ScanStudy) -> float:
+    """Two operations a weight; entropies of attention and of the next token on top.
+
+    Passes of changed models are over fewer instances, and count as that share of a pass over all.
+    """
+    tables = {"attention_entropy", *OF_LOGITS}.intersection(required_sums(study.measures))
+    body = num_body_parameters(config)
+    whole = body + config.hidden_size * config.vocab_size
+    changed = num_changed_passes(study) * min(study.intervention_instances, study.num_instances)
+    return 2.0 * (
+        (whole * _THREE_ENTROPIES if tables else body) + whole * changed / study.num_instances
+    )
+
+
+def num_changed_passes(study: ScanStudy) -> int:
+    """Passes over the instances of interventions, for one checkpoint and corpus.
+
+    One of the model as it is, one for each draw of noise or mask, and one for the C̄ of masks.
+    """
+    own = interventions_of(study.measures)
+    passes = sum(study.noise_seeds if each.kind == "noise" else 1 for each in own)
+    return passes + 1 + needs_usage(study.measures) if own else 0
 
 
 def _gpu_precision(study: ScanStudy) -> str:
@@ -103,6 +119,7 @@ class ScanForecast:
         num_guessed: sizes taken to be that of another checkpoint.
         num_tokens: to score, over checkpoints and corpora.
         flops: operations per token; None where no checkpoint's config could be read.
+        model_bytes: of the largest model; 0 where no size is known.
     """
 
     study: ScanStudy
@@ -112,6 +129,7 @@ class ScanForecast:
     num_guessed: int
     num_tokens: int
     flops: float | None
+    model_bytes: int
 
     @property
     def bytes_to_fetch(self) -> int | None:
@@ -151,8 +169,9 @@ def measure_scan(study: ScanStudy) -> ScanForecast:
     to_fetch, num_guessed = _sizes(fetched)
     sizes = to_fetch if fetched else [ref.size_bytes or 0 for ref in refs]
     num_tokens = study.num_instances * study.sequence_length * len(study.data) * len(refs)
-    flops = None if config is None else _flops_per_token(config, study.measures)
-    return ScanForecast(study, refs, sizes, len(fetched), num_guessed, num_tokens, flops)
+    flops = None if config is None else _flops_per_token(config, study)
+    largest = model_bytes(refs, config, study.dtype)
+    return ScanForecast(study, refs, sizes, len(fetched), num_guessed, num_tokens, flops, largest)
 
 
 def _bytes_per_s(fetched: bool) -> float:
@@ -210,6 +229,13 @@ def forecast(study: ScanStudy) -> str:
         f"checkpoints: {len(refs)} ({sum(r.duplicate_of is not None for r in refs)} duplicates)",
         f"tokens to score: {plan.num_tokens:,} ({len(study.data)} corpora)",
     ]
+    if passes := num_changed_passes(study):
+        copy = f"up to {plan.model_bytes:,} bytes of" if plan.model_bytes else "up to a copy of"
+        lines.append(
+            f"interventions: {passes} more passes over "
+            f"{min(study.intervention_instances, study.num_instances):,} instances of each corpus "
+            f"per checkpoint, and {copy} original weights in the host memory of each scorer"
+        )
     if study.has_wanted_precision:
         counts = ", ".join(map(str, round_strides(study.num_instances)))
         lines.append(

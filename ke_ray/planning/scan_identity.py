@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ke_ray.core.measures import MEASURE_VERSION
+from ke_ray.core.measures import MEASURE_VERSION, interventions_of
 from ke_ray.data.corpus import Corpus
 from ke_ray.secrets import redact
 from ke_ray.studies.identity import affects_result
@@ -17,25 +17,27 @@ from ke_ray.studies.scan import ScanStudy
 _BY_CONTENT = (
     *("data", "num_instances", "sequence_length", "sampling", "tokenizer", "eos_token_id"),
     *("kind", "checkpoints", "measures", "own_measures"),
+    *("intervention_instances", "noise_seeds"),
 )
 #: Keys that folders begun before do not have; at their defaults they are left out.
 _ADDED_LATER = ("matmul_precision", "precision", "stderr_nats")
 
 
 def scan_identity(study: ScanStudy, corpora: Mapping[str, Corpus]) -> dict[str, Any]:
-    """What changes a result, compared by ``results.scan_folder.check_identity``.
+    """What changes a result, compared by ``results.scan_identity.check_identity``.
 
     Unlike other studies', whose folders hold one study each: a scan's folder may get more
     checkpoints, corpora and measures. Corpora count by their content, and so do measures that are
-    not ke_ray's own.
+    not ke_ray's own; measures by intervention count with their instances and draws.
 
     Args:
         study: without ``auto`` in its precision.
     """
     assert "auto" not in (study.dtype, study.matmul_precision)
-    own = origins(study.measures)
+    own, changes = origins(study.measures), _interventions(study)
     return {
         **({"own_measures": own} if own else {}),
+        **({"interventions": changes} if changes else {}),
         "measure_version": MEASURE_VERSION,
         **_settings(study),
         "resuscitation": _resuscitation(study, corpora),
@@ -44,6 +46,17 @@ def scan_identity(study: ScanStudy, corpora: Mapping[str, Corpus]) -> dict[str, 
         "sampling": {name: corpus.sampling for name, corpus in corpora.items()},
         "groups": {name: corpus.grouping for name, corpus in corpora.items()},
     }
+
+
+def _interventions(study: ScanStudy) -> dict[str, str]:
+    """What each measure by intervention is taken over."""
+    texts = {}
+    for name in study.measures:
+        kinds = {own.kind for own in interventions_of(name)}
+        if kinds:
+            draws = f", {study.noise_seeds} draws" if "noise" in kinds else ""
+            texts[name] = f"{study.intervention_instances} instances{draws}"
+    return texts
 
 
 def _settings(study: ScanStudy) -> dict[str, Any]:

@@ -11,10 +11,11 @@ import pyarrow as pa
 from pydantic import TypeAdapter
 
 from ke_ray.core.architecture import Architecture
+from ke_ray.core.intervention import NUM_INSTANCES, NUM_SEEDS
 from ke_ray.planning.scan_items import WorkItem
 from ke_ray.planning.scan_rows import evaluated_tables
 from ke_ray.secrets import redact
-from ke_ray.studies.own_measures import OwnMeasure
+from ke_ray.studies.own_measure import OwnMeasure
 from ke_ray.studies.parts import Resuscitation
 
 if TYPE_CHECKING:
@@ -68,6 +69,8 @@ class ScorerSettings:
     architecture: Architecture | None = None
     matmul_precision: str = "highest"
     own_measures: tuple[OwnMeasure, ...] = ()
+    intervention_instances: int = NUM_INSTANCES
+    noise_seeds: int = NUM_SEEDS
 
 
 def evaluated_columns(

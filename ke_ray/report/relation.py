@@ -1,6 +1,7 @@
 """Which measure of a start tells what continual learning makes of it.
 
-Every measure of a scan at the starting checkpoints against what studies measured from there: A, F,
+Every measure of a scan at the starting checkpoints, and every value of their weights (``ke-ray
+weights``, ``report.weight_values``), against what studies measured from there: A, F,
 ΔK and ΔP (after − before). A point is one start, the mean over seeds and over studies, of which
 each may have a level of its own: several studies of one start are no independent points. A *series*
 is the starts of one pretraining run, with an intercept of its own.
@@ -34,6 +35,7 @@ from ke_ray.errors import ResultsError
 from ke_ray.report import runs, series
 from ke_ray.report.correlation import p_value
 from ke_ray.report.sources import Result
+from ke_ray.report.weight_values import WEIGHT_VALUES, weight_values
 from ke_ray.results.columns import names
 
 #: Outcome → its symbol.
@@ -84,7 +86,7 @@ def relate(scan: Result, studies: Sequence[Result], corpus: str | None = None) -
             "of the start itself. Give the scan of the unchanged checkpoints."
         )
     points = _points(scan, studies, corpus)
-    measures = [name for name in series.measures(scan) if name in points]
+    measures = [n for n in (*series.measures(scan), *WEIGHT_VALUES) if n in points]
     most = max((int(points[name].notna().sum()) for name in OUTCOMES), default=0)
     if most < LEAST_STARTS:
         raise ResultsError(
@@ -153,6 +155,7 @@ def _points(scan: Result, studies: Sequence[Result], corpus: str) -> pd.DataFram
         for measure in series.measures(curve):
             values = series.totals(curve, measure, corpus)[["checkpoint", "value"]]
             own = own.merge(values.rename(columns={"value": measure}), "left", on="checkpoint")
+        own = own.merge(weight_values(curve), "left", on="checkpoint")
         starts = own[["checkpoint"]]
         found = [starts.merge(_outcomes(study), on="checkpoint") for study in studies]
         for number, group in enumerate(_linked([frame for frame in found if len(frame)])):

@@ -23,22 +23,21 @@ from safetensors.numpy import load
 
 from ke_ray import storage
 from ke_ray.core import jackknife
-from ke_ray.core.measures import MEASURES
+from ke_ray.core.measure import BUILT_IN
+from ke_ray.core.measures import declaration
 from ke_ray.errors import StorageError
 from ke_ray.report import axis
 from ke_ray.report.ceiling import Ceiling
 from ke_ray.report.sources import Result
 
 # Measure -> (title, unit as shown on an axis), in the order of display.
-MEASURE_TITLES: dict[str, tuple[str, str]] = {
-    measure.name: (measure.title, measure.unit) for measure in MEASURES.values()
-}
+MEASURE_TITLES = {measure.name: (measure.title, measure.unit) for measure in BUILT_IN}
 
 
 def declared(scan: Result, measure: str) -> tuple[str, str, str]:
     """(title, unit, total) of a measure; of one that is not ke_ray's own, as the manifest says."""
-    if measure in MEASURES:
-        own = MEASURES[measure]
+    own = declaration(measure)
+    if own is not None:
         return own.title, own.unit, own.total
     about = scan.manifest.get("own_measures")
     about = about.get(measure) if isinstance(about, dict) else None

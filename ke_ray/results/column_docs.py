@@ -8,8 +8,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from ke_ray.core.measures import MEASURES
-from ke_ray.core.sums import SUMS, all_tables
+from ke_ray.core.measure import BUILT_IN
+from ke_ray.core.sums import TABLES as TABLES_OF_SUMS
+from ke_ray.core.sums import Sum
 from ke_ray.results.columns import TABLES
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -36,7 +37,7 @@ def markdown(table: str) -> str:
 def measures_markdown() -> str:
     """The measures as a Markdown table."""
     lines = ["| measure | unit | total | value of a layer |", "|---|---|---|---|"]
-    for measure in MEASURES.values():
+    for measure in BUILT_IN:
         meaning = "; ".join(
             part
             for part in (
@@ -56,7 +57,7 @@ def measures_markdown() -> str:
 def declarations_markdown() -> str:
     """How every measure is computed, as a Markdown table."""
     lines = ["| measure | title | sums | default | error |", "|---|---|---|---|---|"]
-    for measure in MEASURES.values():
+    for measure in BUILT_IN:
         default = "mixtures" if measure.by_expert else "yes" if measure.is_default else "–"
         sums = ", ".join(f"`{table}`" for table in measure.tables)
         error = "yes" if measure.has_error else "–"
@@ -67,8 +68,9 @@ def declarations_markdown() -> str:
 def sums_markdown() -> str:
     """The sums and their shapes, as a Markdown table."""
     lines = ["| sum | tap | shape of its mean |", "|---|---|---|"]
-    for name, axes in all_tables().items():
-        tap = f"`{SUMS[name].tap}`" if name in SUMS else "–"
+    own = {need.name: need for m in BUILT_IN for need in m.needs_all if isinstance(need, Sum)}
+    for name, axes in {**TABLES_OF_SUMS, **{n: s.table_axes for n, s in own.items()}}.items():
+        tap = f"`{own[name].tap}`" if name in own else "–"
         lines.append(f"| `{name}` | {tap} | {' × '.join(axes) or 'one number'} |")
     return "\n".join(lines)
 

@@ -168,7 +168,12 @@ _COMPARISON = (
 )
 
 _RELATION = (
-    Column("measure", "string", "of the starts, in total over layers"),
+    Column(
+        "measure",
+        "string",
+        "of the starts, in total over layers; of weights `ffn_` or `attention_` and a column of "
+        "`weights.parquet`, mean over matrices",
+    ),
     Column("outcome", "string", "`acquisition`, `forgetting`, `knowledge_change` (ΔK), …"),
     Column("corpus", "string", "that the measure was taken on"),
     Column("kind", "string", "`pearson`, or `spearman` (ranks within a series)"),
@@ -311,6 +316,11 @@ _RUNS = (
         "maximize",
         "entropy",
     ),
+    Column(
+        "measured",
+        "string",
+        "JSON: measure of `entropy.measures` → its value (over layers) of the trained model",
+    ),
     Column("num_steps", "int64", "updates", "steps"),
     Column("num_tokens", "int64", "tokens trained on", "tokens"),
     Column("duration_s", "float64", "", "s"),
@@ -430,6 +440,16 @@ TABLES: Mapping[str, tuple[Column, ...]] = {
         Column("perplexity", "float64"),
         Column("nats_per_token", "float64", "", "nats"),
         Column("num_tokens", "int64", "predicted tokens", "tokens"),
+    ),
+    "measures": (
+        _RUN,
+        Column("when", "string", "`before`, `after` or `original`"),
+        Column("corpus", "string", "name of the text, `entropy`"),
+        _LAYER,
+        Column("measure", "string", "of `entropy.measures`"),
+        Column("value", "float64", "null where the layer has none"),
+        Column("stderr", "float64", "jackknife error; null where there is none"),
+        Column("unit", "string"),
     ),
     "trials": (*TRIAL_KEYS, *TRIAL_RESULTS),
     "settings": _SETTINGS,

@@ -11,7 +11,8 @@ import pyarrow.compute as pc
 
 from ke_ray import storage
 from ke_ray.errors import ResultsError
-from ke_ray.results.scan_folder import ScanFolder, check_identity, merge_identities
+from ke_ray.results.scan_folder import ScanFolder
+from ke_ray.results.scan_identity import check_identity, merge_identities
 from ke_ray.storage.ownership import claimed
 
 Row = dict[str, Any]

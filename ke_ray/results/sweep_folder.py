@@ -17,7 +17,7 @@ import pyarrow
 
 from ke_ray import storage
 from ke_ray.core.intervals import student_interval
-from ke_ray.results.columns import TRIAL_KEYS, TRIAL_RESULTS, names, schema
+from ke_ray.results.columns import OBJECTIVES, TRIAL_KEYS, TRIAL_RESULTS, names, schema
 from ke_ray.results.manifest import read_manifest
 
 
@@ -25,12 +25,15 @@ def objective_value(row: Mapping[str, Any], metric: str) -> float | None:
     """An objective of a trial's row; None where the trial did not report it.
 
     ``…_vs_original`` of a start that was not resuscitated is the plain value, as it is its own
-    original. ``knowledge_entropy_change_nats`` is after − before.
+    original. ``knowledge_entropy_change_nats`` is after − before. What is no column is a measure of
+    the trained model.
     """
     if metric == "knowledge_entropy_change_nats":
         before = row.get("knowledge_entropy_before_nats")
         after = row.get("knowledge_entropy_after_nats")
         value = None if before is None or after is None else after - before
+    elif metric not in OBJECTIVES:
+        value = json.loads(row.get("measured") or "{}").get(metric)
     else:
         value = row.get(metric)
         if value is None and metric.endswith("_vs_original"):

@@ -8,13 +8,22 @@ batch of B rows [128] give N // B steps an epoch [1,600]; k injections [10] then
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from dataclasses import replace
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 from ke_ray.config import Key, Strict
-from ke_ray.errors import nearest
+from ke_ray.errors import UserError, nearest
 from ke_ray.studies.architecture import ArchitectureKey
+from ke_ray.studies.own_measure import OwnMeasure, read_own_measure
 from ke_ray.studies.parts import (
     CheckpointSelection,
     EvaluationText,
@@ -53,6 +62,55 @@ class TrainingCorpus(Strict):
     max_instances: int | None = Field(
         None, ge=1, description="tokenise at most this many rows, from the start of the source"
     )
+
+
+def _read(given: Any) -> Any:
+    """The file of ``FILE.py:NAME``, whose text from then on is part of the study."""
+    if not isinstance(given, str):
+        return given
+    try:
+        own = read_own_measure(given)
+    except UserError as error:
+        raise ValueError(str(error)) from error
+    return replace(own, reference=given.rsplit("/", 1)[-1])
+
+
+class MeasuredText(EvaluationText):
+    """The text of knowledge entropy, on which more measures of a run's models can be taken."""
+
+    own_measures: tuple[
+        Annotated[OwnMeasure, BeforeValidator(_read), WithJsonSchema({"type": "string"})], ...
+    ] = Field((), description="measures of your own: FILE.py:NAME (docs/measures.md)")
+    measures: tuple[str, ...] = Field(
+        (),
+        description="measures before and after, beside knowledge entropy; objectives of a sweep "
+        "may name them",
+        validate_default=True,
+    )
+
+    @field_validator("own_measures")
+    @classmethod
+    def _registered(cls, own: tuple[OwnMeasure, ...]) -> tuple[OwnMeasure, ...]:
+        from ke_ray.studies.own_measures import use_own_measure  # with numpy
+
+        try:
+            for each in own:
+                use_own_measure(each)
+        except UserError as error:
+            raise ValueError(str(error)) from error
+        return own
+
+    @field_validator("measures")
+    @classmethod
+    def _known(cls, measures: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        from ke_ray.core.measures import check_measures
+        from ke_ray.studies.own_measures import name_of
+
+        own = [name_of(each.reference) for each in info.data.get("own_measures", ())]
+        try:
+            return check_measures([*measures, *own]) if measures or own else ()
+        except UserError as error:
+            raise ValueError(str(error)) from error
 
 
 class InjectionSettings(Strict):
@@ -194,8 +252,9 @@ class ContinualStudy(TrainingSettings):
     held_out: HeldOutText | None = Field(
         None, description="text for perplexity before and after; null: none"
     )
-    entropy: EvaluationText | None = Field(
-        None, description="text for knowledge entropy before and after; null: none"
+    entropy: MeasuredText | None = Field(
+        None,
+        description="text for knowledge entropy and others before and after; null: none",
     )
     architecture: ArchitectureKey = Field(
         None, description="description of a decoder that ke_ray does not know, or a file with it"
@@ -235,6 +294,11 @@ class ContinualStudy(TrainingSettings):
                 "evaluation.dtype is float32, but fsdp workers gather their shards in the "
                 "study's precision, bfloat16, also to evaluate; leave it out, or set precision: "
                 "float32 or strategy: ddp"
+            )
+        if is_sharded and self.entropy is not None and self.entropy.measures:
+            raise ValueError(
+                f"entropy.measures is {', '.join(self.entropy.measures)}, but fsdp workers can "
+                "measure knowledge entropy alone; leave it out, or set strategy: ddp"
             )
         if self.resuscitation and not (self.resuscitation.coefficients or self.entropy):
             raise ValueError(

@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 from ke_ray.core.architecture import Architecture
 from ke_ray.errors import ResultsError
 from ke_ray.secrets import redact
+from ke_ray.studies.own_measure import OwnMeasure
 
 IDENTITY_VERSION = 3
 
@@ -95,6 +96,8 @@ def _plain(value: Any) -> Any:
                 ):
                     keys[name] = plain
         return keys
+    if isinstance(value, OwnMeasure):
+        return f"{value.reference} sha256 {value.sha256}"
     if isinstance(value, Architecture):
         return value.described()
     if isinstance(value, Mapping):

@@ -7,10 +7,12 @@ from typing import Any, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from ke_ray.config import Key, Strict
-from ke_ray.core.measures import DEFAULT_MEASURES, MEASURES, check_measures
+from ke_ray.core.intervention import NUM_INSTANCES, NUM_SEEDS
+from ke_ray.core.measures import DEFAULT_MEASURES, MEASURES, check_measures, needs_usage
 from ke_ray.errors import UserError
 from ke_ray.studies.architecture import ArchitectureKey
-from ke_ray.studies.own_measures import name_of, read_own_measure, use_own_measure
+from ke_ray.studies.own_measure import read_own_measure
+from ke_ray.studies.own_measures import name_of, use_own_measure
 from ke_ray.studies.parts import CheckpointSelection, Resuscitation, Sampling, TrackingSettings
 
 #: The measure that ``precision`` and ``stderr_nats`` are about.
@@ -54,6 +56,14 @@ class ScanStudy(Strict):
     )
     dormant_threshold: float = Field(
         0.1, ge=0, description="of dormant_share: fraction of the mean below which memories count"
+    )
+    intervention_instances: int = Field(
+        NUM_INSTANCES,
+        ge=1,
+        description="of measures by intervention: as many of the instances, evenly spread",
+    )
+    noise_seeds: int = Field(
+        NUM_SEEDS, ge=1, description="of sensitivity: draws of noise that it is the mean over"
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "float32",
@@ -105,7 +115,17 @@ class ScanStudy(Strict):
     mlflow: TrackingSettings = Key(TrackingSettings(), affects_result=False)
 
     def of_mixture(self) -> ScanStudy:
-        """The study for mixtures of experts: by default also what knowledge entropy consists of."""
+        """The study for mixtures of experts: by default also what knowledge entropy consists of.
+
+        Raises:
+            UserError: a measure zeroes coefficients, which they keep expert by expert.
+        """
+        if needs_usage(self.measures):
+            masks = " and ".join(name for name in self.measures if needs_usage(name))
+            raise UserError(
+                f"'{self.checkpoints.spec}' holds mixtures of experts, whose coefficients are seen "
+                f"expert by expert and cannot be zeroed; leave {masks} out of the measures"
+            )
         if "measures" in self.model_fields_set:
             return self
         names = [name for name, measure in MEASURES.items() if measure.by_expert]

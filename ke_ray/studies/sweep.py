@@ -20,6 +20,7 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 
 from ke_ray import storage
 from ke_ray.config import Key, Strict, parse_overrides, read_yaml, set_keys, validate
+from ke_ray.core.measures import declaration
 from ke_ray.errors import ConfigError, nearest
 from ke_ray.results.column import Direction
 from ke_ray.results.columns import OBJECTIVES
@@ -47,10 +48,17 @@ class Objective(Strict):
             return {"direction": OBJECTIVES[given["metric"]].direction, **given}
         if isinstance(given, Mapping) and "metric" in given:
             name = str(given["metric"])
-            raise ValueError(
-                f"unknown objective '{name}'.{nearest(name, OBJECTIVES)} Objectives: "
-                f"{', '.join(OBJECTIVES)}"
-            )
+            if (measure := declaration(name)) is None:
+                raise ValueError(
+                    f"unknown objective '{name}'.{nearest(name, OBJECTIVES)} Objectives: "
+                    f"{', '.join(OBJECTIVES)}, and measures that base.entropy.measures names"
+                )
+            if measure.direction is None and given.get("direction") is None:
+                raise ValueError(
+                    f"objective '{name}' is a measure that is neither better high nor low; say "
+                    f"which is wanted: {{metric: {name}, direction: maximize}} or minimize"
+                )
+            return {"direction": measure.direction, **given}
         return given
 
 
@@ -151,6 +159,9 @@ class SweepStudy(Strict):
         if len(set(metrics)) < len(metrics):
             raise ValueError(f"objectives {', '.join(metrics)}: one is named twice")
         for metric in metrics:
+            if metric not in OBJECTIVES:
+                self._check_measured(metric)
+                continue
             group = str(OBJECTIVES[metric].needs)
             if not self._has(group):
                 raise ValueError(
@@ -162,6 +173,15 @@ class SweepStudy(Strict):
         if self.scheduler is not None:
             self._check_scheduler()
         return self
+
+    def _check_measured(self, metric: str) -> None:
+        named = self.base.entropy.measures if self.base.entropy else ()
+        if metric not in named and not {"entropy", "entropy.measures"} & set(self.swept_keys):
+            raise ValueError(
+                f"no trial would measure the objective '{metric}'; name it in "
+                f"base.entropy.measures ({', '.join(named) or 'which names none'}), or choose "
+                "another objective"
+            )
 
     def _has(self, group: str) -> bool:
         if getattr(self.base, group) is not None:

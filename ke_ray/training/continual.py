@@ -10,6 +10,7 @@ and, last of all, ``run.json``, which makes it finished.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -297,6 +298,7 @@ class _Run:
             for task in snapshot.downstream:
                 metrics[f"downstream/{task['task']}"] = task["value"]
             metrics["knowledge_entropy/total_nats"] = snapshot.entropy_nats
+            metrics |= {f"measures/{name}": value for name, value in snapshot.totals.items()}
             if snapshot.perplexity:
                 metrics["held_out/perplexity"] = snapshot.perplexity["perplexity"]
         self.run.log_metrics({k: v for k, v in metrics.items() if v is not None}, step)
@@ -314,6 +316,7 @@ class _Run:
             "status": "ok",
             "error": None,
             **result_columns(before.start, after, before.original),
+            "measured": json.dumps(after.totals) if after.measures else None,
             "num_steps": self.inputs.num_steps,
             "num_tokens": state.num_tokens,
             "duration_s": duration_s,
@@ -353,6 +356,11 @@ class _Run:
             {"when": when, **snapshot.perplexity}
             for when, snapshot in snapshots.items()
             if snapshot.perplexity
+        ]
+        records["measures"] = [
+            {"when": when, **row}
+            for when, snapshot in snapshots.items()
+            for row in snapshot.measures
         ]
         write_tables(self.folder, records, self.spec.name)
         # The row ends the run for good, so MLflow gets its status first: a command that is killed

@@ -31,7 +31,9 @@ from ke_ray.evaluation.perplexity import held_out_perplexity
 from ke_ray.evaluation.probes import score_probes
 from ke_ray.evaluation.sharing import Workers
 from ke_ray.evaluation.sums import shared_sums
-from ke_ray.studies.continual import ContinualStudy
+from ke_ray.models.scoring import score_instances
+from ke_ray.studies.continual import ContinualStudy, MeasuredText
+from ke_ray.studies.own_measures import use_own_measure
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class Snapshot:
         downstream: rows of the table ``downstream`` with the ``items`` of each task.
         perplexity: a row of the table ``perplexity``.
         entropy_nats: H(θ), the sum over layers; entropy_stderr its jackknife error.
+        measures: rows of the table ``measures``, without run and when.
     """
 
     knowledge: float | None = None
@@ -78,6 +81,7 @@ class Snapshot:
     perplexity: dict[str, Any] | None = None
     entropy_nats: float | None = None
     entropy_stderr: float | None = None
+    measures: list[dict[str, Any]] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -87,6 +91,12 @@ class Snapshot:
     def from_json(cls, values: dict[str, Any]) -> Snapshot:
         """The inverse of :meth:`to_json`."""
         return cls(**values)
+
+    @property
+    def totals(self) -> dict[str, float]:
+        """The measures' only values, or those over layers."""
+        rows = (row for row in self.measures if row["layer"] is None and row["value"] is not None)
+        return {row["measure"]: row["value"] for row in rows}
 
     @property
     def accuracy(self) -> float | None:
@@ -163,7 +173,40 @@ def take_snapshot(
         if not math.isfinite(entropy.value):
             raise CheckpointError("The knowledge entropy is not finite; the model is broken.")
         values |= {"entropy_nats": entropy.value, "entropy_stderr": entropy.stderr}
+        if study.entropy.measures:
+            with autocast(model, study.evaluation_dtype):
+                values["measures"] = _measured(model, study.entropy, questions.entropy)
     return Snapshot(**values)
+
+
+def _measured(model: Any, text: MeasuredText, corpus: Corpus) -> list[dict[str, Any]]:
+    """The measures that the study names; every worker takes them whole."""
+    for own in text.own_measures:
+        use_own_measure(own)  # a study that came from another process is not validated anew
+    sums = score_instances(
+        model,
+        corpus.input_ids,
+        corpus.lengths,
+        measures=text.measures,
+        num_instances=corpus.num_instances,
+        group_sizes=corpus.group_sizes,
+        batch_size=text.batch_size,
+    )
+    evaluation = evaluate(sums, text.measures)
+    if not evaluation.is_finite():
+        bad = next(r for r in evaluation.rows if r.reason is None and not math.isfinite(r.value))
+        raise CheckpointError(f"{bad.measure} is {bad.value}; the model is broken.")
+    return [
+        {
+            "corpus": corpus.name,
+            "layer": row.layer,
+            "measure": row.measure,
+            "value": row.value if math.isfinite(row.value) else None,
+            "stderr": row.stderr if math.isfinite(row.stderr) else None,
+            "unit": row.unit,
+        }
+        for row in evaluation.rows
+    ]
 
 
 def _probe_values(

@@ -307,6 +307,7 @@ def test_a_run_that_raised_does_not_lock_its_folder(tmp_path: Path) -> None:
         ({"max_share": 0.0}, "max_share is 0.0"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"measures": "knowledge_entropie"}, "Did you mean 'knowledge_entropy'"),
+        ({"measures": "sensitivity_all_0.1"}, "leave the weights alone while training"),
         ({"tokens_per_step": None}, "tokens_per_step is not known"),
         ({"every": 1, "max_share": 0.01}, r"every=1 costs too much.*every=42 or more"),
     ],

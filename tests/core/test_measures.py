@@ -44,6 +44,7 @@ def _values(seed: int = 0) -> dict[str, torch.Tensor]:
         "next_token_entropy": (),
         "token_nats": (),
         "predictions": (),
+        "intervened_predictions": (),
         "hidden_moments": (D_MODEL + 1, D_MODEL + 1),
         "expert_load": (N_LAYERS, len(EXPERTS)),
     }
@@ -334,7 +335,10 @@ def test_one_instance_has_values_but_no_errors() -> None:
 def test_only_the_tables_that_are_needed_are_asked_for() -> None:
     assert required_sums(["knowledge_entropy", "gini", "dormant_share"]) == ("coefficients",)
     assert required_sums(["next_token_entropy"]) == ("next_token_entropy",)
-    assert set(required_sums(list(MEASURES))) == set(all_tables()) - {"expert_load"}
+    assert set(required_sums(list(MEASURES))) == set(all_tables()) - {
+        "expert_load",
+        "intervened_predictions",
+    }
     values = _values()
     only = _sums(values, ("coefficients",))
     assert len(evaluate(only, ["knowledge_entropy"]).rows) == N_LAYERS + 1

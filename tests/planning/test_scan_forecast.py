@@ -38,6 +38,23 @@ def test_hours_on_gpus_follow_from_operations_and_bytes(
     assert every[1] / alone[1] == pytest.approx(1.28 * (body + head) / body, rel=0.01)
 
 
+def test_changed_models_cost_their_passes_over_their_instances_and_a_copy_of_the_weights(
+    scan_study: Callable[..., ScanStudy], series: Path
+) -> None:
+    many = {"num_instances": 10**9, "sequence_length": 24, "intervention_instances": 10**8}
+    plain = gpu_hours(forecast(scan_study(measures=("gini",), **many)))
+    names = ("gini", "sensitivity_all_0.1", "sensitivity_all_0.2", "masking_most_0.1")
+    text = forecast(scan_study(measures=names, noise_seeds=3, **many))
+    size = (series / "step10" / "model.safetensors").stat().st_size
+    assert "interventions: 9 more passes over 100,000,000 instances" in text
+    (copy,) = re.findall(r"up to ([0-9,]+) bytes of original weights", text)
+    assert int(copy.replace(",", "")) == pytest.approx(size, rel=0.05)  # less its header
+    body, head = 2 * (4 * 32**2 + 3 * 32 * 48), 32 * 128
+    factor = 1 + 9 * 0.1 * (body + head) / body
+    assert gpu_hours(text)[1] / plain[1] == pytest.approx(factor, rel=0.01)
+    assert "interventions" not in forecast(scan_study())
+
+
 def test_hours_on_gpus_are_those_of_the_studys_dtype(
     scan_study: Callable[..., ScanStudy], series: Path
 ) -> None:

@@ -231,3 +231,38 @@ def test_the_report_has_one_figure_of_all_measures(folders):
     assert list(dict.fromkeys(rows["short"])) == ["A", "A*", "ΔK", "ΔK*"]
     assert "step, loss fixed" in figure.caption
     figure.panels[0].view.spec()
+
+
+def test_values_of_weights_are_related_like_measures(folders):
+    """The FFN's stable rank moves A as `gini` does; rows of two matrices are averaged."""
+    scan, study = folders
+    rows = [
+        {
+            "checkpoint": f"seed{seed}-step{step}",
+            "layer": 0,
+            "part": part,
+            "matrix": f"{part}.{matrix}",
+            "stable_rank": float(quantities(seed)["gini"][number]) + sign
+            if part == "ffn"
+            else float(step),
+            "status": "ok",
+        }
+        for seed in SEEDS
+        for number, step in enumerate(STEPS)
+        for part in ("ffn", "attention")
+        for matrix, sign in enumerate((-1, 1))
+    ]
+    parquet.write_table(to_table("weights", rows), scan / "weights.parquet")
+    table = related(scan, study)
+    gini, rank = (
+        table.loc[(name, "acquisition", "pearson", "step, loss")]
+        for name in ("gini", "ffn_stable_rank")
+    )
+    assert rank["r"] == pytest.approx(gini["r"], abs=1e-6)
+    assert {name for name, *_ in table.index} == {
+        *("loss", "gini", "knowledge_entropy"),
+        *("ffn_stable_rank", "attention_stable_rank"),
+    }
+    (found,), studies = find_results([scan]), find_results([study])
+    (figure,) = relation_figures([found, *studies])
+    assert "Stable rank, FFN matrices" in json.dumps(figure.panels[0].plot.to_dict())

@@ -18,7 +18,8 @@ from ke_ray import storage
 from ke_ray.errors import ResultsError
 from ke_ray.results import ScanFolder, merge_scans, new_manifest, read_manifest
 from ke_ray.results.columns import to_table
-from ke_ray.results.scan_folder import REPLICATES_SCHEMA, check_identity
+from ke_ray.results.scan_folder import REPLICATES_SCHEMA
+from ke_ray.results.scan_identity import check_identity
 
 
 def make_folder(path, corpora=("dolma",), checkpoints=()) -> ScanFolder:

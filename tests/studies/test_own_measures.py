@@ -15,7 +15,8 @@ from ke_ray.core.measures import check_measures
 from ke_ray.errors import ConfigError, UserError
 from ke_ray.models.scoring import score_model
 from ke_ray.studies import own_measures
-from ke_ray.studies.own_measures import origins, read_own_measure, use_own_measure
+from ke_ray.studies.own_measure import read_own_measure
+from ke_ray.studies.own_measures import origins, use_own_measure
 from ke_ray.studies.scan import ScanStudy
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "spread.py"

@@ -268,3 +268,19 @@ def test_a_study_survives_its_own_dump(tmp_path: Path) -> None:
     study = load_sweep(path)
     again = validate(SweepStudy, study.model_dump(mode="json", by_alias=True), "dump")
     assert again == study
+
+
+def test_a_measure_is_an_objective_where_the_base_takes_it(tmp_path: Path) -> None:
+    text = {"source": "wiki.npy", "measures": ["loss", "rank_me"]}
+    measured = {**BASE, "entropy": text}
+    wanted = ["loss", {"metric": "rank_me", "direction": "maximize"}]
+    study = load_sweep(write(tmp_path, base=measured, objectives=wanted))
+    assert [o.direction for o in study.objectives] == ["minimize", "maximize"]
+    for base, objectives, remedy in (
+        (measured, ["rank_me"], "direction: maximize"),
+        (measured, ["perplexity"], r"name it in base\.entropy\.measures \(loss, rank_me\)"),
+        (BASE, ["loss"], r"name it in base\.entropy\.measures"),
+        (measured, ["rank_you"], "unknown objective 'rank_you'"),
+    ):
+        with pytest.raises(ConfigError, match=remedy):
+            load_sweep(write(tmp_path, base=base, objectives=objectives))

@@ -38,7 +38,8 @@ def part(study: ContinualStudy, index: int = -1) -> Path:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, series: Path) -> ContinualStudy:
     """The last checkpoint's run, finished."""
-    study = tiny_continual(tmp_path_factory.mktemp("continual"), series)
+    entropy = {"measures": ["loss", "gini"]}
+    study = tiny_continual(tmp_path_factory.mktemp("continual"), series, entropy=entropy)
     run_continual(study, list_runs(study)[-1])
     return study
 
@@ -73,12 +74,52 @@ def test_the_row_follows_from_the_start_and_the_final_model(
     assert row["acquisition"] > 0  # six steps on text like the facts'
 
 
+def test_measures_of_the_trained_model_are_in_row_and_table(finished: ContinualStudy) -> None:
+    row = read_row(finished, list_runs(finished)[-1])
+    assert row is not None
+    table = read_table(part(finished) / "measures.parquet").to_pandas()
+    assert set(table["when"]) == {"before", "after"}
+    totals = table[table["layer"].isna()].set_index(["when", "measure"])
+    measured = json.loads(row["measured"])
+    assert measured == {
+        "loss": totals.value["after", "loss"],
+        "gini": totals.value["after", "gini"],
+    }
+    assert measured["loss"] != totals.value["before", "loss"]
+    assert (totals["stderr"] > 0).all()
+    assert (table["measure"] == "gini").sum() == 2 * (2 + 1), "two layers and the total"
+
+
+def test_a_measure_of_ones_own_travels_with_the_study_as_text(series: Path, tmp_path: Path) -> None:
+    from ke_ray.core.measures import unregister
+    from ke_ray.studies.identity import identity_keys
+
+    mine = tmp_path / "mine.py"
+    example = Path(__file__).parents[2] / "docs" / "examples" / "spread.py"
+    mine.write_text(example.read_text())
+    entropy = {"own_measures": [f"{mine}:spread"], "measures": ["sensitivity_all_0.1"]}
+    study = tiny_continual(tmp_path / "out", series, entropy=entropy)
+    mine.unlink()
+    again = ContinualStudy.model_validate(study.model_dump(mode="json", exclude_unset=True))
+    assert again.entropy == study.entropy
+    for name in ("spread", "sensitivity_all_0.1"):
+        unregister(name)  # as in a process that a study was sent to
+    spec = list_runs(study)[-1]
+    inputs = load_inputs(study, read_start(study, spec.ref, spec.ref.location), 0)
+    totals = take_snapshot(load_model(spec.ref.location), study, inputs.questions).totals
+    assert set(totals) == {"spread", "sensitivity_all_0.1"}
+    mine.write_text(example.read_text().replace("clamp_min(0)", "clamp_min(1)"))
+    changed = tiny_continual(tmp_path / "out", series, entropy=entropy)
+    assert identity_keys(changed) != identity_keys(study)
+
+
 def test_the_tables_hold_every_probe_injection_and_step(finished: ContinualStudy) -> None:
     folder = part(finished)
     assert sorted(p.name for p in folder.glob("*.parquet")) == [
         "downstream.parquet",
         "dynamics.parquet",
         "injections.parquet",
+        "measures.parquet",
         "perplexity.parquet",
         "probe_items.parquet",
         "probes.parquet",

@@ -154,6 +154,8 @@ def _score(setup: ScanSetup, run: TrackedRun, display: Display, outcome: ScanOut
         architecture=study.architecture,
         matmul_precision=study.matmul_precision,
         own_measures=loaded(study.measures),
+        intervention_instances=study.intervention_instances,
+        noise_seeds=study.noise_seeds,
     )
     monitor = ray.remote(ScanMonitor).options(max_restarts=0, **beside_driver()).remote()
     arrays = {

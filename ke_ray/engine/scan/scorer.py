@@ -31,6 +31,7 @@ from ke_ray.checkpoints.fetch.cache import Store
 from ke_ray.checkpoints.find.series import series_label
 from ke_ray.checkpoints.formats.fingerprint import weights_sha256
 from ke_ray.checkpoints.reference import CheckpointRef
+from ke_ray.core.measures import needs_usage
 from ke_ray.engine.cluster.placement import granted_device
 from ke_ray.errors import DeviceMemoryError, KeRayError
 from ke_ray.models.architectures import use_description
@@ -181,9 +182,15 @@ class CheckpointScorer:
         return output_table(outputs)
 
     def _sum(self, model: Any, rows: RowRange, report: Any) -> GroupSums:
-        from ke_ray.models.scoring import score_within_memory
+        from ke_ray.models.scoring import mean_usage, score_within_memory
 
         input_ids, lengths = self._corpora[rows.work.corpus]
+        usage, num_changed = None, self._settings.intervention_instances
+        if not rows.is_whole and needs_usage(rows.work.measures):
+            # Of all of D, whichever part of it is scored here.
+            usage = mean_usage(
+                model, input_ids, lengths, num_instances=num_changed, batch_size=self._batch_size
+            )
         sums, self._batch_size = score_within_memory(
             model,
             input_ids[rows.start : rows.stop],
@@ -194,6 +201,9 @@ class CheckpointScorer:
             first_instance=rows.start,
             batch_size=self._batch_size,
             on_batch=report,
+            intervention_instances=num_changed,
+            noise_seeds=self._settings.noise_seeds,
+            usage=usage,
         )
         return sums
 

@@ -12,6 +12,7 @@ from ke_ray.report.charts.figure import Figure, Panel, figure_of
 from ke_ray.report.charts.plot import X, heat_map
 from ke_ray.report.relation import KINDS, OUTCOMES, is_same_series, relate
 from ke_ray.report.sources import Result
+from ke_ray.report.weight_values import WEIGHT_VALUES
 
 
 def relation_figures(results: Sequence[Result]) -> list[Figure]:
@@ -32,7 +33,7 @@ def relation_figure(scan: Result, table: pd.DataFrame, name: str = "relation") -
     """A row per measure and, per outcome, a column as it is and one with step and loss fixed."""
     held = str(table["fixed"].max())
     table = table.assign(
-        title=[series.declared(scan, measure)[0] for measure in table["measure"]],
+        title=[_title(scan, measure) for measure in table["measure"]],
         short=table["outcome"].map(OUTCOMES)
         + table["fixed"].map(lambda fixed: "*" if fixed else ""),
         mark="line",
@@ -80,3 +81,8 @@ def relation_figure(scan: Result, table: pd.DataFrame, name: str = "relation") -
         controls=("correlation",),
         wide=True,
     )
+
+
+def _title(scan: Result, measure: str) -> str:
+    own = WEIGHT_VALUES.get(measure)
+    return own[2] if own else series.declared(scan, measure)[0]

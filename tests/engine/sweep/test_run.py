@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -56,7 +57,13 @@ def test_trials_are_the_runs_of_the_continual_study(
     tmp_path: Path, series: Path, ray_cluster: None
 ) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    study = tiny_sweep(tmp_path / "sweep", series, mlflow={"uri": uri, "tags": {"by": "test"}})
+    study = tiny_sweep(
+        tmp_path / "sweep",
+        series,
+        base={"entropy": {"measures": ["loss"]}},
+        objectives=["acquisition", "forgetting", "loss"],
+        mlflow={"uri": uri, "tags": {"by": "test"}},
+    )
     outcome = sweep(study)
     assert outcome.exit_code == 0, outcome.failures
     assert [row["status"] for row in outcome.rows] == ["ok"] * 3
@@ -70,6 +77,8 @@ def test_trials_are_the_runs_of_the_continual_study(
             expected = run_continual(alone, trial.spec)
             for name in ("acquisition", "forgetting", "knowledge_entropy_after_nats"):
                 assert row[name] == pytest.approx(expected[name], rel=1e-5), name
+            loss = json.loads(expected["measured"])["loss"]
+            assert json.loads(row["measured"])["loss"] == pytest.approx(loss, rel=1e-5)
     finally:
         torch.set_num_threads(threads)
 
@@ -92,6 +101,7 @@ def test_trials_are_the_runs_of_the_continual_study(
         assert child.data.tags["by"] == "test"
         metrics = child.data.metrics
         assert metrics["objective/acquisition"] == pytest.approx(row["acquisition"])
+        assert metrics["objective/loss"] == json.loads(row["measured"])["loss"]
         assert metrics["objective/forgetting"] == pytest.approx(row["forgetting"])
         assert metrics["result/forgetting_vs_original"] is not None
         change = row["knowledge_entropy_after_nats"] - row["knowledge_entropy_before_nats"]
