@@ -1,0 +1,181 @@
+"""Ray's workers in processes that have the imports already.
+
+Every scorer, trainer and trial is a process of its own that imports torch and transformers: five
+seconds of a core, and the tests start hundreds. Here they are forked from one server that has
+imported them, and Ray itself they import anew, since it reads its settings then. Nothing else about
+them changes: Ray starts this file as ``setup_worker.py``, and the worker registers, works, is killed
+and is missed as any other.
+
+A worker whose interpreter must differ (another ``PYTHONPATH``, another Hub, a command around it) is
+started by Ray's own ``setup_worker.py``. With ``KE_RAY_FRESH_WORKERS=1`` all are.
+"""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import json
+import os
+import runpy
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import traceback
+from argparse import ArgumentParser
+from collections.abc import Mapping
+from pathlib import Path
+
+_SOCKET = "KE_RAY_TEST_WORKER_SERVER"
+#: What libraries read when they are imported.
+_READ_AT_IMPORT = ("HF_", "TRANSFORMERS_", "TORCH_", "PYTHON")
+
+
+def use_worker_server() -> None:
+    """Let the Ray nodes that this process starts fork their workers from the server.
+
+    The process that calls this first has the server as a child; its own children inherit the
+    variable.
+    """
+    if os.environ.get("KE_RAY_FRESH_WORKERS"):
+        return
+    if _SOCKET not in os.environ:
+        _start_server()
+    from ray._private import ray_constants
+
+    # Ray joins it to a folder, which an absolute path replaces.
+    ray_constants.SETUP_WORKER_FILENAME = str(Path(__file__).resolve())
+
+
+def variables() -> dict[str, str]:
+    """What a process with another environment needs, to use the server too."""
+    return {_SOCKET: os.environ[_SOCKET]} if _SOCKET in os.environ else {}
+
+
+def _start_server() -> None:
+    folder = tempfile.mkdtemp(prefix="krw")  # short: socket paths have 107 characters
+    path = f"{folder}/server"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen(128)
+        number = listener.fileno()
+        server = subprocess.Popen(
+            [sys.executable, __file__, "--serve", str(number)],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdin=subprocess.DEVNULL,
+            pass_fds=[number],
+            start_new_session=True,  # a Ctrl-C in the terminal is none for Ray's workers
+        )
+    os.environ[_SOCKET] = path
+
+    def end() -> None:
+        server.kill()
+        server.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(end)
+
+
+def _read_at_import(environment: Mapping[str, str]) -> dict[str, str]:
+    return {k: v for k, v in environment.items() if k.startswith(_READ_AT_IMPORT)}
+
+
+def _start_worker(arguments: list[str]) -> None:
+    """Do what Ray's ``setup_worker.py`` does, and become it where the server will not do."""
+    parser = ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--serialized-runtime-env-context", default="{}")
+    parser.add_argument("--language")
+    options, worker = parser.parse_known_args(arguments)
+    context = json.loads(options.serialized_runtime_env_context)
+    environment = {**os.environ, **(context.pop("env_vars", None) or {})}
+    if context.get("py_executable") == sys.executable:
+        del context["py_executable"]
+    path = os.environ.get(_SOCKET)
+    if path and options.language == "PYTHON" and not any(context.values()):
+        with socket.socket(socket.AF_UNIX) as server:
+            server.connect(path)
+            message = {"arguments": worker, "environment": environment, "folder": os.getcwd()}
+            socket.send_fds(server, [b"0"], [0, 1, 2])
+            server.sendall(json.dumps(message).encode())
+            server.shutdown(socket.SHUT_WR)
+            if server.recv(1):
+                return
+    own = Path(worker[0]).with_name("setup_worker.py")
+    os.execv(sys.executable, [sys.executable, str(own), *arguments])
+
+
+def _serve(listener: socket.socket) -> None:
+    """Fork a worker for each message, until the process that started this one is gone."""
+    gc.disable()  # imports leave no garbage
+    import mlflow.tracking  # noqa: F401
+    import numpy
+    import pandas  # noqa: F401
+    import torch  # noqa: F401
+    import transformers.modeling_utils  # noqa: F401
+
+    import ke_ray.models.scoring
+    import ke_ray.training.loop  # noqa: F401
+
+    gc.enable()
+    gc.freeze()
+    own = _read_at_import(os.environ)
+    owner = os.getppid()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for workers
+    listener.settimeout(2)
+    while os.getppid() == owner:
+        try:
+            connection = listener.accept()[0]
+        except TimeoutError:
+            continue
+        connection.settimeout(None)
+        _, descriptors, _, _ = socket.recv_fds(connection, 1, 3)
+        with connection, connection.makefile("rb") as stream:
+            try:
+                message = json.loads(stream.read())
+            except ValueError:
+                message = None  # killed before it had said what it wants
+            if message and _read_at_import(message["environment"]) == own and not os.fork():
+                listener.close()
+                os.setpgid(0, 0)  # as Ray does, which ends a worker by its group
+                connection.sendall(b"1")
+                for number, descriptor in enumerate(descriptors):
+                    os.dup2(descriptor, number)
+                stream.close()
+                connection.close()
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                numpy.random.seed()
+                _work(**message)
+            for descriptor in descriptors:
+                os.close(descriptor)
+
+
+def _work(arguments: list[str], environment: dict[str, str], folder: str) -> None:
+    """Be the worker; does not return."""
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    tempfile.tempdir = None
+    sys.argv = arguments
+    sys.path[0] = str(Path(arguments[0]).parent)
+    code = 1
+    try:
+        runpy.run_path(arguments[0], run_name="__main__")
+        code = 0
+    except SystemExit as ending:
+        code = ending.code if isinstance(ending.code, int) else int(ending.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--serve":
+        _serve(socket.socket(fileno=int(sys.argv[2])))
+    else:
+        _start_worker(sys.argv[1:])
