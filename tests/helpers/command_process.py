@@ -135,7 +135,7 @@ def _run(
 
     from ke_ray.cli import main
 
-    worker_server.use_worker_server()
+    worker_server.use_worker_server(start=False)
     torch.set_num_threads(1)
     sys.argv = ["ke-ray", *arguments]
     try:

@@ -2,21 +2,24 @@
 
 Every scorer, trainer and trial is a process of its own that imports torch and transformers: five
 seconds of a core, and the tests start hundreds. Here they are forked from one server that has
-imported them, and Ray itself they import anew, since it reads its settings then. Nothing else about
-them changes: Ray starts this file as ``setup_worker.py``, and the worker registers, works, is killed
-and is missed as any other.
+imported them; Ray itself they import anew, since it reads its settings then. Nothing else about
+them changes: Ray starts this file in place of its ``setup_worker.py``, and the worker registers,
+works, is killed and is missed as any other.
 
 A worker whose interpreter must differ (another ``PYTHONPATH``, another Hub, a command around it) is
-started by Ray's own ``setup_worker.py``. With ``KE_RAY_FRESH_WORKERS=1`` all are.
+started by Ray's own file. With ``KE_RAY_FRESH_WORKERS=1`` all are.
 """
 
 from __future__ import annotations
 
 import atexit
 import gc
+import hashlib
+import importlib
 import json
 import os
 import runpy
+import select
 import shutil
 import signal
 import socket
@@ -26,22 +29,32 @@ import tempfile
 import traceback
 from argparse import ArgumentParser
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 _SOCKET = "KE_RAY_TEST_WORKER_SERVER"
 #: What libraries read when they are imported.
-_READ_AT_IMPORT = ("HF_", "TRANSFORMERS_", "TORCH_", "PYTHON")
+_READ_AT_IMPORT = ("HF_", "TRANSFORMERS_", "TORCH_", "PYTHONPATH")
+#: What scorers, trainers and trials import, without Ray.
+_PRELOADED = (
+    *("torch", "transformers.modeling_layers", "transformers.processing_utils"),
+    *("mlflow.tracking", "pandas", "pyarrow.parquet", "lm_eval.tasks"),
+    *("ke_ray.models.scoring", "ke_ray.training.continual", "ke_ray.training.pretrain"),
+    *("ke_ray.planning.scan_messages", "ke_ray.planning.trials"),
+)
 
 
-def use_worker_server() -> None:
+def use_worker_server(start: bool = True) -> None:
     """Let the Ray nodes that this process starts fork their workers from the server.
 
-    The process that calls this first has the server as a child; its own children inherit the
-    variable.
+    The process that starts it has it as a child; its own children inherit the variable.
+
+    Args:
+        start: a server for this environment, if there is none.
     """
     if os.environ.get("KE_RAY_FRESH_WORKERS"):
         return
-    if _SOCKET not in os.environ:
+    if start and not _fits(os.environ):
         _start_server()
     from ray._private import ray_constants
 
@@ -56,7 +69,7 @@ def variables() -> dict[str, str]:
 
 def _start_server() -> None:
     folder = tempfile.mkdtemp(prefix="krw")  # short: socket paths have 107 characters
-    path = f"{folder}/server"
+    path = f"{folder}/{_what_is_read_at_import(os.environ)}"
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen(128)
@@ -78,8 +91,15 @@ def _start_server() -> None:
     atexit.register(end)
 
 
-def _read_at_import(environment: Mapping[str, str]) -> dict[str, str]:
-    return {k: v for k, v in environment.items() if k.startswith(_READ_AT_IMPORT)}
+def _what_is_read_at_import(environment: Mapping[str, str]) -> str:
+    """A digest of the variables that libraries read then."""
+    read = sorted(item for item in environment.items() if item[0].startswith(_READ_AT_IMPORT))
+    return hashlib.sha256(repr(read).encode()).hexdigest()[:16]
+
+
+def _fits(environment: Mapping[str, str]) -> bool:
+    """Whether the environment names a server whose imports are those of this environment."""
+    return environment.get(_SOCKET, "").endswith("/" + _what_is_read_at_import(environment))
 
 
 def _start_worker(arguments: list[str]) -> None:
@@ -92,10 +112,9 @@ def _start_worker(arguments: list[str]) -> None:
     environment = {**os.environ, **(context.pop("env_vars", None) or {})}
     if context.get("py_executable") == sys.executable:
         del context["py_executable"]
-    path = os.environ.get(_SOCKET)
-    if path and options.language == "PYTHON" and not any(context.values()):
-        with socket.socket(socket.AF_UNIX) as server:
-            server.connect(path)
+    if _fits(environment) and options.language == "PYTHON" and not any(context.values()):
+        with suppress(OSError), socket.socket(socket.AF_UNIX) as server:
+            server.connect(environment[_SOCKET])
             message = {"arguments": worker, "environment": environment, "folder": os.getcwd()}
             socket.send_fds(server, [b"0"], [0, 1, 2])
             server.sendall(json.dumps(message).encode())
@@ -108,20 +127,18 @@ def _start_worker(arguments: list[str]) -> None:
 
 def _serve(listener: socket.socket) -> None:
     """Fork a worker for each message, until the process that started this one is gone."""
+    owner = os.getppid()
+    while not select.select([listener], [], [], 2)[0]:  # it imports when there is something to do
+        if os.getppid() != owner:
+            return
     gc.disable()  # imports leave no garbage
-    import mlflow.tracking  # noqa: F401
+    for name in _PRELOADED:
+        importlib.import_module(name)
     import numpy
-    import pandas  # noqa: F401
-    import torch  # noqa: F401
-    import transformers.modeling_utils  # noqa: F401
 
-    import ke_ray.models.scoring
-    import ke_ray.training.loop  # noqa: F401
-
+    assert "ray" not in sys.modules
     gc.enable()
     gc.freeze()
-    own = _read_at_import(os.environ)
-    owner = os.getppid()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for workers
     listener.settimeout(2)
     while os.getppid() == owner:
@@ -136,7 +153,7 @@ def _serve(listener: socket.socket) -> None:
                 message = json.loads(stream.read())
             except ValueError:
                 message = None  # killed before it had said what it wants
-            if message and _read_at_import(message["environment"]) == own and not os.fork():
+            if message and not os.fork():
                 listener.close()
                 os.setpgid(0, 0)  # as Ray does, which ends a worker by its group
                 connection.sendall(b"1")
