@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from pathlib import Path
 import psutil
 import requests
 import worker_server
+from servers import free_ports
 
 RAY = str(Path(sys.executable).with_name("ray"))
 #: The same, with workers that worker_server.py forks.
@@ -84,18 +84,6 @@ def clean_environment() -> dict[str, str]:
     # As in an activated virtual environment: jobs say `python`.
     path = f"{Path(sys.executable).parent}{os.pathsep}{kept.get('PATH', '')}"
     return kept | {"RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1", "PATH": path}
-
-
-def free_ports(number: int) -> list[int]:
-    """Ports that nothing listened on a moment ago."""
-    sockets = [socket.socket() for _ in range(number)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
 
 
 @contextmanager
