@@ -16,6 +16,7 @@ import atexit
 import gc
 import hashlib
 import importlib
+import importlib.util
 import json
 import os
 import runpy
@@ -112,7 +113,8 @@ def _start_worker(arguments: list[str]) -> None:
     environment = {**os.environ, **(context.pop("env_vars", None) or {})}
     if context.get("py_executable") == sys.executable:
         del context["py_executable"]
-    if _fits(environment) and options.language == "PYTHON" and not any(context.values()):
+    is_worker = options.language == "PYTHON" and worker[0].endswith("default_worker.py")
+    if is_worker and _fits(environment) and not any(context.values()):
         with suppress(OSError), socket.socket(socket.AF_UNIX) as server:
             server.connect(environment[_SOCKET])
             message = {"arguments": worker, "environment": environment, "folder": os.getcwd()}
@@ -121,7 +123,10 @@ def _start_worker(arguments: list[str]) -> None:
             server.shutdown(socket.SHUT_WR)
             if server.recv(1):
                 return
-    own = Path(worker[0]).with_name("setup_worker.py")
+    package = importlib.util.find_spec("ray")  # not imported: it takes half a second
+    assert package is not None
+    assert package.origin is not None
+    own = Path(package.origin).parent / "_private" / "workers" / "setup_worker.py"
     os.execv(sys.executable, [sys.executable, str(own), *arguments])
 
 
