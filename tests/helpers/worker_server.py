@@ -77,7 +77,7 @@ def _start_server() -> None:
         number = listener.fileno()
         server = subprocess.Popen(
             [sys.executable, __file__, "--serve", str(number)],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            env=os.environ | {"OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true"},
             stdin=subprocess.DEVNULL,
             pass_fds=[number],
             start_new_session=True,  # a Ctrl-C in the terminal is none for Ray's workers
