@@ -16,7 +16,7 @@ def wait_for(
     """Until the condition holds; a command that ends before fails the test with what it said."""
     deadline = time.monotonic() + timeout_s
     while not condition():
-        said = "" if command is None else command.stdout
-        assert command is None or command.returncode is None, said
-        assert time.monotonic() < deadline, said
+        if command is not None:
+            assert command.returncode is None, command.stdout
+        assert time.monotonic() < deadline, "" if command is None else command.stdout
         time.sleep(0.02)
