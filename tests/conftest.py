@@ -111,7 +111,7 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 #: What is dear to start, the dearest first. Tests that use the same of these run in one process,
 #: which starts it once; the others of a file stay together. What takes longest comes first, so
 #: that the processes end together.
-_SHARED = ("mlflow_server", "three_hosts", "ray_cluster", "chromium")
+_SHARED = ("mlflow_server", "three_hosts", "ray_cluster", "installed", "chromium")
 _LONGEST = "test_demo.py"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import re
 import threading
@@ -15,8 +16,6 @@ from ke_ray.secrets import redact
 
 log = logging.getLogger(__name__)
 
-#: How long a store may stay away while somebody waits for what was put.
-_GIVE_UP_AFTER_S = 30.0
 _LONGEST_PAUSE_S = 5.0
 #: Shorter outages are not worth a word, and a failure this recent needs no second look.
 _BRIEF_S = 5.0
@@ -72,19 +71,20 @@ class Sender(threading.Thread):
 
     A store that is away holds the writes back for as long as the process works. Only where somebody
     waits for them (``flush``, ``stop``) is the store given up, once it has failed for
-    ``give_up_after_s``: then all that is left is put aside at once, not each write in its turn. A
-    later sender of the process sends it, before its own, if the store is there again. A write that
-    the store refuses for what it says is not tried again.
+    ``give_up_after_s`` (default ``KE_RAY_MLFLOW_GIVE_UP_S``, else 30): then all that is left is put
+    aside at once, not each write in its turn. A later sender of the process sends it, before its
+    own, if the store is there again. A write that the store refuses for what it says is not tried
+    again.
 
     Attributes:
         lost: what did not reach the store through this sender.
     """
 
-    def __init__(
-        self, outage: Outage | None = None, give_up_after_s: float = _GIVE_UP_AFTER_S
-    ) -> None:
+    def __init__(self, outage: Outage | None = None, give_up_after_s: float | None = None) -> None:
         super().__init__(name="mlflow-sender", daemon=True)
         self.outage = outage or Outage("the store")
+        if give_up_after_s is None:
+            give_up_after_s = float(os.environ.get("KE_RAY_MLFLOW_GIVE_UP_S", "30"))
         self._give_up_after_s = give_up_after_s
         self._is_awaited = False
         self._queue: queue.Queue[tuple[str, Callable[[], None]] | None] = queue.Queue()

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
+from installed import Installed
 
 from ke_ray.cli import main
 
@@ -18,6 +19,12 @@ class Result:
     code: int
     out: str
     err: str
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
+    """ke_ray from its wheel, in an environment of its own."""
+    return Installed(tmp_path_factory.mktemp("installed"))
 
 
 @pytest.fixture

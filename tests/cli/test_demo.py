@@ -42,8 +42,7 @@ class Demo(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
-    installed = Installed(tmp_path_factory.mktemp("installed"))
+def demo(installed: Installed, tmp_path_factory: pytest.TempPathFactory) -> Demo:
     empty = tmp_path_factory.mktemp("empty")
     first = run_demo(installed, empty)
     assert first.returncode == 0, first.stderr

@@ -7,7 +7,6 @@ import os
 import random
 import shutil
 import signal
-import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from tiny_studies import tiny_continual, tiny_pretrain
 from tiny_sweep import tiny_sweep
+from waiting import wait_for
 
 from ke_ray import storage
 from ke_ray.errors import KeRayError, ResultsError, StorageError
@@ -224,13 +224,6 @@ def kill_and_run_again(
     assert left == [] or finished_before, kind
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("first", "second"), [("continual", "continual-fast"), ("pretrain", "pretrain-7")]
@@ -240,7 +233,7 @@ def test_of_two_studies_at_once_into_one_folder_the_second_ends_with_one_message
 ) -> None:
     output, command = tmp_path / "out", first
     one = start_command([command, world / f"{first}.yaml", "-o", output], tmp_path / "one")
-    wait_until(lambda: (output / MARK).exists())
+    wait_for(lambda: (output / MARK).exists())
     one.send_signal(signal.SIGSTOP)  # in the middle of its work, however fast it is
     two = start_command([command, world / f"{second}.yaml", "-o", output], tmp_path / "two")
     two.wait()

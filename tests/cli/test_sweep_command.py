@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import signal
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from command_process import Command, run_command, start_command
+from command_process import run_command, start_command
 from tiny_studies import write_study
 from tiny_sweep import tiny_sweep
+from waiting import wait_for
 
 from ke_ray.results.status import read_status
 from ke_ray.storage import read_json, read_table
@@ -95,14 +94,6 @@ def statuses(folder: Path) -> dict[str, str]:
     client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
     experiments = [e.experiment_id for e in client.search_experiments()]
     return {r.info.run_name: r.info.status for r in client.search_runs(experiments)}
-
-
-def wait_for(condition: Callable[[], bool], command: Command) -> None:
-    deadline = time.monotonic() + 180
-    while not condition():
-        assert command.returncode is None, command.stdout
-        assert time.monotonic() < deadline, command.stdout
-        time.sleep(0.05)
 
 
 @pytest.mark.ray

@@ -17,6 +17,8 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+import worker_server
+
 from ke_ray.engine.cluster import session
 
 _PRELOADED = (
@@ -29,6 +31,7 @@ def forkserver() -> ForkServerContext:
     """The context whose processes are forked from the server."""
     # Ray reads these when it is imported.
     os.environ.update({k: v for k, v in session._ENVIRONMENT.items() if k not in os.environ})
+    worker_server.use_worker_server()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(_PRELOADED))
     return context
@@ -100,6 +103,7 @@ def start_command(
         environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
         environment |= {"OMP_NUM_THREADS": "1"}
     words = [str(argument) for argument in arguments]
+    environment = worker_server.variables() | environment
     process = start_process(_run, words, str(out), str(err), dict(environment), cwd)
     return Command(process, out, err)
 
@@ -131,6 +135,7 @@ def _run(
 
     from ke_ray.cli import main
 
+    worker_server.use_worker_server(start=False)
     torch.set_num_threads(1)
     sys.argv = ["ke-ray", *arguments]
     try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,8 +16,17 @@ from pathlib import Path
 
 import psutil
 import requests
+import worker_server
+from servers import free_ports
 
 RAY = str(Path(sys.executable).with_name("ray"))
+#: The same, with workers that worker_server.py forks.
+_RAY_START = (
+    *(sys.executable, "-c"),
+    "import sys; sys.path.insert(0, sys.argv.pop(1)); import worker_server; "
+    "worker_server.use_worker_server(start=False); from ray.scripts.scripts import main; main()",
+    *(str(Path(__file__).parent), "start"),
+)
 _NOT_INHERITED = ("RAY_", "HF_TOKEN", "MLFLOW_", "OMP_")
 #: A busy machine is no dead node: a raylet ends where its agents take longer to start, and counts
 #: as dead where it answers later. One that is killed refuses connections, which counts at once.
@@ -78,21 +86,10 @@ def clean_environment() -> dict[str, str]:
     return kept | {"RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1", "PATH": path}
 
 
-def free_ports(number: int) -> list[int]:
-    """Ports that nothing listened on a moment ago."""
-    sockets = [socket.socket() for _ in range(number)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
-
-
 @contextmanager
 def running_head(num_cpus: int = 2, settings: dict[str, str] | None = None) -> Iterator[Head]:
     """Start a head node, wait until its job server answers, and end it."""
+    worker_server.use_worker_server()
     folder = Path(tempfile.mkdtemp(prefix="kr"))  # short: socket paths have 107 characters
     token = secrets.token_hex(32)
     (folder / "token").write_text(token)
@@ -100,7 +97,7 @@ def running_head(num_cpus: int = 2, settings: dict[str, str] | None = None) -> I
     gcs, dashboard, client, agent = free_ports(4)
     head = Head(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{gcs}", token, folder, settings or {})
     command = [
-        *(RAY, "start", "--head", "--block", "--node-ip-address", "127.0.0.1"),
+        *(*_RAY_START, "--head", "--block", "--node-ip-address", "127.0.0.1"),
         *("--port", str(gcs), "--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard)),
         *("--ray-client-server-port", str(client), "--dashboard-agent-listen-port", str(agent)),
         *("--temp-dir", str(folder / "ray"), "--num-cpus", str(num_cpus)),
@@ -125,7 +122,7 @@ def joined_node(head: Head, name: str, num_cpus: int, num_gpus: int = 0) -> Iter
     """Another node of the head's cluster, with the GPUs that it declares; up when this returns."""
     (agent,) = free_ports(1)
     command = [
-        *(RAY, "start", "--block", "--address", head.gcs, "--node-ip-address", "127.0.0.1"),
+        *(*_RAY_START, "--block", "--address", head.gcs, "--node-ip-address", "127.0.0.1"),
         *("--num-cpus", str(num_cpus), "--num-gpus", str(num_gpus), "--disable-usage-stats"),
         *("--object-store-memory", "150000000", "--dashboard-agent-listen-port", str(agent)),
     ]

@@ -167,8 +167,11 @@ def run_studies(scans: dict[str, tuple[str, list[str]]]) -> dict[str, Any]:
     Returns:
         name → what each came to: the number of failures, or the traceback.
     """
+    from worker_server import use_worker_server
+
     from ke_ray.engine.cluster.session import ray_session
 
+    use_worker_server()
     outcomes: dict[str, Any] = {}
     with ray_session(num_cpus=2):
         for name, (study, overrides) in scans.items():

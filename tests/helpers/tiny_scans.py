@@ -57,8 +57,11 @@ def token_ids(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """One local Ray session of two CPUs, shared by the tests of a run."""
+    from worker_server import use_worker_server
+
     from ke_ray.engine.cluster.session import ray_session
 
+    use_worker_server()
     os.environ.pop("RAY_ADDRESS", None)
     with ray_session(num_cpus=2):
         yield

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -11,14 +12,29 @@ from lab import why_not
 from lab_cluster import BUCKET, LabCluster, running_cluster
 from lab_studies import make_data
 
+_HOSTS = pytest.StashKey[ExitStack]()
+
 
 @pytest.fixture(scope="session")
-def three_hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LabCluster]:
+def three_hosts(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[LabCluster]:
     """A head without CPUs and two workers that declare two; S3 and MLflow on hosts of their own."""
     if reason := why_not():
         pytest.skip(reason)
-    with running_cluster(tmp_path_factory.mktemp("hosts")) as cluster:
-        yield cluster
+    with ExitStack() as stack:
+        request.config.stash[_HOSTS] = stack
+        yield stack.enter_context(running_cluster(tmp_path_factory.mktemp("hosts")))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(
+    item: pytest.Item, nextitem: pytest.Item | None
+) -> Generator[None, None, None]:
+    """End the hosts after their last test: idle, they take a tenth of a core from all others."""
+    yield
+    if _HOSTS in item.config.stash and "three_hosts" not in getattr(nextitem, "fixturenames", ()):
+        item.config.stash[_HOSTS].close()
 
 
 @pytest.fixture(scope="session")

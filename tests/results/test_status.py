@@ -11,15 +11,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
-from command_process import Command, run_command, start_command
+from command_process import run_command, start_command
 from tiny_studies import tiny_pretrain, write_study
+from waiting import wait_for
 
 from ke_ray import storage
 from ke_ray.errors import ResultsError
@@ -34,14 +34,6 @@ from ke_ray.storage.sole_writer import sole_writer
 def only(folder: object) -> StudyStatus:
     (study,) = read_status(str(folder))
     return study
-
-
-def wait_for(condition: Callable[[], Any], command: Command) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert command.returncode is None, command.stdout
-        assert time.monotonic() < deadline, command.stdout
-        time.sleep(0.05)
 
 
 def scan_folder(uri: str, names: list[str], corpora: tuple[str, ...] = ("dolma",)) -> ScanFolder:

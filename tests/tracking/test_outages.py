@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -26,12 +27,16 @@ from ke_ray.training.pretrain import run_pretrain
 
 pytestmark = pytest.mark.slow
 
+#: Longer than an outage is before it is told of.
+SOON = "6"
+
 ONLY = {"downstream": None, "held_out": None, "entropy": None, "keep_final": False}
 
 
 def test_a_server_that_is_away_in_the_middle_of_a_study_misses_nothing(
-    mlflow_gate: Gate, tmp_path: Path, pretrained: Path
+    mlflow_gate: Gate, tmp_path: Path, pretrained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("KE_RAY_MLFLOW_GIVE_UP_S", SOON)
     runs: list[str] = []
 
     class StopsTheServer(Display):
@@ -63,8 +68,13 @@ def test_a_server_that_is_away_in_the_middle_of_a_study_misses_nothing(
 
 @pytest.mark.ray
 def test_a_sweep_whose_server_dies_ends_well_and_the_store_tells_the_truth(
-    mlflow_gate: Gate, tmp_path: Path, pretrained: Path, ray_cluster: None
+    mlflow_gate: Gate,
+    tmp_path: Path,
+    pretrained: Path,
+    ray_cluster: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("KE_RAY_MLFLOW_GIVE_UP_S", SOON)
     ended: list[str] = []
 
     class StopsTheServer(Display):
@@ -116,7 +126,11 @@ print(json.dumps([row["status"], row["mlflow_run_id"]]))
 """
     keys = json.dumps(study.model_dump(mode="json", exclude_unset=True))
     result = subprocess.run(
-        [*alone, sys.executable, "-c", code, keys], capture_output=True, text=True, check=False
+        [*alone, sys.executable, "-c", code, keys],
+        env=os.environ | {"KE_RAY_MLFLOW_GIVE_UP_S": SOON},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout.splitlines()[-1]) == ["ok", None]

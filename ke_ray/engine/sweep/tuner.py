@@ -53,8 +53,8 @@ def build_tuner(
         )
     # Actors of a cluster that was there before have neither. How long an actor waits for a stopped
     # trial to end, Tune reads in the actor, which is then free for the next one.
-    names = (*(k for k in os.environ if k.startswith("MLFLOW_")), "TUNE_FUNCTION_THREAD_TIMEOUT_S")
-    environment = {name: os.environ[name] for name in names if name in os.environ}
+    names = ("MLFLOW_", "KE_RAY_MLFLOW_", "TUNE_FUNCTION_THREAD_TIMEOUT_S")
+    environment = {k: v for k, v in os.environ.items() if k.startswith(names)}
     if study.base.num_workers == 1:
         per_trial: dict[str, float] = {"cpu": resources.cpus}
         if resources.gpus:

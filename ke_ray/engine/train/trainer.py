@@ -169,7 +169,8 @@ def build_trainer(
     per_worker: dict[str, float] = {"CPU": resources.cpus}
     if resources.use_gpu:
         per_worker["GPU"] = 1
-    environment = {k: v for k, v in os.environ.items() if k.startswith("MLFLOW_")}
+    names = ("MLFLOW_", "KE_RAY_MLFLOW_")
+    environment = {k: v for k, v in os.environ.items() if k.startswith(names)}
     config = {
         "function": function,
         "payload": payload,

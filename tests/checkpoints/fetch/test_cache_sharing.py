@@ -8,24 +8,17 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from checkpoint_site import QUICK, WEIGHTS, Site, refs_of, truth
 from filelock import FileLock
+from waiting import wait_for
 
 from ke_ray.checkpoints.fetch.cache import Store
 from ke_ray.checkpoints.formats.fingerprint import weights_sha256
 from ke_ray.checkpoints.pieces import arrived_bytes
 from ke_ray.errors import StorageError
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def size_of_one(site: Site) -> int:

@@ -7,7 +7,6 @@ import pty
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import pytest
 import ray_head
 import yaml
 from command_process import Command, run_command
+from waiting import wait_for
 
 from ke_ray.results import ScanFolder
 
@@ -45,13 +45,6 @@ def submit(head, folder, *arguments, environment=None, **keys) -> Command:
 
 def status_of(head, name: str) -> str:
     return head.jobs(name)[-1]["status"]
-
-
-def wait_for(condition, timeout_s: float = 90.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.3)
 
 
 def test_a_scan_runs_as_a_job_and_its_results_are_there(head, series, token_ids, tmp_path):
