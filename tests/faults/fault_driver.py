@@ -24,7 +24,7 @@ def main() -> None:
 
     import ke_ray.cli
     import ke_ray.training.loop
-    import ke_ray.training.tracking  # noqa: F401
+    import ke_ray.training.tracking
 
     print("ready", flush=True)
     for line in sys.stdin:

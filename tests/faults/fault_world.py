@@ -59,7 +59,7 @@ class World:
                 make_checkpoint(self.series / f"step{10 * (number + 1)}", number)
             ids = np.random.default_rng(0).integers(2, 128, (64, 24)).astype(np.uint16)
             np.save(self.ids, ids)
-        if "sweep" in workloads and not self.trained.exists():
+        if workloads & {"continual", "sweep"} and not self.trained.exists():
             from ke_ray.training.pretrain import run_pretrain
 
             run_pretrain(self.pretrain(self.trained, None, num_steps=10))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import threading
@@ -115,10 +114,10 @@ class Bed:
         self.driver = Driver(self.head, self.cluster.environment)
         self._stack.callback(self.driver.close)
 
-    def put_world(self) -> None:
-        """Make checkpoints and data, and put them on the store."""
+    def put_world(self, workloads: set[str]) -> None:
+        """Make what workloads read, and put it on the store."""
         self.world.folder.mkdir(parents=True, exist_ok=True)
-        self.world.build_inputs({"scan", "sweep"})
+        self.world.build_inputs(workloads)
         target = STORE.removeprefix("s3://")
         self.files.put(f"{self.world.folder}/", f"{target}/", recursive=True)
 
@@ -230,11 +229,10 @@ class Bed:
 
 
 @contextmanager
-def running_bed(cluster: LabCluster, folder: Path) -> Iterator[Bed]:
-    """A bed on a running cluster, with the world on its store."""
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+def running_bed(cluster: LabCluster, folder: Path, workloads: set[str]) -> Iterator[Bed]:
+    """A bed on a running cluster, with what the workloads read on its store."""
     with ExitStack() as stack:
         bed = Bed(cluster, folder, stack)
-        bed.put_world()
+        bed.put_world(workloads)
         cluster.wait_for_mlflow()
         yield bed

@@ -31,7 +31,7 @@ from typing import Any
 
 os.environ.setdefault("RAY_AUTH_MODE", "token")  # before Ray is imported, which reads it then
 
-from fault_world import difference
+from fault_world import difference, results_of
 from host_bed import Bed, running_bed
 from host_events import EVENTS
 from lab import ROOT, why_not
@@ -195,11 +195,8 @@ def undisturbed(bed: Bed, workload: str) -> dict[Any, Any]:
         bed.driver.start(bed.command(workload, name, logged=False), f"/tmp/{name}.log")
         code = bed.driver.wait(_COMMAND_TIMEOUT_S)
         assert code == 0, bed.log(name).read_text()
-    else:
-        from fault_world import results_of
-
-        return results_of(workload, local)
-    return bed.results(workload, name)[0]
+        return bed.results(workload, name)[0]
+    return results_of(workload, local)
 
 
 def campaign(
@@ -208,13 +205,13 @@ def campaign(
     """Run until there are so many injections, or the time is over; each run is saved at once."""
     file = folder / "outcomes.jsonl"
     outcomes = [HostOutcome(**json.loads(line)) for line in _lines(file)]
-    commit = _commit()
     while sum(o.injections for o in outcomes) < injections and time.time() < until:
         with (
             tempfile.TemporaryDirectory(prefix="kf") as logs,
             running_cluster(Path(logs)) as cluster,
-            running_bed(cluster, folder) as bed,
+            running_bed(cluster, folder, set(workloads)) as bed,
         ):
+            commit = _commit()  # of the code that these hosts have a copy of
             # Hosts that something was wrong with are not used again.
             while sum(o.injections for o in outcomes) < injections and time.time() < until:
                 seed = len(outcomes)
@@ -250,7 +247,16 @@ def _lines(file: Path) -> list[str]:
 
 
 def _commit() -> str:
-    words = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    words = [
+        "git",
+        "-C",
+        str(ROOT),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=12",
+        "--exclude=*",
+    ]
     return subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
 
 
@@ -285,9 +291,7 @@ def main() -> int:
         until = datetime.datetime.combine(datetime.datetime.now().date(), clock).timestamp()
     folder = options.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    outcomes = campaign(
-        folder, options.injections, until, kinds, options.workloads.split(",")
-    )
+    outcomes = campaign(folder, options.injections, until, kinds, options.workloads.split(","))
     for kind, met, survived in summary(outcomes):
         print(f"{kind:13} {survived} of {met} survived")
     total = sum(outcome.injections for outcome in outcomes)
