@@ -15,7 +15,10 @@ from fault_proxy import FaultProxy
 from tiny_studies import tiny_continual, tiny_pretrain, write_study
 from tiny_sweep import tiny_sweep
 
+from ke_ray.checkpoints.fetch.checkpoint import fetch_into
+from ke_ray.checkpoints.reference import CheckpointRef
 from ke_ray.cli import main
+from ke_ray.errors import StoreOutageError
 from ke_ray.storage import patience
 
 STORE = "s3://results"
@@ -124,3 +127,14 @@ def test_it_is_one_message(
     assert "Traceback" not in said
     assert said.count("ke-ray: ") == 1, said
     assert STORE in said
+
+
+def test_an_outage_of_its_store_makes_no_checkpoint_a_broken_one(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KE_RAY_STORE_GIVE_UP_S", "0.1")
+    patience._answered.add(STORE)  # it was listed from there
+    store.answer("503")
+    ref = CheckpointRef("step10", f"{STORE}/series/step10", "hf")
+    with pytest.raises(StoreOutageError, match="Finished work is saved"):
+        fetch_into(ref, tmp_path)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import random
-from pathlib import Path
+import time
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
-from host_bed import running_bed
+from host_bed import Bed, running_bed
 from host_events import EVENTS
-from host_faults import HostOutcome, disturb, undisturbed
+from host_faults import HostOutcome, check, disturb, undisturbed
 from lab_cluster import LabCluster
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -19,18 +21,58 @@ NUM_INJECTIONS = 20
 KINDS = sorted(set(EVENTS) - {"head"})
 
 
+@pytest.fixture(scope="module")
+def bed(three_hosts: LabCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bed]:
+    with running_bed(three_hosts, tmp_path_factory.mktemp("bed"), {"scan"}) as bed:
+        yield bed
+
+
+@pytest.fixture(scope="module")
+def expected(bed: Bed) -> dict[Any, Any]:
+    """The results of a scan that nothing befalls."""
+    return undisturbed(bed, "scan")
+
+
 def test_twenty_faults_change_no_result_and_leave_nothing(
-    three_hosts: LabCluster, tmp_path: Path
+    bed: Bed, expected: dict[Any, Any]
 ) -> None:
     met = 0
-    with running_bed(three_hosts, tmp_path, {"scan"}) as bed:
-        expected = undisturbed(bed, "scan")
-        for seed in itertools.count():
-            rng = random.Random(f"twenty {seed}")
-            kinds = rng.sample(KINDS, len(KINDS))
-            outcome = HostOutcome(seed, "scan", commit="")
-            disturb(bed, outcome, kinds, rng, expected, longest_s=1.0)
-            assert outcome.problems == [], outcome
-            met += outcome.injections
-            if met >= NUM_INJECTIONS:
-                break
+    for seed in itertools.count():
+        rng = random.Random(f"twenty {seed}")
+        outcome = HostOutcome(seed, "scan", commit="")
+        disturb(bed, outcome, rng.sample(KINDS, len(KINDS)), rng, expected, longest_s=1.0)
+        assert outcome.problems == [], outcome
+        met += outcome.injections
+        if met >= NUM_INJECTIONS:
+            break
+
+
+def test_a_store_that_stays_away_ends_a_scan_with_a_message_and_the_next_one_resumes(
+    bed: Bed, expected: dict[Any, Any]
+) -> None:
+    words, log = bed.command("scan", "away"), "/tmp/away.log"
+    bed.driver.start(words, log, KE_RAY_STORE_GIVE_UP_S="3")
+    while not bed.is_begun("away"):
+        assert bed.driver.is_running, bed.log("away").read_text()
+        time.sleep(0.1)
+    bed.set_faults("store", [{"fault": "503", "share": 1.0}])
+    code = bed.driver.wait(300)
+    bed.set_faults("store", [])
+    said = bed.log("away").read_text()
+    assert code == 1, said
+    assert said.count("ke-ray: ") == 1, said
+    assert "Finished work is saved. Run the same command again to resume" in said
+    assert "failed:" not in said, "no checkpoint is broken"
+    outcome = HostOutcome(0, "scan", commit="")
+    # A lease that could not be given back is void after a minute.
+    deadline = time.monotonic() + 300
+    while True:
+        bed.driver.start(words, log)
+        code = bed.driver.wait(300)
+        if code == 0:
+            break
+        assert "lease" in bed.log("away").read_text()
+        assert time.monotonic() < deadline, bed.log("away").read_text()
+        time.sleep(1)
+    check(bed, outcome, "away", expected)
+    assert outcome.problems == []

@@ -16,11 +16,16 @@ from safetensors.numpy import load
 
 from ke_ray.checkpoints.reference import position
 from ke_ray.engine.cluster.metrics import ScanMeter
-from ke_ray.errors import KeRayError
+from ke_ray.errors import KeRayError, StoreOutageError
 from ke_ray.outcomes import ScanOutcome
 from ke_ray.planning.scan import ScanSetup
 from ke_ray.planning.scan_items import CheckpointWork
-from ke_ray.planning.scan_messages import ScorerSettings, evaluated_columns, sums_from_bytes
+from ke_ray.planning.scan_messages import (
+    OUTAGE,
+    ScorerSettings,
+    evaluated_columns,
+    sums_from_bytes,
+)
 from ke_ray.planning.scan_tracking import log_scan_metrics
 from ke_ray.results.scan_folder import EXPERTS_SCHEMA, REPLICATES_SCHEMA
 from ke_ray.resuscitation.prediction import write_record
@@ -67,7 +72,14 @@ class Collector:
         self._fold_after = time.monotonic() + _FOLD_EVERY_S
 
     def add(self, output: dict[str, Any]) -> None:
-        """Take one row of ``OUTPUT_SCHEMA``."""
+        """Take one row of ``OUTPUT_SCHEMA``.
+
+        Raises:
+            StoreOutageError: a scorer has waited for its store in vain. The checkpoint is neither
+                done nor failed, and the same command scores it.
+        """
+        if output["status"] == OUTAGE:
+            raise StoreOutageError(output["error"])
         index, corpus = output["checkpoint"], output["corpus"]
         pending = self._pending.get(index)
         if pending is None or corpus in pending.done:
