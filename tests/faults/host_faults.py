@@ -40,6 +40,7 @@ from lab_cluster import running_cluster
 WORKLOADS = ("scan", "continual", "scan", "sweep", "scan", "pretrain")
 _MAX_STARTS = 12
 _COMMAND_TIMEOUT_S = 900.0
+_LEASE_PAUSE_S = 15.0
 
 
 @dataclass
@@ -103,6 +104,8 @@ class Run:
                 self._outcome.problems.append(f"exit code {code}: {self.last_words()}")
         if self.is_done or not again:
             return False
+        if "renewed its lease" in self.last_words():
+            time.sleep(_LEASE_PAUSE_S)  # that of a killed command is void after a minute
         if len(self._outcome.codes) >= _MAX_STARTS:
             raise RuntimeError(f"{_MAX_STARTS} starts were not enough: {self.last_words()}")
         self._bed.heal()
