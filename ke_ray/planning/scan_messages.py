@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
     from ke_ray.core.statistics import GroupSums
 
+#: Status of an item that was neither scored nor failed, since its store was out of order.
+OUTAGE = "outage"
+
 OUTPUT_SCHEMA = pa.schema(
     [
         ("item", pa.int64()),
@@ -113,11 +116,11 @@ def item_from_json(text: str) -> WorkItem:
     return _ITEM.validate_json(text)
 
 
-def failed_table(item: WorkItem, message: str) -> pa.Table:
+def failed_table(item: WorkItem, message: str, status: str = "failed") -> pa.Table:
     failure = {
         "item": item.index,
         "checkpoint": item.checkpoint,
-        "status": "failed",
+        "status": status,
         "error": redact(" ".join(message.split())),
     }
     return output_table([{**failure, "corpus": rows.work.corpus} for rows in item.ranges])

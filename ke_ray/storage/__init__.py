@@ -24,23 +24,26 @@ from ke_ray.storage.files import (
     write_json,
 )
 from ke_ray.storage.json_text import parse_json
-from ke_ray.storage.patience import on_store
+from ke_ray.storage.patience import KNOWN_STORES, forget_store, known_stores, on_store
 from ke_ray.storage.tables import open_table, read_table, write_table, write_tables
 from ke_ray.storage.temporary import hold, is_temporary, remove_leftovers, temporary_path
 from ke_ray.storage.uris import absolute, explained, is_local, join, local_path, slug
 
 __all__ = [
+    "KNOWN_STORES",
     "absolute",
     "check_writable",
     "create",
     "exists",
     "explained",
     "file_size",
+    "forget_store",
     "hold",
     "is_local",
     "is_temporary",
     "join",
     "json_text",
+    "known_stores",
     "list_dir",
     "local_path",
     "make_dirs",

@@ -3,7 +3,8 @@
 A driver's own retries last seconds. A store that has answered this process before and then answers
 500 or 503, or nothing, is waited for up to ten minutes (``KE_RAY_STORE_GIVE_UP_S``, seconds). What
 refuses (no permission, no credentials) and what never answered is an error at once: waiting would
-not help.
+not help. Worker processes wait for the stores that their command has reached, which
+``KE_RAY_KNOWN_STORES`` names.
 """
 
 from __future__ import annotations
@@ -29,12 +30,30 @@ _FINAL = (
     *("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "ParamValidationError"),
     *("NoRegionError", "UnknownServiceError", "InvalidRegionError", "HttpError"),
 )
-_answered: set[str] = set()
+KNOWN_STORES = "KE_RAY_KNOWN_STORES"
+_answered: set[str] = set(os.environ.get(KNOWN_STORES, "").split())
 
 
 def give_up_s() -> float:
     """Seconds for which a store may be out of order."""
     return float(os.environ.get("KE_RAY_STORE_GIVE_UP_S", "600"))
+
+
+def known_stores() -> str:
+    """The stores that have answered, for the environment of worker processes.
+
+    Addresses that hold a password are left out: clusters show that environment.
+    """
+    return " ".join(sorted(store for store in _answered if redact(store) == store))
+
+
+def forget_store(uri: str) -> None:
+    """Take a store for one that never answered, and is not waited for."""
+    _answered.discard(_store_of(uri))
+
+
+def _store_of(uri: str) -> str:
+    return "/".join(uri.split("/")[:3])
 
 
 def on_store(uri: str, operation: Callable[[], T]) -> T:
@@ -49,7 +68,7 @@ def on_store(uri: str, operation: Callable[[], T]) -> T:
     """
     if not is_remote(uri):
         return operation()
-    store = "/".join(uri.split("/")[:3])
+    store = _store_of(uri)
     # Asked once: another thread that loses patience first must not end this one's.
     known, started, attempts = store in _answered, time.monotonic(), 0
     while True:

@@ -114,6 +114,9 @@ def explained(uri: str, verb: str) -> Iterator[None]:
             reason = "a file stands where a folder is needed; choose another folder"
         elif error.errno == errno.ENAMETOOLONG:
             reason = "the name is too long; choose a shorter one"
+        elif isinstance(error, FileNotFoundError) and is_remote(uri) and verb != "read":
+            bucket = "/".join(uri.split("/")[:3])
+            reason = f"the store has no '{bucket}'; create it, or choose another place"
         else:
             raise
         shown = uri if len(uri) <= 400 else f"{uri[:200]}…{uri[-50:]}"

@@ -21,6 +21,7 @@ from safetensors.numpy import load as load_safetensors
 from ke_ray import storage
 from ke_ray.config import validate
 from ke_ray.storage.ownership import MARK
+from ke_ray.studies.continual import ContinualStudy
 from ke_ray.studies.scan import ScanStudy
 from ke_ray.studies.sweep import SweepStudy
 from ke_ray.studies.training import PretrainStudy
@@ -45,19 +46,23 @@ class World:
 
     def build(self, workloads: set[str]) -> None:
         """Make what the workloads read, and run each once, undisturbed."""
+        self.build_inputs(workloads)
+        for workload in sorted(workloads - set(self.expected)):
+            study = self.study(workload, self.folder / f"undisturbed-{workload}", None)
+            run(study)  # in a folder of an earlier call it is finished already
+            self.expected[workload] = results_of(workload, Path(study.output))
+
+    def build_inputs(self, workloads: set[str]) -> None:
+        """Make what the workloads read."""
         if not self.ids.exists():
             for number in range(NUM_CHECKPOINTS):
                 make_checkpoint(self.series / f"step{10 * (number + 1)}", number)
             ids = np.random.default_rng(0).integers(2, 128, (64, 24)).astype(np.uint16)
             np.save(self.ids, ids)
-        if "sweep" in workloads and not self.trained.exists():
+        if workloads & {"continual", "sweep"} and not self.trained.exists():
             from ke_ray.training.pretrain import run_pretrain
 
             run_pretrain(self.pretrain(self.trained, None, num_steps=10))
-        for workload in sorted(workloads - set(self.expected)):
-            study = self.study(workload, self.folder / f"undisturbed-{workload}", None)
-            run(study)  # in a folder of an earlier call it is finished already
-            self.expected[workload] = results_of(workload, Path(study.output))
 
     def study(self, workload: str, output: Path, experiment: str | None, **keys: Any) -> Any:
         """A study of a workload; ``experiment`` None: not logged to MLflow."""
@@ -109,8 +114,28 @@ class World:
 
     def sweep(self, output: Path, experiment: str | None, **keys: Any) -> SweepStudy:
         """The last checkpoint continued for 24 steps as it is and with two amplifying factors."""
+        values = {
+            "kind": "sweep",
+            "base": self._continual(output),
+            "space": {"resuscitation.factor": [0.5, 2]},
+            "points": [{"resuscitation": None}],
+            "objectives": ["forgetting"],
+            "retries": 5,
+            "output": str(output),
+            "mlflow": self._mlflow(experiment),
+        }
+        return validate(SweepStudy, values | keys, "sweep")
+
+    def continual(self, output: Path, experiment: str | None, **keys: Any) -> ContinualStudy:
+        """Two checkpoints continued for 24 steps, each by two training workers."""
+        values = self._continual(output) | {"num_workers": 2, "mlflow": self._mlflow(experiment)}
+        values["starts"] = {"spec": str(self.trained / "checkpoints"), "steps": "5:10"}
+        del values["resuscitation"]
+        return validate(ContinualStudy, values | keys, "continual")
+
+    def _continual(self, output: Path) -> dict[str, Any]:
         world = self.trained / "world"
-        base = {
+        return {
             "kind": "continual",
             "starts": {"spec": str(self.trained / "checkpoints"), "steps": "10:10"},
             "corpus": {
@@ -136,17 +161,6 @@ class World:
             "executor": "ray",
             "output": str(output),
         }
-        values = {
-            "kind": "sweep",
-            "base": base,
-            "space": {"resuscitation.factor": [0.5, 2]},
-            "points": [{"resuscitation": None}],
-            "objectives": ["forgetting"],
-            "retries": 5,
-            "output": str(output),
-            "mlflow": self._mlflow(experiment),
-        }
-        return validate(SweepStudy, values | keys, "sweep")
 
     def _mlflow(self, experiment: str | None) -> dict[str, Any]:
         if experiment is None:
@@ -215,10 +229,11 @@ def results_of(workload: str, output: Path) -> Results:
     else:
         columns = ("status", "forgetting", "downstream_after", "perplexity_after")
         columns += ("knowledge_entropy_before_nats", "knowledge_entropy_after_nats")
-        for row in storage.read_table(output / "trials.parquet").to_pylist():
-            rows += [((row["trial_id"], name), row[name]) for name in columns]
-            losses = storage.read_table(output / "runs" / row["trial_id"] / "train.parquet")
-            rows += [((row["trial_id"], r["step"]), r["loss"]) for r in losses.to_pylist()]
+        file, key = ("trials", "trial_id") if workload == "sweep" else ("runs", "run")
+        for row in storage.read_table(output / f"{file}.parquet").to_pylist():
+            rows += [((row[key], name), row[name]) for name in columns]
+            losses = storage.read_table(output / "runs" / row[key] / "train.parquet")
+            rows += [((row[key], r["step"]), r["loss"]) for r in losses.to_pylist()]
     found = dict(rows)
     if len(found) < len(rows):
         raise ValueError(f"{len(rows) - len(found)} results are there twice")
@@ -269,7 +284,7 @@ def mlflow_problems(uri: str, experiment: str, workload: str) -> list[str]:
     known = client.get_experiment_by_name(experiment)
     runs = client.search_runs([known.experiment_id], max_results=100) if known else []
     names = sorted(run.info.run_name for run in runs)
-    wanted = {"scan": 1, "pretrain": 1, "sweep": 4}[workload]
+    wanted = {"scan": 1, "continual": 2, "pretrain": 1, "sweep": 4}[workload]
     problems = [
         f"{run.info.run_name} is {run.info.status}" for run in runs if run.info.status != "FINISHED"
     ]

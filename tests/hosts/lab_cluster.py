@@ -12,11 +12,15 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import fault_proxy
 from lab import Host, Lab
 from ray_head import AGENT_PATIENCE, Head
 from servers import Gate
 
 BUCKET = "shared"
+#: Folder of the rules of the relay to a host's server (``fault_proxy.py``).
+FAULTS = "/tmp"
+_BEHIND = 5001
 _TOKEN = Path.home() / ".ray" / "auth_token"
 _START_TIMEOUT_S = 180.0
 
@@ -143,10 +147,15 @@ def running_cluster(folder: Path, workers: int = 2, cpus: int = 2) -> Iterator[L
             "AWS_DEFAULT_REGION": "us-east-1",
             "AWS_ENDPOINT_URL": f"http://{store.address}:5000",
         }
-        serve_s3 = ("python", "-m", "moto.server", "-H", "0.0.0.0", "-p", "5000")
+        # The hosts reach both through relays that answer wrongly where a test says so.
+        for host in (store, mlflow):
+            relay_script = Path(fault_proxy.__file__).read_text()  # tests are not on the hosts
+            words = ["python", "-S", "-c", relay_script, 5000, _BEHIND, FAULTS]
+            host.start(words, folder / f"{host.name}-relay.log")
+        serve_s3 = ("python", "-m", "moto.server", "-H", "127.0.0.1", "-p", _BEHIND)
         store.start(serve_s3, folder / "store.log")
         serve_mlflow = (
-            *("python", "-m", "mlflow", "server", "--host", "0.0.0.0", "--port", "5000"),
+            *("python", "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", _BEHIND),
             *("--workers", "1", "--allowed-hosts", "*"),
             *("--backend-store-uri", f"sqlite:///{Path.home()}/server.db"),
             *("--artifacts-destination", Path.home() / "artifacts"),
@@ -167,10 +176,10 @@ def running_cluster(folder: Path, workers: int = 2, cpus: int = 2) -> Iterator[L
         def relay(host: Host, port: int) -> str:
             return stack.enter_context(Gate(port, host.network)).uri
 
-        s3_here = relay(store, 5000)
+        s3_here = relay(store, _BEHIND)
         cluster.s3_here = cluster.s3 | {"AWS_ENDPOINT_URL": s3_here}
         cluster.mlflow_uri = f"http://{mlflow.address}:5000"
-        cluster.mlflow_here = relay(mlflow, 5000)
+        cluster.mlflow_here = relay(mlflow, _BEHIND)
         cluster.head.address = relay(first, 8265)
         for start in starting:
             start.finish()

@@ -9,12 +9,13 @@ from tiny_scans import make_study
 from ke_ray.core.jackknife import paired_difference
 from ke_ray.engine.cluster.metrics import ScanMeter
 from ke_ray.engine.scan.collect import Collector
-from ke_ray.errors import ResultsError
+from ke_ray.errors import ResultsError, StoreOutageError
 from ke_ray.models.loading import load_model
 from ke_ray.models.scoring import score_instances
 from ke_ray.outcomes import Display, ScanOutcome
 from ke_ray.planning.scan import go_on, prepare_scan
-from ke_ray.planning.scan_messages import ScorerSettings, evaluated_columns
+from ke_ray.planning.scan_items import plan_items
+from ke_ray.planning.scan_messages import OUTAGE, ScorerSettings, evaluated_columns, failed_table
 from ke_ray.report.precision import precision_sentence
 from ke_ray.report.sources import find_results
 from ke_ray.results import ScanFolder, read_manifest
@@ -170,3 +171,16 @@ def test_results_say_how_many_instances_a_wanted_precision_needs(reached):
     needed = int(np.ceil(128 * (error / study.stderr_nats) ** 2))
     assert f"with N = 128; {study.stderr_nats:g} nats needs N of about {needed:,}." in sentence
     assert f"{100 * error / change:.2g} % of the largest change" in sentence
+
+
+def test_an_item_that_its_store_kept_from_being_scored_ends_the_scan_and_is_no_failure(make):
+    study = make()
+    setup, outcome = prepare_scan(study), ScanOutcome(study.output)
+    meter = ScanMeter(Display(), outcome, "rounds", setup.works, 1)
+    with open_tracker(study.mlflow) as tracker:
+        collector = Collector(setup, None, tracker.run(None), meter, outcome)
+    item, *_ = plan_items(setup.works, 1, 0)
+    (row,) = failed_table(item, "Cannot reach 's3://a': 503.", OUTAGE).to_pylist()
+    with pytest.raises(StoreOutageError, match="Cannot reach 's3://a': 503"):
+        collector.add(row)
+    assert outcome.failures == []

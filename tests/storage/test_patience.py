@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import errno
 import http.server
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 
 import pytest
 
 from ke_ray import storage
+from ke_ray.engine.cluster.session import worker_env
 from ke_ray.errors import StorageError, StoreOutageError
 from ke_ray.storage import patience
 from ke_ray.storage.patience import on_store
@@ -102,3 +106,20 @@ def test_another_thread_that_gave_up_ends_nobody_elses_patience(
     with pytest.raises(StoreOutageError, match="Finished work is saved"):
         storage.read_bytes(store)
     impatient.join()
+
+
+def test_workers_wait_for_the_stores_that_their_command_has_reached(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Moody.statuses = [200, 503, 200]
+    monkeypatch.setattr(patience, "_answered", {"https://me:secret@other"})
+    storage.read_bytes(store)
+    monkeypatch.setenv("KE_RAY_STORE_GIVE_UP_S", "77")
+    env = worker_env()
+    assert env["KE_RAY_STORE_GIVE_UP_S"] == "77"
+    assert env[patience.KNOWN_STORES] == store.removesuffix("/file")
+    code = "import sys; from ke_ray import storage; print(storage.read_bytes(sys.argv[1]))"
+    worker = [sys.executable, "-c", code, store]
+    done = subprocess.run(worker, env=os.environ | env, capture_output=True, text=True, check=False)
+    assert done.stdout == "b'ok'\n", done.stderr
+    assert Moody.asked == 3

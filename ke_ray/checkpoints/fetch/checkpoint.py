@@ -26,7 +26,7 @@ from ke_ray.checkpoints.pieces import (
 from ke_ray.checkpoints.reference import CheckpointRef
 from ke_ray.checkpoints.retries import ChangedError, Retries, RetryPolicy, TransferError
 from ke_ray.checkpoints.transfer import download, probe, public_url
-from ke_ray.errors import CheckpointError, CheckpointSpecError
+from ke_ray.errors import CheckpointError, CheckpointSpecError, StoreOutageError
 from ke_ray.storage import list_dir, on_store
 
 _CHUNK = 4 * 2**20
@@ -74,6 +74,7 @@ def fetch_into(
 
     Raises:
         CheckpointError: the source is gone, incomplete or refuses.
+        StoreOutageError: its store was out of order for too long.
         OSError: the local disk refused.
     """
     policy = policy or RetryPolicy()
@@ -163,6 +164,8 @@ def _remote_layout(ref: CheckpointRef) -> tuple[Any, str, Layout]:
     try:
         fs, path = fsspec.core.url_to_fs(ref.location)
         names = set(list_dir(ref.location))
+    except StoreOutageError:  # which says nothing about the checkpoint
+        raise
     except Exception as error:  # each driver has its own errors
         raise CheckpointError(f"Cannot list '{public_url(ref.location)}': {error}.") from error
     layout = layout_of(names)

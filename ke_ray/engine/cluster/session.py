@@ -56,6 +56,8 @@ def worker_env() -> dict[str, str]:
 
     What the driver's environment has already is kept.
     """
+    from ke_ray import storage
+
     defaults = {
         "OMP_WAIT_POLICY": "passive",
         "MALLOC_ARENA_MAX": "1",
@@ -64,7 +66,9 @@ def worker_env() -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
     }
     env = {name: os.environ.get(name, value) for name, value in defaults.items()}
-    for name in ("HF_HOME", "HF_HUB_OFFLINE", "HF_ENDPOINT"):
+    if stores := storage.known_stores():
+        env[storage.KNOWN_STORES] = stores
+    for name in ("HF_HOME", "HF_HUB_OFFLINE", "HF_ENDPOINT", "KE_RAY_STORE_GIVE_UP_S"):
         if name in os.environ:
             env[name] = os.environ[name]
     return env

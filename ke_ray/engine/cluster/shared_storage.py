@@ -162,6 +162,7 @@ def _unreached(uri: str) -> str:
     reasons = [f"no answer within {_STORE_TIMEOUT_S:.0f} seconds."]
 
     def look() -> None:
+        storage.forget_store(uri)  # the command reaches it, which says nothing about this node
         try:
             storage.exists(uri)
         except (OSError, StorageError) as error:

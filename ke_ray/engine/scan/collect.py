@@ -21,11 +21,16 @@ from safetensors.numpy import load
 
 from ke_ray.checkpoints.reference import position
 from ke_ray.engine.cluster.metrics import ScanMeter
-from ke_ray.errors import KeRayError
+from ke_ray.errors import KeRayError, StoreOutageError
 from ke_ray.outcomes import ScanOutcome
 from ke_ray.planning.scan import ScanSetup
 from ke_ray.planning.scan_items import CheckpointWork
-from ke_ray.planning.scan_messages import ScorerSettings, evaluated_columns, sums_from_bytes
+from ke_ray.planning.scan_messages import (
+    OUTAGE,
+    ScorerSettings,
+    evaluated_columns,
+    sums_from_bytes,
+)
 from ke_ray.planning.scan_rows import labelled
 from ke_ray.planning.scan_tracking import log_scan_metrics
 from ke_ray.results.scan_folder import EXPERTS_SCHEMA, REPLICATES_SCHEMA
@@ -96,8 +101,15 @@ class Collector:
             self._settle(0)
 
     def add(self, output: dict[str, Any]) -> None:
-        """Take one row of ``OUTPUT_SCHEMA``."""
+        """Take one row of ``OUTPUT_SCHEMA``.
+
+        Raises:
+            StoreOutageError: a scorer has waited for its store in vain. The checkpoint is neither
+                done nor failed, and the same command scores it.
+        """
         self._settle(_MAX_WAITING)
+        if output["status"] == OUTAGE:
+            raise StoreOutageError(output["error"])
         index, corpus = output["checkpoint"], output["corpus"]
         pending = self._pending.get(index)
         if pending is None or corpus in pending.done:

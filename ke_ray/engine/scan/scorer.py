@@ -33,11 +33,12 @@ from ke_ray.checkpoints.formats.fingerprint import weights_sha256
 from ke_ray.checkpoints.reference import CheckpointRef
 from ke_ray.core.measures import needs_usage
 from ke_ray.engine.cluster.placement import granted_device
-from ke_ray.errors import DeviceMemoryError, KeRayError
+from ke_ray.errors import DeviceMemoryError, KeRayError, StoreOutageError
 from ke_ray.models.architectures import use_description
 from ke_ray.models.loading import load_model
 from ke_ray.planning.scan_items import RowRange, WorkItem
 from ke_ray.planning.scan_messages import (
+    OUTAGE,
     ScorerSettings,
     evaluated_columns,
     failed_table,
@@ -148,6 +149,8 @@ class CheckpointScorer:
             ray.get(self._monitor.begin.remote(item.index))
             try:
                 return self._score(item, ref)
+            except StoreOutageError as error:  # it says nothing about the checkpoint
+                return failed_table(item, str(error), OUTAGE)
             except KeRayError as error:
                 text = str(error)
                 return failed_table(item, text if ref.label in text else f"'{ref.label}': {text}")
