@@ -196,7 +196,7 @@ def _score(setup: ScanSetup, run: TrackedRun, display: Display, outcome: ScanOut
     )
     meter = ScanMeter(display, outcome, study_label(study), setup.works, num_actors)
     collector = Collector(setup, settings, run, meter, outcome)
-    with _ticking(monitor, meter), watch_placement():
+    with _monitored(monitor, meter), watch_placement():
         try:
             for batch in dataset.iter_batches(
                 batch_size=None, batch_format="pyarrow", prefetch_batches=0
@@ -240,8 +240,11 @@ def _actors(setup: ScanSetup) -> tuple[int, dict[str, float]]:
 
 
 @contextmanager
-def _ticking(monitor: Any, meter: ScanMeter) -> Iterator[None]:
-    """Ask the monitor for what was scored and for warnings, once a second, on a thread."""
+def _monitored(monitor: Any, meter: ScanMeter) -> Iterator[None]:
+    """Ask the monitor for what was scored and for warnings, once a second, on a thread.
+
+    The monitor ends with the block, and every scorer ends with its monitor.
+    """
     import ray
 
     stopped = threading.Event()
@@ -265,4 +268,5 @@ def _ticking(monitor: Any, meter: ScanMeter) -> Iterator[None]:
     finally:
         stopped.set()
         thread.join(timeout=10)
-    tick()
+        tick()
+        ray.kill(monitor)

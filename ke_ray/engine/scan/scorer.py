@@ -16,6 +16,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -30,7 +31,7 @@ from ke_ray.checkpoints.fetch.cache import Store
 from ke_ray.checkpoints.find.series import series_label
 from ke_ray.checkpoints.formats.fingerprint import weights_sha256
 from ke_ray.checkpoints.reference import CheckpointRef
-from ke_ray.engine.cluster.placement import granted_device
+from ke_ray.engine.cluster.placement import granted_device, in_driver
 from ke_ray.errors import DeviceMemoryError, KeRayError
 from ke_ray.models.architectures import use_description
 from ke_ray.models.loading import load_model
@@ -55,6 +56,9 @@ log = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 3
 _REPORT_EVERY_S = 0.5
+_LOOK_EVERY_S = 2.0
+#: For Ray's own way to end an actor, once its scan is over.
+_GRACE_S = 5.0
 
 
 @dataclass
@@ -108,8 +112,11 @@ class CheckpointScorer:
         self._settings = settings
         self._batch_size = settings.batch_size  # less, once memory has run out
         self._checkpoints = checkpoints
-        self._corpora = {name: ray.get(ref) for name, ref in corpora.items()}
         self._monitor = monitor
+        if not in_driver():
+            ray.get(monitor.attempts.remote(0))  # an actor that fails here is not restarted again
+            threading.Thread(target=_end_after, args=(monitor,), daemon=True).start()
+        self._corpora = {name: ray.get(ref) for name, ref in corpora.items()}
         self._device, problem = granted_device()
         self._refusal = None
         if problem is not None and settings.device == "cuda":
@@ -322,6 +329,26 @@ class CheckpointScorer:
                 self._monitor.report.remote(item, total, now - started)
 
         return report
+
+
+def _end_after(monitor: Any) -> None:
+    """End this process when its scan is over, which the death of its monitor says.
+
+    Ray ends an actor once nobody holds its handle. One that was restarting when its scan ended has
+    been seen to stay, and would keep its CPUs or GPU for as long as the driver's session lasts.
+    """
+    import ray
+
+    while True:
+        time.sleep(_LOOK_EVERY_S)
+        try:
+            ray.get(monitor.attempts.remote(0))
+        except ray.exceptions.ActorDiedError:
+            break
+        except ray.exceptions.RayError:  # a network that is away for a moment
+            continue
+    time.sleep(_GRACE_S)
+    os._exit(0)
 
 
 def _identity(model: Any) -> dict[str, Any]:

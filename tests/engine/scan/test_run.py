@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import signal
 import threading
@@ -10,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from tiny_scans import make_study
 
@@ -334,6 +336,47 @@ def test_an_interrupt_keeps_what_is_finished(scan_study, series, expected):
         values_of(study.output),
         {key: value for key, value in expected.items() if key[3] == "knowledge_entropy"},
     )
+
+
+def test_a_scorer_ends_with_its_scan_though_it_restarts_meanwhile_and_is_held(scan_study):
+    """Ray has lost the end of such an actor; here a handle that is kept stands for that."""
+    from ray.actor import ActorHandle
+
+    recorder, kept, killed = Recorder(), [], []
+
+    def keep_and_kill(name):
+        if not kept:
+            handles = [o for o in gc.get_objects() if isinstance(o, ActorHandle)]
+            kept.extend(handle for handle in handles if "CheckpointScorer" in repr(handle))
+        if len(recorder.done) == 4:
+            for process in scorer_processes():
+                process.kill()
+                killed.append(process.pid)
+
+    recorder.on_checkpoint = keep_and_kill
+    outcome, _ = scan(scan_study(measures=("knowledge_entropy",)), recorder)
+    assert outcome.exit_code == 0
+    assert killed
+    deadline = time.monotonic() + 180
+    while is_alive(kept[0]) or scorer_processes():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def is_alive(actor):
+    """Whether an actor of Ray Data's answers; one that restarts is waited for."""
+    import ray
+
+    try:
+        return bool(ray.get(actor.get_location.remote(), timeout=120))
+    except ray.exceptions.ActorDiedError:
+        return False
+
+
+def scorer_processes():
+    """Of this session."""
+    found = psutil.Process().children(recursive=True)
+    return [p for p in found if p.is_running() and "CheckpointScorer" in " ".join(p.cmdline())]
 
 
 def test_mlflow_has_a_point_for_each_checkpoint(whole):
