@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
-from pydantic import TypeAdapter
 
 from ke_ray.core.architecture import Architecture
 from ke_ray.core.measures import evaluate
@@ -30,6 +29,9 @@ OUTPUT_SCHEMA = pa.schema(
         ("item", pa.int64()),
         ("checkpoint", pa.int64()),
         ("corpus", pa.string()),
+        # The instances of the corpus that were scored.
+        ("start", pa.int64()),
+        ("stop", pa.int64()),
         ("status", pa.string()),
         ("error", pa.string()),
         ("num_instances", pa.int64()),
@@ -166,19 +168,6 @@ def _replicates_table(evaluation: Evaluation) -> pa.Table:
             "value": np.concatenate(values) if values else np.empty(0),
         }
     )
-
-
-_ITEM = TypeAdapter(WorkItem)
-
-
-def item_to_json(item: WorkItem) -> str:
-    """A work item as text, for the input column."""
-    return _ITEM.dump_json(item).decode()
-
-
-def item_from_json(text: str) -> WorkItem:
-    """The inverse of ``item_to_json``."""
-    return _ITEM.validate_json(text)
 
 
 def failed_table(item: WorkItem, message: str) -> pa.Table:
