@@ -3,7 +3,8 @@
 The unit of work is one instance of one corpus on one checkpoint. The work of one checkpoint is a
 tape: its corpora one after the other. A work item is a part of one tape. Whole checkpoints are
 dealt first, in order; the last ones, fewer than there are actors, are cut into pieces of about the
-same length, so that all actors end together.
+same length, so that all actors end together. ``ke_ray.planning.scan_dealing`` plans what is left
+anew where actors come or go.
 
 Finer pieces balance better and load more. The best cut is found by trial: ``makespan`` plays a plan
 through, with tokens as its unit of time, and of all plans that end within 2 % of the earliest the
@@ -19,7 +20,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 #: Assumed of an actor, to weigh another load against a better balance (60 % of an H100's 989).
 FLOPS_PER_S = {"cpu": 1e12, "gpu": 6e14}
@@ -79,8 +80,28 @@ class RowRange:
 
 
 @dataclass(frozen=True)
+class Stretch:
+    """Positions ``start`` … ``stop − 1`` of a checkpoint's tape, and how often they were lost."""
+
+    work: CheckpointWork
+    start: int
+    stop: int
+    losses: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens on it, padding included."""
+        return sum((r.stop - r.start) * r.work.sequence_length for r in self.ranges)
+
+    @property
+    def ranges(self) -> tuple[RowRange, ...]:
+        """What of each corpus lies on it."""
+        return tuple(_ranges(self.work, self.start, self.stop))
+
+
+@dataclass(frozen=True)
 class WorkItem:
-    """A part of one checkpoint's tape, the unit that Ray schedules and retries."""
+    """A part of one checkpoint's tape, the unit that is dealt to an actor."""
 
     index: int
     checkpoint: int
@@ -120,17 +141,24 @@ def plan_items(
         Items that cover each tape exactly once. Whole checkpoints come first and in order, then
         the pieces of the last ones, longest first.
     """
+    whole = [Stretch(work, 0, work.num_instances) for work in works]
+    return _items(plan_stretches(whole, num_actors, load_cost))
+
+
+def plan_stretches(
+    stretches: Sequence[Stretch], num_actors: int, load_cost: float
+) -> list[Stretch]:
+    """``plan_items`` of what is left: whole stretches, then pieces of the last ones."""
     # What is before the last rounds is the same in all plans.
-    first = max(0, len(works) // num_actors - 3) * num_actors
-    num_cut = len(works) % num_actors
+    first = max(0, len(stretches) // num_actors - 3) * num_actors
+    num_cut = len(stretches) % num_actors
     plans = [
-        _items(works[first:], num_cut, each * num_actors)
+        _with_pieces(stretches[first:], num_cut, each * num_actors)
         for each in range(_PIECES_OF_AN_ACTOR + 1 if num_cut else 1)
     ]
-    ends = [makespan(plan, num_actors, load_cost) for plan in plans]
+    ends = [makespan(_items(plan), num_actors, load_cost) for plan in plans]
     good = [p for p, end in zip(plans, ends, strict=True) if end <= _SLACK * min(ends)]
-    items = [*_items(works[:first], 0, 0), *min(good, key=len)]
-    return [WorkItem(index, item.checkpoint, item.ranges) for index, item in enumerate(items)]
+    return [*stretches[:first], *min(good, key=len)]
 
 
 def makespan(items: Sequence[WorkItem], num_actors: int, load_cost: float) -> float:
@@ -158,27 +186,29 @@ def makespan(items: Sequence[WorkItem], num_actors: int, load_cost: float) -> fl
     return max(scored, default=0.0)
 
 
-def _items(works: Sequence[CheckpointWork], num_cut: int, num_pieces: int) -> list[WorkItem]:
-    """Items of ``works``, the last ``num_cut`` of them in ``num_pieces`` pieces or fewer."""
-    num_whole = len(works) - num_cut
-    pieces = [(work, 0, work.num_instances) for work in works[:num_whole]]
-    if cut := works[num_whole:]:
-        total = sum(work.num_tokens for work in cut)
-        shares = [num_pieces * work.num_tokens // total for work in cut]
-        cuts = [piece for work, n in zip(cut, shares, strict=True) for piece in _cut(work, n)]
-        pieces += sorted(cuts, key=lambda piece: piece[1] - piece[2])
-    return [
-        WorkItem(index, work.index, tuple(_ranges(work, start, stop)))
-        for index, (work, start, stop) in enumerate(pieces)
-    ]
+def _items(stretches: Sequence[Stretch]) -> list[WorkItem]:
+    return [WorkItem(i, each.work.index, each.ranges) for i, each in enumerate(stretches)]
 
 
-def _cut(work: CheckpointWork, num_pieces: int) -> Iterator[tuple[CheckpointWork, int, int]]:
-    """Cut one tape into ``num_pieces`` of about equal length, or fewer longer ones."""
-    most = min(work.num_instances, work.num_tokens // MIN_TOKENS_OF_A_CUT)
+def _with_pieces(stretches: Sequence[Stretch], num_cut: int, num_pieces: int) -> list[Stretch]:
+    """``stretches``, the last ``num_cut`` of them in ``num_pieces`` pieces or fewer."""
+    num_whole = len(stretches) - num_cut
+    pieces = list(stretches[:num_whole])
+    if cut := stretches[num_whole:]:
+        total = sum(each.num_tokens for each in cut)
+        shares = [num_pieces * each.num_tokens // total for each in cut]
+        cuts = [piece for each, n in zip(cut, shares, strict=True) for piece in _cut(each, n)]
+        pieces += sorted(cuts, key=lambda piece: piece.start - piece.stop)
+    return pieces
+
+
+def _cut(stretch: Stretch, num_pieces: int) -> Iterator[Stretch]:
+    """Cut one stretch into ``num_pieces`` of about equal length, or fewer longer ones."""
+    length = stretch.stop - stretch.start
+    most = min(length, stretch.num_tokens // MIN_TOKENS_OF_A_CUT)
     number = max(1, min(num_pieces, most))
-    marks = [round(k * work.num_instances / number) for k in range(number + 1)]
-    yield from ((work, a, b) for a, b in itertools.pairwise(marks))
+    marks = [stretch.start + round(k * length / number) for k in range(number + 1)]
+    yield from (replace(stretch, start=a, stop=b) for a, b in itertools.pairwise(marks))
 
 
 def _ranges(work: CheckpointWork, start: int, stop: int) -> Iterator[RowRange]:

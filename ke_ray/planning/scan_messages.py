@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
-from pydantic import TypeAdapter
 
 from ke_ray.core.architecture import Architecture
 from ke_ray.core.intervention import NUM_INSTANCES, NUM_SEEDS
@@ -31,6 +30,9 @@ OUTPUT_SCHEMA = pa.schema(
         ("item", pa.int64()),
         ("checkpoint", pa.int64()),
         ("corpus", pa.string()),
+        # The instances of the corpus that were scored.
+        ("start", pa.int64()),
+        ("stop", pa.int64()),
         ("status", pa.string()),
         ("error", pa.string()),
         ("num_instances", pa.int64()),
@@ -101,19 +103,6 @@ def evaluated_columns(
     if tables.experts is not None:
         columns["experts"] = _to_ipc(tables.experts)
     return columns
-
-
-_ITEM = TypeAdapter(WorkItem)
-
-
-def item_to_json(item: WorkItem) -> str:
-    """A work item as text, for the input column."""
-    return _ITEM.dump_json(item).decode()
-
-
-def item_from_json(text: str) -> WorkItem:
-    """The inverse of ``item_to_json``."""
-    return _ITEM.validate_json(text)
 
 
 def failed_table(item: WorkItem, message: str, status: str = "failed") -> pa.Table:

@@ -88,6 +88,13 @@ class ScanStudy(Strict):
     num_actors: int | None = Key(
         None, affects_result=False, ge=1, description="scorers; null: one per GPU, else one per CPU"
     )
+    max_actors: int | None = Key(
+        None,
+        affects_result=False,
+        ge=1,
+        description="scorers to grow to, beyond `num_actors`, while nodes join; their demand is "
+        "what an autoscaler sees; null: as many as have a place when the scan starts",
+    )
     cache_dir: str | None = Key(
         None,
         affects_result=False,
@@ -156,6 +163,15 @@ class ScanStudy(Strict):
             raise ValueError(
                 f"{key} and resuscitation do not go together; leave {key} out and choose "
                 "num_instances"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _bounds_of_actors(self) -> ScanStudy:
+        if self.max_actors is not None and self.max_actors < (self.num_actors or 1):
+            raise ValueError(
+                f"max_actors is {self.max_actors} and num_actors is {self.num_actors}; the pool "
+                "grows from num_actors to max_actors"
             )
         return self
 

@@ -95,6 +95,15 @@ def test_only_the_gpu_manifest_asks_for_gpus():
         assert limits == [None, "1" if "gpu" in path.stem else None]
 
 
+def test_gpu_workers_come_from_zero_for_as_many_scorers_as_there_may_be():
+    (path,) = [path for path in MANIFESTS if "gpu" in path.stem]
+    spec = yaml.safe_load(path.read_text())["spec"]
+    (workers,) = spec["rayClusterSpec"]["workerGroupSpecs"]
+    assert spec["rayClusterSpec"]["enableInTreeAutoscaling"]
+    assert (workers["replicas"], workers["minReplicas"]) == (0, 0)
+    assert f"--device cuda --set max_actors={workers['maxReplicas']}" in spec["entrypoint"]
+
+
 def test_the_launcher_file_is_valid_for_ray_and_keeps_the_token_on():
     import ray
 

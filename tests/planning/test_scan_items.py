@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ke_ray.planning.scan_items import CheckpointWork, CorpusWork, load_tokens, makespan, plan_items
-from ke_ray.planning.scan_messages import item_from_json, item_to_json
 
 HERE = load_tokens(gpu=False, fetched=False)
 
@@ -92,16 +91,3 @@ def test_small_work_is_not_cut():
 def test_whole_corpora_are_known_as_whole():
     (item,) = plan_items(make_works(1, [5, 7], sequence_length=16), 1, HERE)
     assert [rows.is_whole for rows in item.ranges] == [True, True]
-
-
-@pytest.mark.parametrize("num_actors", [1, 2, 3, 8])
-def test_items_survive_their_way_to_the_actor(num_actors):
-    for item in plan_items(make_works(3, [100, 2048]), num_actors, HERE):
-        assert item_from_json(item_to_json(item)) == item
-
-
-@pytest.mark.parametrize("sizes", [None, (3, 1, 6)])
-def test_an_item_travels_with_the_groups_of_its_corpora(sizes):
-    work = CorpusWork("c", ("knowledge_entropy", "gini"), 10, 16, sizes)
-    item = plan_items([CheckpointWork(0, (work,))], 1, 0.0)[0]
-    assert item_from_json(item_to_json(item)) == item

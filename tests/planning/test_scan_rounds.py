@@ -47,7 +47,7 @@ def run(study, interrupt_at=None):
     )
     setup.folder.consolidate()
     while setup.works:
-        meter = ScanMeter(Display(), outcome, "rounds", setup.works, 1)
+        meter = ScanMeter(Display(), outcome, "rounds", setup.works)
         with open_tracker(study.mlflow) as tracker:
             run = tracker.run(None)
         with Collector(setup, settings, run, meter, outcome) as collector:
@@ -68,7 +68,7 @@ def run(study, interrupt_at=None):
                 )
                 output = {
                     **{"checkpoint": work.index, "corpus": part.corpus},
-                    **{"status": "ok", "sums": None},
+                    **{"status": "ok", "sums": None, "start": 0, "stop": sums.total_instances},
                     **{"fetch_s": None, "load_s": None, "score_s": None, "wait_s": None},
                     **{"num_instances": sums.total_instances, "num_tokens": sums.total_tokens},
                 }

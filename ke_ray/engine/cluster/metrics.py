@@ -102,17 +102,17 @@ class ScanMeter:
         outcome: ScanOutcome,
         study: str,
         works: Sequence[CheckpointWork],
-        num_scorers: int,
     ) -> None:
         self._display, self._outcome, self._study = display, outcome, study
-        self._queue, self._num_scorers = len(works), num_scorers
+        self._queue, self._num_scorers = len(works), 1
         self._total = sum(work.num_tokens for work in works)
         self._num_tokens = self._num_bytes = 0
         self._num_timed = len(outcome.timings)  # those of earlier rounds are recorded
         self._busy: deque[tuple[float, float]] = deque([(time.monotonic(), 0.0)])
 
-    def tick(self, num_tokens: int, busy_s: float) -> None:
+    def tick(self, num_tokens: int, busy_s: float, num_scorers: int) -> None:
         """Once a second: tokens scored and seconds of scoring so far, over all scorers."""
+        self._num_scorers = num_scorers
         self._display.tokens(num_tokens, self._total)
         self._record("tokens", num_tokens - self._num_tokens)
         self._num_tokens = num_tokens

@@ -10,8 +10,8 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 from ke_ray.errors import ConfigError
 from ke_ray.planning.scan_precision import local_gpus
@@ -35,6 +35,21 @@ def cluster_nodes() -> list[dict[str, float]]:
     return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
 
 
+def actors_of_job() -> Iterator[Any]:
+    """Ray's record (``ActorTableData``) of each actor of this command's job, dead ones included.
+
+    Read from the same store as ``ray.nodes()``: the public state API asks the dashboard, which need
+    not be reachable from the driver's node.
+    """
+    import ray
+    from ray._private.state import state
+    from ray.core.generated import gcs_pb2
+
+    store = state._connect_and_get_accessor()
+    job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
+    yield from map(gcs_pb2.ActorTableData.FromString, store.get_actor_table(job, None))
+
+
 def may_grow() -> bool:
     """Whether something may add nodes: the cluster launcher or KubeRay started those there are."""
     import ray
@@ -43,11 +58,16 @@ def may_grow() -> bool:
 
 
 def count_places(nodes: Sequence[Node], cpus: int, gpus: float = 0) -> int:
-    """How many workers of ``cpus`` CPUs and ``gpus`` GPUs all nodes hold together."""
+    """How many workers of ``cpus`` CPUs and ``gpus`` GPUs all nodes hold together.
+
+    A share of a GPU is one of one GPU: two GPUs have two places for 0.6 of one, not three.
+    """
     total = 0
     for node in nodes:
         places = int(node.get("CPU", 0)) // cpus
-        if gpus:
+        if 0 < gpus < 1:
+            places = min(places, int(node.get("GPU", 0)) * int(1 / gpus + 1e-9))
+        elif gpus:
             places = min(places, int(node.get("GPU", 0) / gpus + 1e-9))
         total += places
     return total

@@ -23,6 +23,7 @@ from types import FrameType
 
 from ke_ray.engine.cluster.placement import (
     Node,
+    actors_of_job,
     cluster_nodes,
     describe_nodes,
     describe_resources,
@@ -42,11 +43,14 @@ _SIGNAL = signal.SIGUSR2
 
 
 @contextmanager
-def watch_placement() -> Iterator[None]:
+def watch_placement(num_optional: int = 0) -> Iterator[None]:
     """Say what the block waits for, and end it where it would wait for ever.
 
     Needs a Ray session. In a worker process it does nothing: the driver's watch sees all that its
     job waits for.
+
+    Args:
+        num_optional: actors and groups that may wait without a word while others run.
 
     Raises:
         PlacementError: no node can hold what the block waits for, and none will come.
@@ -56,7 +60,7 @@ def watch_placement() -> Iterator[None]:
         yield
         return
     is_main = threading.current_thread() is threading.main_thread()
-    watch = _Watch(_limit_s(), can_end=is_main)
+    watch = _Watch(_limit_s(), num_optional, can_end=is_main)
     thread = threading.Thread(target=watch.run, name="placement-watch", daemon=True)
     kept = signal.signal(_SIGNAL, _interrupt) if is_main else None
     thread.start()
@@ -111,10 +115,11 @@ class _Demand:
 class _Watch:
     """State of one watch, which runs on a thread."""
 
-    def __init__(self, limit_s: float, *, can_end: bool) -> None:
+    def __init__(self, limit_s: float, num_optional: int, *, can_end: bool) -> None:
         self.done = threading.Event()
         self.verdict: str | None = None
         self._can_end = can_end
+        self._num_optional = num_optional
         self._limit_s = limit_s
         self._waiting_since = self._last_seen = self._last_logged = -math.inf
         self._impossible_since = math.inf
@@ -124,7 +129,7 @@ class _Watch:
         while not self.done.wait(min(_POLL_S, self._limit_s / 4)):
             try:
                 demand = _demand_of_job()
-                if demand.groups:
+                if len(demand.groups) > (self._num_optional if demand.is_running else 0):
                     self._look(demand, cluster_nodes(), time.monotonic())
             except Exception:  # a control store that is away for a moment must not end the watch
                 log.debug("Could not see what waits for a node", exc_info=True)
@@ -192,11 +197,7 @@ def _fit(bundles: Sequence[dict[str, float]], nodes: Sequence[Node]) -> bool:
 
 
 def _demand_of_job() -> _Demand:
-    """What actors and placement groups of this job wait for.
-
-    Read from the same store as ``ray.nodes()``: the public state API asks the dashboard, which need
-    not be reachable from the driver's node.
-    """
+    """What actors and placement groups of this job wait for."""
     import ray
     from ray._private.state import state
     from ray.core.generated import gcs_pb2
@@ -205,8 +206,7 @@ def _demand_of_job() -> _Demand:
     job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
     groups: list[tuple[tuple[tuple[str, float], ...], ...]] = []
     is_running = False
-    for raw in store.get_actor_table(job, None):
-        actor = gcs_pb2.ActorTableData.FromString(raw)
+    for actor in actors_of_job():
         needs = _counted(actor.required_resources)
         if not needs or actor.placement_group_id or actor.state == actor.DEAD:
             continue  # needs no place, or has that of its group

@@ -56,6 +56,15 @@ class _Pending:
     coefficients: dict[str, Any] = field(default_factory=dict)
     sums: dict[str, Any] = field(default_factory=dict)
     done: set[str] = field(default_factory=set)
+    covered: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
+
+    def cover(self, corpus: str, start: int, stop: int) -> bool:
+        """Note instances of a corpus as scored; False where some of them were before."""
+        covered = self.covered.setdefault(corpus, [])
+        if any(start < last and first < stop for first, last in covered):
+            return False
+        covered.append((start, stop))
+        return True
 
     @property
     def is_done(self) -> bool:
@@ -100,6 +109,11 @@ class Collector:
         if error is None:
             self._settle(0)
 
+    @property
+    def is_done(self) -> bool:
+        """Whether all of every checkpoint is there."""
+        return not self._pending
+
     def add(self, output: dict[str, Any]) -> None:
         """Take one row of ``OUTPUT_SCHEMA``.
 
@@ -124,6 +138,8 @@ class Collector:
                 self._meter.loaded(self._setup.refs[index].size_bytes or 0)
         if record := output.get("resuscitation"):
             write_record(self._setup.study.output, self._setup.refs[index].name, record)
+        if output["status"] == "ok" and not pending.cover(corpus, output["start"], output["stop"]):
+            return  # dealt anew, since its scorer was taken for lost
         if output["status"] == "ok" and output["sums"] is not None:
             output = self._merge(pending, output)
         if output["status"] == "ok" and output["rows"] is None:

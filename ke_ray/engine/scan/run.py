@@ -12,13 +12,14 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
 from ke_ray import storage
 from ke_ray.engine.cluster.metrics import ScanMeter
 from ke_ray.engine.cluster.placement import (
+    actors_of_job,
     cluster_nodes,
     count_places,
     gpus_have_bfloat16,
@@ -32,8 +33,9 @@ from ke_ray.engine.scan.scorer import CheckpointScorer
 from ke_ray.errors import StorageError, UserError
 from ke_ray.outcomes import Display, ScanOutcome
 from ke_ray.planning.scan import ScanSetup, go_on
+from ke_ray.planning.scan_dealing import Dealer
 from ke_ray.planning.scan_items import load_tokens, plan_items
-from ke_ray.planning.scan_messages import ScorerSettings, item_to_json
+from ke_ray.planning.scan_messages import ScorerSettings
 from ke_ray.planning.scan_monitor import ScanMonitor
 from ke_ray.planning.scan_precision import Gpus
 from ke_ray.planning.scan_tracking import log_finished, start_scan_run
@@ -44,6 +46,9 @@ from ke_ray.tracking.run import TrackedRun
 from ke_ray.tracking.tracker import Tracker
 
 log = logging.getLogger(__name__)
+
+#: Per scorer, beyond those of a plan: for what is lost, and for cuts where scorers come and go.
+_SPARE_TICKETS = 16
 
 
 @contextmanager
@@ -136,11 +141,13 @@ def _score(setup: ScanSetup, run: TrackedRun, display: Display, outcome: ScanOut
     inputs = [("The checkpoint", ref.location) for ref in setup.refs if ref.format != "hub"]
     coefficients = study.resuscitation.coefficients if study.resuscitation else None
     check_nodes_see([*inputs, ("resuscitation.coefficients", coefficients)])
-    num_actors, per_actor = _actors(setup)
+    num_actors, max_actors, per_actor = _actors(setup)
     fetched = any(not ref.is_local for ref in setup.refs)
     load_cost = load_tokens(gpu="num_gpus" in per_actor, fetched=fetched)
-    items = plan_items(setup.works, num_actors, load_cost)
-    num_actors = min(num_actors, len(items))
+    num_items, most_items = (
+        len(plan_items(setup.works, number, load_cost)) for number in (num_actors, max_actors)
+    )
+    num_actors, max_actors = min(num_actors, num_items), min(max_actors, most_items)
     settings = ScorerSettings(
         dtype=study.dtype,
         batch_size=study.batch_size,
@@ -157,7 +164,8 @@ def _score(setup: ScanSetup, run: TrackedRun, display: Display, outcome: ScanOut
         intervention_instances=study.intervention_instances,
         noise_seeds=study.noise_seeds,
     )
-    monitor = ray.remote(ScanMonitor).options(max_restarts=0, **beside_driver()).remote()
+    dealer = Dealer(setup.works, num_actors, load_cost)
+    monitor = ray.remote(ScanMonitor).options(max_restarts=0, **beside_driver()).remote(dealer)
     arrays = {
         name: ray.put((corpus.input_ids, corpus.lengths)) for name, corpus in setup.corpora.items()
     }
@@ -168,13 +176,14 @@ def _score(setup: ScanSetup, run: TrackedRun, display: Display, outcome: ScanOut
     # Ray Data would end the scan where no item finishes in half an hour, as a large model on a CPU
     # does not; what cannot go on is told by the watch on placement and by the scorers themselves.
     context.execution_no_progress_timeout_s = -1
-    # One block per item, so that Ray Data schedules and retries exactly our items. It restarts
-    # actors and retries items without end; the scorer gives an item up after MAX_ATTEMPTS.
+    # One block per ticket, with which a scorer asks the monitor for an item: so what is next is
+    # decided when a scorer is free, for as many as there are. Ray Data restarts actors and retries
+    # tickets without end; an item is given up after MAX_ATTEMPTS.
     # ``from_items`` makes the blocks here; ``from_arrow`` waits for a task to describe them.
-    dataset = ray.data.from_items(
-        [{"item": item_to_json(item)} for item in items], override_num_blocks=len(items)
-    )
-    dataset = dataset.map_batches(
+    num_tickets = most_items + _SPARE_TICKETS * max_actors
+    scored = ray.data.from_items(
+        [{"ticket": number} for number in range(num_tickets)], override_num_blocks=num_tickets
+    ).map_batches(
         CheckpointScorer,
         fn_constructor_kwargs={
             "settings": settings,
@@ -186,25 +195,27 @@ def _score(setup: ScanSetup, run: TrackedRun, display: Display, outcome: ScanOut
             "corpora": arrays,
             "monitor": monitor,
         },
-        batch_size=1,  # one item per call; with GPUs Ray Data insists on a number
+        batch_size=1,  # one ticket per call; with GPUs Ray Data insists on a number
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(
-            size=num_actors,
+            size=max_actors,  # those without a place wait for one, as nodes join
             max_tasks_in_flight_per_actor=1 + study.prefetch,
             max_concurrent_calls_per_actor=1 + study.prefetch,
             enable_true_multi_threading=True,
         ),
         **per_actor,
     )
-    meter = ScanMeter(display, outcome, study_label(study), setup.works, num_actors)
+    meter = ScanMeter(display, outcome, study_label(study), setup.works)
     collector = Collector(setup, settings, run, meter, outcome)
-    with collector, _ticking(monitor, meter), watch_placement():
+    with collector, _monitored(monitor, meter), watch_placement(max_actors - num_actors):
         try:
-            for batch in dataset.iter_batches(
+            batches = scored.iter_batches(
                 batch_size=None, batch_format="pyarrow", prefetch_batches=0
-            ):
-                for output in batch.to_pylist():
-                    collector.add(output)
+            )
+            with closing(iter(batches)) as batches:
+                while not collector.is_done and (batch := next(batches, None)) is not None:
+                    for output in batch.to_pylist():
+                        collector.add(output)
         except ray.exceptions.RayError as error:
             reason = str(error).strip().splitlines()[-1] if str(error).strip() else repr(error)
             log.exception("Ray ended the scan")
@@ -213,8 +224,8 @@ def _score(setup: ScanSetup, run: TrackedRun, display: Display, outcome: ScanOut
             collector.give_up("Ray returned only a part of this checkpoint's results; run again.")
 
 
-def _actors(setup: ScanSetup) -> tuple[int, dict[str, float]]:
-    """How many scorers, and the resources of each.
+def _actors(setup: ScanSetup) -> tuple[int, int, dict[str, float]]:
+    """How many scorers at first and at most, and the resources of each.
 
     One per GPU (or share of one) where there are any; where the study insists on GPUs and there is
     none yet, the scorers wait for them. On CPUs as many as the study requests, else one per core,
@@ -222,10 +233,12 @@ def _actors(setup: ScanSetup) -> tuple[int, dict[str, float]]:
     """
     nodes = cluster_nodes()
     requested, share = setup.study.num_actors, setup.study.gpus_per_scorer
+    most_wanted = setup.study.max_actors or 0
     num_places = 0 if setup.study.device == "cpu" else count_places(nodes, 1, gpus=share)
     if num_places or setup.study.device == "cuda":
         most = num_places or requested or 1
-        return min(requested or most, most), {"num_gpus": share, "num_cpus": 1}
+        num_actors = min(requested or most, most)
+        return num_actors, max(num_actors, most_wanted), {"num_gpus": share, "num_cpus": 1}
     num_places = count_places(nodes, 1)
     if not num_places:
         raise UserError(
@@ -238,21 +251,30 @@ def _actors(setup: ScanSetup) -> tuple[int, dict[str, float]]:
             memory = sum(node.get("memory", 0) for node in nodes)
             num_actors = max(1, min(num_actors, int(memory / (2.5 * setup.model_bytes))))
         num_actors = min(num_actors, max(1, len(setup.works)))
-    return num_actors, {"num_cpus": most_cpus(nodes, num_actors)}
+    cpus = most_cpus(nodes, num_actors)
+    return num_actors, max(num_actors, most_wanted), {"num_cpus": cpus}
 
 
 @contextmanager
-def _ticking(monitor: Any, meter: ScanMeter) -> Iterator[None]:
-    """Ask the monitor for what was scored and for warnings, once a second, on a thread."""
+def _monitored(monitor: Any, meter: ScanMeter) -> Iterator[None]:
+    """Tell the monitor which scorers there are, and ask what was scored, once a second on a thread.
+
+    The monitor ends with the block, and every scorer ends with its monitor.
+    """
     import ray
 
     stopped = threading.Event()
 
     def tick() -> None:
         with suppress(ray.exceptions.RayError):
-            answers = [monitor.scored.remote(), monitor.take_warnings.remote()]
-            scored, warnings = ray.get(answers, timeout=5)
-            meter.tick(*scored)
+            num_alive, lost = _scorers()
+            answers = [
+                monitor.update.remote(lost),
+                monitor.scored.remote(),
+                monitor.take_warnings.remote(),
+            ]
+            _, (num_tokens, busy_s), warnings = ray.get(answers, timeout=5)
+            meter.tick(num_tokens, busy_s, num_alive)
             for warning in warnings:
                 log.warning("%s", warning)
 
@@ -267,4 +289,16 @@ def _ticking(monitor: Any, meter: ScanMeter) -> Iterator[None]:
     finally:
         stopped.set()
         thread.join(timeout=10)
-    tick()
+        tick()
+        ray.kill(monitor)
+
+
+def _scorers() -> tuple[int, list[str]]:
+    """How many scorers are alive, and the names of those that are dead or restart."""
+    num_alive, lost = 0, []
+    for actor in actors_of_job():
+        if CheckpointScorer.__name__ in actor.class_name:
+            num_alive += actor.state == actor.ALIVE
+            if actor.state in (actor.RESTARTING, actor.DEAD):
+                lost.append(actor.actor_id.hex())
+    return num_alive, lost

@@ -3,10 +3,11 @@
 Ray Data calls an actor for two items at a time, on two threads, or for more where ``prefetch`` says
 so. One lock is held while loading and another while scoring, so the next checkpoint is fetched and
 loaded while this one is scored; those after it are fetched, and loaded when a model is done.
-Whatever goes wrong with an item becomes a row with its error; an item that keeps killing its actor
-is given up after ``MAX_ATTEMPTS`` by count of the monitor, which outlives the actors.
+The monitor, which outlives the actors, deals the items: what is next, for as many scorers as there
+are. Whatever goes wrong with an item becomes a row with its error; an item that keeps killing its
+actor is given up after ``MAX_ATTEMPTS`` by the monitor's count.
 
-    input    one row    ``item`` (JSON of the work item and its checkpoint)
+    input    one row    ``ticket`` (a number, with which the scorer asks for an item)
     output   one row for each corpus of the item, columns of ``scan_messages.OUTPUT_SCHEMA``
     resources   ``num_cpus`` or ``num_gpus`` per actor, chosen by the scan; a scorer uses a GPU
                 only where Ray granted it one
@@ -17,6 +18,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -32,17 +34,17 @@ from ke_ray.checkpoints.find.series import series_label
 from ke_ray.checkpoints.formats.fingerprint import weights_sha256
 from ke_ray.checkpoints.reference import CheckpointRef
 from ke_ray.core.measures import needs_usage
-from ke_ray.engine.cluster.placement import granted_device
+from ke_ray.engine.cluster.placement import granted_device, in_driver
 from ke_ray.errors import DeviceMemoryError, KeRayError, StoreOutageError
 from ke_ray.models.architectures import use_description
 from ke_ray.models.loading import load_model
+from ke_ray.planning.scan_dealing import Deal
 from ke_ray.planning.scan_items import RowRange, WorkItem
 from ke_ray.planning.scan_messages import (
     OUTAGE,
     ScorerSettings,
     evaluated_columns,
     failed_table,
-    item_from_json,
     output_table,
     save_tensors,
 )
@@ -59,6 +61,10 @@ log = logging.getLogger(__name__)
 MAX_ATTEMPTS = 3
 _MAX_MODELS = 2  # one is scored, one is loaded
 _REPORT_EVERY_S = 0.5
+_ASK_EVERY_S = 0.5
+_LOOK_EVERY_S = 2.0
+#: For Ray's own way to end an actor, once its scan is over.
+_GRACE_S = 5.0
 
 
 @dataclass
@@ -112,8 +118,12 @@ class CheckpointScorer:
         self._settings = settings
         self._batch_size = settings.batch_size  # less, once memory has run out
         self._checkpoints = checkpoints
-        self._corpora = {name: ray.get(ref) for name, ref in corpora.items()}
         self._monitor = monitor
+        self._name = ray.get_runtime_context().get_actor_id() or "driver"
+        if not in_driver():
+            ray.get(monitor.scored.remote())  # an actor that fails here is not restarted again
+            threading.Thread(target=_end_after, args=(monitor,), daemon=True).start()
+        self._corpora = {name: ray.get(ref) for name, ref in corpora.items()}
         self._device, problem = granted_device()
         self._refusal = None
         if problem is not None and settings.device == "cuda":
@@ -129,34 +139,47 @@ class CheckpointScorer:
         self._hasher = ThreadPoolExecutor(1, "weights-hash")
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Score the item of a one-row table."""
+        """Score the item that the monitor deals for the ticket of a one-row table."""
         import ray
 
-        item = item_from_json(batch["item"][0].as_py())
-        ref = self._checkpoints[item.checkpoint]
+        ticket = batch["ticket"][0].as_py()
+        while True:
+            deal, is_over = ray.get(self._monitor.take.remote(ticket, self._name))
+            if deal is not None:
+                break
+            if is_over:
+                return output_table([])
+            time.sleep(_ASK_EVERY_S)  # one that is lost elsewhere may come back
+        # An item that was lost with its actor runs alone the next time, so that an item which
+        # kills its actor takes no neighbour with it.
+        with self._item_lock.held(exclusive=deal.losses > 0):
+            table = self._answer(deal)
+        ray.get(self._monitor.end.remote(deal.item.index))
+        return table
+
+    def _answer(self, deal: Deal) -> pa.Table:
+        import ray
+
+        item, ref = deal.item, self._checkpoints[deal.item.checkpoint]
         if self._refusal is not None:
             return failed_table(item, f"'{ref.label}': {self._refusal}")
-        earlier = ray.get(self._monitor.attempts.remote(item.index))
-        # An item that was lost with its actor runs alone the next time, so that an item which
-        # kills its actor takes no neighbour's attempts with it.
-        with self._item_lock.held(exclusive=earlier > 0):
-            if earlier >= MAX_ATTEMPTS:
-                return failed_table(
-                    item,
-                    f"'{ref.label}' ended the process that scored it {earlier} times "
-                    "(most likely it does not fit into memory); given up.",
-                )
-            ray.get(self._monitor.begin.remote(item.index))
-            try:
-                return self._score(item, ref)
-            except StoreOutageError as error:  # it says nothing about the checkpoint
-                return failed_table(item, str(error), OUTAGE)
-            except KeRayError as error:
-                text = str(error)
-                return failed_table(item, text if ref.label in text else f"'{ref.label}': {text}")
-            except Exception as error:
-                log.exception("Scoring '%s' failed", ref.label)
-                return failed_table(item, f"'{ref.label}': {type(error).__name__}: {error}")
+        if deal.losses >= MAX_ATTEMPTS:
+            return failed_table(
+                item,
+                f"'{ref.label}' ended the process that scored it {deal.losses} times "
+                "(most likely it does not fit into memory); given up.",
+            )
+        ray.get(self._monitor.begin.remote(item.index))
+        try:
+            return self._score(item, ref)
+        except StoreOutageError as error:  # it says nothing about the checkpoint
+            return failed_table(item, str(error), OUTAGE)
+        except KeRayError as error:
+            text = str(error)
+            return failed_table(item, text if ref.label in text else f"'{ref.label}': {text}")
+        except Exception as error:
+            log.exception("Scoring '%s' failed", ref.label)
+            return failed_table(item, f"'{ref.label}': {type(error).__name__}: {error}")
 
     def _score(self, item: WorkItem, ref: CheckpointRef) -> pa.Table:
         outputs = []
@@ -217,6 +240,8 @@ class CheckpointScorer:
             "item": item.index,
             "checkpoint": item.checkpoint,
             "corpus": rows.work.corpus,
+            "start": rows.start,
+            "stop": rows.stop,
             "status": "ok",
             "num_instances": sums.total_instances,
             "num_tokens": sums.total_tokens,
@@ -349,6 +374,26 @@ class CheckpointScorer:
                 self._monitor.report.remote(item, total, now - started)
 
         return report
+
+
+def _end_after(monitor: Any) -> None:
+    """End this process when its scan is over, which the death of its monitor says.
+
+    Ray ends an actor once nobody holds its handle. One that was restarting when its scan ended has
+    been seen to stay, and would keep its CPUs or GPU for as long as the driver's session lasts.
+    """
+    import ray
+
+    while True:
+        time.sleep(_LOOK_EVERY_S)
+        try:
+            ray.get(monitor.scored.remote())
+        except ray.exceptions.ActorDiedError:
+            break
+        except ray.exceptions.RayError:  # a network that is away for a moment
+            continue
+    time.sleep(_GRACE_S)
+    os._exit(0)
 
 
 def _identity(model: Any) -> dict[str, Any]:

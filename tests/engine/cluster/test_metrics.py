@@ -108,7 +108,8 @@ def test_dashboards_can_be_imported(path: Path) -> None:
 def test_the_idle_share_is_that_of_the_last_minute(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
     monkeypatch.setattr("ke_ray.engine.cluster.metrics.time.monotonic", lambda: now)
-    meter = ScanMeter(Display(), ScanOutcome(""), "s", [], num_scorers=2)
+    meter = ScanMeter(Display(), ScanOutcome(""), "s", [])
+    meter.tick(0, 0.0, num_scorers=2)
     now += 10
     assert meter._idle_share(5.0) == pytest.approx(1 - 5 / 20)
     now += 50

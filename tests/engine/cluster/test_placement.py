@@ -29,12 +29,14 @@ HEAD_AND_GPU_NODES = [{"memory": 1.0}, *[{"CPU": 8.0, "GPU": 2.0}] * 2]
         (HEAD_AND_GPU_NODES, 1, 1, 8),
         (HEAD_AND_GPU_NODES, 4, 1, 4),
         (HEAD_AND_GPU_NODES, 5, 1, 0),
+        ([{"CPU": 8.0, "GPU": 2.0}], 2, 0.6, 4),
+        ([{"CPU": 8.0, "GPU": 2.0}], 3, 0.6, 0),
         ([{"CPU": 0.5}], 1, 0, 0),
         ([], 1, 0, 0),
     ],
 )
 def test_cpus_of_a_worker_fit_on_a_node(
-    nodes: list[dict[str, float]], num_workers: int, gpus: int, expected: int
+    nodes: list[dict[str, float]], num_workers: int, gpus: float, expected: int
 ) -> None:
     assert most_cpus(nodes, num_workers, gpus) == expected
 
@@ -42,7 +44,7 @@ def test_cpus_of_a_worker_fit_on_a_node(
 @given(
     sizes=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 4)), max_size=6),
     num_workers=st.integers(1, 12),
-    gpus=st.sampled_from([0, 0.5, 1]),
+    gpus=st.sampled_from([0, 0.4, 0.5, 1]),
 )
 def test_all_workers_run_at_once_and_none_could_have_more(
     sizes: list[tuple[int, int]], num_workers: int, gpus: float

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import signal
 import threading
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from tiny_scans import make_study
 
@@ -285,18 +288,19 @@ def test_other_weights_under_one_name_are_scored_from_scratch(
 
 
 def test_an_item_that_keeps_killing_its_actor_is_given_up(scan_study, series, token_ids):
-    """The scorer's own count of attempts, with a real monitor that has seen three of them."""
+    """A ticket that Ray Data repeats, since its actor was lost before the item was scored."""
     import pyarrow as pa
     import ray
     import torch
 
     from ke_ray.core.precision import matmul_precision
-    from ke_ray.engine.scan.scorer import CheckpointScorer
-    from ke_ray.planning.scan_messages import ScorerSettings, item_to_json
+    from ke_ray.engine.scan.scorer import MAX_ATTEMPTS, CheckpointScorer
+    from ke_ray.planning.scan_dealing import Dealer
+    from ke_ray.planning.scan_messages import ScorerSettings
     from ke_ray.planning.scan_monitor import ScanMonitor
 
     setup = prepare_scan(scan_study(measures=("knowledge_entropy",)))
-    monitor = ray.remote(num_cpus=0)(ScanMonitor).remote()
+    monitor = ray.remote(num_cpus=0)(ScanMonitor).remote(Dealer(setup.works, 1, 0.0))
     corpus = setup.corpora["ids"]
     settings = ScorerSettings("float32", 8, 0.01, 0.1, "auto", None, None, None)
     arrays = {"ids": ray.put((corpus.input_ids, corpus.lengths))}
@@ -304,11 +308,15 @@ def test_an_item_that_keeps_killing_its_actor_is_given_up(scan_study, series, to
         CheckpointScorer(replace(settings, matmul_precision="high"), setup.refs, arrays, monitor)
         assert torch.get_float32_matmul_precision() == "high"
     scorer = CheckpointScorer(settings, setup.refs, arrays, monitor)
-    item = plan.plan_items(setup.works, 1, 0.0)[0]
-    batch = pa.table({"item": [item_to_json(item)]})
-    statuses = [scorer(batch)["status"].to_pylist() for _ in range(4)]
-    assert statuses == [["ok"], ["ok"], ["ok"], ["failed"]]
-    assert "3 times" in scorer(batch)["error"][0].as_py()
+    for attempt in range(MAX_ATTEMPTS):
+        deal, _ = ray.get(monitor.take.remote(0, f"lost {attempt}"))
+        assert (setup.refs[deal.item.checkpoint].name, deal.losses) == ("step10", attempt)
+        ray.get(monitor.begin.remote(deal.item.index))
+    (row,) = scorer(pa.table({"ticket": [0]})).to_pylist()
+    assert (row["checkpoint"], row["status"]) == (deal.item.checkpoint, "failed")
+    assert "3 times" in row["error"]
+    rows = [scorer(pa.table({"ticket": [number]})).to_pylist() for number in range(1, 5)]
+    assert [[row["status"] for row in each] for each in rows] == [["ok"], ["ok"], ["ok"], []]
 
 
 def test_an_interrupt_keeps_what_is_finished(scan_study, series, expected):
@@ -334,6 +342,51 @@ def test_an_interrupt_keeps_what_is_finished(scan_study, series, expected):
         values_of(study.output),
         {key: value for key, value in expected.items() if key[3] == "knowledge_entropy"},
     )
+
+
+def test_a_scorer_ends_with_its_scan_though_it_restarts_meanwhile_and_is_held(scan_study):
+    """Ray has lost the end of such an actor; here a handle that is kept stands for that."""
+    from ray.actor import ActorHandle
+
+    recorder, kept, killed = Recorder(), [], []
+
+    def keep_and_kill(name):
+        if not kept:
+            handles = [o for o in gc.get_objects() if isinstance(o, ActorHandle)]
+            kept.extend(handle for handle in handles if "CheckpointScorer" in repr(handle))
+        if len(recorder.done) == 4:
+            for process in scorer_processes():
+                process.kill()
+                killed.append(process.pid)
+
+    recorder.on_checkpoint = keep_and_kill
+    outcome, _ = scan(scan_study(measures=("knowledge_entropy",)), recorder)
+    assert outcome.exit_code == 0
+    assert killed
+    deadline = time.monotonic() + 180
+    while is_alive(kept[0]) or scorer_processes():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def is_alive(actor):
+    """Whether an actor of Ray Data's answers; one that restarts is waited for."""
+    import ray
+
+    try:
+        return bool(ray.get(actor.get_location.remote(), timeout=120))
+    except ray.exceptions.ActorDiedError:
+        return False
+
+
+def scorer_processes():
+    """Of this session."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it has just ended
+            if "CheckpointScorer" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 def test_mlflow_has_a_point_for_each_checkpoint(whole):
