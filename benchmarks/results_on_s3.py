@@ -82,6 +82,7 @@ def output_of(checkpoint: int, n_layers: int = 16, d_mlp: int = 8192) -> dict[st
     coefficients = np.random.default_rng(checkpoint).random((n_layers, d_mlp), np.float32)
     return {
         **{"checkpoint": checkpoint, "corpus": "text", "status": "ok", "sums": None},
+        **{"start": 0, "stop": 64},
         **{"fetch_s": None, "load_s": None, "score_s": None, "wait_s": None},
         **{"num_instances": 64, "num_tokens": 64 * 2048, "weights_sha256": f"w{checkpoint}"},
         "rows": _ipc(rows),

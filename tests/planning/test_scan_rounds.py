@@ -176,7 +176,7 @@ def test_results_say_how_many_instances_a_wanted_precision_needs(reached):
 def test_an_item_that_its_store_kept_from_being_scored_ends_the_scan_and_is_no_failure(make):
     study = make()
     setup, outcome = prepare_scan(study), ScanOutcome(study.output)
-    meter = ScanMeter(Display(), outcome, "rounds", setup.works, 1)
+    meter = ScanMeter(Display(), outcome, "rounds", setup.works)
     with open_tracker(study.mlflow) as tracker:
         collector = Collector(setup, None, tracker.run(None), meter, outcome)
     item, *_ = plan_items(setup.works, 1, 0)
