@@ -10,8 +10,9 @@ units can be checked cheaply.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Literal
 
@@ -284,15 +285,30 @@ _PART_TITLES = {
 }
 
 
-def measure_by_intervention(name: str) -> Measure | None:
-    """The measure of a change of the model, such as `sensitivity_ffn_0.02`; None for other names.
+def measure_named(name: str) -> Measure | None:
+    """The measure of a name that holds a number; None for other names.
+
+    ``rank_me_layer_8`` and ``alpha_req_layer_8`` are of the residual stream behind a layer,
+    ``sensitivity_ffn_0.02`` and ``masking_least_0.1`` of a changed model.
 
     Raises:
         UserError: as `intervention_named`.
     """
+    if match := re.fullmatch(r"(rank_me|alpha_req)_layer_(0|[1-9]\d{0,3})", name):
+        whole = next(measure for measure in BUILT_IN if measure.name == match[1])
+        layer = int(match[2])
+        return replace(
+            whole,
+            name=name,
+            title=f"{whole.title}, behind layer {layer}",
+            doc=f"`{whole.name}` of the residual stream behind layer {layer}",
+            needs=replace(_MOMENTS, name=f"hidden_moments_{layer}", layer=layer),
+        )
     own = intervention_named(name)
-    if own is None:
-        return None
+    return None if own is None else _of_intervention(name, own)
+
+
+def _of_intervention(name: str, own: Intervention) -> Measure:
     if own.kind == "noise":
         title = f"Sensitivity to noise on {_PART_TITLES[own.target]}, γ = {own.amount:g}"
         doc = "ΔL(γ) = E_ε[L(θ + γ σ_W ε)] − L(θ)"

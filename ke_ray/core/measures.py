@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from ke_ray.core.intervention import Intervention
 from ke_ray.core.jackknife import standard_error
-from ke_ray.core.measure import BUILT_IN, Measure, measure_by_intervention
+from ke_ray.core.measure import BUILT_IN, Measure, measure_named
 from ke_ray.core.sums import OF_LOGITS, SUMS, Sum, add_sum, all_tables
 from ke_ray.errors import UserError, nearest
 
@@ -106,13 +106,13 @@ def unregister(name: str) -> None:
         SUMS.pop(table, None)
 
 
-def _by_intervention(name: str) -> bool:
-    """Register the measure of the intervention that the name says; whether it says one."""
-    measure = measure_by_intervention(name)
+def _by_number(name: str) -> bool:
+    """Register the measure of a name that holds a number; whether there is one."""
+    measure = measure_named(name)
     if measure is None:
         return False
     for own in measure.needs_all:
-        if isinstance(own, Intervention):
+        if not isinstance(own, str):
             add_sum(own)
     MEASURES[name] = measure
     return True
@@ -121,7 +121,7 @@ def _by_intervention(name: str) -> bool:
 def declaration(name: str) -> Measure | None:
     """What ke_ray knows of a name that stands in results; None where it is of others."""
     with suppress(UserError):
-        return MEASURES.get(name) or measure_by_intervention(name)
+        return MEASURES.get(name) or measure_named(name)
     return None
 
 
@@ -230,10 +230,10 @@ def check_measures(names: str | Sequence[str]) -> tuple[str, ...]:
     if not names:
         raise UserError(f"no measure was requested; name at least one of {available}")
     for name in names:
-        if name not in MEASURES and not _by_intervention(name) and not _of_package(name):
+        if name not in MEASURES and not _by_number(name) and not _of_package(name):
             raise UserError(
                 f"unknown measure {name!r}.{nearest(name, MEASURES)} Measures: {available}, and "
-                "those by intervention (docs/measures.md)"
+                "those with a number in their name (docs/measures.md)"
             )
     return tuple(name for name in MEASURES if name in names)
 

@@ -7,6 +7,7 @@ places; both show one instance at a time, its real tokens only:
     tap            rows                                            shape
     coefficients   C, input of a layer's FFN's second projection   [T_n, d_mlp], layer by layer
     hidden         final hidden states, after the final norm       [T_n, d_model], once
+                   or, of a sum with a `layer`, the residual stream behind that layer
 
 Rows are copies, in float32 at least. In a mixture of experts the coefficients of a token are seen
 expert by expert and never stand in one row: there, a sum at `coefficients` is null with its reason.
@@ -40,6 +41,8 @@ class Sum:
             shape of `axes`. For a token mean it divides by T_n itself.
         axes: of what `of_instance` returns, beside the layers: none (one number), or any of `d_mlp`
             (with the tap `coefficients`), `d_model` and `d_model+1`.
+        layer: with the tap `hidden`, the decoder layer behind which the residual stream is looked
+            at, from 0 up to the last but one; None: the final hidden states.
         is_pooled: kept once and not once per group, for tables too large for 64 copies. Measures
             of a pooled sum have no error.
     """
@@ -48,6 +51,7 @@ class Sum:
     tap: Literal["coefficients", "hidden"]
     of_instance: Callable[[Tensor], Tensor]
     axes: tuple[Literal["d_mlp", "d_model", "d_model+1"], ...] = ()
+    layer: int | None = None
     is_pooled: bool = False
 
     @property

@@ -17,7 +17,7 @@ measures need, an exception that never leaves this module ends the forward pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -30,11 +30,10 @@ from ke_ray.core.prediction import streamed_entropy
 from ke_ray.core.sums import OF_LOGITS, SUMS, Sum
 from ke_ray.core.token_entropy import TokenEntropies
 from ke_ray.errors import UnsupportedArchitectureError, UserError
-from ke_ray.models.architectures import check_config
 from ke_ray.models.attention import measure_attention
 from ke_ray.models.experts import RoutedRows, measure_experts
+from ke_ray.models.language_head import language_head
 from ke_ray.models.layout import FFNLayout, layers_of
-from ke_ray.models.loading import require_head
 from ke_ray.models.sharded import is_sharded, run_whole
 
 
@@ -58,11 +57,12 @@ class Capture:
         self.of_tokens = "token_entropies" in names  # with the coefficients, in one hook
         self.attention = "attention_entropy" in names
         self.prediction = bool(self.names.intersection(OF_LOGITS))
-        self.head = _language_head(model, names) if self.prediction else None
+        self.head = language_head(model, names) if self.prediction else None
         self.load = "expert_load" in names
         own = [SUMS[name] for name in SUMS if name in names]
         self.of_rows = [each for each in own if each.tap == "coefficients"]
         self.of_hidden = [each for each in own if each.tap == "hidden"]
+        self.needs_streams = _check_streams(self.of_hidden, len(layouts))
         self.needs_body = self.prediction or bool(self.of_hidden)
         self.is_sharded = is_sharded(model)
         assert not (self.is_sharded and self.needs_body), "training measures coefficients alone"
@@ -144,7 +144,10 @@ class Capture:
             if self.is_sharded:
                 run_whole(self.model, batch)
             else:
-                hidden = self.body(input_ids=batch, use_cache=False).last_hidden_state
+                output = self.body(
+                    input_ids=batch, use_cache=False, output_hidden_states=self.needs_streams
+                )
+                hidden = output.last_hidden_state
         except _Finished:
             return self.values
         if self.unseen:
@@ -156,7 +159,8 @@ class Capture:
                 "rows: returns_attention)."
             )
         for own in self.of_hidden:
-            parts = [_own_value(own, rows) for _, (rows,) in self._instances(hidden)]
+            states = hidden if own.layer is None else output.hidden_states[own.layer + 1]
+            parts = [_own_value(own, rows) for _, (rows,) in self._instances(states)]
             self.values[own.name] = torch.stack(parts)
         if self.head is not None:
             self._predict(hidden, batch)
@@ -362,39 +366,17 @@ def _own_value(own: Sum, rows: Tensor) -> Tensor:
     return own.of_instance(rows.to(accumulation_dtype(rows.dtype), copy=True))
 
 
-def _language_head(model: Any, names: Collection[str]) -> Callable[[Tensor], Tensor]:
-    purpose = "loss" if "token_nats" in names else "next_token_entropy"
-    projection = require_head(model, purpose)
-    entry = check_config(model.config)
-    scale = float(getattr(model.config, entry.logit_multiplier)) if entry.logit_multiplier else 1.0
-    if entry.logit_divisor:
-        scale /= float(getattr(model.config, entry.logit_divisor))
-    softcap = getattr(model.config, "final_logit_softcapping", None)
+def _check_streams(sums: Sequence[Sum], n_layers: int) -> bool:
+    """Whether the residual stream between layers is needed.
 
-    def head(hidden: Tensor) -> Tensor:
-        logits = projection(hidden)
-        if scale != 1.0:
-            logits = logits * scale
-        if softcap is not None:
-            logits = logits.float() if logits.dtype != torch.float64 else logits
-            logits = logits.div_(softcap).tanh_().mul_(softcap)
-        return logits
-
-    if entry.model_type:  # a user's description, which may lack something
-        _check_head(model, head)
-    return head
-
-
-def _check_head(model: Any, head: Callable[[Tensor], Tensor]) -> None:
-    """Raise UnsupportedArchitectureError unless ``head`` makes the model's own logits."""
-    ids = torch.zeros((1, 2), dtype=torch.int64, device=next(model.parameters()).device)
-    with torch.inference_mode():
-        logits = model(input_ids=ids, use_cache=False).logits
-        own = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
-    if not torch.allclose(own.float(), logits.float(), rtol=1e-2, atol=1e-2):
-        raise UnsupportedArchitectureError(
-            f"the logits of {type(model).__name__} are not its head applied to its final hidden "
-            "states. Name the keys of its configuration that scale them in the description "
-            "(logit_multiplier, logit_divisor), or leave out next_token_entropy, loss and "
-            "perplexity."
+    Raises:
+        UserError: behind a layer that has no other after it.
+    """
+    layers = [own.layer for own in sums if own.layer is not None]
+    if layers and max(layers) >= n_layers - 1:
+        raise UserError(
+            f"the residual stream behind layer {max(layers)} was requested of a model with "
+            f"{n_layers} layers; expected a layer from 0 to {n_layers - 2} (behind the last one "
+            "stand the final hidden states, of rank_me and alpha_req without a layer)"
         )
+    return bool(layers)

@@ -143,6 +143,37 @@ def test_geometry_of_hidden_states_is_that_of_all_tokens_however_they_are_split(
     assert got.row("alpha_req").value == pytest.approx(-slope, rel=1e-3)
 
 
+def test_geometry_behind_a_layer_is_that_of_its_residual_stream(tiny_decoder):
+    model, (ids, lengths) = tiny_decoder("olmo", num_hidden_layers=3), rows()
+    mask = torch.arange(11) < torch.tensor(lengths)[:, None]
+    names = ["rank_me_layer_0", "rank_me_layer_1", "alpha_req_layer_1", "rank_me"]
+    got = score_model(model, ids, mask, measures=names, batch_size=2)
+    seen: dict[int, list[torch.Tensor]] = {0: [], 1: []}
+    handles = [
+        model.model.layers[layer].register_forward_hook(
+            lambda _module, _inputs, output, layer=layer: seen[layer].append(output)
+        )
+        for layer in seen
+    ]
+    with torch.no_grad():
+        for n, t in enumerate(lengths):
+            model.base_model(ids[n : n + 1, :t])
+    for handle in handles:
+        handle.remove()
+    for layer, parts in seen.items():
+        x = torch.cat([part.reshape(-1, part.shape[-1]) for part in parts]).double().numpy()
+        p = np.linalg.svd(x, compute_uv=False)
+        p = p / p.sum()
+        expected = np.exp(-(p * np.log(p)).sum())
+        assert got.row(f"rank_me_layer_{layer}").value == pytest.approx(expected, rel=1e-4)
+    assert got.row("rank_me").value != got.row("rank_me_layer_1").value
+    assert np.isfinite(got.row("alpha_req_layer_1").value)
+    with pytest.raises(UserError, match="behind layer 2 .* 3 layers; expected a layer from 0 to 1"):
+        score_model(model, ids, mask, measures="rank_me_layer_2")
+    with pytest.raises(UserError, match="unknown measure 'rank_me_layer_01'"):
+        score_model(model, ids, mask, measures="rank_me_layer_01")
+
+
 def test_a_mixture_of_experts_has_no_rows_of_coefficients_and_says_so(tiny_decoder):
     model, (ids, _) = tiny_decoder("deepseek_v3"), rows()
     spread()
