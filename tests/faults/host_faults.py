@@ -157,7 +157,7 @@ def disturb(
         run.start()
         _wait(60, lambda: run.look() and not bed.is_begun(name))
         for kind in kinds:
-            _wait(rng.uniform(0, 3), run.look)
+            _wait(rng.uniform(0, min(3, longest_s)), run.look)
             if not run.look():
                 break
             run.meet(kind, rng, min(draw_seconds(rng, EVENTS[kind].seconds), longest_s))
