@@ -129,7 +129,9 @@ def run_in_order(
             task.result()
             yield
     except Exception as error:
-        raise failures[0] if failures else error from None
+        if failures and failures[0] is not error:
+            raise failures[0] from None
+        raise
     finally:
         stopped.set()
         pool.shutdown(cancel_futures=True)

@@ -43,21 +43,20 @@ FILE_TOKENS = 1 << 23
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a source, as fractions of one of its files; ``file`` None: all of a Hub dataset."""
+    """A part of a source: of a file, as fractions, or all of a Hub dataset."""
 
     number: int
-    source: str
-    file: int | None = None
+    url: str
+    column: str | None = None
     start: float = 0.0
     stop: float = 1.0
 
     def documents(self) -> Iterator[tuple[str, str]]:
         """Its documents in order, as ``iter_documents``."""
-        if self.file is None:
-            return iter_documents(self.source)
-        base, column = split_part(self.source)
-        file = list_files(base, DOCUMENT_SUFFIXES)[self.file]
-        return iter_file(file, column, self.start, self.stop)
+        if self.url.startswith("hf:"):
+            return iter_documents(self.url)
+        (file,) = list_files(self.url)
+        return iter_file(file, self.column, self.start, self.stop)
 
 
 @dataclass(frozen=True)
@@ -82,12 +81,13 @@ def plan_pieces(source: str, piece_bytes: int = PIECE_BYTES) -> list[Piece]:
     if source.startswith("hf:"):
         return [Piece(0, source)]
     pieces: list[Piece] = []
-    for index, file in enumerate(list_files(split_part(source)[0], DOCUMENT_SUFFIXES)):
+    base, column = split_part(source)
+    for file in list_files(base, DOCUMENT_SUFFIXES):
         size = int(file.describe()["size"])
         count = 1 if file.is_compressed else max(1, -(-size // piece_bytes))
         for part in range(count):
-            place = part / count, (part + 1) / count
-            pieces.append(Piece(len(pieces), source, index, *place))
+            start, stop = part / count, (part + 1) / count
+            pieces.append(Piece(len(pieces), file.url, column, start, stop))
     return pieces
 
 

@@ -56,7 +56,7 @@ class Dealer:
         self._left = [Stretch(work, 0, work.num_instances) for work in works]
         self._num_scorers = num_scorers
         self._were_all_here = False
-        self._known: set[str] = set()  # all that have ever asked
+        self._seen: set[str] = set()  # all that have ever asked
         self._lost: set[str] = set()
         self._load_cost = load_cost
         self._is_planned = False
@@ -65,19 +65,21 @@ class Dealer:
 
     def take(self, ticket: int, scorer: str) -> Deal | None:
         """The next item; None where there is none for this scorer now: see ``is_over``."""
-        self._known.add(scorer)
-        self._expect(max(self._num_scorers, len(self._known - self._lost)))
+        self._seen.add(scorer)
+        self._expect(max(self._num_scorers, len(self._seen - self._lost)))
         if earlier := self._dealt.pop(ticket, None):
             if earlier.is_scored:
                 return self._deal(ticket, scorer, earlier.stretch)
             self._give_back(earlier)
-        held = Counter(each.scorer for each in self._dealt.values() if not each.is_scored)
-        num_idle = max(0, self._num_scorers - len(held.keys() | {scorer}))
+        busy = Counter(each.scorer for each in self._dealt.values() if not each.is_scored)
+        num_idle = max(0, self._num_scorers - len(busy.keys() | {scorer}))
         if not self._is_planned:
             self._left = plan_stretches(_joined(self._left), self._num_scorers, self._load_cost)
             self._is_planned = True
+        share = (len(self._left) + busy.total()) / self._num_scorers
+        is_far_ahead = busy[scorer] >= max(2, share)  # what is more than its share others fetch
         # Who has an item leaves one for each who has none.
-        if not self._left or (held[scorer] and len(self._left) <= num_idle):
+        if not self._left or is_far_ahead or (busy[scorer] and len(self._left) <= num_idle):
             return None
         return self._deal(ticket, scorer, self._left.pop(0))
 
@@ -106,7 +108,7 @@ class Dealer:
         for ticket, each in list(self._dealt.items()):
             if each.scorer in self._lost and not each.is_scored:
                 self._give_back(self._dealt.pop(ticket))
-        num_here = len(self._known - self._lost)
+        num_here = len(self._seen - self._lost)
         # Scorers start one after the other: fewer than expected are no loss before all were there.
         self._were_all_here |= num_here >= self._num_scorers
         if self._were_all_here:
@@ -124,16 +126,20 @@ class Dealer:
 
     def _give_back(self, dealt: _Dealt) -> None:
         losses = dealt.stretch.losses + dealt.is_begun
-        self._left.append(replace(dealt.stretch, losses=losses))
+        self._left.append(replace(dealt.stretch, losses=losses, was_dealt=True))
         self._is_planned = False
 
 
 def _joined(stretches: Sequence[Stretch]) -> list[Stretch]:
-    """In the order of the listing, pieces that follow each other as one."""
+    """In the order of the listing, pieces that follow each other as one.
+
+    Not those that were dealt before: a late answer to one of them has to fit the others.
+    """
     joined: list[Stretch] = []
     for each in sorted(stretches, key=lambda each: (each.work.index, each.start)):
         last = joined[-1] if joined else None
-        if last and (last.work, last.stop, last.losses) == (each.work, each.start, each.losses):
+        is_new = last and not (last.was_dealt or each.was_dealt)
+        if last and is_new and (last.work, last.stop) == (each.work, each.start):
             joined[-1] = replace(last, stop=each.stop)
         else:
             joined.append(each)

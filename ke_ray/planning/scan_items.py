@@ -81,12 +81,16 @@ class RowRange:
 
 @dataclass(frozen=True)
 class Stretch:
-    """Positions ``start`` … ``stop − 1`` of a checkpoint's tape, and how often they were lost."""
+    """Positions ``start`` … ``stop − 1`` of a checkpoint's tape, and how often they were lost.
+
+    ``was_dealt``: a scorer had them before, whose answer may still come.
+    """
 
     work: CheckpointWork
     start: int
     stop: int
     losses: int = 0
+    was_dealt: bool = False
 
     @property
     def num_tokens(self) -> int:

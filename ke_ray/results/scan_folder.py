@@ -244,7 +244,8 @@ class ScanFolder:
             ResultsError: another command has taken over this one's lease on the folder.
         """
         parts = storage.join(self.uri, "parts")
-        names = storage.list_dir(parts)
+        # Those with a dot are being written, by other threads.
+        names = [name for name in storage.list_dir(parts) if not name.startswith(".")]
         if names or without or not storage.exists(storage.join(self.uri, "entropy.parquet")):
             for stem, columns, tables in (
                 ("replicates", REPLICATES_SCHEMA, self._replicates(without)),

@@ -55,8 +55,9 @@ def claimed(folder: str, kind: str, *, evidence: tuple[str, str] | None = None) 
             try:
                 yield
             finally:
-                if not _foreign_names(folder) or _kind(folder, "manifest.json"):
-                    storage.remove(storage.join(folder, MARK))  # empty, or marked by its manifest
+                with suppress(StorageError):  # which must not hide why this ends
+                    if not _foreign_names(folder) or _kind(folder, "manifest.json"):
+                        storage.remove(storage.join(folder, MARK))  # empty, or has a manifest
     finally:
         with suppress(OSError):  # not empty
             for path in new_folders:

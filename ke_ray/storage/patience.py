@@ -32,6 +32,7 @@ _FINAL = (
 )
 KNOWN_STORES = "KE_RAY_KNOWN_STORES"
 _answered: set[str] = set(os.environ.get(KNOWN_STORES, "").split())
+_given_up: set[str] = set()
 
 
 def give_up_s() -> float:
@@ -50,6 +51,7 @@ def known_stores() -> str:
 def forget_store(uri: str) -> None:
     """Take a store for one that never answered, and is not waited for."""
     _answered.discard(_store_of(uri))
+    _given_up.discard(_store_of(uri))
 
 
 def _store_of(uri: str) -> str:
@@ -90,10 +92,10 @@ def on_store(uri: str, operation: Callable[[], T]) -> T:
                     f"The store refuses access to '{redact(uri)}': {reason}. Use keys that may "
                     "read and write there, or another place."
                 ) from error
-            if _is_final(error) or not known:
+            if _is_final(error) or not (known or store in _given_up):
                 raise StorageError(f"Cannot reach '{redact(uri)}': {reason}.") from error
-            if waited_s >= give_up_s():
-                _answered.discard(store)  # the next operation need not wait as long
+            if waited_s >= give_up_s() or store in _given_up:
+                _given_up.add(store)  # the next operation need not wait as long
                 raise StoreOutageError(
                     f"Cannot reach '{redact(uri)}': {reason} ({attempts} attempts in "
                     f"{waited_s:.0f} s). Finished work is saved. Run the same command again to "
@@ -110,6 +112,7 @@ def on_store(uri: str, operation: Callable[[], T]) -> T:
             if attempts > 1:
                 log.warning("%s answers again.", redact(store))
             _answered.add(store)
+            _given_up.discard(store)
             return result
 
 

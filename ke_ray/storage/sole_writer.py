@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ke_ray import storage
-from ke_ray.errors import ResultsError
+from ke_ray.errors import ResultsError, StorageError
 
 HEARTBEAT_S, EXPIRES_S = 15.0, 60.0
 # Stores without conditional writes let two commands write a lease at once: the later one stays.
@@ -233,9 +233,11 @@ def _lease(lock: str, target: str) -> Iterator[None]:
         ended.set()
         thread.join(timeout=_JOIN_S)
         del _tokens[storage.absolute(lock)]
-        # Where the store is out of order, the lease expires by itself.
-        if not thread.is_alive() and _owner_in(_read(lock), lock).get("token") == mine["token"]:
-            storage.remove(lock)
+        try:
+            if not thread.is_alive() and _owner_in(_read(lock), lock).get("token") == mine["token"]:
+                storage.remove(lock)
+        except StorageError as error:  # it expires by itself, and must not hide why this ends
+            log.warning("The lease on '%s' was not given back: %s", target, error)
 
 
 def _take_lease(lock: str, target: str, mine: dict[str, Any]) -> None:

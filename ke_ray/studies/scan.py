@@ -108,7 +108,9 @@ class ScanStudy(Strict):
         affects_result=False,
         ge=1,
         le=16,
-        description="checkpoints that a scorer fetches and loads ahead, within cache_bytes",
+        description=(
+            "checkpoints that a scorer fetches ahead, within cache_bytes; one is loaded ahead"
+        ),
     )
     architecture: ArchitectureKey = Field(
         None, description="description of a decoder that ke_ray does not know, or a file with it"

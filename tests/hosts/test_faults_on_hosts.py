@@ -13,7 +13,7 @@ import pytest
 from host_bed import STORE, Bed, running_bed
 from host_events import EVENTS
 from host_faults import HostOutcome, check, disturb, undisturbed
-from lab_cluster import LabCluster
+from lab_cluster import BUCKET, LabCluster
 
 from ke_ray.storage.ownership import LOCK
 
@@ -62,7 +62,7 @@ def test_a_store_that_stays_away_ends_a_scan_with_a_message_and_the_next_one_res
 ) -> None:
     words, log = bed.command("scan", "away"), "/tmp/away.log"
     bed.driver.start(words, log, KE_RAY_STORE_GIVE_UP_S="3")
-    while not bed.is_begun("away"):
+    while not bed.files.find(f"{BUCKET}/faults/out/away/parts"):  # something is scored
         assert bed.driver.is_running, bed.log("away").read_text()
         time.sleep(0.1)
     bed.set_faults("store", [{"fault": "503", "share": 1.0}])

@@ -67,7 +67,7 @@ def pack_corpus(
         The manifest; ``num_instances`` and ``num_tokens`` are in it.
 
     Raises:
-        DataError: a document is malformed, or there is not one row.
+        DataError: a document is malformed, there is not one row, or the source changed meanwhile.
         ResultsError: the folder is another corpus's, or not ke_ray's.
         StorageError: it cannot be written, or not by every node.
     """
@@ -76,16 +76,20 @@ def pack_corpus(
     source = source if source.startswith("hf:") else storage.absolute(source)
     loaded = load_tokenizer(tokenizer)
     largest = max(eos_token_id, *loaded.get_vocab(with_added_tokens=True).values())
-    identity = {
-        "piece_bytes": piece_bytes,
-        "file_tokens": file_tokens,
-        "fingerprint": source_fingerprint(
+
+    def fingerprint() -> str:
+        return source_fingerprint(
             source,
             sequence_length=sequence_length,
             tokenizer=loaded,
             eos_token_id=eos_token_id,
             max_instances=None,
-        ),
+        )
+
+    identity = {
+        "piece_bytes": piece_bytes,
+        "file_tokens": file_tokens,
+        "fingerprint": fingerprint(),
     }
     config = {
         "source": source,
@@ -104,11 +108,17 @@ def pack_corpus(
                     "its files, tokenizer, end-of-text id or sequence length. Give another folder."
                 )
             if manifest["status"] == "finished":
+                storage.remove(storage.join(output, TOKENS))  # left by a kill just before
                 return manifest
         write_manifest(output, manifest)
         with ray_session():
             check_nodes_see([("The source", source)], output)
             manifest |= _pack(config | identity, storage.absolute(output), loaded, on_progress)
+        if fingerprint() != identity["fingerprint"]:
+            raise DataError(
+                f"'{source}' changed while it was packed; remove '{output}', and pack it again "
+                "when its files are complete."
+            )
         write_manifest(output, manifest | {"status": "finished"})
         storage.remove(storage.join(output, TOKENS))
     return manifest | {"status": "finished"}
@@ -164,14 +174,16 @@ def _on_all_cores(
         except KeRayError as error:
             return {"number": number, "value": None, "error": error}
 
-    # One block per item, so that Ray Data schedules and retries exactly our tasks.
-    numbers = ray.data.from_items(
-        [{"number": number} for number in range(len(items))], override_num_blocks=len(items)
-    )
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    # A compressed file is one piece, and may take hours.
+    context.execution_no_progress_timeout_s = -1
+    # One block per item, so that Ray Data schedules and retries exactly our tasks.
+    numbers = ray.data.from_items(
+        [{"number": number} for number in range(len(items))], override_num_blocks=len(items)
+    )
     rows: list[dict[str, Any]] = []
     with watch_placement():
         for row in numbers.map(answer, num_cpus=1).iter_rows():

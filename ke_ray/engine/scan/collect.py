@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -94,7 +95,8 @@ class Collector:
         self._fold_after = time.monotonic() + _FOLD_EVERY_S
         self._writers = ThreadPoolExecutor(_WRITERS, thread_name_prefix="scan-writer")
         self._writes: deque[Future[None]] = deque()
-        self._lock = threading.Lock()  # of what is told about written checkpoints
+        self._lock = threading.Lock()  # of outcome, run and meter
+        self._fold_lock = threading.Lock()
 
     def __enter__(self) -> Collector:
         return self
@@ -105,7 +107,9 @@ class Collector:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._writers.shutdown()
+        if error is not None:
+            self._fold_after = math.inf  # the folder may be another command's by now
+        self._writers.shutdown(cancel_futures=isinstance(error, KeyboardInterrupt))
         if error is None:
             self._settle(0)
 
@@ -236,12 +240,16 @@ class Collector:
             self._outcome.num_tokens += sum(tokens.values())
             log_scan_metrics(self._run, pending.rows, index, self._setup)
             self._meter.ended(ref.name, pending.rows)
-            # Folding reads and writes all tables again, which takes ever longer in a long series.
-            # Parts that are written meanwhile stay for the next time.
-            if (started := time.monotonic()) > self._fold_after:
+        # Folding reads and writes all tables again, which takes ever longer in a long series. Parts
+        # that are written meanwhile stay for the next time.
+        if time.monotonic() > self._fold_after and self._fold_lock.acquire(blocking=False):
+            try:
+                started = time.monotonic()
                 folder.consolidate()
                 ended = time.monotonic()
                 self._fold_after = ended + max(_FOLD_EVERY_S, (ended - started) / _FOLD_SHARE)
+            finally:
+                self._fold_lock.release()
 
 
 def _from_ipc(payload: bytes) -> pa.Table:

@@ -165,7 +165,9 @@ def _score(setup: ScanSetup, run: TrackedRun, display: Display, outcome: ScanOut
         noise_seeds=study.noise_seeds,
     )
     dealer = Dealer(setup.works, num_actors, load_cost)
-    monitor = ray.remote(ScanMonitor).options(max_restarts=0, **beside_driver()).remote(dealer)
+    # Every call may be repeated, so a wire that is away for a moment ends nothing.
+    options = {"max_restarts": 0, "max_task_retries": -1, **beside_driver()}
+    monitor = ray.remote(ScanMonitor).options(**options).remote(dealer)
     arrays = {
         name: ray.put((corpus.input_ids, corpus.lengths)) for name, corpus in setup.corpora.items()
     }

@@ -412,14 +412,20 @@ class _SharedLock:
     def __init__(self) -> None:
         self._condition = threading.Condition()
         self._num_holders = 0
+        self._num_waiting = 0  # for it alone
         self._is_exclusive = False
 
     @contextmanager
     def held(self, *, exclusive: bool) -> Iterator[None]:
         with self._condition:
+            self._num_waiting += exclusive  # is let in before those who share
             self._condition.wait_for(
-                lambda: not self._is_exclusive and (not exclusive or self._num_holders == 0)
+                lambda: (
+                    not self._is_exclusive
+                    and (self._num_holders == 0 if exclusive else not self._num_waiting)
+                )
             )
+            self._num_waiting -= exclusive
             self._num_holders += 1
             self._is_exclusive = exclusive
         try:
