@@ -271,8 +271,8 @@ def _monitored(monitor: Any, meter: ScanMeter) -> Iterator[None]:
                 monitor.scored.remote(),
                 monitor.take_warnings.remote(),
             ]
-            _, scored, warnings = ray.get(answers, timeout=5)
-            meter.tick(*scored, num_alive)
+            _, (num_tokens, busy_s), warnings = ray.get(answers, timeout=5)
+            meter.tick(num_tokens, busy_s, num_alive)
             for warning in warnings:
                 log.warning("%s", warning)
 
