@@ -5,8 +5,12 @@ torch has no CUDA here, which a declared GPU does not change.
 
 from __future__ import annotations
 
+import functools
+import http.server
+import re
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -18,6 +22,7 @@ import pytest
 import ray_head
 import torch
 from command_process import Command, start_command
+from tiny_scans import make_checkpoint
 from tiny_studies import tiny_continual, tiny_pretrain, write_study
 
 from ke_ray.results import read_manifest
@@ -118,6 +123,61 @@ def test_a_scan_waits_for_gpus_that_no_node_has(
     said = " ".join(command.stdout.split())
     assert "1 × (1 CPU and 1 GPU) requested" in said
     assert "No node of the cluster can hold what the work needs" in said
+
+
+class HeldSite(http.server.SimpleHTTPRequestHandler):
+    """The weights of ``step0`` … ``step3`` trickle until they are released."""
+
+    released = threading.Event()
+
+    def log_message(self, *_: object) -> None:
+        """Nothing is logged."""
+
+    def do_GET(self) -> None:
+        if not re.search("/step[0-3]/model.safetensors", self.path):
+            super().do_GET()
+            return
+        data = Path(self.translate_path(self.path)).read_bytes()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        while len(data) > 1 and not self.released.wait(0.5):
+            self.wfile.write(data[:1])
+            data = data[1:]
+        self.wfile.write(data)
+
+
+def test_a_node_that_joins_a_scan_takes_the_checkpoints_that_are_left(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    np.save(tmp_path / "ids.npy", np.arange(2, 98, dtype=np.uint16).reshape(4, 24))
+    for number in range(8):
+        make_checkpoint(tmp_path / f"step{number}", seed=number)
+    handler = functools.partial(HeldSite, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as site:
+        threading.Thread(target=site.serve_forever, daemon=True).start()
+        base = f"http://127.0.0.1:{site.server_port}"
+        rows = [f"{number},{base}/step{number}" for number in range(8)]
+        (tmp_path / "list.csv").write_text("\n".join(["step,url", *rows]) + "\n")
+        command = cluster.start(
+            *("scan", tmp_path / "list.csv", "--data", f"ids={tmp_path / 'ids.npy'}"),
+            *("--num-instances", 4, "--sequence-length", 24, "--measures", "knowledge_entropy"),
+            *("--device", "cpu", "--num-actors", 2, "--set", "max_actors=3", "--no-mlflow"),
+            *("--cache-dir", tmp_path / "cache", "--output", tmp_path / "out"),
+        )
+        # Two scorers hold two checkpoints each, which do not arrive: the others are a third one's.
+        with ray_head.joined_node(cluster.head, "late", num_cpus=1):
+            deadline = time.monotonic() + 300
+            while len(list((tmp_path / "out" / "coefficients").glob("step*"))) < 4:
+                assert command.returncode is None, command.stdout
+                assert time.monotonic() < deadline, command.stdout
+                time.sleep(0.2)
+            HeldSite.released.set()
+            assert command.wait() == 0, command.stdout
+        site.shutdown()
+    rows = read_table(str(tmp_path / "out" / "entropy.parquet")).to_pylist()
+    totals = [(row["step"], row["status"]) for row in rows if row["layer"] is None]
+    assert sorted(totals) == [(number, "ok") for number in range(8)]
 
 
 def test_pretraining_with_a_worker_on_each_node_follows_one_worker(
