@@ -89,6 +89,20 @@ def test_who_has_an_item_leaves_one_for_each_who_has_none():
     assert dealer.take(2, "b").item.checkpoint != first.item.checkpoint
 
 
+def test_who_fetches_far_ahead_takes_no_more_than_a_share():
+    dealer = Dealer(make_works(40), 4, 1e9)
+    taken = [dealer.take(ticket, "a") for ticket in range(17)]  # the first to be there
+    assert sum(deal is not None for deal in taken) == 10
+
+
+def test_pieces_that_were_dealt_before_are_not_joined():
+    dealer = Dealer(make_works(1, 64), 2, 0.0)
+    first, second = dealer.take(0, "a").item, dealer.take(1, "b").item
+    dealer.update(["a", "b"])
+    again = [dealer.take(2, "c").item, dealer.take(3, "d").item]
+    assert {item.ranges for item in again} == {first.ranges, second.ranges}
+
+
 def test_a_repeated_ticket_gets_the_same_again_where_its_item_was_scored():
     dealer = Dealer(make_works(2), 1, 0.0)
     scored = dealer.take(0, "a")

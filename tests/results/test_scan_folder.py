@@ -368,6 +368,17 @@ def test_a_writer_killed_at_any_moment_leaves_whole_files(tmp_path):
         assert set(counts.values()) == {50}
 
 
+def test_a_fold_leaves_alone_what_another_thread_is_writing(tmp_path):
+    folder = make_folder(tmp_path, checkpoints=["a"])
+    folder.write_part("a", [row("a", 10)])
+    being_written = tmp_path / "parts" / ".ke-ray-1234-b.entropy.parquet"
+    being_written.write_bytes(b"the first half")
+    folder.consolidate()
+    assert [path.name for path in (tmp_path / "parts").iterdir()] == [being_written.name]
+    folder.consolidate(final=True)
+    assert not (tmp_path / "parts").exists()
+
+
 def test_results_of_other_weights_are_dropped_whole(tmp_path):
     folder = make_folder(tmp_path, corpora=("dolma", "c4"), checkpoints=["a", "b"])
     for name, step in (("a", 10), ("b", 20)):

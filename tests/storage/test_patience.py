@@ -67,9 +67,13 @@ def test_waiting_has_an_end_and_says_what_to_do(
         storage.read_bytes(store)
     assert end.value.exit_code == 1
     asked = Moody.asked
-    with pytest.raises(StorageError):  # and the next operation waits no more
+    with pytest.raises(StoreOutageError):  # and the next operation waits no more
         storage.read_bytes(store)
     assert Moody.asked == asked + 1
+    Moody.statuses = [200, 500, 200]
+    for _ in range(2):  # until it has answered
+        storage.read_bytes(store)
+    assert Moody.asked == asked + 4
 
 
 @pytest.mark.parametrize("statuses", [[503], [200, 403]])

@@ -18,8 +18,9 @@ from pathlib import Path
 import pytest
 
 from ke_ray import storage
-from ke_ray.errors import ResultsError
+from ke_ray.errors import ResultsError, StorageError, StoreOutageError
 from ke_ray.storage import sole_writer as module
+from ke_ray.storage.ownership import claimed
 from ke_ray.storage.sole_writer import confirm_lease, is_held, sole_writer
 from ke_ray.storage.uris import filesystem
 
@@ -240,6 +241,24 @@ def test_whose_lease_was_taken_over_is_told_before_it_writes() -> None:
         with pytest.raises(ResultsError, match="took over 'out'"):
             confirm_lease(lock, "out")
     confirm_lease(lock, "out")
+
+
+def test_a_store_that_is_away_in_the_end_does_not_hide_why_a_command_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = f"memory://locks/{uuid.uuid4().hex}"
+
+    def away(*_: object) -> None:
+        raise StorageError("Cannot reach the store: 503.")
+
+    def command() -> None:
+        with claimed(folder, "scan"):
+            monkeypatch.setattr("ke_ray.storage.sole_writer._read", away)
+            monkeypatch.setattr("ke_ray.storage.ownership._foreign_names", away)
+            raise StoreOutageError("Finished work is saved.")
+
+    with pytest.raises(StoreOutageError, match="Finished work is saved"):
+        command()
 
 
 def test_a_file_system_without_locks_gets_a_lease(
