@@ -125,9 +125,9 @@ class RunFolder:
             "own_measures": before["own_measures"] | self._manifest["own_measures"],
         }
         for name, row in steps.items():
-            if 0 < step >= row["step"]:
+            if step > 0 and row["step"] <= step:
                 self._list(name, row["step"], row["tokens"])
-        return [name for name, row in steps.items() if not 0 < step >= row["step"]]
+        return [name for name, row in steps.items() if step <= 0 or row["step"] > step]
 
     def _list(self, name: str, step: int, tokens: int) -> dict[str, Any]:
         """Enter a measurement into the manifest; return its position."""

@@ -56,11 +56,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
     Shapes change from batch to batch here, which compiled code would answer by recompiling.
     """
-    with (
-        torch.no_grad(),
-        torch.compiler.set_stance("force_eager"),
-        evaluation_mode(model),
-    ):
+    with torch.no_grad(), evaluation_mode(model):
         yield
 
 

@@ -51,6 +51,8 @@ def add_interventions(
             "the weights of this model are divided among workers, where no intervention is "
             "possible; save the model and measure it with ke-ray scan"
         )
+    if not len(instances):
+        return  # drawing noise takes time, whatever it is drawn for
     if INTERVENED in sums.tables:
         sums.add(INTERVENED, instances, predictions)
     before = losses()

@@ -225,25 +225,28 @@ def score_instances(
         """Σ_t ℓ_t of the instances on which the model is changed."""
         values = []
         torch.clear_autocast_cache()  # its copies are of the weights before
-        with no_gradients(model), Capture(model, layouts, ("token_nats",), target) as capture:
+        with Capture(model, layouts, ("token_nats",), target) as capture:
             for start in range(0, len(own_ids), batch_size):
                 part = own_tokens[start : start + batch_size]
                 batch = _padded(own_ids[start : start + batch_size], part).to(target)
                 values.append(capture.run(batch, part.tolist())["token_nats"])
         return torch.cat(values) if values else torch.zeros(0, dtype=torch.float64, device=target)
 
-    with torch.no_grad(), evaluation_mode(model):
-        add_interventions(
-            sums,
-            interventions,
-            model,
-            layouts,
-            losses=losses,
-            predictions=own_tokens - 1,
-            instances=instances,
-            num_seeds=noise_seeds,
-            usage=usage,
-        )
+    with no_gradients(model), evaluation_mode(model):
+        try:
+            add_interventions(
+                sums,
+                interventions,
+                model,
+                layouts,
+                losses=losses,
+                predictions=own_tokens - 1,
+                instances=instances,
+                num_seeds=noise_seeds,
+                usage=usage,
+            )
+        finally:
+            torch.clear_autocast_cache()  # of the last changed weights
     return sums
 
 

@@ -63,7 +63,8 @@ class WorkerMemory:
         training: the most at one time in a step.
         evaluation: the most while the model is evaluated: whole, before it is sharded and trained,
             or later in a worker's part with copies.
-        saving: host memory of every worker's part of a training state, until it is written.
+        saving: host memory of every worker's part of a training state, until it is written; on
+            GPUs up to twice that, as pinned memory comes in powers of two and is kept.
         loading: host memory of every worker while it reads one, a tensor's part at a time.
     """
 

@@ -159,9 +159,17 @@ def _write_object(fs: Any, path: str, payload: bytes | Sequence[memoryview]) -> 
     if isinstance(payload, bytes):
         fs.pipe_file(path, payload)
         return
-    with fs.open(path, "wb") as file:
+    file = fs.open(path, "wb")  # no ``with``: closing it would commit what was written so far
+    try:
         for piece in _pieces(payload):
             file.write(piece)
+        file.close()
+    except BaseException:
+        with suppress(Exception):
+            file.closed = True  # or its destructor commits
+        with suppress(Exception):
+            file.discard()
+        raise
 
 
 def _pieces(payload: bytes | Sequence[memoryview]) -> Iterator[bytes | memoryview]:

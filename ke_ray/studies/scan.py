@@ -60,7 +60,8 @@ class ScanStudy(Strict):
     intervention_instances: int = Field(
         NUM_INSTANCES,
         ge=1,
-        description="of measures by intervention: as many of the instances, evenly spread",
+        description="of measures by intervention: as many of the instances, evenly spread; "
+        "below 64, intervals are too narrow",
     )
     noise_seeds: int = Field(
         NUM_SEEDS, ge=1, description="of sensitivity: draws of noise that it is the mean over"

@@ -14,7 +14,8 @@ workers reads a state, each its own part. On one CPU worker a resumed run equals
 bit by bit. No pickle is read or written. (Until version 1, one file each held all parameters, all
 moments and all generators, under the same names; such states are read, too.)
 
-A step waits only for a copy in host memory. ``torch.distributed.checkpoint`` writes it in a thread,
+A step waits only for a copy in host memory (on GPUs up to twice the size: pinned memory comes in
+powers of two, and is kept). ``torch.distributed.checkpoint`` writes it in a thread,
 whose messages go through a gloo group of their own: neither training's messages nor a GPU wait.
 """
 

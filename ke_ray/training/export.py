@@ -17,7 +17,7 @@ from ke_ray.checkpoints.formats.layout import TOKENIZER_FILES
 from ke_ray.models.saving import save_model
 from ke_ray.training.parallel import Worker, barrier, full_tensor, named_tensors
 
-#: Bytes of a weight file, at least, where there are several: what a worker has to hold.
+#: Bytes, at least, of every weight file but the last: what a worker has to hold.
 FILE_BYTES = 2 * 2**30
 
 

@@ -20,7 +20,7 @@ from ke_ray.core.acquisition import (
     forgetting_interval,
     paragraph_means,
 )
-from ke_ray.core.measures import evaluate
+from ke_ray.core.measures import evaluate, interventions_of
 from ke_ray.core.statistics import GroupSums
 from ke_ray.data.corpus import Corpus
 from ke_ray.data.probes import Probe
@@ -168,33 +168,47 @@ def take_snapshot(
         values["perplexity"] = {"corpus": corpus.name, **perplexity.row()}
     if study.entropy is not None and questions.entropy is not None:
         with autocast(model, study.evaluation_dtype):
-            sums = coefficient_sums(model, questions.entropy, study.entropy.batch_size, workers)
+            measured = _measure(model, study.entropy, questions.entropy, workers or Workers())
+        sums = measured[0][1]
         entropy = evaluate(sums, ["knowledge_entropy"]).row("knowledge_entropy")
         if not math.isfinite(entropy.value):
             raise CheckpointError("The knowledge entropy is not finite; the model is broken.")
         values |= {"entropy_nats": entropy.value, "entropy_stderr": entropy.stderr}
-        if study.entropy.measures:
-            with autocast(model, study.evaluation_dtype):
-                values["measures"] = _measured(model, study.entropy, questions.entropy)
+        values["measures"] = _rows(measured, questions.entropy)
     return Snapshot(**values)
 
 
-def _measured(model: Any, text: MeasuredText, corpus: Corpus) -> list[dict[str, Any]]:
-    """The measures that the study names; every worker takes them whole."""
+def _measure(
+    model: Any, text: MeasuredText, corpus: Corpus, workers: Workers
+) -> list[tuple[list[str], GroupSums]]:
+    """The study's measures with their sums; the first sums are knowledge entropy's, too.
+
+    Workers share the passes, except those of interventions, which each makes whole.
+    """
     for own in text.own_measures:
         use_own_measure(own)  # a study that came from another process is not validated anew
-    sums = score_instances(
-        model,
-        corpus.input_ids,
-        corpus.lengths,
-        measures=text.measures,
-        num_instances=corpus.num_instances,
-        group_sizes=corpus.group_sizes,
-        batch_size=text.batch_size,
-    )
-    evaluation = evaluate(sums, text.measures)
-    if not evaluation.is_finite():
-        bad = next(r for r in evaluation.rows if r.reason is None and not math.isfinite(r.value))
+    changing = [name for name in text.measures if interventions_of(name)]
+    plain = [name for name in text.measures if name not in changing]
+    shared = ("knowledge_entropy", *plain)
+    measured = [(plain, shared_sums(model, corpus, shared, text.batch_size, workers))]
+    if changing:
+        sums = score_instances(
+            model,
+            corpus.input_ids,
+            corpus.lengths,
+            measures=changing,
+            num_instances=corpus.num_instances,
+            group_sizes=corpus.group_sizes,
+            batch_size=text.batch_size,
+        )
+        measured.append((changing, sums))
+    return measured
+
+
+def _rows(measured: list[tuple[list[str], GroupSums]], corpus: Corpus) -> list[dict[str, Any]]:
+    rows = [row for names, sums in measured if names for row in evaluate(sums, names).rows]
+    bad = next((r for r in rows if r.reason is None and not math.isfinite(r.value)), None)
+    if bad is not None:
         raise CheckpointError(f"{bad.measure} is {bad.value}; the model is broken.")
     return [
         {
@@ -205,7 +219,7 @@ def _measured(model: Any, text: MeasuredText, corpus: Corpus) -> list[dict[str, 
             "stderr": row.stderr if math.isfinite(row.stderr) else None,
             "unit": row.unit,
         }
-        for row in evaluation.rows
+        for row in rows
     ]
 
 

@@ -8,6 +8,7 @@ to the store, and a reader asks for the rows that it needs.
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable
 from typing import Any
@@ -29,7 +30,10 @@ from torch.futures import Future
 from ke_ray import storage
 from ke_ray.checkpoints.formats.shards import Part, header_bytes, read_header, whole_shape
 from ke_ray.checkpoints.formats.weights import safetensors_dtype
+from ke_ray.errors import TrainingError
 
+#: A header that claims to be longer is not read: it is damaged.
+_MAX_HEADER_BYTES = 100 * 2**20
 _DTYPE_NAMES = {
     dtype: name
     for name in ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")
@@ -129,6 +133,7 @@ class ShardReader(StorageReader):
     Raises:
         OSError, ValueError, LookupError, TypeError, AttributeError: a header is malformed, or
             parts of a tensor are missing.
+        StorageError: the store is out of order, which says nothing about the state.
     """
 
     def __init__(self, folder: str, sizes: dict[str, int]) -> None:
@@ -139,10 +144,9 @@ class ShardReader(StorageReader):
         for file_name, size in sizes.items():
             if not file_name.endswith(".safetensors"):
                 continue
-            with storage.open_read(storage.join(folder, file_name)) as file:
-                for name, part in read_header(file, size).items():
-                    by_name.setdefault(name, []).append(part)
-                    self._parts[name, part.offsets] = file_name, part
+            for name, part in read_header(_head(storage.join(folder, file_name)), size).items():
+                by_name.setdefault(name, []).append(part)
+                self._parts[name, part.offsets] = file_name, part
         for name, parts in by_name.items():
             chunks = [ChunkStorageMetadata(Size(p.offsets), Size(p.shape)) for p in parts]
             properties = TensorProperties(dtype=_dtype(parts[0]))
@@ -190,17 +194,28 @@ def _key(index: MetadataIndex) -> tuple[str, tuple[int, ...]]:
     return index.fqn, tuple(index.offset or ())
 
 
+def _head(uri: str) -> io.BytesIO:
+    """The header of a file, unread."""
+
+    def read() -> bytes:
+        with storage.open_read(uri) as file:
+            length = file.read(8)
+            return length + file.read(min(int.from_bytes(length, "little"), _MAX_HEADER_BYTES))
+
+    return io.BytesIO(storage.on_store(uri, read))
+
+
 def _read(uri: str, wanted: list[tuple[Part, Any]], planner: LoadPlanner) -> None:
     with storage.open_read(uri) as file:
         for part, item in wanted:
             target = planner.resolve_tensor(item).detach()
-            rows = _rows(file, part, tuple(item.storage_offsets), tuple(item.lengths))
+            rows = _rows(uri, file, part, tuple(item.storage_offsets), tuple(item.lengths))
             target.copy_(rows.reshape(target.shape))
             planner.commit_tensor(item, target)
 
 
 def _rows(
-    file: Any, part: Part, offsets: tuple[int, ...], lengths: tuple[int, ...]
+    uri: str, file: Any, part: Part, offsets: tuple[int, ...], lengths: tuple[int, ...]
 ) -> torch.Tensor:
     """The box ``lengths`` at ``offsets`` of a part; of the file, only its rows are read."""
     first, count = (offsets[0], lengths[0]) if part.shape else (0, 1)
@@ -212,7 +227,11 @@ def _rows(
     while len(view):
         num_read = file.readinto(view)
         if not num_read:
-            raise OSError("a file of the state ends early")
+            # No OSError, after which a store would be asked again for minutes.
+            raise TrainingError(
+                f"The training state's file '{uri}' ends early, at byte {file.tell():,}; remove "
+                "its folder, and the state before it is used."
+            )
         view = view[num_read:]
     rows = buffer.view(dtype).reshape(lengths[:1] + part.shape[1:])
     for dim in range(1, len(lengths)):

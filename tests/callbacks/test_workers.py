@@ -12,7 +12,7 @@ import torch
 from tiny_training import run_together, tiny_model, tiny_rows
 
 from ke_ray.callbacks import Monitor
-from ke_ray.errors import ConfigError, ResultsError, UnsupportedArchitectureError
+from ke_ray.errors import ConfigError, ResultsError, UnsupportedArchitectureError, UserError
 from ke_ray.models.scoring import score_model
 from ke_ray.results.scan_folder import ScanFolder
 from ke_ray.training.parallel import Worker, full_tensor, unwrap, wrap_model
@@ -83,6 +83,18 @@ def refusals(worker: Worker, folder: str) -> list[str]:
     return told
 
 
+def refusal_in_the_pass(worker: Worker, folder: str) -> str:
+    """What a worker is told of a measure that only a pass shows cannot be had, of one instance."""
+    model = wrap_model(tiny_model(), worker, strategy="ddp", precision="float32")
+    monitor = Monitor(D[:1], folder, **SETTINGS)
+    with mock.patch.object(unwrap(model).model.layers[1].mlp, "forward", side_effect=UserError):
+        try:
+            monitor(model, 0)
+        except UserError as error:
+            return type(error).__name__
+    return "none"
+
+
 def half_sharded(worker: Worker) -> Any:
     from torch.distributed.fsdp import fully_shard
 
@@ -100,6 +112,7 @@ def work(worker: Worker, folder: str) -> dict[str, Any]:
         found[f"{strategy} alone"] = steps(worker, strategy, None)
     monitor = Monitor(D, f"{folder}/failing", **SETTINGS)
     found["failing"] = steps(worker, "ddp", monitor, fails_at=2)
+    found["refusal in the pass"] = refusal_in_the_pass(worker, f"{folder}/refused")
     found["refusals"] = refusals(worker, f"{folder}/fsdp")
     return found
 
@@ -151,6 +164,10 @@ def test_training_goes_on_where_a_worker_cannot_measure(
     rows = ScanFolder.open(str(folder / "failing")).entropy().to_pylist()
     (failed,) = (row for row in rows if row["status"] == "failed")
     assert (failed["step"], "Worker 1 of 2 failed" in failed["error"]) == (2, True)
+
+
+def test_a_worker_without_a_pass_is_refused_like_the_others(found: list[dict[str, Any]]) -> None:
+    assert [each["refusal in the pass"] for each in found] == ["UserError", "UserError"]
 
 
 def test_all_workers_refuse_together(found: list[dict[str, Any]]) -> None:

@@ -101,13 +101,17 @@ def test_no_noise_is_exactly_no_rise_and_weights_are_restored_to_the_bit(tiny_de
         assert torch.equal(tensor.view(torch.uint8), before[name].view(torch.uint8)), name
 
 
-def test_autocast_sees_the_changed_weights_and_then_the_restored_ones(tiny_decoder):
-    model, (ids, _) = tiny_decoder("olmo"), rows()
+@pytest.mark.parametrize("training", [False, True])
+def test_autocast_sees_the_changed_weights_and_then_the_restored_ones(tiny_decoder, training):
+    model, (ids, _) = tiny_decoder("olmo").train(training), rows()
     with torch.autocast("cpu", torch.bfloat16):
         before = score_model(model, ids, measures=["loss"]).row("loss").value
         rise = score_model(model, ids, measures=["sensitivity_all_0.5"])
         assert abs(rise.row("sensitivity_all_0.5").value) > 1e-3
         assert score_model(model, ids, measures=["loss"]).row("loss").value == before
+        if training:  # with none of the pass's tensors
+            model(input_ids=ids, labels=ids).loss.backward()
+            assert all(p.grad is not None for p in model.parameters())
 
 
 def test_weights_are_restored_where_a_pass_fails(tiny_decoder, monkeypatch):
@@ -160,6 +164,31 @@ def test_any_split_and_batch_gives_the_same_on_the_chosen_instances(tiny_decoder
     )
     for name in NOISE:
         assert whole.row(name).value == pytest.approx(alone.row(name).value, rel=1e-9)
+
+
+def test_a_piece_without_a_chosen_instance_draws_no_noise(tiny_decoder, monkeypatch):
+    model, (ids, lengths) = tiny_decoder("olmo"), rows(20)
+    assert not is_chosen(0, 7, 20)
+    drawn = []
+    monkeypatch.setattr("ke_ray.models.intervention.add_noise", lambda *_, **__: drawn.append(1))
+
+    def score(first: int, stop: int) -> Any:
+        return score_instances(
+            model,
+            ids[first:stop],
+            lengths[first:stop],
+            measures=["sensitivity_all_0.1"],
+            num_instances=20,
+            first_instance=first,
+            intervention_instances=7,
+            noise_seeds=1,
+        )
+
+    sums = score(0, 1)
+    assert drawn == []
+    sums.merge_tensors(score(1, 20).to_tensors())
+    assert drawn
+    assert evaluate(sums, ["sensitivity_all_0.1"]).is_finite()
 
 
 def test_checkpoints_are_moved_in_the_same_directions(tiny_decoder):

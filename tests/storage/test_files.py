@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import subprocess
@@ -54,6 +55,30 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         storage.write_atomic(path, "new")
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_write_that_breaks_off_leaves_no_object(s3, monkeypatch):
+    import s3fs
+
+    uri = storage.join(s3, "parts")
+    storage.write_atomic(storage.join(s3, "other"), b"x")  # the store has answered
+    write, calls = s3fs.S3File.write, []
+
+    def break_off(file, data):
+        calls.append(len(data))
+        if len(calls) == 12:
+            raise MemoryError("no room for a piece")
+        return write(file, data)
+
+    monkeypatch.setattr(s3fs.S3File, "write", break_off)
+    monkeypatch.setenv("KE_RAY_STORE_GIVE_UP_S", "0")
+    with pytest.raises((MemoryError, StorageError), match="no room for a piece"):
+        storage.write_atomic(uri, [memoryview(bytes(2**23))] * 12)
+    gc.collect()
+    fs = s3fs.S3FileSystem(endpoint_url=os.environ["AWS_ENDPOINT_URL"])
+    fs.invalidate_cache()
+    assert not storage.exists(uri)
+    assert fs.call_s3("list_multipart_uploads", Bucket="shared").get("Uploads", []) == []
 
 
 def test_a_file_where_a_folder_is_needed(tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import errno
+import io
 import json
 import signal
 from contextlib import closing
@@ -163,6 +165,36 @@ def test_states_go_to_any_store_and_old_ones_are_removed(
     assert [r["loss"] for r in again.records["train"]] == [
         r["loss"] for r in whole.records["train"]
     ]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_state_in_a_store_out_of_order_is_waited_for_and_a_short_one_is_not(
+    whole: bool, s3: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    uri = storage.join(s3, f"states-and-outages-{whole}")
+    keys = tiny_keys(save_every=1)
+    train(tiny_model(), tiny_rows(), keys, num_steps=3, state_uri=uri)
+    storage.remove(storage.join(uri, "step00000003"))  # as if it had been killed before its end
+    outages = []
+
+    class Reluctant(io.BytesIO):
+        def read(self, *args: Any) -> bytes:
+            if whole and len(outages) < 2:
+                outages.append(1)
+                raise OSError(errno.EBUSY, "SlowDown")
+            return super().read(*args)
+
+        def readinto(self, buffer: Any) -> int:
+            return super().readinto(buffer) if whole else 0
+
+    monkeypatch.setattr(storage, "open_read", lambda path: Reluctant(storage.read_bytes(path)))
+    if whole:
+        train(tiny_model(), tiny_rows(), keys, num_steps=3, state_uri=uri)
+        assert len(outages) == 2
+        assert "damaged" not in caplog.text
+    else:
+        with pytest.raises(TrainingError, match="ends early"):
+            train(tiny_model(), tiny_rows(), keys, num_steps=3, state_uri=uri)
 
 
 def reshard(folder: Path, strategies: list[str], config: dict[str, Any]) -> None:
