@@ -7,6 +7,7 @@ import json
 import pickle
 import tarfile
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -218,30 +219,33 @@ def test_in_facts_schedules_and_studies(
     refused(mark, lambda: load_sweep(path))
 
 
-@pytest.mark.parametrize(
-    "name", ["model.safetensors", "optimizer.safetensors", "rng.safetensors", "records.json"]
-)
-def test_in_a_training_state(tmp_path: Path, mark: Path, bomb: bytes, name: str) -> None:
-    """A state with a pickle in it is no state: an older one, or none, is taken."""
-    from ke_ray.training.checkpoint import TrainingState, load_state, save_state
+def test_in_a_training_state(tmp_path: Path, mark: Path, bomb: bytes) -> None:
+    """A state with a pickle in one of its files is no state: an older one is taken."""
+    from ke_ray.training.checkpoint import States, TrainingState
     from ke_ray.training.parallel import Worker
 
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(model.parameters())
-    uri, worker = str(tmp_path / "state"), Worker()
-    for step in (1, 2):
-        state = TrainingState(step=step)
-        save_state(uri, state, model, optimizer, worker, identity="x")
-    newest = tmp_path / "state" / "step00000002"
-    for content in (bomb, torch_bytes({"weight": Bomb(mark)})):
-        (newest / name).write_bytes(content)
-        told = json.loads((newest / "state.json").read_text())
-        told["sizes"][name] = len(content)
-        (newest / "state.json").write_text(json.dumps(told))
-        loaded = load_state(uri, model, optimizer, worker, identity="x")
-        assert loaded is not None
-        assert loaded.step == 1
-        assert not mark.exists()
+    with closing(States(str(tmp_path / "state"), Worker(), identity="x")) as states:
+        for step in (1, 2):
+            states.save(TrainingState(step=step), model, optimizer)
+        states.wait()
+        newest = tmp_path / "state" / "step00000002"
+        index = json.loads((newest / "state.json").read_text())
+        assert len(index["sizes"]) >= 2
+        for name in index["sizes"]:
+            whole = (newest / name).read_bytes()
+            for content in (bomb, torch_bytes({"weight": Bomb(mark)})):
+                (newest / name).write_bytes(content)
+                other = index | {"sizes": index["sizes"] | {name: len(content)}}
+                (newest / "state.json").write_text(json.dumps(other))
+                loaded = states.load(model, optimizer)
+                assert loaded is not None
+                assert loaded.step == 1, name
+                assert not mark.exists()
+            (newest / name).write_bytes(whole)
+        (newest / "state.json").write_text(json.dumps(index))
+        assert states.load(model, optimizer).step == 2
 
 
 def test_in_a_folder_that_the_datasets_library_reads(
