@@ -174,8 +174,8 @@ def _on_all_cores(
         except KeRayError as error:
             return {"number": number, "value": None, "error": error}
 
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # whose import sets it
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     # A compressed file is one piece, and may take hours.
